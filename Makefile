@@ -1,0 +1,48 @@
+# make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
+# make test    set up and run every check: style, types, tests
+# make clean   remove the environment
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+TRITON ?= 3.9.0
+# where Linux builds without CUDA are published; asked only if the configured package index has none
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+READY := $(VENV)/.ready
+
+.PHONY: train test lint clean
+
+train: $(READY)
+	$(BIN)/python -m expo.train $(ARGS)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11; give a newer one: make PYTHON=python3.11"; exit 1; }
+	@echo "installing into $(VENV); the first time this takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi >/dev/null 2>&1; then \
+		echo "NVIDIA GPU found: PyTorch with CUDA"; $(PIP) torch==$(TORCH); \
+	elif [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+		echo "no NVIDIA GPU: PyTorch for CPU"; \
+		$(PIP) "torch==$(TORCH)+cpu" triton==$(TRITON) 2>/dev/null \
+			|| $(PIP) "torch==$(TORCH)+cpu" triton==$(TRITON) --extra-index-url $(TORCH_CPU_INDEX); \
+	else \
+		$(PIP) torch==$(TORCH); \
+	fi
+	$(PIP) --constraint constraints.txt --editable '.[train,dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV)
