@@ -20,7 +20,7 @@ train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
