@@ -1,0 +1,1 @@
+"""EXPO: GRPO with accuracy-conditioned KL and Gaussian curriculum sampling, on real models."""

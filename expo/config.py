@@ -1,0 +1,380 @@
+"""What a run is: typed, frozen sections, read from YAML and the command line into one `RunConfig`.
+
+Defaults are the paper's (EXPO, arXiv 2605.09923 and 2605.11403, section 4.1); where the paper defers to the
+DAPO-17K recipe (arXiv 2503.14476, section 4.1, and its published run script) the field says so. The embedded
+demonstration overrides them in `recipes/ledger.yaml`. The text under each field is what `--help` prints.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from expo_kernels import Objective
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "ledger.yaml"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(Exception):
+    """A run that cannot be: the message is one line that says what was given, what is expected, how to fix it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class RunSection(_Section):
+    """The run as a whole: its folder, seed and length."""
+
+    dir: Path | None = None
+    """Folder of the run; left out: runs/<date>-<time>-seed<seed>, or with --resume the newest folder in runs/."""
+    seed: Index = 0
+    """Seed of everything random: question draws, sampled replies. The same seed gives the same run."""
+    steps: Count = 2039
+    """Rollout-and-update steps; 2,039 = 30 epochs (paper) of DAPO-17K's 17,398 questions at 256 a step."""
+    checkpoint_every: Index = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept; older ones are deleted."""
+    completions_per_step: Index = 64
+    """Replies of each step written to completions.jsonl, whole groups first; the rest are only counted."""
+    device: str = "auto"
+    """Torch device of the policy; auto: the first GPU, else the CPU."""
+
+
+class ModelSection(_Section):
+    """The policy's starting point, which is also the frozen reference policy (paper: the base model)."""
+
+    path: str
+    """Folder or hub id of a transformers causal language model with its tokenizer; "ledger": the embedded one."""
+
+
+class DataSection(_Section):
+    """Questions and how they become prompts."""
+
+    train: str
+    """JSON-lines file with `question`, `answer`, optional `id` and `level`; or "ledger:train", the built-in set."""
+    prompt: Literal["plain", "boxed", "dapo"] = "dapo"
+    """Template around a question: plain (the text alone), boxed (asks for \\boxed{}), dapo (asks for Answer:)."""
+    chat_template: bool = True
+    """Wrap the prompt as one user message in the tokenizer's chat template."""
+    max_prompt_tokens: Count = 1024
+    """Longer prompts are dropped and counted (paper: 1,024)."""
+
+
+class RolloutSection(_Section):
+    """How replies are sampled."""
+
+    engine: Literal["transformers"] = "transformers"
+    """Generation engine; transformers: batched generation with a KV cache in this process."""
+    group_size: int = Field(8, ge=2)
+    """G, replies per question (paper: 8); at least 2, since one reply alone has no advantage."""
+    questions_per_step: Count = 256
+    """Questions per step (paper: 256)."""
+    temperature: Positive = 1.0
+    """Sampling temperature (DAPO recipe: 1.0); policy, old and reference log-probs are taken at the same one."""
+    max_new_tokens: Count = 3072
+    """Longest reply in tokens (paper: 3,072); a reply cut there is counted as truncated and graded as it stands."""
+    batch_size: Count = 256
+    """Replies generated at once; memory grows with it, results do not depend on it."""
+
+
+class RewardSection(_Section):
+    """The verifier: math-verify in worker processes with a deadline."""
+
+    workers: Count = 2
+    """Worker processes; started at the first answer that needs computer algebra."""
+    timeout_s: Positive = 5.0
+    """Seconds per answer; then the worker is killed and the verdict is `timeout` (reward 0, counted apart)."""
+
+
+class CurriculumSection(_Section):
+    """Which questions come next (paper eq. 6, 7)."""
+
+    kind: Literal["gcs", "uniform"] = "gcs"
+    """gcs: Gaussian curriculum sampling; uniform: every question alike (GRPO)."""
+    mean: Fraction = 0.5
+    """mu, the pass rate that is drawn most (paper: 0.5)."""
+    std: Positive = 0.35
+    """sigma, width of the Gaussian in pass rate (paper: 0.35)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """alpha, weight of the old pass rate in the moving average (paper: 0.9)."""
+    initial_pass_rate: Fraction = 0.5
+    """Pass rate of a question before its first visit (paper: 0.5)."""
+
+
+class KLSection(_Section):
+    """The penalty that keeps the policy near its reference (paper eq. 3, 4, 8)."""
+
+    beta: NonNegative = 0.02
+    """KL coefficient before scaling (paper: 0.02); 0: no reference model is held at all."""
+    rho: Literal["tanh", "constant"] = "tanh"
+    """tanh: beta * (tanh(accuracy) + 1) / 2, EXPO's accuracy-conditioned KL; constant: beta itself (GRPO)."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token KL estimator (paper: k3)."""
+
+
+class ObjectiveSection(_Section):
+    """The clipped surrogate (paper eq. 2), with the DAPO recipe's constants."""
+
+    clip_low: Fraction = 0.2
+    """Lower clip: the ratio's gain ends at 1 - clip_low (DAPO recipe: 0.2)."""
+    clip_high: NonNegative = 0.28
+    """Upper clip: the ratio's gain ends at 1 + clip_high (DAPO recipe: 0.28)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 10.0
+    """With a negative advantage the loss is capped at dual_clip * |A| (DAPO recipe: 10); null: no cap."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio per token (GRPO) or per sequence (GSPO)."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of an update (DAPO recipe), over sequences first, or by the longest reply."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Advantages divided by the group's population std (paper eq. 1), the batch's, or nothing."""
+
+
+class PolicySection(_Section):
+    """The model under training."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and activation type; logits and log-probs are float32 in either."""
+    zero_stage: Literal[0] = 0
+    """ZeRO partitioning; 0: none, the only stage of a single process."""
+    micro_batch_tokens: Count = 16384
+    """Tokens (prompt, reply and padding) in one forward-backward pass; memory grows with it, the loss does not."""
+    updates_per_step: Count = 4
+    """Optimizer steps per batch of rollouts; 4 = 2,048 replies in mini-batches of 512 (DAPO recipe)."""
+    logits_budget_mb: Positive | None = None
+    """Memory for one chunk of logits in MiB; left out: chosen by expo_kernels."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+class OptimizerSection(_Section):
+    """AdamW."""
+
+    lr: NonNegative = 1e-6
+    """Learning rate after warm-up (DAPO recipe: 1e-6)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay on matrices; norms and biases have none (DAPO recipe: 0.1)."""
+    warmup_steps: Index = 10
+    """Steps over which the learning rate rises linearly from 0 (DAPO recipe: 10)."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: constant (DAPO recipe), or linear to 0 at the last step."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm (DAPO recipe: 1.0)."""
+
+
+class EvaluationSection(_Section):
+    """Pass@k on questions that are not trained on, before, during and after the run."""
+
+    sets: dict[str, str] = {}
+    """Name to question file (as data.train); evaluated before the first and after the last step."""
+    num_samples: Count = 64
+    """n, replies per question; pass@k is reported for 1, 8 and 32 where k < n, or k = n = 1."""
+    temperature: Positive = 1.0
+    """Sampling temperature of evaluations."""
+    every: Index = 0
+    """Steps between evaluations during the run; 0: only before and after."""
+
+
+class RunConfig(_Section):
+    """Everything a run depends on; saved with it as config.yaml."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    curriculum: CurriculumSection = CurriculumSection()
+    kl: KLSection = KLSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    policy: PolicySection = PolicySection()
+    optimizer: OptimizerSection = OptimizerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _batch_arithmetic(self) -> "RunConfig":
+        replies = self.rollout.questions_per_step * self.rollout.group_size
+        if replies % self.policy.updates_per_step:
+            raise ValueError(
+                f"rollout.questions_per_step * rollout.group_size = {replies} replies do not split into "
+                f"policy.updates_per_step = {self.policy.updates_per_step} equal mini-batches; change one of the three"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.policy.micro_batch_tokens < longest:
+            raise ValueError(
+                f"policy.micro_batch_tokens = {self.policy.micro_batch_tokens} cannot hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it to {longest} or shorten those"
+            )
+        if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of run.steps = "
+                f"{self.run.steps} for the linear schedule; lower it below {self.run.steps}"
+            )
+        self.loss_objective()
+        return self
+
+    def loss_objective(self) -> Objective:
+        """The static choices of the policy loss, as expo_kernels takes them."""
+        return Objective(
+            clip_low=self.objective.clip_low,
+            clip_high=self.objective.clip_high,
+            dual_clip=self.objective.dual_clip,
+            ratio=self.objective.ratio,
+            aggregation=self.objective.aggregation,
+            kl=self.kl.estimator,
+            temperature=self.rollout.temperature,
+            max_completion_length=(self.rollout.max_new_tokens if self.objective.aggregation == "constant" else None),
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; reading it back gives an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class Invocation(_Section):
+    """A command line of `python -m expo.train`, understood."""
+
+    config: RunConfig
+    resume: bool = False
+
+
+def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+    """The configuration in a YAML file (None: the embedded default) with dotted overrides applied.
+
+    Raises: ConfigError if the file cannot be read, a key is unknown, a value has the wrong type or range, or the
+        values do not fit together.
+    """
+    source = path or DEFAULT_RECIPE
+    try:
+        raw = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config file {source}: {error.strerror}; give an existing YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    if raw is not None and not isinstance(raw, dict):
+        raise ConfigError(f"{source} holds a {type(raw).__name__}; expected sections such as `model:` and `data:`")
+    values = dict(raw or {})
+    for dotted, value in overrides:
+        section, _, field = dotted.partition(".")
+        chosen = values.get(section) or {}
+        values[section] = {**chosen, field: value} if isinstance(chosen, dict) else chosen
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(item) for item in error.errors())
+        raise ConfigError(f"{source.name}: {problems}" if path else problems) from error
+
+
+def field_names() -> list[str]:
+    """Every `section.field` of a configuration."""
+    return [f"{section}.{field}" for section, model in _sections() for field in model.model_fields]
+
+
+def _sections() -> list[tuple[str, type[BaseModel]]]:
+    sections = []
+    for name, info in RunConfig.model_fields.items():
+        assert isinstance(info.annotation, type)
+        sections.append((name, info.annotation))
+    return sections
+
+
+def _explain(item: ErrorDetails) -> str:
+    """One line for one of pydantic's findings."""
+    dotted = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {dotted}{_nearest(dotted, field_names() + [name for name, _ in _sections()])}"
+    if item["type"] == "missing":
+        return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
+    if not dotted:
+        return item["msg"].removeprefix("Value error, ")
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{dotted} = {item['input']!r}: {message}"
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists the known ones"
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...] [--resume] [--print-config]",
+        description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    for name, model in _sections():
+        group = parser.add_argument_group(name, model.__doc__)
+        for field, info in model.model_fields.items():
+            default = "required" if info.is_required() else f"default: {info.get_default()}"
+            text = f"{info.description} ({default})".replace("%", "%%")
+            group.add_argument(f"--{name}.{field}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") -> Invocation:
+    """The run that a command line asks for.
+
+    Exits: 0 after --help or --print-config; 2 with one line on stderr if the command line or config is wrong.
+    """
+    parser = _parser(prog)
+    known, unknown = parser.parse_known_args(list(argv))
+    given = vars(known)
+    path, resume, print_config = given.pop("config"), given.pop("resume"), given.pop("print_config")
+    try:
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise ConfigError(f"unknown argument {unknown[0]}{_nearest(flag, ['--' + name for name in field_names()])}")
+        config = load_config(path, [(name, _parse_value(name, text)) for name, text in given.items()])
+    except ConfigError as error:
+        fail(prog, error)
+    if print_config:
+        sys.stdout.write(config.to_yaml())
+        raise SystemExit(0)
+    return Invocation(config=config, resume=resume)
+
+
+def _parse_value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
+
+
+Result = TypeVar("Result")
+
+
+def fail(prog: str, error: Exception) -> NoReturn:
+    """Ends the process with code 2 and one line on stderr."""
+    sys.stderr.write(f"{prog}: error: {error}\n")
+    raise SystemExit(2) from None
+
+
+def exit_on_config_error(prog: str, action: Callable[[], Result]) -> Result:
+    """What `action` returns; a ConfigError in it ends the process with code 2 and one line."""
+    try:
+        return action()
+    except ConfigError as error:
+        fail(prog, error)
