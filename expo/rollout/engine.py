@@ -1,0 +1,57 @@
+"""What every rollout engine offers, and the seeds that make its samples repeatable."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are drawn: temperature > 0, and the most tokens a reply may have."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and a seed for each reply wanted."""
+
+    prompt_ids: Sequence[int]
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sampled reply.
+
+    token_ids: the reply with its end-of-sequence token, if it came to one; logps: log-probability of each of them
+    in nats, at the sampling temperature; is_truncated: cut at max_new_tokens; text: decoded, no special tokens.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    is_truncated: bool
+    text: str
+
+
+class RolloutEngine(Protocol):
+    """Samples replies from the policy's present weights."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Reply]]:
+        """For each request one reply per seed; the same seed and weights give the same reply in any batch.
+
+        `on_progress` is told how many replies have been finished since it was last told.
+        """
+
+
+def request_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all of `parts`, such as run seed, step, question id, sample number."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,186 @@
+"""Batched generation by transformers, in the trainer's own process and on its own weights.
+
+Each distinct prompt is read once and its key-value cache repeated for the samples of its group; rows that have ended
+leave the batch. One uniform number per token, drawn beforehand from the reply's own seed, picks the token by inverse
+distribution function, so a reply does not depend on what else is in the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expo.rollout.engine import Reply, Request, Sampling
+from expo_kernels import token_logps
+
+KEEP_ROWS_ABOVE = 0.75  # share of rows still running under which ended ones are worth copying the cache to drop
+
+
+class TransformersEngine:
+    """Samples from `model` as it stands at each call; nothing needs to be pushed after an update.
+
+    Args:
+        model: a transformers causal language model, shared with the policy.
+        tokenizer: its tokenizer, with an end-of-sequence token.
+        batch_size: replies generated at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._end_ids = _end_ids(model, tokenizer)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Reply]]:
+        """For each request one reply per seed, in order."""
+        replies: list[list[Reply | None]] = [[None] * len(request.seeds) for request in requests]
+        for jobs in self._batches(requests):
+            prompts = [requests[job.request].prompt_ids for job in jobs]
+            seeds = [requests[job.request].seeds[sample] for job in jobs for sample in job.samples]
+            repeats = [len(job.samples) for job in jobs]
+            done = iter(self._generate_batch(prompts, repeats, seeds, sampling))
+            for job in jobs:
+                for sample in job.samples:
+                    replies[job.request][sample] = next(done)
+            if on_progress is not None:
+                on_progress(len(seeds))
+        return [[reply for reply in group if reply is not None] for group in replies]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
+        """Requests by prompt length, cut so that no batch has more than batch_size replies."""
+        batches: list[list[_Job]] = []
+        room = 0
+        for request in sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids)):
+            samples = list(range(len(requests[request].seeds)))
+            while samples:
+                if room == 0:
+                    batches.append([])
+                    room = self._batch_size
+                batches[-1].append(_Job(request, samples[:room]))
+                taken, samples = len(samples[:room]), samples[room:]
+                room -= taken
+        return batches
+
+    @torch.inference_mode()
+    def _generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        repeats: Sequence[int],
+        seeds: Sequence[int],
+        sampling: Sampling,
+    ) -> list[Reply]:
+        was_training = self._model.training
+        self._model.eval()
+        state = self._prefill(prompts, repeats)
+        uniforms = _uniforms(seeds, sampling.max_new_tokens).to(state.logits.device)
+        tokens: list[list[int]] = [[] for _ in seeds]
+        logps: list[list[float]] = [[] for _ in seeds]
+        rows = torch.arange(len(seeds), device=state.logits.device)
+        for position in range(sampling.max_new_tokens):
+            drawn, drawn_logps = _draw(state.logits, uniforms[rows, position], sampling.temperature)
+            for row, token, logp in zip(rows.tolist(), drawn.tolist(), drawn_logps.tolist(), strict=True):
+                if not (tokens[row] and tokens[row][-1] in self._end_ids):
+                    tokens[row].append(token)
+                    logps[row].append(logp)
+            running = torch.tensor([tokens[row][-1] not in self._end_ids for row in rows.tolist()])
+            num_running = int(running.sum())
+            if num_running == 0 or position + 1 == sampling.max_new_tokens:
+                break
+            if num_running <= KEEP_ROWS_ABOVE * len(rows):
+                kept = running.nonzero()[:, 0].to(rows.device)
+                rows, drawn = rows[kept], drawn[kept]
+                state.select(kept)
+            self._advance(state, drawn)
+        self._model.train(was_training)
+        return [self._reply(ids, values) for ids, values in zip(tokens, logps, strict=True)]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> "_State":
+        device = self._model.device
+        longest = max(len(prompt) for prompt in prompts)
+        input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, longest - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self._model(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(device)
+        cache = output.past_key_values
+        cache.batch_select_indices(group)
+        return _State(cache, mask.to(device)[group], positions.to(device)[group, -1:], output.logits[group, -1])
+
+    def _advance(self, state: "_State", drawn: Tensor) -> None:
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(state.mask), 1)], dim=1)
+        state.position = state.position + 1
+        output = self._model(
+            input_ids=drawn[:, None],
+            attention_mask=state.mask,
+            position_ids=state.position,
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        state.logits = output.logits[:, -1]
+
+    def _reply(self, token_ids: list[int], logps: list[float]) -> Reply:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Reply(token_ids, logps, token_ids[-1] not in self._end_ids, text)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Some samples of one request."""
+
+    request: int
+    samples: list[int]
+
+
+@dataclass
+class _State:
+    """Where a batch of running replies stands: cache, mask over it, last position [B, 1], next logits [B, V]."""
+
+    cache: Any
+    mask: Tensor
+    position: Tensor
+    logits: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps `rows` alone."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends a reply: the tokenizer's, and those the model's generation config names."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)
+
+
+def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """[len(seeds), count] numbers in [0, 1), each row from its own seed."""
+    generator = torch.Generator()
+    return torch.stack([torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds])
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row of logits [B, V] by inverse distribution function, and its log-probability in nats."""
+    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
+    # a float32 sum of probabilities need not end at 1, and rounding must not reach past its end
+    total = cumulative[:, -1:]
+    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, threshold, right=True)
+    return drawn[:, 0], token_logps(logits[:, None], drawn, temperature=temperature)[:, 0]

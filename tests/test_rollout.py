@@ -1,0 +1,102 @@
+"""Rollouts by transformers: seeds, the distribution sampled from, log-probs, and rows that end early."""
+
+import pytest
+import torch
+
+from expo.rollout import Request, Sampling, request_seed
+from expo.rollout.transformers import TransformersEngine, _draw
+from expo_kernels import token_logps
+
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=24)
+QUESTIONS = ("3+8-2+7=", "1+1=", "9+9+9-3-4+2=", "5-5=")
+
+
+@pytest.fixture(scope="module")
+def engine(ledger_model):
+    return TransformersEngine(*ledger_model, batch_size=64)
+
+
+def requests(tokenizer, samples=4):
+    return [
+        Request(tokenizer(text)["input_ids"], [request_seed("test", text, n) for n in range(samples)])
+        for text in QUESTIONS
+    ]
+
+
+def test_a_reply_depends_on_its_own_seed_and_prompt_alone(engine, ledger_model):
+    asked = requests(ledger_model[1])
+    together = engine.generate(asked, SAMPLING)
+    alone = [engine.generate([request], SAMPLING)[0] for request in asked]
+    small = TransformersEngine(*ledger_model, batch_size=3).generate(asked, SAMPLING)
+    tokens = [[reply.token_ids for reply in group] for group in together]
+    assert tokens == [[reply.token_ids for reply in group] for group in alone]
+    assert tokens == [[reply.token_ids for reply in group] for group in small]
+    assert len({tuple(ids) for ids in tokens[2]}) > 1, "four seeds gave one reply"
+
+
+def test_logps_are_those_of_the_whole_sequence(engine, ledger_model):
+    model, tokenizer = ledger_model
+    for temperature in (0.6, 1.0, 1.3):
+        sampling = Sampling(temperature, 24)
+        asked = requests(tokenizer)
+        for request, group in zip(asked, engine.generate(asked, sampling), strict=True):
+            for reply in group:
+                ids = torch.tensor([[*request.prompt_ids, *reply.token_ids]])
+                with torch.no_grad():
+                    logits = model(ids).logits[:, len(request.prompt_ids) - 1 : -1]
+                expected = token_logps(logits, torch.tensor([reply.token_ids]), temperature=temperature)
+                torch.testing.assert_close(torch.tensor([reply.logps]), expected, atol=5e-5, rtol=0)
+
+
+def test_replies_end_at_the_end_token_or_are_truncated(engine, ledger_model):
+    _, tokenizer = ledger_model
+    for group in engine.generate(requests(tokenizer), Sampling(1.0, 3)):
+        for reply in group:
+            assert len(reply.token_ids) == len(reply.logps) <= 3
+            assert tokenizer.eos_token_id not in reply.token_ids[:-1]
+            assert reply.is_truncated == (reply.token_ids[-1] != tokenizer.eos_token_id)
+            assert tokenizer.eos_token not in reply.text
+
+
+def test_progress_counts_every_reply(engine, ledger_model):
+    counts = []
+    engine.generate(requests(ledger_model[1], samples=40), SAMPLING, counts.append)
+    assert sum(counts) == 160
+    assert len(counts) == 3
+
+
+def test_generation_leaves_the_training_mode_as_it_was(engine, ledger_model):
+    model, tokenizer = ledger_model
+    for mode in (True, False):
+        model.train(mode)
+        engine.generate(requests(tokenizer, samples=1), SAMPLING)
+        assert model.training == mode
+
+
+def test_draws_follow_the_tempered_softmax():
+    logits = torch.tensor([[1.0, -1.0, 0.5, -torch.inf, 2.0]])
+    uniforms = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    drawn, logps = _draw(logits.expand(len(uniforms), -1), uniforms, temperature=0.7)
+    expected = torch.softmax(logits[0] / 0.7, 0)
+    counts = torch.bincount(drawn, minlength=5)
+    used = expected > 0
+    chi_square = ((counts - 2e5 * expected)[used] ** 2 / (2e5 * expected)[used]).sum()
+    assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
+    assert counts[3] == 0
+    torch.testing.assert_close(logps, expected.log()[drawn])
+
+
+def test_the_largest_uniform_number_draws_a_possible_token():
+    logits = torch.full((1, 1003), -torch.inf)
+    logits[0, :7] = torch.linspace(-3, 3, 7)
+    almost_one = torch.nextafter(torch.ones(1), torch.zeros(1))
+    drawn, _ = _draw(logits, almost_one, temperature=1.0)
+    assert drawn.item() == 6
+    drawn, _ = _draw(logits, torch.zeros(1), temperature=1.0)
+    assert drawn.item() == 0
+
+
+def test_seeds_differ_in_every_part():
+    seeds = {request_seed(run, step, q, n) for run in (0, 1) for step in (1, 2) for q in ("a", "b") for n in (0, 1)}
+    assert len(seeds) == 16
+    assert all(0 <= seed < 2**63 for seed in seeds)
