@@ -1,0 +1,256 @@
+"""What a run writes down: one JSON line a step, pictures' raw material, and what the person watching sees.
+
+Names and units are listed in `STEP_METRICS`; every fraction says of what.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from expo.checkpoint import write_whole
+from expo.graded import Graded
+from expo_kernels import CurriculumTable
+
+CURRICULUM_BINS = 20  # of the pass-rate histogram, over [0, 1]
+
+STEP_METRICS = {
+    "step": "number of this step, from 1",
+    "accuracy": "mean verifier reward over all replies of the step",
+    "beta_eff": "KL coefficient of the step, after scaling by rho(accuracy)",
+    "kl": "mean KL estimate per reply token, nats",
+    "entropy": "mean entropy of the next-token distribution over reply tokens, nats",
+    "loss": "the minimised loss, mean over the step's updates",
+    "grad_norm": "global gradient norm before clipping, mean over the step's updates",
+    "learning_rate": "AdamW's learning rate at the step's last update",
+    "completion_length": "mean tokens per reply, end-of-sequence token included",
+    "tokens_per_second": "reply tokens over the seconds of the whole step",
+    "clip_low_fraction": "share of reply tokens clipped at 1 - clip_low",
+    "clip_high_fraction": "share of reply tokens clipped at 1 + clip_high",
+    "ratio_mean": "mean importance ratio over reply tokens",
+    "ratio_max": "largest importance ratio of the step",
+    "unparsed_fraction": "share of replies in which no answer was found",
+    "timeout_fraction": "share of replies that could not be graded within the limits",
+    "truncated_fraction": "share of replies cut at max_new_tokens",
+    "zero_variance_fraction": "share of groups whose replies were all right or all wrong",
+    "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
+    "seconds": "the whole step; seconds/<phase> are its parts",
+}
+PACKAGES = ("expo-rl", "torch", "transformers", "tokenizers", "math-verify", "latex2sympy2_extended", "sympy")
+
+
+class PhaseTimer:
+    """Wall-clock seconds of a step, by phase."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def of(self, name: str) -> float:
+        """Seconds in one phase so far."""
+        return self._seconds.get(name, 0.0)
+
+    def total(self) -> float:
+        """Seconds since the timer was made."""
+        return time.perf_counter() - self._started
+
+    def metrics(self) -> dict[str, float]:
+        """`seconds` in all and `seconds/<phase>` for each phase."""
+        phases = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        return {"seconds": self.total(), **phases}
+
+
+class RunFolder:
+    """The files of a run; every line is flushed as it is written, every other file written whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def append(self, name: str, *rows: Mapping[str, Any]) -> None:
+        """Adds lines to `<name>.jsonl`."""
+        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes one file whole."""
+        write_whole(self.path / name, lambda temporary: _write(temporary, text))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes one JSON file whole."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of `<name>.jsonl`; a last line that was cut short is left out."""
+        path = self.path / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after `step`: a resumed run writes it again."""
+        for path in self.path.glob("*.jsonl"):
+            rows = [row for row in self.read_rows(path.stem) if row["step"] <= step]
+            self.write_text(path.name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Where and from what a run is made: commit, versions, machine."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "machine": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cpus": torch.get_num_threads(),
+            "gpus": gpus,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The source tree's commit, with -dirty if it has changes; None where it is no git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+class Display:
+    """A live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+
+    def line(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
+        """A bar that lives inside the block."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+            task = progress.add_task(name, total=total, completed=done, note="")
+            yield Bar(self, progress, task, name, total, done)
+
+
+class Bar:
+    """Progress of one job; on no terminal it prints a line at every note, and at each tenth of an un-noted job."""
+
+    def __init__(self, display: Display, progress: Progress, task: Any, name: str, total: int, done: int) -> None:
+        self._display = display
+        self._progress = progress
+        self._task = task
+        self._name = name
+        self._total = total
+        self._done = done
+        self._started = time.perf_counter()
+        self._first = done
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Moves on by `count` of the job's units."""
+        before, self._done = self._done, self._done + count
+        self._progress.update(self._task, completed=self._done, note=note)
+        passes_tenth = 10 * before // self._total < 10 * self._done // self._total
+        if self._progress.disable and (note or passes_tenth):
+            elapsed = time.perf_counter() - self._started
+            left = elapsed / max(self._done - self._first, 1) * (self._total - self._done)
+            self._display.line(f"{self._name} {self._done}/{self._total}  {note}  {elapsed:.0f} s, {left:.0f} s left")
+
+
+def step_row(
+    step: int,
+    graded: Graded,
+    beta_eff: float,
+    updates: Sequence[Mapping[str, float]],
+    curriculum: CurriculumTable,
+    timer: PhaseTimer,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; `STEP_METRICS` says what each entry is."""
+    rewards = graded.rewards
+    num_right, group_size = rewards.sum(dim=1), rewards.shape[1]
+    return {
+        "step": step,
+        "accuracy": float(rewards.mean()),
+        "beta_eff": beta_eff,
+        **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
+        "ratio_max": max(update["ratio_max"] for update in updates),
+        "learning_rate": updates[-1]["learning_rate"],
+        "completion_length": graded.num_tokens / rewards.numel(),
+        "tokens_per_second": graded.num_tokens / timer.total(),
+        **graded.fractions(),
+        "zero_variance_fraction": float(((num_right == 0) | (num_right == group_size)).float().mean()),
+        "effective_sample_size": float(curriculum.effective_sample_size),
+        **timer.metrics(),
+    }
+
+
+def curriculum_row(step: int, curriculum: CurriculumTable) -> dict[str, Any]:
+    """One line of curriculum.jsonl: where the questions' pass rates lie."""
+    return {
+        "step": step,
+        "histogram": torch.histc(curriculum.pass_rates.float().cpu(), CURRICULUM_BINS, 0.0, 1.0).int().tolist(),
+        "visited": int((curriculum.visits > 0).sum()),
+        "effective_sample_size": float(curriculum.effective_sample_size),
+        "num_questions": len(curriculum.pass_rates),
+    }
+
+
+def progress_note(row: Mapping[str, Any]) -> str:
+    """What a person watching wants to see of a step."""
+    return (
+        f"accuracy {row['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  "
+        f"length {row['completion_length']:.1f}  {row['tokens_per_second']:.0f} tokens/s"
+    )

@@ -1,0 +1,52 @@
+"""The README's promises: its example runs as printed, its commands exist."""
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+
+from expo.config import RunConfig, field_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_gives_gradients():
+    (example,) = blocks("python")
+    torch.manual_seed(0)
+    names = {}
+    exec(example, names)
+    assert names["hidden"].grad.abs().sum() > 0
+    assert names["weight"].grad.isfinite().all()
+    assert names["output"].metrics["kl"] == 0
+    statements = [line for line in example.splitlines() if line.strip()]
+    assert len(statements) <= 16
+
+
+def test_the_yaml_example_is_a_whole_config():
+    (example,) = blocks("yaml")
+    assert RunConfig.model_validate(yaml.safe_load(example)).rollout.group_size == 8
+
+
+def test_named_options_exist():
+    named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", README))
+    assert named
+    assert named <= set(field_names())
+
+
+def test_named_files_exist():
+    named = set(re.findall(r"`((?:expo|expo_kernels|tests)/[\w/.]*)`", README))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = [line for line in script.splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["make test"]
+    assert "    make test\n" in README

@@ -1,0 +1,181 @@
+"""The whole algorithm on the embedded task, a few steps long: learning signals, files, resume, refusals."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import expo.train
+from expo.checkpoint import list_checkpoints, load_newest
+from expo.config import load_config
+from expo.train import main, train
+
+QUICK = {
+    "run.steps": 4,
+    "run.checkpoint_every": 2,
+    "rollout.questions_per_step": 4,
+    "rollout.group_size": 4,
+    "optimizer.warmup_steps": 1,
+    "evaluation.num_samples": 2,
+}
+TIMED = {"seconds", "tokens_per_second"}
+
+
+def quick(tmp_path, name="run", **overrides):
+    values = {**QUICK, "run.dir": str(tmp_path / name), "evaluation.sets": {"few": write_questions(tmp_path)}}
+    values.update({key.replace("__", "."): value for key, value in overrides.items()})
+    return load_config(None, list(values.items()))
+
+
+def write_questions(tmp_path):
+    path = tmp_path / "few.jsonl"
+    rows = [{"question": f"{a}+{b}=", "answer": a + b, "level": "sums"} for a in (2, 3) for b in (4, 5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(path, name):
+    return [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
+
+
+def untimed(rows):
+    return [
+        {key: value for key, value in row.items() if key not in TIMED and not key.startswith("seconds/")}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return train(quick(folder))
+
+
+def test_a_run_is_a_folder(finished):
+    expected = {
+        "config.yaml", "environment.json", "metrics.jsonl", "completions.jsonl", "curriculum.jsonl",
+        "evaluations.jsonl", "summary.json", "report.html", "pictures", "checkpoints", "export",
+    }  # fmt: skip
+    assert expected <= {path.name for path in finished.iterdir()}
+    assert len(list((finished / "pictures").glob("*.png"))) >= 8
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["before"]["few"]["num_questions"] == summary["after"]["few"]["num_questions"] == 4
+    assert len(rows_of(finished, "completions")) == 4 * 16
+
+
+def test_metrics_are_consistent(finished):
+    rows = rows_of(finished, "metrics")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        replies = [r for r in rows_of(finished, "completions") if r["step"] == row["step"]]
+        accuracy = torch.tensor([reply["reward"] for reply in replies]).mean()
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert row["beta_eff"] == pytest.approx(0.02 * (accuracy.tanh() + 1) / 2)
+        assert row["completion_length"] == pytest.approx(sum(r["num_tokens"] for r in replies) / 16)
+        phases = sum(value for key, value in row.items() if key.startswith("seconds/"))
+        assert phases == pytest.approx(row["seconds"], rel=0.1)
+        assert {"kl", "entropy", "loss", "grad_norm", "tokens_per_second"} <= set(row)
+    assert rows[0]["kl"] == 0.0
+    assert rows[0]["ratio_max"] == rows[0]["ratio_mean"] == 1.0
+
+
+def test_the_exported_policy_is_the_trained_one(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    state = load_newest(finished / "checkpoints")["policy"]["model"]
+    exported = AutoModelForCausalLM.from_pretrained(finished / "export").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in state.items())
+    assert AutoTokenizer.from_pretrained(finished / "export").eos_token_id is not None
+
+
+def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatch):
+    config = quick(tmp_path)
+    real_row = expo.train.step_row
+
+    def row_or_die(step, *rest):
+        if step == 4:
+            raise KeyboardInterrupt
+        return real_row(step, *rest)
+
+    monkeypatch.setattr(expo.train, "step_row", row_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(config.run.dir / "checkpoints")] == ["step-000002"]
+    assert [row["step"] for row in rows_of(config.run.dir, "metrics")] == [1, 2, 3]
+    resumed = train(config, resume=True)
+    for name in ("metrics", "completions", "curriculum", "evaluations"):
+        assert untimed(rows_of(resumed, name)) == untimed(rows_of(finished, name))
+    left, right = load_newest(finished / "checkpoints"), load_newest(resumed / "checkpoints")
+    for name, value in left["policy"]["model"].items():
+        assert torch.equal(value, right["policy"]["model"][name])
+
+
+@pytest.mark.slow
+def test_a_short_run_learns(tmp_path):
+    overrides = {"run.dir": str(tmp_path / "run"), "run.steps": 40, "evaluation.num_samples": 16}
+    run = train(load_config(None, list(overrides.items())))
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = (summary[when]["held_out"]["pass_at"] for when in ("before", "after"))
+    assert 0.25 < before["1"]["mean"] < 0.5
+    assert after["1"]["mean"] > before["1"]["mean"] + 0.08
+    assert after["8"]["mean"] > before["8"]["mean"] - 0.02
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--run.dir", str(finished)])
+    assert stop.value.code == 2
+    assert "already holds a run; add --resume" in capsys.readouterr().err
+
+
+def test_resuming_as_another_run_is_refused(finished, capsys):
+    argv = [str(finished / "config.yaml"), "--resume", "--kl.beta=0.5"]
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "kl.beta (0.02 -> 0.5)" in capsys.readouterr().err
+
+
+def test_grpo_is_a_setting(tmp_path):
+    run = train(quick(tmp_path, curriculum__kind="uniform", kl__rho="constant", policy__updates_per_step=2))
+    rows = rows_of(run, "metrics")
+    assert [row["beta_eff"] for row in rows] == pytest.approx([0.02] * 4)
+    assert max(row["ratio_max"] for row in rows) > 1.0, "the second update of a step is off-policy"
+
+
+def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
+    run = train(quick(tmp_path, curriculum__kind="uniform"))
+    drawn = [[row["question_id"] for row in rows_of(path, "completions")] for path in (run, finished)]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ({"model.path": "./lost"}, "model.path = ./lost does not exist"),
+        ({"data.train": "empty.jsonl"}, "empty.jsonl holds no questions"),
+        ({"data.train": "lost.jsonl"}, "cannot read the question file lost.jsonl"),
+        ({"data.train": "one.jsonl"}, "lower it to 1 or less"),
+        ({"data.train": "odd.jsonl"}, "odd.jsonl"),
+        ({"run.device": "warp"}, "run.device = warp"),
+    ],
+)
+def test_runs_that_cannot_be_exit_2_with_one_line(tmp_path, monkeypatch, capsys, override, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "one.jsonl").write_text('{"question": "1+1=", "answer": 2}\n')
+    (tmp_path / "odd.jsonl").write_text('{"question": "1+1=", "answer": "\\\\frac{"}\n' * 40)
+    path = tmp_path / "config.yaml"
+    path.write_text(quick(tmp_path).to_yaml())
+    values = yaml.safe_load(path.read_text())
+    for key, value in override.items():
+        section, field = key.split(".")
+        values[section][field] = value
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit) as stop:
+        main([str(path)])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert expected in text
+    assert text.count("\n") == 1
