@@ -23,10 +23,11 @@ from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 
 @dataclass(frozen=True)
 class Sample:
-    """One reply to learn from: prompt_ids and reply_ids, and its advantage."""
+    """One reply to learn from: prompt_ids, reply_ids, the rollout's logps of those in nats, and its advantage."""
 
     prompt_ids: Sequence[int]
     reply_ids: Sequence[int]
+    rollout_logps: Sequence[float]
     advantage: float
 
 
@@ -34,12 +35,14 @@ class Sample:
 class MicroBatch:
     """What one forward-backward pass reads.
 
-    advantages: [B] float32; old_logps: [B, S] float32 nats, or None where the policy has not moved since it sampled;
+    advantages: [B] float32; rollout_logps: [B, S] float32 nats, what the rollout engine said when it sampled;
+    old_logps: [B, S] float32 nats, or None where the policy has not moved since it sampled;
     ref_logps: [B, S] float32 nats, or None without a reference policy.
     """
 
     batch: Batch
     advantages: Tensor
+    rollout_logps: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
 
@@ -145,11 +148,15 @@ class TorchPolicy:
         device = self._model.device
         prompts, replies = [s.prompt_ids for s in samples], [s.reply_ids for s in samples]
         batch = collate(prompts, replies, self._pad_id, device)
+        rollout_logps = torch.zeros(batch.completion_mask.shape, device=device)
+        said = [logp for sample in samples for logp in sample.rollout_logps]
+        rollout_logps[batch.completion_mask] = torch.tensor(said, device=device)
         # one update per batch of rollouts is on-policy: its old log-probs are its own, and cost no pass
         moves_between = self._section.updates_per_step > 1
         return MicroBatch(
             batch=batch,
             advantages=torch.tensor([sample.advantage for sample in samples], device=device),
+            rollout_logps=rollout_logps,
             old_logps=self.logps(batch) if moves_between else None,
             ref_logps=self._logps_of(self._reference, batch) if self._reference is not None else None,
         )
@@ -181,7 +188,9 @@ class TorchPolicy:
             output = self._loss(micro, beta, normalizer)
             output.loss.backward()
             totals["loss"] += float(output.loss.detach())
-            _add_metrics(totals, output.metrics, num_tokens)
+            sampled_under = output.logps if micro.old_logps is None else micro.old_logps
+            difference = (sampled_under - micro.rollout_logps).abs().max()
+            _add_metrics(totals, {**output.metrics, "rollout_logp_difference_max": difference}, num_tokens)
         rate = self.learning_rate
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -265,7 +274,7 @@ def _add_metrics(totals: dict[str, float], metrics: dict[str, Tensor], num_token
     """Adds a micro-batch's token means, weighted by its share of the step's tokens; maxima stay maxima."""
     share = float(metrics["tokens"]) / max(num_tokens, 1)
     for name, value in metrics.items():
-        if name == "ratio_max":
+        if name.endswith("_max"):
             totals[name] = max(totals.get(name, 0.0), float(value))
         elif name != "tokens":
             totals[name] = totals.get(name, 0.0) + share * float(value)

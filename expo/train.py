@@ -102,7 +102,7 @@ def training_samples(graded: Graded, advantages: Tensor) -> list[Sample]:
     """Every reply with its prompt and its advantage, question after question."""
     value = iter(advantages.tolist())
     return [
-        Sample(prompted.prompt_ids, reply.token_ids, next(value))
+        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value))
         for prompted, group in zip(graded.asked, graded.replies, strict=True)
         for reply in group
     ]

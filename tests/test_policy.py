@@ -17,14 +17,12 @@ def config(**overrides):
 
 def samples(tokenizer, count=12):
     texts = [("3+8-2+7=", "11,9,\\boxed{16}"), ("1+1=", "\\boxed{2}"), ("4+5-9=", "9,\\boxed{1}")]
-    return [
-        Sample(
-            tokenizer(texts[n % 3][0])["input_ids"],
-            [*tokenizer(texts[n % 3][1])["input_ids"], tokenizer.eos_token_id],
-            advantage=(-1.0) ** n * (1 + n / 7),
-        )
-        for n in range(count)
-    ]
+    found = []
+    for n in range(count):
+        prompt, reply = (tokenizer(text)["input_ids"] for text in texts[n % 3])
+        reply = [*reply, tokenizer.eos_token_id]
+        found.append(Sample(prompt, reply, [-0.5] * len(reply), advantage=(-1.0) ** n * (1 + n / 7)))
+    return found
 
 
 def make(ledger_model, **overrides):

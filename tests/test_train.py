@@ -76,6 +76,7 @@ def test_metrics_are_consistent(finished):
         phases = sum(value for key, value in row.items() if key.startswith("seconds/"))
         assert phases == pytest.approx(row["seconds"], rel=0.1)
         assert {"kl", "entropy", "loss", "grad_norm", "tokens_per_second"} <= set(row)
+        assert row["rollout_logp_difference_max"] < 1e-4
     assert rows[0]["kl"] == 0.0
     assert rows[0]["ratio_max"] == rows[0]["ratio_mean"] == 1.0
 
@@ -142,6 +143,7 @@ def test_grpo_is_a_setting(tmp_path):
     rows = rows_of(run, "metrics")
     assert [row["beta_eff"] for row in rows] == pytest.approx([0.02] * 4)
     assert max(row["ratio_max"] for row in rows) > 1.0, "the second update of a step is off-policy"
+    assert max(row["rollout_logp_difference_max"] for row in rows) < 1e-4
 
 
 def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
