@@ -1,0 +1,206 @@
+"""Argument checks, one function per fact; each error says what was given, what was expected, what to do.
+
+Shapes and types are always checked. Checks that read values run where reading is free (CPU tensors), and on
+other devices, where each costs a synchronisation, only under `debug_checks` or EXPO_KERNELS_DEBUG=1.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace, TracebackType
+
+import torch
+from torch import Tensor
+
+_switch = SimpleNamespace(reads_any_device=os.environ.get("EXPO_KERNELS_DEBUG", "0") not in ("", "0"))
+
+
+class debug_checks:  # noqa: N801 - used like a function: debug_checks(True), or `with debug_checks(True):`
+    """Turn the checks that cost a device synchronisation on or off, at once or for a `with` block.
+
+    Args:
+        enabled: True to read values on every device; False to read them on CPU tensors only.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._before = _switch.reads_any_device
+        _switch.reads_any_device = bool(enabled)
+
+    def __enter__(self) -> "debug_checks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _switch.reads_any_device = self._before
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether values may be read now: free on CPU, a synchronisation elsewhere, a graph break in a trace."""
+    return (tensor.device.type == "cpu" or _switch.reads_any_device) and not torch.compiler.is_compiling()
+
+
+def is_tensor(name: str, value: object) -> None:
+    """`value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """`tensor` holds real floating-point numbers."""
+    is_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor")
+
+
+def integers(name: str, tensor: Tensor) -> None:
+    """`tensor` holds integers that can index."""
+    is_tensor(name, tensor)
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected integers, such as torch.int64")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All given tensors lie on the device of the first."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, device = next((name, tensor.device) for name, tensor in given.items())
+    for name, tensor in given.items():
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} on {device}; move {name} to {device}")
+
+
+def same_shape(name: str, tensor: Tensor, other_name: str, shape: torch.Size) -> None:
+    """`tensor` has the shape of the argument called `other_name`."""
+    if tensor.shape != shape:
+        given, expected = list(tensor.shape), list(shape)
+        raise ValueError(
+            f"{name} has shape {given}, but {other_name} needs {expected}; slice or pad {name} to {expected}"
+        )
+
+
+def dimensions(name: str, tensor: Tensor, letters: str) -> None:
+    """`tensor` has one dimension per letter."""
+    if tensor.dim() != len(letters):
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}; expected {len(letters)} dimensions [{', '.join(letters)}]"
+            " (packed input also takes cu_seqlens)"
+        )
+
+
+def head_fits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`weight` [V, H] and `bias` [V] fit `hidden` [..., H]."""
+    floating("hidden", hidden)
+    floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected [V, H]")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has {hidden.shape[-1]} features and weight {weight.shape[1]}; "
+            "expected hidden [..., H] and weight [V, H] (under ZeRO-3, gather weight first)"
+        )
+    if bias is not None:
+        floating("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {list(bias.shape)}; expected [V] = [{weight.shape[0]}]")
+
+
+def mask_values(name: str, mask: Tensor) -> None:
+    """`mask` holds only 0 and 1."""
+    is_tensor(name, mask)
+    if mask.dtype == torch.bool or not may_read(mask):
+        return
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} holds values other than 0 and 1; expected a bool or 0/1 mask")
+
+
+def ids_in_range(name: str, ids: Tensor, size: int, size_name: str) -> None:
+    """Every id (of valid tokens) is in [0, size)."""
+    if ids.numel() == 0 or not may_read(ids):
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} holds {wrong}; expected 0 <= id < {size} ({size_name}) wherever it counts")
+
+
+def cumulative_lengths(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """`cu_seqlens` rises from 0 to the number of tokens."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [B + 1]")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32")
+    if not may_read(cu_seqlens):
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != num_tokens or any(b < a for a, b in pairwise(ends)):
+        raise ValueError(
+            f"cu_seqlens runs from {ends[0]} to {ends[-1]}; expected non-decreasing numbers from 0 to "
+            f"{num_tokens}, the number of packed tokens"
+        )
+
+
+def finite(name: str, tensor: Tensor) -> None:
+    """No NaN and no infinity."""
+    if may_read(tensor) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(f"{name} holds {bad} non-finite values; expected numbers only (count and drop failures)")
+
+
+def within(name: str, tensor: Tensor, low: float, high: float) -> None:
+    """Every value is in [low, high]."""
+    if tensor.numel() == 0 or not may_read(tensor):
+        return
+    smallest, largest = (float(value) for value in tensor.aminmax())
+    if not (low <= smallest and largest <= high):
+        raise ValueError(f"{name} ranges over [{smallest:g}, {largest:g}]; expected values in [{low:g}, {high:g}]")
+
+
+def number(name: str, value: float, *, low: float, above: bool = False, high: float = math.inf) -> None:
+    """`value` is a finite Python number in range."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    if not math.isfinite(value) or value < low or value > high or (above and value == low):
+        bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} is {value}; expected a finite number {bounds}")
+
+
+def whole_number(name: str, value: int, *, low: int) -> None:
+    """`value` is an int, at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a whole number")
+    if value < low:
+        raise ValueError(f"{name} is {value}; expected a whole number >= {low}")
+
+
+def scalar(name: str, value: float | Tensor, *, above_zero: bool = False) -> None:
+    """A finite number >= 0 (or > 0), or a 0-dim tensor of one."""
+    if not isinstance(value, Tensor):
+        number(name, value, low=0.0, above=above_zero)
+        return
+    if value.dim() != 0:
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected a number or a 0-dim tensor")
+    if may_read(value):
+        number(name, float(value), low=0.0, above=above_zero)
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """`value` is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def group_size_divides(batch: int, group_size: int) -> None:
+    """The batch is whole groups."""
+    whole_number("group_size", group_size, low=1)
+    if batch % group_size:
+        raise ValueError(
+            f"group_size is {group_size}, which does not divide the batch of {batch}; "
+            "rewards of one question are adjacent, all groups whole"
+        )
+
+
+def callable_or_choice(name: str, value: str | Callable[[Tensor], Tensor], allowed: tuple[str, ...]) -> None:
+    """`value` is a function, or one of the allowed words."""
+    if not callable(value):
+        choice(name, value, allowed)

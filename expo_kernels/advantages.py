@@ -1,0 +1,89 @@
+"""Group-relative advantages, and the KL coefficient conditioned on accuracy (AKL).
+
+Source: FG-ExPO (arXiv 2605.11403), eq. 1 for the advantages, eq. 4, 5 and 8 for AKL.
+Letters: B sequences = questions * group_size. Float32 out.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from expo_kernels import _validate as validate
+from expo_kernels import reference
+
+AdvantageScale = Literal["group", "batch", "none"]
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale = "group", eps: float = 1e-6) -> Tensor:
+    """Advantage of each rollout against the others of its question, [B] float32.
+
+    Source: FG-ExPO eq. 1; scale "batch" is REINFORCE++'s, "none" Dr. GRPO's.
+
+    Args:
+        rewards: [B] finite numbers; those of one question adjacent.
+        group_size: G, rollouts per question; divides B.
+        scale: "group": divide by the population std of the group, plus eps; "batch": by that of all B rewards, plus
+            eps; "none": only subtract the group's mean.
+        eps: >= 0, in the unit of the rewards.
+
+    Returns:
+        [B] float32 (float64 for float64 rewards) on the rewards' device; exactly 0 in a group of equal rewards.
+
+    Raises:
+        ValueError: G does not divide B, a reward is not finite (read on CPU), an unknown scale.
+        TypeError: an argument of the wrong type.
+    """
+    validate.is_tensor("rewards", rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent")
+    validate.group_size_divides(rewards.numel(), group_size)
+    validate.choice("scale", scale, ("group", "batch", "none"))
+    validate.number("eps", eps, low=0.0)
+    validate.finite("rewards", rewards)
+    if rewards.dtype != torch.float64:
+        rewards = rewards.float()
+    if rewards.numel() == 0:
+        return rewards.detach().clone()
+    return reference.group_advantages(rewards.detach(), group_size, scale, eps)
+
+
+def akl_beta(
+    accuracies: Tensor,
+    beta: float | Tensor = 0.02,
+    *,
+    rho: Literal["tanh", "constant"] | Callable[[Tensor], Tensor] = "tanh",
+    process_group: Any = None,
+) -> Tensor:
+    """beta_eff = beta * rho(mean accuracy): 0-dim float32 on the device of `accuracies`, without a host sync.
+
+    Source: FG-ExPO eq. 4, 5 and 8. More accurate batches get the larger penalty weight.
+
+    Args:
+        accuracies: verifier scores of all rollouts of the step, any shape, finite; this rank's share of them.
+        beta: >= 0, weight of the penalty before scaling; a 0-dim tensor is read on its device.
+        rho: "tanh": (tanh(x) + 1) / 2; "constant": 1, which is GRPO; or a function of the 0-dim mean, which must rise
+            and stay within positive bounds.
+        process_group: ranks that share the batch: one all-reduce of (sum, count). None: this process is all.
+
+    Returns:
+        0-dim float32 tensor.
+
+    Raises:
+        ValueError: no accuracy at all, one that is not finite (read on CPU), an unknown `rho`.
+        TypeError: an argument of the wrong type.
+    """
+    validate.is_tensor("accuracies", accuracies)
+    validate.scalar("beta", beta)
+    validate.callable_or_choice("rho", rho, ("tanh", "constant"))
+    validate.finite("accuracies", accuracies)
+    if accuracies.numel() == 0 and process_group is None:
+        raise ValueError("accuracies is empty; expected the verifier scores of at least one rollout")
+    total = accuracies.detach().sum(dtype=torch.float64)
+    sum_and_count = torch.stack([total, torch.full_like(total, accuracies.numel())])
+    if process_group is not None:
+        torch.distributed.all_reduce(sum_and_count, group=process_group)
+    mean = (sum_and_count[0] / sum_and_count[1]).float()
+    scaling = rho(mean) if callable(rho) else reference.akl_scale(mean, rho)
+    return torch.as_tensor(beta, dtype=torch.float32, device=mean.device).detach() * scaling

@@ -1,0 +1,132 @@
+"""`Objective`: every static choice of the policy loss, checked once when it is made."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+RatioLevel = Literal["token", "sequence"]
+Surrogate = Literal["clip", "cispo", "sapo"]
+KlEstimator = Literal["k1", "k2", "k3"]
+Aggregation = Literal["sequence", "token", "constant"]
+RolloutCorrection = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the loss is; what changes each step (beta, advantages, normalizer) is passed to the loss itself.
+
+    Source: the clipped surrogate is FG-ExPO (arXiv 2605.11403) eq. 2 and the penalty its eq. 3; each other
+    choice names its own paper below.
+
+    Raises:
+        ValueError: a value out of range, or a setting that the others would make meaningless.
+    """
+
+    clip_low: float = 0.2
+    """The ratio is kept above 1 - clip_low. No unit, in [0, 1]. Default: PPO (arXiv 1707.06347)."""
+
+    clip_high: float = 0.2
+    """The ratio is kept below 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28."""
+
+    dual_clip: float | None = None
+    """For A < 0 the loss is capped at -dual_clip * A. A ratio > 1; None: no cap. Dual-clip PPO (arXiv
+    1912.09729) uses 3. Only for surrogate "clip"."""
+
+    ratio: RatioLevel = "token"
+    """"token": exp(logp - old); "sequence": exp of its mean over the sequence's tokens (GSPO, arXiv
+    2507.18071)."""
+
+    log_ratio_clamp: float = 20.0
+    """Log-ratios are held in +-log_ratio_clamp nats before exp, so that no log-prob can overflow; beyond it
+    the gradient is 0. In (0, 80]."""
+
+    surrogate: Surrogate = "clip"
+    """"clip": PPO; "cispo": clipped ratio as a constant weight (arXiv 2506.13585); "sapo": a smooth gate
+    (arXiv 2511.20347), which has no clip range."""
+
+    sapo_tau_pos: float = 1.0
+    """Sharpness of SAPO's gate where A > 0. No unit, > 0. Default: the SAPO paper."""
+
+    sapo_tau_neg: float = 1.05
+    """Sharpness of SAPO's gate where A <= 0. No unit, > 0. Default: the SAPO paper."""
+
+    kl: KlEstimator = "k3"
+    """Penalty per token in nats, with x = ref - logp: "k1" -x, "k2" x^2 / 2, "k3" exp(x) - x - 1 (Schulman's
+    estimators; k3 is FG-ExPO eq. 3)."""
+
+    kl_importance_weighted: bool = False
+    """Multiply the penalty by the token's ratio, gradient included (DeepSeek-V3.2, arXiv 2512.02556)."""
+
+    aggregation: Aggregation = "sequence"
+    """"sequence": mean over sequences of the mean over tokens (GRPO); "token": mean over all tokens (DAPO);
+    "constant": sum over tokens / (sequences * max_completion_length) (Dr. GRPO, arXiv 2503.20783)."""
+
+    max_completion_length: int | None = None
+    """Tokens, > 0: the divisor of aggregation "constant", and only of that."""
+
+    temperature: float = 1.0
+    """Logits are divided by it before the softmax. > 0. It must be the one that sampled the completions."""
+
+    logit_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap) before the temperature. > 0; None: no cap. Gemma 2 uses 30."""
+
+    rollout_correction: RolloutCorrection | None = None
+    """Weigh the surrogate, as a constant, by min(exp(old - rollout), rollout_cap) per token or, with the sum
+    over the sequence in the exponent, per "sequence". Truncated importance sampling (TIS)."""
+
+    rollout_cap: float = 2.0
+    """Upper bound of that weight. No unit, > 0. Default: verl's and TRL's."""
+
+    def __post_init__(self) -> None:
+        _one_of("ratio", self.ratio, get_args(RatioLevel))
+        _one_of("surrogate", self.surrogate, get_args(Surrogate))
+        _one_of("kl", self.kl, get_args(KlEstimator))
+        _one_of("aggregation", self.aggregation, get_args(Aggregation))
+        if self.rollout_correction is not None:
+            _one_of("rollout_correction", self.rollout_correction, get_args(RolloutCorrection))
+        _in_range("clip_low", self.clip_low, 0.0, 1.0)
+        _in_range("clip_high", self.clip_high, 0.0, math.inf)
+        _in_range("log_ratio_clamp", self.log_ratio_clamp, 0.0, 80.0, above=True)
+        for name in ("sapo_tau_pos", "sapo_tau_neg", "temperature", "rollout_cap"):
+            _in_range(name, getattr(self, name), 0.0, math.inf, above=True)
+        if self.logit_softcap is not None:
+            _in_range("logit_softcap", self.logit_softcap, 0.0, math.inf, above=True)
+        if self.dual_clip is not None:
+            _in_range("dual_clip", self.dual_clip, 1.0, math.inf, above=True)
+        if not isinstance(self.kl_importance_weighted, bool):
+            raise TypeError(f"kl_importance_weighted is {self.kl_importance_weighted!r}; expected True or False")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.dual_clip is not None and self.surrogate != "clip":
+            raise ValueError(
+                f'dual_clip={self.dual_clip} has no effect with surrogate "{self.surrogate}"; '
+                'use surrogate="clip" or leave dual_clip out'
+            )
+        length = self.max_completion_length
+        if self.aggregation == "constant":
+            if length is None:
+                raise ValueError('aggregation="constant" divides by max_completion_length; give it (tokens)')
+            if not isinstance(length, int) or isinstance(length, bool):
+                raise TypeError(f"max_completion_length is {length!r}; expected a whole number of tokens")
+            if length <= 0:
+                raise ValueError(f"max_completion_length is {length}; expected a number of tokens > 0")
+        elif length is not None:
+            raise ValueError(
+                f'max_completion_length={length} has no effect with aggregation "{self.aggregation}"; '
+                'use aggregation="constant" or leave it out'
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def _in_range(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    # infinity is never meant: every bound here is a real number in use
+    if not math.isfinite(value) or value > high or value < low or (above and value == low):
+        bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} is {value}; expected a finite number {bounds}")

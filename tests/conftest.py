@@ -1,0 +1,33 @@
+"""Every test runs with uninitialised memory filled with NaN, so an output left unwritten shows itself."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# no deadline: a shared machine is slow at times; no database: nothing is left behind in the working tree
+settings.register_profile("house", deadline=None, database=None, max_examples=60)
+settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_memory():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ledger_model():
+    """The embedded model and tokenizer, float32 on the CPU; a test that changes the model copies it first."""
+    from expo.config import ModelSection
+    from expo.policy import load_model
+
+    return load_model(ModelSection(path="ledger"), "float32", torch.device("cpu"))

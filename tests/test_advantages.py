@@ -1,0 +1,99 @@
+import functools
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expo_kernels import akl_beta, group_advantages
+
+
+def test_two_groups_are_apart():
+    rewards = torch.tensor([1.0, 0.0, 3.0, 5.0])
+    torch.testing.assert_close(group_advantages(rewards, 2, eps=0.0), torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    torch.testing.assert_close(group_advantages(rewards, 2, scale="none"), torch.tensor([0.5, -0.5, -1.0, 1.0]))
+    batch_std = (sum((r - 2.25) ** 2 for r in (1.0, 0.0, 3.0, 5.0)) / 4) ** 0.5
+    expected = torch.tensor([0.5, -0.5, -1.0, 1.0]) / batch_std
+    torch.testing.assert_close(group_advantages(rewards, 2, scale="batch", eps=0.0), expected)
+
+
+@given(
+    value=st.floats(-1e6, 1e6, width=32),
+    group_size=st.integers(1, 7),
+    scale=st.sampled_from(["group", "batch", "none"]),
+)
+def test_a_constant_group_is_exactly_zero(value, group_size, scale):
+    rewards = torch.cat([torch.full((group_size,), value), torch.arange(group_size).float()])
+    assert group_advantages(rewards, group_size, scale=scale)[:group_size].eq(0).all()
+
+
+def test_integer_rewards_and_an_empty_batch():
+    assert group_advantages(torch.tensor([1, 0]), 2, eps=0.0).tolist() == [1.0, -1.0]
+    assert group_advantages(torch.zeros(0), 4).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "group_size", "options", "named"),
+    [
+        ([1.0, 0.0, 1.0], 2, {}, "group_size is 2, which does not divide the batch of 3"),
+        ([1.0, float("nan")], 2, {}, "rewards holds 1 non-finite"),
+        ([1.0, float("inf")], 2, {}, "rewards holds 1 non-finite"),
+        ([1.0, 0.0], 0, {}, "group_size is 0"),
+        ([1.0, 0.0], 2, {"scale": "std"}, "scale is 'std'"),
+        ([1.0, 0.0], 2, {"eps": -1.0}, "eps"),
+        ([[1.0, 0.0]], 2, {}, "rewards has shape"),
+    ],
+)
+def test_bad_rewards_are_refused(rewards, group_size, options, named):
+    with pytest.raises(ValueError, match=named):
+        group_advantages(torch.tensor(rewards), group_size, **options)
+
+
+def test_beta_rises_with_accuracy_from_half_to_0_88():
+    assert akl_beta(torch.zeros(4), 1.0).item() == 0.5
+    assert akl_beta(torch.ones(4), 1.0).item() == pytest.approx(0.88080, abs=1e-5)
+    betas = [akl_beta(torch.tensor(x)).item() for x in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert betas == sorted(set(betas))
+    assert betas[0] == pytest.approx(0.01)
+
+
+def test_rho_constant_is_grpo_and_a_callable_is_used():
+    accuracies = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert akl_beta(accuracies, 0.04, rho="constant").item() == pytest.approx(0.04)
+    assert akl_beta(accuracies, torch.tensor(0.04), rho=lambda x: 1 + x).item() == pytest.approx(0.05)
+
+
+def test_bool_verdicts_are_accuracies():
+    assert torch.equal(akl_beta(torch.tensor([True, False])), akl_beta(torch.tensor([0.5])))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "options", "named"),
+    [
+        (torch.zeros(0), {}, "accuracies is empty"),
+        (torch.tensor([float("nan")]), {}, "accuracies holds 1 non-finite"),
+        (torch.ones(1), {"beta": -0.1}, "beta is -0.1"),
+        (torch.ones(1), {"rho": "linear"}, "rho is 'linear'"),
+    ],
+)
+def test_bad_accuracies_are_refused(accuracies, options, named):
+    with pytest.raises(ValueError, match=named):
+        akl_beta(accuracies, **options)
+
+
+def _rank_beta(rank, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        # one rank with three rollouts, one with one: the mean is over all four
+        share = [torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0])][rank]
+        results[rank] = akl_beta(share, 1.0, rho=lambda x: x, process_group=torch.distributed.group.WORLD).item()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_one_mean(tmp_path):
+    results = mp.get_context("spawn").Manager().dict()
+    run = functools.partial(mp.spawn, args=(tmp_path / "store", results), nprocs=2)
+    run(_rank_beta)
+    assert dict(results) == {0: 0.5, 1: 0.5}

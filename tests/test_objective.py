@@ -1,0 +1,54 @@
+import dataclasses
+
+import pytest
+
+from expo_kernels import Objective
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"surrogate": "klip"}, "surrogate is 'klip'"),
+        ({"kl": "k4"}, "'k1', 'k2', 'k3'"),
+        ({"ratio": "batch"}, "ratio"),
+        ({"aggregation": "mean"}, "aggregation"),
+        ({"rollout_correction": "mask"}, "rollout_correction"),
+        ({"clip_low": 1.5}, "clip_low is 1.5"),
+        ({"clip_low": -0.1}, "clip_low"),
+        ({"clip_high": float("nan")}, "clip_high"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"logit_softcap": 0.0}, "logit_softcap"),
+        ({"log_ratio_clamp": 100.0}, "log_ratio_clamp"),
+        ({"sapo_tau_neg": 0.0}, "sapo_tau_neg"),
+        ({"rollout_cap": 0.0}, "rollout_cap"),
+        ({"dual_clip": 1.0}, "dual_clip"),
+        ({"dual_clip": 3.0, "surrogate": "cispo"}, "dual_clip=3.0 has no effect"),
+        ({"aggregation": "constant"}, "give it"),
+        ({"aggregation": "constant", "max_completion_length": 0}, "max_completion_length is 0"),
+        ({"max_completion_length": 8}, "has no effect"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(setting, named):
+    with pytest.raises(ValueError, match=named):
+        Objective(**setting)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"clip_low": "0.2"},
+        {"temperature": True},
+        {"kl_importance_weighted": 1},
+        {"aggregation": "constant", "max_completion_length": 8.0},
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_a_type_error(setting):
+    with pytest.raises(TypeError, match=next(reversed(setting))):
+        Objective(**setting)
+
+
+def test_an_objective_is_a_value():
+    assert Objective(clip_high=0.28) == dataclasses.replace(Objective(), clip_high=0.28)
+    assert hash(Objective()) == hash(Objective())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Objective().clip_low = 0.3

@@ -1,0 +1,145 @@
+"""Each formula against numbers worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from expo_kernels import Objective, reference
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def terms(logps, old, ref=None, rollout=None, advantages=(1.0,), beta=0.0, sequences=None, **options):
+    logps = doubles(*logps)
+    index = torch.zeros(logps.numel(), dtype=torch.int64) if sequences is None else torch.tensor(sequences)
+    advantages = doubles(*advantages).expand(logps.numel())
+    return reference.token_terms(
+        logps,
+        old_logps=doubles(*old),
+        ref_logps=None if ref is None else doubles(*ref),
+        rollout_logps=None if rollout is None else doubles(*rollout),
+        advantages=advantages,
+        beta=doubles(beta)[0],
+        sequence_index=index,
+        num_sequences=int(index.max()) + 1,
+        objective=Objective(**options),
+    )
+
+
+def test_logp_and_entropy_of_three_to_one_odds():
+    logits = doubles(math.log(3), 0.0)
+    assert reference.token_logps(logits, torch.tensor(0), 1.0) == pytest.approx(math.log(0.75))
+    assert reference.token_entropies(logits, 1.0) == pytest.approx(0.5623351446188083)
+    # temperature 0.5 squares the odds: 9 to 1
+    assert reference.token_logps(logits, torch.tensor(0), 0.5) == pytest.approx(math.log(0.9))
+    # cap 1: tanh(ln 3) = 0.8
+    expected = 0.8 - math.log(math.exp(0.8) + 1)
+    assert reference.token_logps(logits, torch.tensor(0), 1.0, 1.0) == pytest.approx(expected)
+
+
+def test_advantages_of_one_success_in_four():
+    # mean 1/4, population std sqrt(3)/4
+    rewards = doubles(1.0, 0.0, 0.0, 0.0)
+    expected = doubles(3 / math.sqrt(3), *[-1 / math.sqrt(3)] * 3)
+    torch.testing.assert_close(reference.group_advantages(rewards, 4, "group", 0.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [(1.5, 2.0, -2.4), (0.5, 2.0, -1.0), (1.5, -2.0, 3.0), (0.5, -2.0, 1.6), (1.1, 2.0, -2.2)],
+)
+def test_clipped_surrogate(ratio, advantage, loss):
+    assert terms([math.log(ratio)], [0.0], advantages=[advantage]).losses.item() == pytest.approx(loss)
+
+
+def test_clip_flags_name_the_side_and_only_where_the_clipped_term_was_chosen():
+    ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.0], [1.0, -1.0, 1.0, -1.0, 1.0]
+    made = terms([math.log(r) for r in ratios], [0.0] * 5, advantages=advantages)
+    assert made.clipped_high.tolist() == [True, False, False, False, False]
+    assert made.clipped_low.tolist() == [False, False, False, True, False]
+
+
+def test_dual_clip_caps_the_loss_of_a_negative_advantage():
+    made = terms([math.log(5.0), math.log(2.0)], [0.0, 0.0], advantages=[-2.0], dual_clip=3.0)
+    assert made.losses.tolist() == pytest.approx([6.0, 4.0])
+    assert made.clipped_high.tolist() == [True, False]
+
+
+def test_cispo_weighs_the_logp_by_the_clipped_ratio():
+    made = terms([math.log(1.5), math.log(0.5)], [0.0, 0.0], advantages=[2.0], surrogate="cispo")
+    assert made.losses.tolist() == pytest.approx([-1.2 * 2 * math.log(1.5), -0.8 * 2 * math.log(0.5)])
+
+
+def test_sapo_gate():
+    made = terms([0.0, math.log(2.0), math.log(2.0)], [0.0] * 3, advantages=[1.0, 1.0, -1.0], surrogate="sapo")
+    positive = 4 / (1 + math.exp(-1.0))
+    negative = 4 / 1.05 / (1 + math.exp(-1.05))
+    assert made.losses.tolist() == pytest.approx([-2.0, -positive, negative])
+
+
+def test_sequence_ratio_is_the_geometric_mean():
+    # ratios 2 and 8 in one sequence: geometric mean 4; alone in another: 3
+    made = terms([math.log(2), math.log(8), math.log(3)], [0.0] * 3, sequences=[0, 0, 1], ratio="sequence")
+    assert made.ratios.tolist() == pytest.approx([4.0, 4.0, 3.0])
+
+
+@pytest.mark.parametrize(("kl", "penalty"), [("k1", -0.5), ("k2", 0.125), ("k3", math.exp(0.5) - 1.5)])
+def test_kl_estimators(kl, penalty):
+    made = terms([-1.0], [-1.0], ref=[-0.5], beta=0.1, advantages=[0.0], kl=kl)
+    assert made.penalties.item() == pytest.approx(penalty)
+    assert made.losses.item() == pytest.approx(0.1 * penalty)
+
+
+def test_importance_weighted_kl_is_multiplied_by_the_ratio():
+    made = terms([math.log(2.0)], [0.0], ref=[math.log(4.0)], beta=1.0, advantages=[0.0], kl_importance_weighted=True)
+    assert made.losses.item() == pytest.approx(2.0 * (2.0 - math.log(2.0) - 1.0))
+
+
+def test_rollout_weight_is_truncated_and_leaves_the_kl_alone():
+    gaps = [math.log(1.5), math.log(4.0)]
+    made = terms([0.0, 0.0], [0.0, 0.0], rollout=[-gap for gap in gaps], rollout_correction="token")
+    assert made.losses.tolist() == pytest.approx([-1.5, -2.0])
+    # over the sequence: 1.5 * 0.5 = 0.75
+    made = terms(
+        [0.0, 0.0], [0.0, 0.0], rollout=[-math.log(1.5), math.log(2.0)], rollout_correction="sequence",
+        ref=[1.0, 1.0], beta=1.0,
+    )  # fmt: skip
+    assert made.losses.tolist() == pytest.approx([-0.75 + math.e - 2] * 2)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "length", "expected"),
+    [("sequence", None, (2.0 + 5.0) / 3), ("token", None, 9.0 / 3), ("constant", 10, 9.0 / 30)],
+)
+def test_aggregations_of_a_long_a_short_and_an_empty_sequence(aggregation, length, expected):
+    # losses 1 and 3 in the first sequence, 5 in the second, none in the third
+    losses = doubles(1.0, 3.0, 5.0)
+    objective = Objective(aggregation=aggregation, max_completion_length=length)
+    weights = reference.token_weights(torch.tensor([0, 0, 1]), 3, None, losses, objective)
+    assert (weights * losses).sum().item() == pytest.approx(expected)
+
+
+def test_the_whole_loss_of_two_short_sequences():
+    # ratios 1.5 (clipped to 1.2) and 1, advantages 1 and -2; k3 of x = 0.5 at each token, beta 0.1
+    logps = doubles(-1.0, -2.0).view(2, 1)
+    loss = reference.expo_loss_from_logps(
+        logps,
+        torch.ones(2, 1, dtype=torch.bool),
+        advantages=doubles(1.0, -2.0),
+        old_logps=doubles(-1.0 - math.log(1.5), -2.0).view(2, 1),
+        ref_logps=logps + 0.5,
+        rollout_logps=None,
+        beta=doubles(0.1)[0],
+        objective=Objective(),
+    )
+    assert loss.item() == pytest.approx((-1.2 + 2.0) / 2 + 0.1 * (math.exp(0.5) - 1.5))
+
+
+def test_akl_scale_and_curriculum_weight():
+    assert reference.akl_scale(doubles(0.0, 1.0), "tanh").tolist() == pytest.approx([0.5, 0.8807970779778824])
+    weights = reference.log_curriculum_weights(doubles(0.5, 0.0, 1.0), 0.5, 0.35).exp()
+    assert weights.tolist() == pytest.approx([1.0, 0.36044778, 0.36044778])
+    assert reference.smoothed_pass_rates(doubles(0.5), doubles(1.0), 0.9).item() == pytest.approx(0.55)
