@@ -1,0 +1,9 @@
+"""The embedded learning task: questions, tokenizer and a warm-started model small enough to ship."""
+
+from pathlib import Path
+
+from expo.ledger.questions import LedgerQuestion, beyond_questions, held_out_questions, train_questions
+
+MODEL_PATH = Path(__file__).parent / "model"
+
+__all__ = ["MODEL_PATH", "LedgerQuestion", "beyond_questions", "held_out_questions", "train_questions"]
