@@ -116,7 +116,9 @@ def _require_same_run(config: RunConfig, saved: Path) -> None:
 
 
 def build_parts(config: RunConfig, inputs: Inputs, folder: RunFolder, display: Display) -> Parts:
-    """Loads the model, copies it as the reference, and renders every prompt."""
+    """Loads the model, copies it as the reference, and renders every prompt; sets PyTorch's number of threads."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
     model, tokenizer = load_model(config.model, config.policy.dtype, _device(config.run.device))
     reference = copy.deepcopy(model) if config.kl.beta > 0 else None
     train_set = render_prompts(inputs.train.questions, config.data, tokenizer)

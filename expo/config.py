@@ -53,6 +53,8 @@ class RunSection(_Section):
     """Newest checkpoints kept; older ones are deleted."""
     completions_per_step: Index = 64
     """Replies of each step written to completions.jsonl, whole groups first; the rest are only counted."""
+    threads: Count | None = None
+    """CPU threads of PyTorch; left out: one per core. Small models are faster alone on a core that others share."""
     device: str = "auto"
     """Torch device of the policy; auto: the first GPU, else the CPU."""
 

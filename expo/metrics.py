@@ -4,6 +4,7 @@ Names and units are listed in `STEP_METRICS`; every fraction says of what.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def describe_environment() -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "system": platform.platform(),
-            "cpus": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
             "gpus": gpus,
         },
     }

@@ -20,7 +20,8 @@ from expo.evaluate import evaluate
 from expo.graded import Graded, grade
 from expo.metrics import Display, PhaseTimer, curriculum_row, describe_environment, progress_note, step_row
 from expo.policy import Sample
-from expo.report import results_table, write_report
+from expo.records import results_table
+from expo.report import write_report
 from expo.rollout import Reply, Request, Sampling, request_seed
 from expo_kernels import akl_beta, group_advantages
 

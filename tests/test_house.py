@@ -21,8 +21,8 @@ HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"
 ONLY_IN = {
     "vllm": {"expo/rollout/vllm.py"},
     "deepspeed": {"expo/policy.py"},
-    "math_verify": {"expo/_grading.py", "expo/rewards.py"},
-    "matplotlib": {"expo/pictures.py", "expo/report.py"},
+    "math_verify": {"expo/_grading.py"},
+    "matplotlib": {"expo/pictures.py"},
 }
 
 

@@ -17,7 +17,8 @@ import yaml
 
 from expo import pictures, report
 from expo.pictures import PICTURES, Estimate, Records, gaussian_weight, smooth, tanh_rho
-from expo.report import NotARunError, change, main, read_run, results_table, write_report
+from expo.records import NotARunError, change, read_run, results_table
+from expo.report import main, write_report
 
 HOSTILE = "<script>alert('1 & 2')</script> </pre> \\boxed{12}"
 CONFIG = {

@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from expo.rewards import Verdict, Verifier, check_answers, extract_answer
+from expo.answers import extract_answer
+from expo.rewards import Verdict, Verifier, check_answers
 
 TIMEOUT_S = 1.5
 # Each keeps math-verify busy for a minute or more.
@@ -68,7 +69,7 @@ def kinds(verdicts: list[Verdict]) -> list[str]:
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
     """Workers shared by the tests that do not care how many there are."""
-    with Verifier(workers=2, timeout_s=10.0) as verifier:
+    with Verifier(workers=2, timeout_s=60.0) as verifier:
         yield verifier
 
 

@@ -1,0 +1,249 @@
+r"""What answer a reply states, the normal form of answers, and the verdicts that need no computer algebra.
+
+The answer of a reply is what its last `\boxed{...}` holds, or what follows its last line-opening `Answer:` (the
+format of DAPO, arXiv 2503.14476), whichever comes later. Boxes joined by nothing but "and", "or" or a comma are one
+list, in which every member must be right. Earlier boxes are working, not answers, so listing guesses earns
+nothing. (math-verify by itself joins boxes up to 70 characters apart and calls two different ones wrong.)
+A box without its closing brace (a truncated reply) or without contents is no box.
+"""
+
+import functools
+import re
+from typing import Final
+
+# Longer "answers" are text that ran on inside a box; gold answers have at most a few hundred characters.
+MAX_ANSWER_CHARS: Final = 2_000
+# Normal forms remembered: the distinct answers of a dozen steps of 2,048 replies; some 10 MB.
+_MEMO_SIZE: Final = 32_768
+
+_BRACES = re.compile(r"\\\\?(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_ANSWER_LINE = re.compile(
+    r"^[^\w\n]*(?:(?:so|thus|hence|therefore|the|my|final|correct)[^\w\n]+)*answer(?:\*\*)?\s*[:：](?:\*\*)?\s*([^\n]+)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LIST_GLUE = re.compile(r"(?:[\s$,;]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)*")
+
+
+def extract_answer(reply: str) -> str | None:
+    """The answer a reply states, as written; None if it states none.
+
+    Args:
+        reply: The whole reply of the model, of any length; read in linear time.
+    """
+    boxes = _find_boxes(reply)
+    answer_line = None
+    for answer_line in _ANSWER_LINE.finditer(reply):  # noqa: B007 (the last one is wanted)
+        pass
+    if answer_line is not None and (not boxes or boxes[-1][2] < answer_line.start()):
+        answer = answer_line[1].strip().strip("*").strip()
+        if _INNER_BOX.search(answer):
+            return None  # cut off inside its box
+    elif boxes:
+        answer = _join_last_boxes(reply, boxes)
+    else:
+        return None
+    return answer if len(answer) <= MAX_ANSWER_CHARS and normalise(answer) else None
+
+
+def _find_boxes(reply: str) -> list[tuple[int, int, int]]:
+    """Complete boxes by where they end: start of the command, start and end of the contents."""
+    if "box" not in reply:
+        return []
+    boxes = []
+    open_braces: list[tuple[int, int] | None] = []
+    for token in _BRACES.finditer(reply):
+        text = token[0]
+        if text == "{":
+            open_braces.append(None)
+        elif text == "}":
+            opening = open_braces.pop() if open_braces else None
+            if opening is not None:
+                boxes.append((*opening, token.start()))
+        elif text.endswith("{") and "box" in text:
+            open_braces.append((token.start(), token.end()))
+    return [(start, inner, end) for start, inner, end in boxes if reply[inner:end].strip()]
+
+
+def _join_last_boxes(reply: str, boxes: list[tuple[int, int, int]]) -> str:
+    start, inner, end = boxes[-1]
+    members = {reply[inner:end].strip(): None}  # a set that keeps its order
+    for earlier_start, earlier_inner, earlier_end in reversed(boxes[:-1]):
+        if earlier_end > start:
+            continue  # nested in a box already taken
+        glue = reply[earlier_end + 1 : start]
+        # "\boxed{5} \boxed{5}" states 5 once; blank space alone does not make a list either
+        if not glue.strip() or not _LIST_GLUE.fullmatch(glue):
+            break
+        members[reply[earlier_inner:earlier_end].strip()] = None
+        start = earlier_start
+    return ", ".join(reversed(members))
+
+
+_UNICODE = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "﹣": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": r"\div ",
+        "±": r"\pm ",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "°": r"^\circ ",
+        "²": "^{2}",
+        "³": "^{3}",
+        "½": r"\frac{1}{2}",
+        "⅓": r"\frac{1}{3}",
+        "⅔": r"\frac{2}{3}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "⁄": "/",
+        "\u00a0": " ",
+        "\u202f": " ",
+        "\u2009": " ",
+        # the full-width forms of ASCII, as Chinese keyboards give them
+        **{chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)},
+    }
+)
+_UNICODE_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\w+))")
+_WRAPPERS = (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_THIN_SPACE = re.compile(r"(?<!\\)\\[,;:]|~")
+_FINAL_STOP = re.compile(r"\s*(?<!\\right)[.,;]\s*\Z")
+_BRACED = re.compile(r"\A\s*\{([^{}]*)\}\s*\Z")
+_REPEATING = re.compile(r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
+_NUMBER = re.compile(
+    r"([+-]?)\s?(?:(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.(\d*))?|\.(\d+))(?:[eE]([+-]?\d{1,3}))?",
+    re.ASCII,
+)
+_SIZED_BRACKET = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z '\-]*")
+
+
+@functools.lru_cache(maxsize=_MEMO_SIZE)
+def normalise(text: str) -> str:
+    """The same answer without its dressing: dollars, display marks, a final stop, signs outside ASCII."""
+    if not text.isascii():
+        text = text.translate(_UNICODE)
+        text = _UNICODE_ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
+    if text.isdigit():
+        return text.lstrip("0") or "0"
+    text = text.replace(r"\$", "").replace("$", "").replace(r"\!", "").replace("{,}", ",")
+    text = _FINAL_STOP.sub("", _THIN_SPACE.sub(" ", text)).strip()
+    for opening, closing in _WRAPPERS:
+        if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
+            text = text[len(opening) : -len(closing)]
+    text = _INNER_BOX.sub("", text).replace(r"\varnothing", r"\emptyset")
+    text = _REPEATING.sub(_repeating_to_fraction, text)
+    text = _BRACED.sub(r"\1", _FINAL_STOP.sub("", text)).strip()
+    return canonical_number(text) or text
+
+
+def _repeating_to_fraction(match: re.Match[str]) -> str:
+    whole, fixed, repeated = match.groups()
+    # 0.1(6) = (16 - 1) / 90
+    if len(fixed) + len(repeated) > 50:
+        return match[0]
+    numerator = int(whole + fixed + repeated) - int(whole + fixed)
+    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+
+
+def canonical_number(text: str) -> str | None:
+    """A plain integer or decimal in its one shortest form ("-1,234.50" is "-1234.5"); None for anything else.
+
+    A string, so that numbers of any length are compared exactly and cheaply.
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    sign, whole, decimals, bare_decimals, exponent = match.groups()
+    whole = (whole or "").replace(",", "").replace(" ", "")
+    decimals = decimals or bare_decimals or ""
+    shift = int(exponent or 0)
+    if shift > 0:
+        decimals = decimals.ljust(shift, "0")
+        whole, decimals = whole + decimals[:shift], decimals[shift:]
+    elif shift < 0:
+        whole = whole.rjust(-shift, "0")
+        whole, decimals = whole[:shift], whole[shift:] + decimals
+    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
+    magnitude = f"{whole}.{decimals}" if decimals else whole
+    return f"-{magnitude}" if sign == "-" and magnitude != "0" else magnitude
+
+
+def _squash(text: str) -> str:
+    """The text without what never changes its meaning in LaTeX, for telling equal texts."""
+    text = _SIZED_BRACKET.sub("", text).replace(r"\displaystyle", "")
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)
+
+
+def words_of(text: str) -> str | None:
+    r"""The words of an answer that is only words ("no solution", `\text{Monday}`); None for any other."""
+    text = _TEXT_COMMAND.sub(r"\1", text).strip().rstrip(".")
+    choice = re.fullmatch(r"\(([A-Z])\)", text)
+    if choice:
+        return choice[1]
+    if not _WORDS.fullmatch(text):
+        return None
+    # a letter alone is a choice or a variable: there A and a differ
+    return " ".join(text.split()).casefold() if len(text) > 1 else text
+
+
+def _bracketed_numbers(text: str) -> list[str] | None:
+    """The brackets, then the numbers, of a point or interval such as "(1, -2.5)"; None for other texts."""
+    text = _SIZED_BRACKET.sub("", text)
+    if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
+        return None
+    numbers = [canonical_number(member.strip()) for member in text[1:-1].split(",")]
+    if len(numbers) < 2 or None in numbers:
+        return None
+    return [text[0] + text[-1], *(number for number in numbers if number is not None)]
+
+
+@functools.lru_cache(maxsize=_MEMO_SIZE)
+def normalise_gold(answer: str) -> str:
+    """A gold answer in the form `normalise` gives; data sets also hold lists as strings: "['9.6\\n']"."""
+    text = answer.strip()
+    listed = re.fullmatch(r"\[\s*(['\"])(.*)\1\s*\]", text, re.DOTALL)
+    if listed:
+        # split by hand: in some sets the backslashes of LaTeX are doubled, in others not
+        quote = listed[1]
+        members = re.split(rf"{quote}\s*,\s*{quote}", listed[2].replace("\\\\", "\\"))
+        text = ", ".join(member.removesuffix(r"\n").strip() for member in members)
+    elif text.startswith("[") and canonical_number(text[1:-1].strip()) is not None:
+        text = text[1:-1]
+    box = _find_boxes(text)
+    if box:
+        text = _join_last_boxes(text, box)
+    return normalise(text)
+
+
+def judge_exactly(answer: str, gold: str) -> bool | None:
+    """Whether a normalised answer is right, where that needs no algebra; None where it does."""
+    if answer == gold:
+        return True
+    if canonical_number(answer) is not None and canonical_number(gold) is not None:
+        return False
+    if _squash(answer) == _squash(gold):
+        return True
+    answer_numbers, gold_numbers = _bracketed_numbers(answer), _bracketed_numbers(gold)
+    if answer_numbers is not None and gold_numbers is not None and answer_numbers[0] == gold_numbers[0]:
+        return answer_numbers == gold_numbers
+    answer_words, gold_words = words_of(answer), words_of(gold)
+    if answer_words is None or gold_words is None:
+        return None
+    if answer_words == gold_words:
+        return True
+    # a gold answer marked as text is no product of variables, so other words are another answer
+    return False if _TEXT_COMMAND.search(gold) else None
