@@ -23,9 +23,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from expo.checkpoint import write_whole
 from expo.graded import Graded
@@ -175,15 +175,15 @@ class Display:
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
         """A bar that lives inside the block."""
+        # the note takes what room is left, and is cut where there is none
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         )
-        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal, expand=True) as progress:
             task = progress.add_task(name, total=total, completed=done, note="")
             yield Bar(self, progress, task, name, total, done)
 
