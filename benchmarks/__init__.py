@@ -1,0 +1,1 @@
+"""Benchmarks: what was measured, on which machine, losses included."""

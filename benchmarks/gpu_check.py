@@ -1,0 +1,351 @@
+"""Everything about the kernels that only a GPU can tell, in one command: `python benchmarks/gpu_check.py`.
+
+Makes its own small inputs. Checks the kernels against float64 on the device, that a thousand changing steps compile
+nothing, that nothing waits for the device, and that a captured graph replays with a new beta; then times the loss
+against its three products alone, eager PyTorch, torch.compile and, where installed, Liger. Exit code 1 if a check is
+off. Results go to `benchmarks/results/`.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expo_kernels import Objective, expo_loss, linear_expo_loss, linear_token_logps, reference, token_logps
+
+RESULTS = Path(__file__).parent / "results"
+LOGP_BOUND = 2e-5  # nats
+GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+OBJECTIVES = {
+    "default": Objective(),
+    "softcap, dual clip": Objective(logit_softcap=30.0, temperature=0.7, dual_clip=3.0),
+    "weighted k2, token": Objective(kl="k2", kl_importance_weighted=True, aggregation="token"),
+    "cispo": Objective(surrogate="cispo"),
+    "sapo": Objective(surrogate="sapo"),
+    "sequence": Objective(ratio="sequence"),
+}
+SHAPES = [(4, 1, 64, 2), (4, 33, 64, 17), (4, 33, 128, 1003), (2, 70, 64, 151_936)]  # B, T, H, V
+TIMED = [(tokens, hidden, 151_936) for hidden in (4096, 1536) for tokens in (2048, 8192, 32_768)]
+
+
+def make_inputs(B: int, T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+    """One call's arguments on the GPU, with garbage where masked."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    mask = torch.rand(B, T, generator=generator, device="cuda") < 0.75
+    hidden, weight = normal(B, T, H).to(dtype), (2 * normal(V, H) / H**0.5).to(dtype)
+    ids = torch.randint(0, V, (B, T), generator=generator, device="cuda")
+    logps = linear_token_logps(hidden, weight, ids)
+    return {
+        "hidden": hidden.masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "completion_ids": ids.masked_fill(~mask, -100),
+        "completion_mask": mask,
+        "rewards": torch.arange(B, device="cuda").remainder(2).float(),
+        "group_size": 2,
+        "old_logps": logps + 0.3 * normal(B, T),
+        "ref_logps": logps + 0.3 * normal(B, T),
+    }
+
+
+def widened(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64, which the PyTorch path takes."""
+    made = {name: value.double() if _is_float(value) else value for name, value in inputs.items()}
+    for name in ("hidden", "weight"):
+        made[name] = inputs[name].detach().double().requires_grad_()
+    return made
+
+
+def numeric_checks() -> Iterator[tuple[str, float, float]]:
+    """Each op at awkward sizes: its name, its error against float64 and the bound."""
+    for B, T, H, V in SHAPES:
+        for dtype, gradient_bound in GRADIENT_BOUND.items():
+            inputs = make_inputs(B, T, H, V, dtype)
+            wide = widened(inputs)
+            for name, objective in OBJECTIVES.items():
+                label = f"{name}, T {T}, V {V:,}, {str(dtype).removeprefix('torch.')}"
+                made = linear_expo_loss(**inputs, objective=objective, logits_budget_mb=1.0)
+                truth = linear_expo_loss(**wide, objective=objective)
+                yield f"log-probs: {label}", float((made.logps - truth.logps).abs().max()), LOGP_BOUND
+                gradients = zip(_gradients(made.loss, inputs), _gradients(truth.loss, wide), strict=True)
+                yield f"gradients: {label}", max(_relative(*pair) for pair in gradients), gradient_bound
+    logits = (4 * torch.randn(3, 5, 4099, device="cuda")).requires_grad_()
+    ids = torch.randint(0, 4099, (3, 5), device="cuda")
+    logps, entropies = token_logps(logits, ids, temperature=0.7, return_entropy=True)
+    wide_logits = logits.detach().double().requires_grad_()
+    true_logps = reference.token_logps(wide_logits, ids, 0.7)
+    true_entropies = reference.token_entropies(wide_logits, 0.7)
+    (grad,) = torch.autograd.grad((logps.sin() + entropies.cos()).sum(), logits)
+    (true_grad,) = torch.autograd.grad((true_logps.sin() + true_entropies.cos()).sum(), wide_logits)
+    yield "entropies", float((entropies - true_entropies).abs().max()), LOGP_BOUND
+    yield "gradient of log-probs and entropies", _relative(grad, true_grad), GRADIENT_BOUND[torch.float32]
+    loss_inputs = {name: value for name, value in make_inputs(4, 5, 8, 64, torch.bfloat16).items() if name != "weight"}
+    del loss_inputs["hidden"]
+    ready = torch.randn(4, 5, 64, device="cuda")
+    runs = [expo_loss(ready.clone().requires_grad_(), **loss_inputs) for _ in range(2)]
+    yield "two runs differ by", float((runs[0].loss - runs[1].loss).abs()), 0.0
+
+
+def num_compiled() -> int:
+    """Binaries that Triton has made for this device so far."""
+    from triton.runtime.jit import JITFunction
+
+    from expo_kernels import _curriculum_kernels, _row_kernels
+
+    rooms = (_row_kernels, _curriculum_kernels)
+    kernels = [value for room in rooms for value in vars(room).values() if isinstance(value, JITFunction)]
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+def check_compilations() -> tuple[str, float, float]:
+    """New binaries over 1,000 steps in which everything changes."""
+    before = None
+    for step in range(1010):
+        if step == 10:
+            before = num_compiled()
+        B, T = 2 * (1 + step % 8), 1 + step % 37
+        objective = Objective(temperature=0.5 + step % 9 / 8, clip_low=0.1 + step % 3 / 10)
+        inputs = make_inputs(B, T, 64, 1024, torch.bfloat16, seed=step)
+        beta = torch.full((), step / 1000, device="cuda")
+        made = linear_expo_loss(**inputs, objective=objective, beta=beta, normalizer=float(B + step))
+        made.loss.backward()
+    assert before is not None
+    return "binaries compiled over 1,000 changing steps", float(num_compiled() - before), 0.0
+
+
+def check_synchronizations() -> tuple[str, float, float]:
+    """1 if a step waits for the device anywhere that PyTorch can tell."""
+    inputs = make_inputs(4, 33, 64, 1024, torch.bfloat16)
+    linear_expo_loss(**inputs).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_expo_loss(**inputs, beta=0.03, normalizer=7.0).loss.backward()
+    except RuntimeError as error:
+        print(f"  {error}")
+        return "synchronizations", 1.0, 0.0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "synchronizations", 0.0, 0.0
+
+
+def check_graph() -> tuple[str, float, float]:
+    """How far a captured step, replayed with another beta, is from the eager one."""
+    inputs = make_inputs(4, 33, 64, 1024, torch.bfloat16)
+    beta = torch.full((), 0.02, device="cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        loss = linear_expo_loss(**inputs, beta=beta, logits_budget_mb=0.2).loss
+        return loss.detach(), *_gradients(loss, inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    beta.fill_(0.5)
+    graph.replay()
+    difference = max(float((one - other).abs().max()) for one, other in zip(captured, run(), strict=True))
+    return "graph replayed with a new beta differs by", difference, 0.0
+
+
+def timings(tokens: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
+    """Milliseconds and peak MiB of forward and backward, for us and for what we are measured against."""
+    B, T = 8, tokens // 8
+    inputs = make_inputs(B, T, hidden_size, vocab_size, torch.bfloat16)
+    inputs["completion_mask"] = torch.ones(B, T, dtype=torch.bool, device="cuda")
+    inputs["hidden"] = torch.randn(B, T, hidden_size, device="cuda").bfloat16().requires_grad_()
+    inputs["completion_ids"] = inputs["completion_ids"].clamp(min=0)
+    hidden, weight = inputs["hidden"].detach().view(-1, hidden_size), inputs["weight"].detach()
+    rows = 1024
+
+    def products() -> None:
+        for start in range(0, tokens, rows):
+            part = hidden[start : start + rows]
+            logits = part @ weight.T
+            logits @ weight
+            logits.T @ part
+
+    def eager() -> None:
+        logps = reference.token_logps((inputs["hidden"] @ inputs["weight"].T).float(), inputs["completion_ids"], 1.0)
+        _loss_of(logps, inputs).backward()
+
+    def ours() -> None:
+        linear_expo_loss(**inputs).loss.backward()
+
+    def ours_frozen_head() -> None:
+        linear_expo_loss(**{**inputs, "weight": weight}).loss.backward()
+
+    def logps_only() -> None:
+        with torch.no_grad():
+            linear_token_logps(inputs["hidden"], weight, inputs["completion_ids"])
+
+    contenders: dict[str, Callable[[], None]] = {
+        "three products": products,
+        "linear_expo_loss": ours,
+        "linear_expo_loss, frozen head": ours_frozen_head,
+        "linear_token_logps": logps_only,
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+    }
+    if importlib.util.find_spec("liger_kernel") is not None:
+        contenders["Liger fused linear GRPO"] = _liger(inputs)
+    return {name: _measure(run, inputs) for name, run in contenders.items()}
+
+
+def row_kernel_bandwidth(tokens: int = 4096, vocab_size: int = 151_936) -> dict[str, float]:
+    """GB/s of the loss on ready bfloat16 logits, counting two reads and one write, and of a copy."""
+    logits = torch.randn(8, tokens // 8, vocab_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    inputs = make_inputs(8, tokens // 8, 8, vocab_size, torch.bfloat16)
+    del inputs["hidden"], inputs["weight"]
+    inputs["completion_mask"] = torch.ones_like(inputs["completion_mask"])
+    inputs["completion_ids"] = inputs["completion_ids"].clamp(min=0)
+    target = torch.empty_like(logits)
+    num_bytes = logits.numel() * logits.element_size()
+    loss_ms = _median_ms(lambda: expo_loss(logits, **inputs))
+    copy_ms = _median_ms(lambda: target.copy_(logits.detach()))
+    return {"expo_loss GB/s": 3e-6 * num_bytes / loss_ms, "copy GB/s": 2e-6 * num_bytes / copy_ms}
+
+
+def _loss_of(logps: Tensor, inputs: dict[str, Any]) -> Tensor:
+    advantages = reference.group_advantages(inputs["rewards"], inputs["group_size"], "group", 1e-6)
+    return reference.expo_loss_from_logps(
+        logps,
+        inputs["completion_mask"],
+        advantages=advantages,
+        old_logps=inputs["old_logps"],
+        ref_logps=inputs["ref_logps"],
+        rollout_logps=None,
+        beta=torch.full((), 0.02, device="cuda"),
+        objective=Objective(),
+    )
+
+
+def _liger(inputs: dict[str, Any]) -> Callable[[], None]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss_function = LigerFusedLinearGRPOLoss(beta=0.02, loss_type="grpo")
+    advantages = reference.group_advantages(inputs["rewards"], inputs["group_size"], "group", 1e-6)
+
+    def run() -> None:
+        loss, _ = loss_function(
+            inputs["hidden"],
+            inputs["weight"],
+            inputs["completion_ids"],
+            inputs["completion_mask"],
+            advantages,
+            ref_per_token_logps=inputs["ref_logps"],
+            old_per_token_logps=inputs["old_logps"],
+        )
+        loss.backward()
+
+    return run
+
+
+def _measure(run: Callable[[], None], inputs: dict[str, Any]) -> dict[str, float] | str:
+    try:
+        for name in ("hidden", "weight"):
+            inputs[name].grad = None
+        torch.cuda.empty_cache()
+        run()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        milliseconds = _median_ms(run)
+        return {"ms": milliseconds, "extra peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    except torch.OutOfMemoryError:
+        return "out of memory"
+
+
+def _median_ms(run: Callable[[], Any], repeats: int = 10) -> float:
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    run()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+def _gradients(loss: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, (inputs["hidden"], inputs["weight"]))
+
+
+def _relative(tensor: Tensor, truth: Tensor) -> float:
+    return float((tensor.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _provenance() -> dict[str, str]:
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    packages = {name: installed(name) for name in ("torch", "triton", "liger-kernel")}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "commit": commit or "unknown",
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **packages,
+    }
+
+
+def main() -> int:
+    """Run all checks, then the timings; write the results; 1 if a check is off, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-timings", action="store_true", help="checks only")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: gpu_check needs a CUDA or HIP device that PyTorch can see (torch.cuda.is_available())")
+        return 2
+    results: dict[str, Any] = {"provenance": _provenance(), "checks": []}
+    num_off = 0
+    single_checks = (check_compilations, check_synchronizations, check_graph)
+    for name, error, bound in (*numeric_checks(), *(check() for check in single_checks)):
+        is_right = error <= bound
+        num_off += not is_right
+        results["checks"].append({"name": name, "error": error, "bound": bound, "ok": is_right})
+        print(f"{'ok ' if is_right else 'OFF'}  {name}: {error:.2e}, bound {bound:.0e}")
+    if not arguments.no_timings:
+        results["bandwidth"] = row_kernel_bandwidth()
+        print(results["bandwidth"])
+        results["timings"] = []
+        for shape in TIMED:
+            made = timings(*shape)
+            results["timings"].append({"N, H, V": shape, "results": made})
+            print(shape, json.dumps(made, indent=2))
+    RESULTS.mkdir(exist_ok=True)
+    name = results["provenance"]["gpu"].replace(" ", "-").replace("/", "-")
+    path = RESULTS / f"gpu_check_{name}.json"
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"{'all checks hold' if num_off == 0 else f'{num_off} checks are off'}; written to {path}")
+    return int(num_off > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
