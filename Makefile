@@ -1,5 +1,6 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
 # make test    set up and run every check: style, types, tests
+# make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
 # make clean   remove the environment
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu-check clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -26,6 +27,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: $(READY)
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

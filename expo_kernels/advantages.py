@@ -35,18 +35,23 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale 
         ValueError: G does not divide B, a reward is not finite (read on CPU), an unknown scale.
         TypeError: an argument of the wrong type.
     """
-    validate.is_tensor("rewards", rewards)
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent")
-    validate.group_size_divides(rewards.numel(), group_size)
+    check_rewards(rewards, group_size)
     validate.choice("scale", scale, ("group", "batch", "none"))
     validate.number("eps", eps, low=0.0)
-    validate.finite("rewards", rewards)
     if rewards.dtype != torch.float64:
         rewards = rewards.float()
     if rewards.numel() == 0:
         return rewards.detach().clone()
     return reference.group_advantages(rewards.detach(), group_size, scale, eps)
+
+
+def check_rewards(rewards: Tensor, group_size: int) -> None:
+    """The checks on rewards that everything made of them shares."""
+    validate.is_tensor("rewards", rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent")
+    validate.group_size_divides(rewards.numel(), group_size)
+    validate.finite("rewards", rewards)
 
 
 def akl_beta(

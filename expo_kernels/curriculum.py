@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo_kernels import _launch, reference
 from expo_kernels import _validate as validate
-from expo_kernels import reference
 
 MIN_STD = 1e-6  # pass rates are float32: a narrower window could not tell two of them apart
 _SETTINGS = ("num_questions", "mean", "std", "momentum", "initial_pass_rate")
@@ -55,6 +55,8 @@ class CurriculumTable:
         self._pass_rates = torch.full((num_questions,), self.initial_pass_rate, dtype=torch.float32, device=device)
         self._visits = torch.zeros(num_questions, dtype=torch.int64, device=device)
         self._log_weights = self._log_weights_of(self._pass_rates)
+        settings = (self.momentum, self.mean, self.std)
+        self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # for kernels
 
     @property
     def pass_rates(self) -> Tensor:
@@ -98,7 +100,14 @@ class CurriculumTable:
         validate.finite("pass_rates", pass_rates)
         validate.within("pass_rates", pass_rates, 0.0, 1.0)
         device = self._pass_rates.device
-        ids, means = _mean_by_id(question_ids.to(device).long(), pass_rates.detach().to(device).double())
+        question_ids, rates = question_ids.to(device).long(), pass_rates.detach().to(device).double()
+        if _launch.use_kernels(self._pass_rates):
+            from expo_kernels import _curriculum_kernels
+
+            table = (self._pass_rates, self._visits, self._log_weights)
+            _curriculum_kernels.launch_update(question_ids, rates, *table, self._settings)
+            return
+        ids, means = _mean_by_id(question_ids, rates)
         smoothed = reference.smoothed_pass_rates(self._pass_rates[ids].double(), means, self.momentum).float()
         self._pass_rates[ids] = smoothed
         self._visits[ids] += 1
@@ -124,6 +133,11 @@ class CurriculumTable:
                 f"k is {k}, but there are {self.num_questions} questions; "
                 "draw at most that many, or with replacement=True"
             )
+        if _launch.use_kernels(self._log_weights):
+            from expo_kernels import _curriculum_kernels
+
+            seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self._pass_rates.device, generator=generator)
+            return _curriculum_kernels.launch_race(self._log_weights, seed).topk(k).indices
         # exponential race: the k first arrivals of rates w are a draw without replacement. In logs, so that
         # tiny weights still race, and in float64: float32 has too few distinct uniforms for a million racers
         race = self._uniforms(self.num_questions, generator).neg_().log1p_().neg_().log_().neg_()

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expo_kernels import _rows, logps
 from expo_kernels import _validate as validate
+from expo_kernels import logps
+from expo_kernels._request import check_request
 from expo_kernels.objective import Objective
-from expo_kernels.policy_loss import LossOutput, gather_tokens, loss_of_states
+from expo_kernels.policy_loss import LossOutput, loss_of_states
 
 
 def linear_expo_loss(
@@ -83,9 +84,8 @@ def linear_expo_loss(
     validate.same_device(hidden=hidden, weight=weight, bias=bias)
     if logits_budget_mb is not None:
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)
-    tokens = gather_tokens(
+    request = check_request(
         completion_mask,
-        _rows.arithmetic_dtype(hidden, weight, bias),
         advantages=advantages,
         rewards=rewards,
         group_size=group_size,
@@ -102,7 +102,7 @@ def linear_expo_loss(
         weight,
         bias,
         completion_ids,
-        tokens,
+        request,
         budget_mb=logits_budget_mb,
         return_entropy=return_entropy,
     )

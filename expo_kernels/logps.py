@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expo_kernels import _rows
+from expo_kernels import _launch, _rows
 from expo_kernels import _validate as validate
+from expo_kernels.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,20 @@ def _masked_token_logps(
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
         validate.number("logit_softcap", logit_softcap, low=0.0, above=True)
+    if _launch.use_kernels(states, weight, bias):
+        from expo_kernels import _fused
+
+        made = _fused.logps_of_states(
+            states,
+            weight,
+            bias,
+            ids,
+            mask,
+            Objective(temperature=temperature, logit_softcap=logit_softcap),
+            return_entropy=return_entropy,
+            budget_mb=budget_mb,
+        )
+        return made if return_entropy else made[0]
     index = valid_index(mask, ids)
     chosen_ids = ids.reshape(-1).index_select(0, index).long()
     size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from expo_kernels import _rows, logps, reference
+from expo_kernels import _launch, _rows, logps, reference
 from expo_kernels import _validate as validate
+from expo_kernels._request import Request, check_request
 from expo_kernels.advantages import group_advantages
 from expo_kernels.objective import Objective
 
@@ -250,9 +251,8 @@ def expo_loss(
     validate.floating("logits", logits)
     validate.dimensions("logits", logits, "BTV" if cu_seqlens is None else "NV")
     logps.check_ids_and_mask("logits", logits, completion_ids, "completion_mask", completion_mask)
-    tokens = gather_tokens(
+    request = check_request(
         completion_mask,
-        _rows.arithmetic_dtype(logits),
         advantages=advantages,
         rewards=rewards,
         group_size=group_size,
@@ -264,7 +264,7 @@ def expo_loss(
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
-    return loss_of_states(logits, None, None, completion_ids, tokens, return_entropy=return_entropy, in_place=inplace)
+    return loss_of_states(logits, None, None, completion_ids, request, return_entropy=return_entropy, in_place=inplace)
 
 
 def expo_loss_from_logps(
@@ -310,9 +310,8 @@ def expo_loss_from_logps(
     validate.mask_values("completion_mask", completion_mask)
     validate.same_shape("completion_mask", completion_mask, "logps", logps.shape)
     validate.same_device(logps=logps, completion_mask=completion_mask)
-    tokens = gather_tokens(
+    request = check_request(
         completion_mask,
-        _rows.arithmetic_dtype(logps),
         advantages=advantages,
         rewards=rewards,
         group_size=group_size,
@@ -324,6 +323,11 @@ def expo_loss_from_logps(
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
+    if _launch.use_kernels(logps):
+        from expo_kernels import _fused
+
+        return LossOutput(*_fused.loss_of_logps(logps, request))
+    tokens = gather_tokens(request, _rows.arithmetic_dtype(logps))
     token_logps = logps.reshape(-1).index_select(0, tokens.index).to(tokens.weights.dtype)
     return loss_output(tokens.loss(token_logps), token_logps.detach(), None, tokens, logps.shape)
 
@@ -333,13 +337,28 @@ def loss_of_states(
     weight: Tensor | None,
     bias: Tensor | None,
     completion_ids: Tensor,
-    tokens: TokenBatch,
+    request: Request,
     *,
     budget_mb: float | None = None,
     return_entropy: bool = False,
     in_place: bool = False,
 ) -> LossOutput:
     """Loss of validated arguments: `states` are hidden states where a head `weight` is given, else logits."""
+    if _launch.use_kernels(states, weight, bias):
+        from expo_kernels import _fused
+
+        made = _fused.loss_of_states(
+            states,
+            weight,
+            bias,
+            completion_ids,
+            request,
+            budget_mb=budget_mb,
+            return_entropy=return_entropy,
+            in_place=in_place,
+        )
+        return LossOutput(*made)
+    tokens = gather_tokens(request, _rows.arithmetic_dtype(states, weight, bias))
     chosen_ids = completion_ids.reshape(-1).index_select(0, tokens.index).long()
     size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")
     validate.ids_in_range("completion_ids", chosen_ids, size, size_name)
@@ -360,121 +379,47 @@ def loss_output(
     return LossOutput(loss, metrics, logps.spread(token_logps, tokens.index, shape))
 
 
-def gather_tokens(
-    completion_mask: Tensor,
-    dtype: torch.dtype,
-    *,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    rollout_logps: Tensor | None,
-    beta: float | Tensor,
-    objective: Objective | None,
-    normalizer: float | Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> TokenBatch:
-    """The valid tokens of a call, once everything about them has been checked."""
-    objective = Objective() if objective is None else objective
-    validate.is_tensor("completion_mask", completion_mask)
-    shape, device = completion_mask.shape, completion_mask.device
-    for name, tensor in (("old_logps", old_logps), ("ref_logps", ref_logps), ("rollout_logps", rollout_logps)):
-        if tensor is not None:
-            validate.floating(name, tensor)
-            validate.same_shape(name, tensor, "completion_mask", shape)
-            validate.same_device(completion_mask=completion_mask, **{name: tensor})
-    _check_scalars(objective, beta, normalizer)
-    _check_options(objective, beta, ref_logps, rollout_logps)
-    index = logps.valid_index(completion_mask, completion_mask)
-    sequence_index, num_sequences = _sequences(index, shape, cu_seqlens)
-    if advantages is None:
-        advantages = _advantages_of_rewards(rewards, group_size, num_sequences)
-    elif rewards is not None or group_size is not None:
-        raise ValueError("advantages are given together with rewards or group_size; give one or the other")
+def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
+    """The valid tokens of a call."""
+    shape, device = request.completion_mask.shape, request.completion_mask.device
+    index = logps.valid_index(request.completion_mask, request.completion_mask)
+    sequence_index = _sequences(index, shape, request.cu_seqlens)
 
     def valid(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().reshape(-1).index_select(0, index).to(dtype)
 
-    token_advantages = _token_advantages(advantages, index, sequence_index, num_sequences, shape).to(dtype)
+    advantages = request.advantages
+    if advantages is None:
+        assert request.rewards is not None
+        advantages = group_advantages(request.rewards, request.group_size)
+    if advantages.shape == (request.num_sequences,):
+        token_advantages = advantages.detach().index_select(0, sequence_index).to(dtype)
+    else:
+        token_advantages = advantages.detach().reshape(-1).index_select(0, index).to(dtype)
+    normalizer = request.normalizer
     if normalizer is not None:
         normalizer = torch.as_tensor(normalizer, dtype=dtype, device=device).detach()
     return TokenBatch(
         index=index,
         sequence_index=sequence_index,
-        num_sequences=num_sequences,
+        num_sequences=request.num_sequences,
         advantages=token_advantages,
-        old_logps=valid(old_logps),
-        ref_logps=valid(ref_logps),
-        rollout_logps=valid(rollout_logps),
-        weights=reference.token_weights(sequence_index, num_sequences, normalizer, token_advantages, objective),
-        beta=torch.as_tensor(beta, dtype=dtype, device=device).detach(),
-        objective=objective,
+        old_logps=valid(request.old_logps),
+        ref_logps=valid(request.ref_logps),
+        rollout_logps=valid(request.rollout_logps),
+        weights=reference.token_weights(
+            sequence_index, request.num_sequences, normalizer, token_advantages, request.objective
+        ),
+        beta=torch.as_tensor(request.beta, dtype=dtype, device=device).detach(),
+        objective=request.objective,
     )
 
 
-def _check_scalars(objective: Objective, beta: float | Tensor, normalizer: float | Tensor | None) -> None:
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective is a {type(objective).__name__}; expected an expo_kernels.Objective")
-    validate.scalar("beta", beta)
-    if normalizer is not None:
-        validate.scalar("normalizer", normalizer, above_zero=True)
-
-
-def _check_options(
-    objective: Objective, beta: float | Tensor, ref_logps: Tensor | None, rollout_logps: Tensor | None
-) -> None:
-    if ref_logps is None:
-        # a tensor on a device is not read: there, the caller who passes one must pass ref_logps
-        is_zero = (not isinstance(beta, Tensor) or validate.may_read(beta)) and float(beta) == 0.0
-        if not is_zero:
-            given = beta if not isinstance(beta, Tensor) else "a tensor that is not known to be 0"
-            raise ValueError(f"ref_logps is None, but beta is {given}; give ref_logps, or beta=0.0 for no KL penalty")
-        if objective.kl_importance_weighted:
-            raise ValueError("kl_importance_weighted has no effect without ref_logps; give them or turn it off")
-    if objective.rollout_correction is None and rollout_logps is not None:
-        raise ValueError(
-            "rollout_logps would be ignored: objective.rollout_correction is None; "
-            'set it to "token" or "sequence", or leave rollout_logps out'
-        )
-    if objective.rollout_correction is not None and rollout_logps is None:
-        raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
-
-
-def _sequences(index: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The sequence of each valid token, and how many sequences there are."""
+def _sequences(index: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """The sequence of each valid token."""
     if cu_seqlens is None:
-        return index // max(shape[1], 1), shape[0]
-    validate.is_tensor("cu_seqlens", cu_seqlens)
-    validate.cumulative_lengths(cu_seqlens, shape[0])
-    ends = cu_seqlens[1:].long().contiguous()
-    return torch.searchsorted(ends, index, right=True), ends.numel()
-
-
-def _advantages_of_rewards(rewards: Tensor | None, group_size: int | None, num_sequences: int) -> Tensor:
-    if rewards is None or group_size is None:
-        raise ValueError("neither advantages nor (rewards and group_size) are given; give exactly one of the two")
-    advantages = group_advantages(rewards, group_size)
-    if rewards.numel() != num_sequences:
-        raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B] = [{num_sequences}]")
-    return advantages
-
-
-def _token_advantages(
-    advantages: Tensor, index: Tensor, sequence_index: Tensor, num_sequences: int, shape: torch.Size
-) -> Tensor:
-    """Advantage of each valid token, [N]."""
-    validate.floating("advantages", advantages)
-    validate.same_device(completion_mask=index, advantages=advantages)
-    advantages = advantages.detach()
-    if advantages.dim() == 1 and advantages.shape[0] == num_sequences:
-        return advantages.index_select(0, sequence_index)
-    if advantages.shape == shape:
-        return advantages.reshape(-1).index_select(0, index)
-    raise ValueError(
-        f"advantages has shape {list(advantages.shape)}; expected one per sequence, [{num_sequences}], "
-        f"or one per position, {list(shape)}"
-    )
+        return index // max(shape[1], 1)
+    return torch.searchsorted(cu_seqlens[1:].long().contiguous(), index, right=True)
 
 
 class ExpoLoss(nn.Module):

@@ -1,0 +1,131 @@
+"""What a loss call says beside its logits, checked once: the same checks for the PyTorch path and for the kernels."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expo_kernels import _validate as validate
+from expo_kernels.advantages import check_rewards
+from expo_kernels.objective import Objective
+
+
+class Request(NamedTuple):
+    """A call's checked arguments; shapes as in `expo_loss`."""
+
+    completion_mask: Tensor
+    objective: Objective
+    num_sequences: int
+    advantages: Tensor | None  # None: to be made of rewards
+    rewards: Tensor | None
+    group_size: int
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    rollout_logps: Tensor | None
+    beta: float | Tensor
+    normalizer: float | Tensor | None
+    cu_seqlens: Tensor | None
+
+    @property
+    def advantages_are_per_sequence(self) -> bool:
+        """Whether `advantages` hold one number per sequence rather than one per position."""
+        return self.advantages is not None and self.advantages.shape == (self.num_sequences,)
+
+
+def check_request(
+    completion_mask: Tensor,
+    *,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    rollout_logps: Tensor | None,
+    beta: float | Tensor,
+    objective: Objective | None,
+    normalizer: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Request:
+    """The arguments of a loss call as one value, once everything that costs no synchronisation has been checked."""
+    validate.is_tensor("completion_mask", completion_mask)
+    objective = Objective() if objective is None else objective
+    shape = completion_mask.shape
+    for name, tensor in (("old_logps", old_logps), ("ref_logps", ref_logps), ("rollout_logps", rollout_logps)):
+        if tensor is not None:
+            validate.floating(name, tensor)
+            validate.same_shape(name, tensor, "completion_mask", shape)
+            validate.same_device(completion_mask=completion_mask, **{name: tensor})
+    _check_scalars(objective, beta, normalizer)
+    _check_options(objective, beta, ref_logps, rollout_logps)
+    num_sequences = _count_sequences(shape, cu_seqlens)
+    if advantages is not None:
+        if rewards is not None or group_size is not None:
+            raise ValueError("advantages are given together with rewards or group_size; give one or the other")
+        _check_advantages(advantages, completion_mask, num_sequences)
+    elif rewards is None or group_size is None:
+        raise ValueError("neither advantages nor (rewards and group_size) are given; give exactly one of the two")
+    else:
+        check_rewards(rewards, group_size)
+        if rewards.numel() != num_sequences:
+            raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B] = [{num_sequences}]")
+        validate.same_device(completion_mask=completion_mask, rewards=rewards)
+    return Request(
+        completion_mask,
+        objective,
+        num_sequences,
+        advantages,
+        rewards,
+        group_size or 1,
+        old_logps,
+        ref_logps,
+        rollout_logps,
+        beta,
+        normalizer,
+        cu_seqlens,
+    )
+
+
+def _check_scalars(objective: Any, beta: float | Tensor, normalizer: float | Tensor | None) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective is a {type(objective).__name__}; expected an expo_kernels.Objective")
+    validate.scalar("beta", beta)
+    if normalizer is not None:
+        validate.scalar("normalizer", normalizer, above_zero=True)
+
+
+def _check_options(
+    objective: Objective, beta: float | Tensor, ref_logps: Tensor | None, rollout_logps: Tensor | None
+) -> None:
+    if ref_logps is None:
+        # a tensor on a device is not read: there, the caller who passes one must pass ref_logps
+        is_zero = (not isinstance(beta, Tensor) or validate.may_read(beta)) and float(beta) == 0.0
+        if not is_zero:
+            given = beta if not isinstance(beta, Tensor) else "a tensor that is not known to be 0"
+            raise ValueError(f"ref_logps is None, but beta is {given}; give ref_logps, or beta=0.0 for no KL penalty")
+        if objective.kl_importance_weighted:
+            raise ValueError("kl_importance_weighted has no effect without ref_logps; give them or turn it off")
+    if objective.rollout_correction is None and rollout_logps is not None:
+        raise ValueError(
+            "rollout_logps would be ignored: objective.rollout_correction is None; "
+            'set it to "token" or "sequence", or leave rollout_logps out'
+        )
+    if objective.rollout_correction is not None and rollout_logps is None:
+        raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
+
+
+def _count_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
+    if cu_seqlens is None:
+        return shape[0]
+    validate.is_tensor("cu_seqlens", cu_seqlens)
+    validate.cumulative_lengths(cu_seqlens, shape[0])
+    return cu_seqlens.numel() - 1
+
+
+def _check_advantages(advantages: Tensor, completion_mask: Tensor, num_sequences: int) -> None:
+    validate.floating("advantages", advantages)
+    validate.same_device(completion_mask=completion_mask, advantages=advantages)
+    if advantages.shape not in ((num_sequences,), completion_mask.shape):
+        raise ValueError(
+            f"advantages has shape {list(advantages.shape)}; expected one per sequence, [{num_sequences}], "
+            f"or one per position, {list(completion_mask.shape)}"
+        )

@@ -1,0 +1,66 @@
+"""The kernels in Triton's interpreter: against float64 one by one, then as what the public functions run on.
+
+The interpreter must be chosen before triton is imported, so these run in processes of their own. To see one fail:
+`TRITON_INTERPRET=1 PYTHONPATH=tests/interpreter python -m pytest -p kernels_on_cpu tests/interpreter/check_rows.py`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+INTERPRETER = TESTS / "interpreter"
+# what these ask of the PyTorch path has no meaning here, or takes the interpreter minutes
+LEFT_OUT = (
+    "under_no_grad_only_the_logits_are_made",  # counts calls of the PyTorch path, as do the next three
+    "reads_twice_only_over_several_chunks",
+    "a_frozen_input_costs_no_gradient",
+    "self_check",
+    "(whatever_the_number_of_chunks and float32)",  # bfloat16 has the harder way
+    "masked_contents_never_matter",  # hundreds of examples: `check_rows.py` has a few
+)
+FILES = (
+    "interpreter/check_rows.py",
+    "interpreter/check_curriculum.py",
+    "test_policy_loss.py",
+    "test_linear_loss.py",
+    "test_logps.py",
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_pass_in_the_interpreter(file):
+    selection = [] if file.startswith("interpreter/") else ["-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:xdist",
+            "-p",
+            "kernels_on_cpu",
+            TESTS / file,
+            *selection,
+        ],
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(INTERPRETER), os.environ.get("PYTHONPATH", "")]),
+            # skipped rows hold numbers that are made and never used
+            "PYTHONWARNINGS": "ignore:::triton.runtime.interpreter",
+        },
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
