@@ -14,7 +14,8 @@ import torch
 from expo.config import ConfigError, RunConfig, load_config
 from expo.data import Prompted, QuestionSet, load_questions, render_prompts
 from expo.metrics import Display, RunFolder, describe_environment
-from expo.policy import Policy, TorchPolicy, check_model_path, load_model
+from expo.model import check_model_path, load_model
+from expo.policy import Policy, TorchPolicy
 from expo.rewards import Verifier, check_answers
 from expo.rollout import RolloutEngine, request_seed
 from expo.rollout.transformers import TransformersEngine
@@ -119,7 +120,7 @@ def build_parts(config: RunConfig, inputs: Inputs, folder: RunFolder, display: D
     """Loads the model, copies it as the reference, and renders every prompt; sets PyTorch's number of threads."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    model, tokenizer = load_model(config.model, config.policy.dtype, _device(config.run.device))
+    model, tokenizer = load_model(config.model, _device(config.run.device))
     reference = copy.deepcopy(model) if config.kl.beta > 0 else None
     train_set = render_prompts(inputs.train.questions, config.data, tokenizer)
     _require_enough(config, len(train_set))
@@ -132,7 +133,7 @@ def build_parts(config: RunConfig, inputs: Inputs, folder: RunFolder, display: D
     return Parts(
         config=config,
         policy=TorchPolicy(config, model, reference, pad_id),
-        engine=TransformersEngine(model, tokenizer, config.rollout.batch_size),
+        engine=TransformersEngine(model, tokenizer, config.rollout.batch_size, getattr(torch, config.policy.dtype)),
         verifier=Verifier(config.reward.workers, config.reward.timeout_s),
         curriculum=_curriculum(config, len(train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),

@@ -152,7 +152,7 @@ class PolicySection(_Section):
     """The model under training."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter and activation type; logits and log-probs are float32 in either."""
+    """Type of the transformer's products; parameters, AdamW's moments, logits and log-probs are float32 in either."""
     zero_stage: Literal[0] = 0
     """ZeRO partitioning; 0: none, the only stage of a single process."""
     micro_batch_tokens: Count = 16384

@@ -12,13 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from expo import ledger
 from expo.batch import Batch, collate, split_by_tokens
-from expo.config import ConfigError, ModelSection, OptimizerSection, PolicySection, RunConfig
-from expo_kernels import Objective, linear_expo_loss, linear_token_logps
+from expo.config import OptimizerSection, PolicySection, RunConfig
+from expo.model import hidden_states, logit_softcap
+from expo_kernels import linear_expo_loss, linear_token_logps
 
 
 @dataclass(frozen=True)
@@ -66,36 +64,6 @@ class Policy(Protocol):
         """Writes the weights as a transformers folder."""
 
 
-def load_model(config: ModelSection, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """The causal language model and tokenizer that `model.path` names.
-
-    Raises: ConfigError if there is no such model, or its tokenizer cannot end a reply.
-    """
-    path = check_model_path(config)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its bars would break into ours
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {config.path} does not load: {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of model.path = {config.path} has no end-of-sequence token; set eos_token")
-    return model.to(device), tokenizer
-
-
-def check_model_path(config: ModelSection) -> str:
-    """Where the model lies: a folder, or a hub id as given.
-
-    Raises: ConfigError if it reads as a folder and holds no model.
-    """
-    path = str(ledger.MODEL_PATH) if config.path == "ledger" else config.path
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if (Path(path) / "config.json").is_file() or (is_hub_id and not Path(path).exists()):
-        return path
-    what = "has no config.json" if Path(path).is_dir() else "does not exist"
-    raise ConfigError(f'model.path = {config.path} {what}; give a transformers folder, a hub id, or "ledger"')
-
-
 class TorchPolicy:
     """A transformers model trained by AdamW in one process.
 
@@ -110,7 +78,8 @@ class TorchPolicy:
         self._section: PolicySection = config.policy
         self._optimizer_section: OptimizerSection = config.optimizer
         self._num_updates = config.run.steps * config.policy.updates_per_step
-        self._objective = _with_softcap(config.loss_objective(), model)
+        self._dtype = getattr(torch, config.policy.dtype)
+        self._objective = dataclasses.replace(config.loss_objective(), logit_softcap=logit_softcap(model))
         self._model = model.train()
         self._reference = reference.eval().requires_grad_(False) if reference is not None else None
         self._pad_id = pad_id
@@ -169,7 +138,7 @@ class TorchPolicy:
     def _logps_of(self, model: Any, batch: Batch) -> Tensor:
         head = model.get_output_embeddings()
         return linear_token_logps(
-            _hidden(model, batch),
+            hidden_states(model, batch.input_ids, self._dtype),
             head.weight,
             batch.completion_ids,
             bias=head.bias,
@@ -203,7 +172,7 @@ class TorchPolicy:
     def _loss(self, micro: MicroBatch, beta: Tensor, normalizer: float) -> Any:
         head = self._model.get_output_embeddings()
         return linear_expo_loss(
-            _hidden(self._model, micro.batch),
+            hidden_states(self._model, micro.batch.input_ids, self._dtype),
             head.weight,
             micro.batch.completion_ids,
             micro.batch.completion_mask,
@@ -241,24 +210,6 @@ class TorchPolicy:
     def export(self, folder: Path) -> None:
         """Writes safetensors, config and generation config."""
         self._model.save_pretrained(folder)
-
-
-def _hidden(model: Any, batch: Batch) -> Tensor:
-    """Last hidden states [B, S, H]: what the head turns into logits."""
-    hidden: Tensor = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return hidden
-
-
-def _with_softcap(objective: Objective, model: Any) -> Objective:
-    """The objective with what the model does to its logits after the head.
-
-    Raises: ConfigError if the model scales them, which the loss would not reproduce.
-    """
-    text_config = model.config.get_text_config()
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(text_config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(f"the model scales its logits ({name}), which is not supported; choose another model")
-    return dataclasses.replace(objective, logit_softcap=getattr(text_config, "final_logit_softcapping", None))
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

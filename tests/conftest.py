@@ -28,6 +28,6 @@ def _seeded():
 def ledger_model():
     """The embedded model and tokenizer, float32 on the CPU; a test that changes the model copies it first."""
     from expo.config import ModelSection
-    from expo.policy import load_model
+    from expo.model import load_model
 
-    return load_model(ModelSection(path="ledger"), "float32", torch.device("cpu"))
+    return load_model(ModelSection(path="ledger"), torch.device("cpu"))

@@ -6,7 +6,7 @@ import pytest
 
 from expo.config import ConfigError, DataSection
 from expo.data import PROMPTS, Question, load_questions, question_id, render_prompt, render_prompts
-from expo.policy import load_model
+from expo.model import load_model
 
 
 def write(path, *rows):
@@ -108,4 +108,4 @@ def test_a_missing_model_folder_is_an_error_before_loading(path):
     from expo.config import ModelSection
 
     with pytest.raises(ConfigError, match="does not exist"):
-        load_model(ModelSection(path=path), "float32", None)
+        load_model(ModelSection(path=path), None)

@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from expo.config import ConfigError, load_config
-from expo.policy import Sample, TorchPolicy, _with_softcap
-from expo_kernels import Objective
+from expo.config import load_config
+from expo.policy import Sample, TorchPolicy
 
 
 def config(**overrides):
@@ -146,11 +145,21 @@ def test_gradient_checkpointing_gives_the_same_step(ledger_model):
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
 
 
-def test_a_model_that_scales_its_logits_is_refused(ledger_model):
-    model = copy.deepcopy(ledger_model[0])
-    model.config.logit_scale = 0.5
-    with pytest.raises(ConfigError, match="logit_scale"):
-        _with_softcap(Objective(), model)
-    model.config.logit_scale = 1.0
-    model.config.final_logit_softcapping = 30.0
-    assert _with_softcap(Objective(), model).logit_softcap == 30.0
+def test_bfloat16_products_keep_float32_parameters_that_small_steps_move(ledger_model):
+    policy, model, tokenizer = make(
+        ledger_model,
+        policy__dtype="bfloat16",
+        policy__updates_per_step=2,
+        optimizer__lr=1e-6,
+        optimizer__warmup_steps=0,
+    )
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+    first, second = policy.prepare(samples(tokenizer))
+    metrics = policy.update(first, BETA)
+    assert metrics["kl"] == 0.0
+    assert metrics["ratio_max"] == metrics["ratio_mean"] == 1.0
+    after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert after.dtype == torch.float32
+    assert (after != before).float().mean() > 0.5
+    assert (after - before).abs().max() < 2e-6
+    policy.update(second, BETA)

@@ -146,6 +146,13 @@ def test_grpo_is_a_setting(tmp_path):
     assert max(row["rollout_logp_difference_max"] for row in rows) < 1e-4
 
 
+def test_bfloat16_rollouts_and_training_agree(tmp_path):
+    rows = rows_of(train(quick(tmp_path, policy__dtype="bfloat16")), "metrics")
+    assert rows[0]["kl"] == 0.0
+    assert rows[0]["ratio_max"] == 1.0
+    assert max(row["rollout_logp_difference_max"] for row in rows) < 0.3
+
+
 def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
     run = train(quick(tmp_path, curriculum__kind="uniform"))
     drawn = [[row["question_id"] for row in rows_of(path, "completions")] for path in (run, finished)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expo.model import head_logits, run_transformer
 from expo.rollout.engine import Reply, Request, Sampling
 from expo_kernels import token_logps
 
@@ -25,10 +26,12 @@ class TransformersEngine:
         model: a transformers causal language model, shared with the policy.
         tokenizer: its tokenizer, with an end-of-sequence token.
         batch_size: replies generated at once.
+        dtype: of the transformer's products, as in the policy; logits are float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
         self._model = model
+        self._dtype = dtype
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._end_ids = _end_ids(model, tokenizer)
@@ -110,30 +113,33 @@ class TransformersEngine:
             input_ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
             mask[row, longest - len(prompt) :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self._model(
+        output = run_transformer(
+            self._model,
+            self._dtype,
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
             use_cache=True,
-            logits_to_keep=1,
         )
+        logits = head_logits(self._model, output.last_hidden_state[:, -1])
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(device)
         cache = output.past_key_values
         cache.batch_select_indices(group)
-        return _State(cache, mask.to(device)[group], positions.to(device)[group, -1:], output.logits[group, -1])
+        return _State(cache, mask.to(device)[group], positions.to(device)[group, -1:], logits[group])
 
     def _advance(self, state: "_State", drawn: Tensor) -> None:
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(state.mask), 1)], dim=1)
         state.position = state.position + 1
-        output = self._model(
+        output = run_transformer(
+            self._model,
+            self._dtype,
             input_ids=drawn[:, None],
             attention_mask=state.mask,
             position_ids=state.position,
             past_key_values=state.cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        state.logits = output.logits[:, -1]
+        state.logits = head_logits(self._model, output.last_hidden_state[:, -1])
 
     def _reply(self, token_ids: list[int], logps: list[float]) -> Reply:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
