@@ -8,7 +8,6 @@ gradients of hidden states and head. Every implementation's gradients are checke
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -16,12 +15,12 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from benchmarks.shapes import CPU_SHAPES, Shape
+from benchmarks.stamp import installed_version, provenance, write_results
 from expo_kernels import Objective, linear_expo_loss
 
 BETA, CLIP = 0.02, 0.2
@@ -89,9 +88,7 @@ def liger(inputs: Inputs) -> torch.Tensor:
 
 def implementations() -> dict:
     found = {"expo_kernels": ours, "eager log_softmax": eager, "eager logsumexp": eager_logsumexp}
-    try:
-        metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError:
+    if installed_version("liger-kernel") is None:
         sys.stderr.write("liger-kernel is not installed: left out (pip install liger-kernel==0.8.5)\n")
         return found
     return {**found, "liger (compiled=False)": liger}
@@ -182,28 +179,15 @@ def table(shape: Shape, result: dict) -> str:
 
 
 def environment() -> dict:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    versions = {}
-    for package in ("torch", "liger-kernel"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    cpu = next(
-        (line.split(":")[1].strip() for line in cpu_lines if line.startswith("model name")), platform.processor()
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(("torch", "liger-kernel")),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": versions,
     }
 
 
@@ -225,8 +209,7 @@ def main() -> None:
         report["shapes"][shape.name] = result
         print(table(shape, result), flush=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(options.out, report)
 
 
 if __name__ == "__main__":

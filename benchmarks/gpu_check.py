@@ -1,4 +1,4 @@
-"""Everything about the kernels that only a GPU can tell, in one command: `python benchmarks/gpu_check.py`.
+"""Everything about the kernels that only a GPU can tell, in one command: `python -m benchmarks.gpu_check`.
 
 Makes its own small inputs. Checks the kernels against float64 on the device, that a thousand changing steps compile
 nothing, that nothing waits for the device, and that a captured graph replays with a new beta; then times the loss
@@ -10,20 +10,16 @@ import argparse
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.stamp import RESULTS, provenance, write_results
 from expo_kernels import Objective, expo_loss, linear_expo_loss, linear_token_logps, reference, token_logps
 
-RESULTS = Path(__file__).parent / "results"
 LOGP_BOUND = 2e-5  # nats
 GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 OBJECTIVES = {
@@ -297,21 +293,11 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _provenance() -> dict[str, str]:
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    packages = {name: installed(name) for name in ("torch", "triton", "liger-kernel")}
+def _provenance() -> dict[str, Any]:
     return {
+        **provenance(("torch", "triton", "liger-kernel")),
         "gpu": torch.cuda.get_device_name(),
-        "commit": commit or "unknown",
         "cuda": str(torch.version.cuda or torch.version.hip),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **packages,
     }
 
 
@@ -339,10 +325,9 @@ def main() -> int:
             made = timings(*shape)
             results["timings"].append({"N, H, V": shape, "results": made})
             print(shape, json.dumps(made, indent=2))
-    RESULTS.mkdir(exist_ok=True)
     name = results["provenance"]["gpu"].replace(" ", "-").replace("/", "-")
     path = RESULTS / f"gpu_check_{name}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(path, results)
     print(f"{'all checks hold' if num_off == 0 else f'{num_off} checks are off'}; written to {path}")
     return int(num_off > 0)
 
