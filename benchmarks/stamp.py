@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from expo.checkpoint import write_whole
+from expo.files import write_bytes_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,8 +35,4 @@ def installed_version(package: str) -> str | None:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Writes one JSON file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: _write(temporary, json.dumps(results, indent=2) + "\n"))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_bytes_whole(path, (json.dumps(results, indent=2) + "\n").encode("utf-8"))

@@ -4,53 +4,16 @@ A checkpoint is a folder `step-000050`. It is written under a temporary name, fl
 that bears its final name is whole.
 """
 
-import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expo.files import write_whole
+
 STATE_FILE = "state.pt"
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes what it made, and renames it to `path`.
-
-    `path` may be a file or a folder; an older one of that name is replaced.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    _remove(temporary)
-    write(temporary)
-    for made in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-        _flush(made)
-    if path.is_dir():
-        # a folder cannot be renamed over one that has contents
-        retired = path.with_name(f".{path.name}.old")
-        _remove(retired)
-        path.rename(retired)
-        temporary.rename(path)
-        _remove(retired)
-    else:
-        temporary.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -8,9 +8,9 @@ demonstration overrides them in `recipes/ledger.yaml`. The text under each field
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -365,18 +365,7 @@ def _parse_value(name: str, text: str) -> Any:
         raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
 
 
-Result = TypeVar("Result")
-
-
 def fail(prog: str, error: Exception) -> NoReturn:
     """Ends the process with code 2 and one line on stderr."""
     sys.stderr.write(f"{prog}: error: {error}\n")
     raise SystemExit(2) from None
-
-
-def exit_on_config_error(prog: str, action: Callable[[], Result]) -> Result:
-    """What `action` returns; a ConfigError in it ends the process with code 2 and one line."""
-    try:
-        return action()
-    except ConfigError as error:
-        fail(prog, error)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Graded:
     replies: Sequence[Sequence[Reply]]
     verdicts: Sequence[Sequence[Verdict]]
 
-    @property
+    @cached_property
     def rewards(self) -> Tensor:
         """[Q, G] float32, 1 where correct, else 0."""
         return torch.tensor([[verdict.reward for verdict in group] for group in self.verdicts])

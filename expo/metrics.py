@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from expo.checkpoint import write_whole
+from expo.files import write_bytes_whole
 from expo.graded import Graded
 from expo_kernels import CurriculumTable
 
@@ -75,10 +75,6 @@ class PhaseTimer:
             torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def of(self, name: str) -> float:
-        """Seconds in one phase so far."""
-        return self._seconds.get(name, 0.0)
-
     def total(self) -> float:
         """Seconds since the timer was made."""
         return time.perf_counter() - self._started
@@ -99,15 +95,20 @@ class RunFolder:
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
         """Adds lines to `<name>.jsonl`."""
         with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write(_json_lines(rows))
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one file whole."""
-        write_whole(self.path / name, lambda temporary: _write(temporary, text))
+        write_bytes_whole(self.path / name, text.encode("utf-8"))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes one JSON file whole."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One JSON file that `write_json` wrote."""
+        value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        return value
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of `<name>.jsonl`; a last line that was cut short is left out."""
@@ -119,11 +120,11 @@ class RunFolder:
         """Drops what was written after `step`: a resumed run writes it again."""
         for path in self.path.glob("*.jsonl"):
             rows = [row for row in self.read_rows(path.stem) if row["step"] <= step]
-            self.write_text(path.name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.write_text(path.name, _json_lines(rows))
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -150,8 +150,10 @@ class TorchPolicy:
 
     def update(self, micro_batches: Sequence[MicroBatch], beta: Tensor) -> dict[str, float]:
         """One AdamW step on all of `micro_batches`; how they were cut does not change it."""
-        normalizer = self._normalizer(micro_batches)
+        # counted over the whole update before its first backward pass
         num_tokens = sum(int(micro.batch.completion_mask.sum()) for micro in micro_batches)
+        num_sequences = sum(len(micro.advantages) for micro in micro_batches)
+        normalizer = float(num_tokens if self._objective.aggregation == "token" else num_sequences)
         totals: dict[str, float] = {"loss": 0.0}
         for micro in micro_batches:
             output = self._loss(micro, beta, normalizer)
@@ -186,12 +188,6 @@ class TorchPolicy:
             logits_budget_mb=self._section.logits_budget_mb,
             return_entropy=True,
         )
-
-    def _normalizer(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """The loss's denominator over the whole update, counted before its first backward pass."""
-        if self._objective.aggregation == "token":
-            return float(sum(int(micro.batch.completion_mask.sum()) for micro in micro_batches))
-        return float(sum(len(micro.advantages) for micro in micro_batches))
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, AdamW moments and the number of updates done."""

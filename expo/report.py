@@ -1,11 +1,11 @@
 """The report of a run: `python -m expo.report RUN` turns its records into `report.html` and `pictures/*.png`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from expo.files import write_bytes_whole
 from expo.page import render_page
 from expo.pictures import draw_pictures
 from expo.records import NotARunError, read_run
@@ -25,19 +25,10 @@ def write_report(run_dir: Path) -> Path:
     (run_dir / "pictures").mkdir(exist_ok=True)
     for picture in pictures:
         if picture.png is not None:
-            _write_whole(run_dir / "pictures" / f"{picture.name}.png", picture.png)
+            write_bytes_whole(run_dir / "pictures" / f"{picture.name}.png", picture.png)
     report = run_dir / "report.html"
-    _write_whole(report, render_page(run, pictures).encode("utf-8", errors="replace"))
+    write_bytes_whole(report, render_page(run, pictures).encode("utf-8", errors="replace"))
     return report
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)  # noqa: PTH105 - the call that is atomic, by its own name
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from expo.assemble import Parts, build_parts, load_inputs, open_folder
-from expo.checkpoint import load_newest, save_checkpoint, write_whole
-from expo.config import RunConfig, exit_on_config_error, parse_command_line
+from expo.checkpoint import load_newest, save_checkpoint
+from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
+from expo.files import write_whole
 from expo.graded import Graded, grade
-from expo.metrics import Display, PhaseTimer, curriculum_row, describe_environment, progress_note, step_row
+from expo.metrics import Display, PhaseTimer, curriculum_row, progress_note, step_row
 from expo.policy import Sample
 from expo.records import results_table
 from expo.report import write_report
@@ -164,7 +165,7 @@ def finish(parts: Parts) -> None:
     summary = {
         "seed": config.run.seed,
         "steps": config.run.steps,
-        "commit": describe_environment()["commit"],
+        "commit": folder.read_json("environment.json")["commit"],
         "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + evaluations),
         "before": evaluations[0]["sets"] if evaluations else {},
         "after": evaluations[-1]["sets"] if evaluations else {},
@@ -184,7 +185,10 @@ def _export(parts: Parts, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when the run has ended well, 2 with one line on stderr when it cannot be."""
     invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
-    exit_on_config_error(PROGRAM, lambda: train(invocation.config, invocation.resume))
+    try:
+        train(invocation.config, invocation.resume)
+    except ConfigError as error:
+        fail(PROGRAM, error)
     return 0
 
 

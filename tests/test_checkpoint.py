@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from expo.checkpoint import list_checkpoints, load_newest, save_checkpoint, write_whole
+from expo.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from expo.files import write_whole
 
 
 def test_state_comes_back_with_equal_bits(tmp_path):

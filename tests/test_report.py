@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from expo import pictures, report
+from expo import files, pictures, report
 from expo.pictures import PICTURES, Estimate, Records, gaussian_weight, smooth, tanh_rho
 from expo.records import NotARunError, change, read_run, results_table
 from expo.report import main, write_report
@@ -439,7 +439,7 @@ def test_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.
     def fail(*paths: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     assert main([str(run)]) == 2
     assert (run / "report.html").read_text() == "old"
     assert {path.name for path in run.iterdir()} == names
