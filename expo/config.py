@@ -50,7 +50,15 @@ class RunSection(_Section):
     checkpoint_every: Index = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted, but for the best."""
+    keep_best: bool = True
+    """Keep also the checkpoint whose evaluation had the highest mean pass@1."""
+    save_by_minutes: Positive | None = None
+    """Minutes after its start at which the run saves and ends with exit code 0, to be resumed; left out: never."""
+    max_bad_updates: Count = 3
+    """Updates in a row with a loss or gradient that is not finite before the run stops; each is skipped and saved."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides metrics.jsonl; each needs its own package."""
     completions_per_step: Index = 64
     """Replies of each step written to completions.jsonl, whole groups first; the rest are only counted."""
     threads: Count | None = None
@@ -64,6 +72,8 @@ class ModelSection(_Section):
 
     path: str
     """Folder or hub id of a transformers causal language model with its tokenizer; "ledger": the embedded one."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Attention implementation of transformers; auto: its own choice."""
 
 
 class DataSection(_Section):
@@ -149,20 +159,53 @@ class ObjectiveSection(_Section):
 
 
 class PolicySection(_Section):
-    """The model under training."""
+    """The model under training, by DeepSpeed."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the transformer's products; parameters, AdamW's moments, logits and log-probs are float32 in either."""
-    zero_stage: Literal[0] = 0
-    """ZeRO partitioning; 0: none, the only stage of a single process."""
+    """Type of the parameters; master weights, AdamW's moments, logits and log-probs are float32 in either."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ZeRO splits over the ranks; 0: nothing, 1: optimizer states, 2: gradients too, 3: parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory; needs zero_stage >= 1."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory between uses; needs zero_stage = 3."""
+    offload_reference: bool = False
+    """Keep the reference policy in CPU memory between uses."""
     micro_batch_tokens: Count = 16384
     """Tokens (prompt, reply and padding) in one forward-backward pass; memory grows with it, the loss does not."""
+    packing: bool = False
+    """Lay the sequences of a micro-batch end to end, without padding; worth it with flash or flex attention."""
     updates_per_step: Count = 4
     """Optimizer steps per batch of rollouts; 4 = 2,048 replies in mini-batches of 512 (DAPO recipe)."""
+    old_logps: Literal["recompute", "rollout"] = "recompute"
+    """Log-probs of the policy that sampled: computed again by the trainer, or as the rollout engine gave them."""
     logits_budget_mb: Positive | None = None
     """Memory for one chunk of logits in MiB; left out: chosen by expo_kernels."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    lora_rank: Index = 0
+    """Rank of LoRA adapters on every linear layer but the head; 0: all parameters are trained."""
+    lora_alpha: Positive = 32
+    """LoRA's scale: adapters act with lora_alpha / lora_rank."""
+
+
+class DeadlineSection(_Section):
+    """Seconds that a phase may take before the run is taken to hang: its stacks are dumped and the run ends."""
+
+    start: Positive = 1800
+    """Joining the other ranks, loading the model."""
+    rollout: Positive = 7200
+    """Sampling one step's replies."""
+    reward: Positive = 1800
+    """Grading one step's replies."""
+    reference: Positive = 3600
+    """Old and reference log-probs of one step."""
+    update: Positive = 7200
+    """The optimizer steps of one step."""
+    evaluation: Positive = 14400
+    """One evaluation of all sets."""
+    save: Positive = 1800
+    """Writing or reading one checkpoint, exporting the model."""
 
 
 class OptimizerSection(_Section):
@@ -209,6 +252,7 @@ class RunConfig(_Section):
     policy: PolicySection = PolicySection()
     optimizer: OptimizerSection = OptimizerSection()
     evaluation: EvaluationSection = EvaluationSection()
+    deadline: DeadlineSection = DeadlineSection()
 
     @model_validator(mode="after")
     def _batch_arithmetic(self) -> "RunConfig":
@@ -224,6 +268,7 @@ class RunConfig(_Section):
                 f"policy.micro_batch_tokens = {self.policy.micro_batch_tokens} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it to {longest} or shorten those"
             )
+        self._partitioning()
         if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of run.steps = "
@@ -231,6 +276,15 @@ class RunConfig(_Section):
             )
         self.loss_objective()
         return self
+
+    def _partitioning(self) -> None:
+        policy = self.policy
+        if policy.offload_optimizer and policy.zero_stage == 0:
+            raise ValueError("policy.offload_optimizer needs policy.zero_stage >= 1; raise the stage or turn it off")
+        if policy.offload_parameters and policy.zero_stage != 3:
+            raise ValueError(
+                f"policy.offload_parameters needs policy.zero_stage = 3, not {policy.zero_stage}; change one of the two"
+            )
 
     def loss_objective(self) -> Objective:
         """The static choices of the policy loss, as expo_kernels takes them."""
