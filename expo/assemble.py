@@ -3,26 +3,44 @@
 Whatever can be found wrong without loading a model is found before one loads.
 """
 
-import copy
+import hashlib
+import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expo.checkpoint import Checkpoints
 from expo.config import ConfigError, RunConfig, load_config
 from expo.data import Prompted, QuestionSet, load_questions, render_prompts
 from expo.metrics import Display, RunFolder, describe_environment
-from expo.model import check_model_path, load_model
-from expo.policy import Policy, TorchPolicy
+from expo.model import check_model_path, empty_copy
+from expo.policy import DeepSpeedPolicy, Policy
+from expo.ranks import Ranks, join_ranks
 from expo.rewards import Verifier, check_answers
-from expo.rollout import RolloutEngine, request_seed
+from expo.rollout import request_seed
 from expo.rollout.transformers import TransformersEngine
+from expo.sharing import SharedEngine, SharedVerifier
+from expo.stopping import StopSwitch
+from expo.watchdog import Watchdog
 from expo_kernels import CurriculumTable
 
 RUNS = Path("runs")
-MAY_CHANGE_ON_RESUME = ("run.dir", "run.checkpoint_every", "run.keep_checkpoints", "run.completions_per_step")
+MAY_CHANGE_ON_RESUME = (
+    "run.dir",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.keep_best",
+    "run.save_by_minutes",
+    "run.completions_per_step",
+    "run.max_bad_updates",
+    "run.trackers",
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +56,51 @@ class Parts:
     """The objects of a run; each can be replaced by another of the same interface."""
 
     config: RunConfig
+    ranks: Ranks
     policy: Policy
-    engine: RolloutEngine
-    verifier: Verifier
+    engine: SharedEngine
+    verifier: SharedVerifier
     curriculum: CurriculumTable
     generator: torch.Generator  # draws questions
     train_set: list[Prompted]
     evaluation_sets: dict[str, list[Prompted]]
     tokenizer: Any
     folder: RunFolder
+    checkpoints: Checkpoints
     display: Display
+    watchdog: Watchdog
+    switch: StopSwitch
+
+    def guard(self, phase: str) -> AbstractContextManager[None]:
+        """The watchdog's eye on a phase that `config.deadline` names."""
+        seconds = getattr(self.config.deadline, phase, None)
+        return nullcontext() if seconds is None else self.watchdog.phase(phase, seconds)
+
+
+@contextmanager
+def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
+    """A run's parts, ready to move; inside, signals to stop are noted, and every wait has its deadline.
+
+    Raises: ConfigError if the run cannot be, found before any model loads where that is possible.
+    """
+    watchdog, switch = Watchdog(int(os.environ.get("RANK", "0"))), StopSwitch(config.run.save_by_minutes)
+    with switch.listening():
+        with watchdog.phase("start", config.deadline.start):
+            inputs = load_inputs(config)
+            ranks = join_ranks(config.run.device, max(config.deadline.model_dump().values()))
+            watchdog.siblings = _processes_here(ranks)
+            folder = open_folder(config, resume, ranks)
+            watchdog.folder = folder.path
+            parts = _build_parts(config, inputs, folder, ranks, watchdog, switch)
+        try:
+            yield parts
+        finally:
+            parts.verifier.close()
+
+
+def _processes_here(ranks: Ranks) -> list[int]:
+    here = socket.gethostname()
+    return [process for host, process in ranks.gather((here, os.getpid())) if host == here]
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -76,21 +129,26 @@ def _require_enough(config: RunConfig, num_questions: int) -> None:
         )
 
 
-def open_folder(config: RunConfig, resume: bool) -> RunFolder:
-    """The run's folder with its config.yaml and environment.json.
+def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
+    """The run's folder with its config.yaml and environment.json, which rank 0 writes.
 
     Raises: ConfigError if it holds a run that was not asked to go on, or a run of another configuration.
     """
+    path = ranks.on_first(lambda: _checked_folder(config, resume))
+    folder = RunFolder(path, is_writer=ranks.is_first)
+    folder.write_text("config.yaml", config.to_yaml())
+    folder.write_json("environment.json", {**describe_environment(), "ranks": ranks.size})
+    return folder
+
+
+def _checked_folder(config: RunConfig, resume: bool) -> Path:
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
     if saved.exists():
         if not resume:
             raise ConfigError(f"run.dir = {path} already holds a run; add --resume to go on, or choose another folder")
         _require_same_run(config, saved)
-    folder = RunFolder(path)
-    folder.write_text("config.yaml", config.to_yaml())
-    folder.write_json("environment.json", describe_environment())
-    return folder
+    return path
 
 
 def _new_run(seed: int) -> Path:
@@ -103,47 +161,66 @@ def _newest_run() -> Path | None:
 
 
 def _require_same_run(config: RunConfig, saved: Path) -> None:
-    before, now = load_config(saved).model_dump(), config.model_dump()
-    differing = [
-        f"{section}.{field} ({before[section][field]} -> {value})"
-        for section, fields in now.items()
-        for field, value in fields.items()
-        if before[section][field] != value and f"{section}.{field}" not in MAY_CHANGE_ON_RESUME
-    ]
+    before, now = _settings_of(load_config(saved)), _settings_of(config)
+    differing = [f"{name} ({before.get(name)} -> {value})" for name, value in now.items() if before.get(name) != value]
     if differing:
         raise ConfigError(
             f"--resume would change the run in {saved.parent}: {', '.join(differing)}; leave these as they were"
         )
 
 
-def build_parts(config: RunConfig, inputs: Inputs, folder: RunFolder, display: Display) -> Parts:
-    """Loads the model, copies it as the reference, and renders every prompt; sets PyTorch's number of threads."""
+def _settings_of(config: RunConfig) -> dict[str, Any]:
+    """Every setting that a run's numbers depend on, by its dotted name."""
+    return {
+        f"{section}.{field}": value
+        for section, fields in config.model_dump(mode="json").items()
+        for field, value in fields.items()
+        if section != "deadline" and f"{section}.{field}" not in MAY_CHANGE_ON_RESUME
+    }
+
+
+def _build_parts(
+    config: RunConfig, inputs: Inputs, folder: RunFolder, ranks: Ranks, watchdog: Watchdog, switch: StopSwitch
+) -> Parts:
+    """Loads the model and its reference, and renders every prompt; sets PyTorch's number of threads."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    model, tokenizer = load_model(config.model, _device(config.run.device))
-    reference = copy.deepcopy(model) if config.kl.beta > 0 else None
-    train_set = render_prompts(inputs.train.questions, config.data, tokenizer)
+    display = Display(is_shown=ranks.is_first)
+    policy = DeepSpeedPolicy(config, ranks)
+    train_set = render_prompts(inputs.train.questions, config.data, policy.tokenizer)
     _require_enough(config, len(train_set))
     num_long = len(inputs.train.questions) - len(train_set)
     display.line(
         f"{inputs.train.source}: {len(train_set)} questions "
         f"({inputs.train.num_duplicates} duplicates and {num_long} with too long a prompt left out)"
     )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
         config=config,
-        policy=TorchPolicy(config, model, reference, pad_id),
-        engine=TransformersEngine(model, tokenizer, config.rollout.batch_size, getattr(torch, config.policy.dtype)),
-        verifier=Verifier(config.reward.workers, config.reward.timeout_s),
+        ranks=ranks,
+        policy=policy,
+        engine=SharedEngine(_engine(config, policy, ranks), ranks, switch),
+        verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
         curriculum=_curriculum(config, len(train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
         train_set=train_set,
         evaluation_sets={
-            name: render_prompts(source.questions, config.data, tokenizer) for name, source in inputs.evaluation.items()
+            name: render_prompts(source.questions, config.data, policy.tokenizer)
+            for name, source in inputs.evaluation.items()
         },
-        tokenizer=tokenizer,
+        tokenizer=policy.tokenizer,
         folder=folder,
+        checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings),
         display=display,
+        watchdog=watchdog,
+        switch=switch,
+    )
+
+
+def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks) -> TransformersEngine:
+    model = policy.model if policy.is_whole else empty_copy(policy.model, policy.dtype, ranks.device)
+    return TransformersEngine(
+        model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=policy.is_whole
     )
 
 
@@ -157,12 +234,3 @@ def _curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:
         initial_pass_rate=section.initial_pass_rate,
         device="cpu",
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device = {name} cannot be used here: {str(error).splitlines()[0]}") from error

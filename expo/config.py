@@ -7,6 +7,7 @@ demonstration overrides them in `recipes/ledger.yaml`. The text under each field
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +163,7 @@ class PolicySection(_Section):
     """The model under training, by DeepSpeed."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the parameters; master weights, AdamW's moments, logits and log-probs are float32 in either."""
+    """Type of the transformer's products; parameters, AdamW's moments, logits and log-probs are float32 in either."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What ZeRO splits over the ranks; 0: nothing, 1: optimizer states, 2: gradients too, 3: parameters too."""
     offload_optimizer: bool = False
@@ -185,7 +186,7 @@ class PolicySection(_Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_rank: Index = 0
     """Rank of LoRA adapters on every linear layer but the head; 0: all parameters are trained."""
-    lora_alpha: Positive = 32
+    lora_alpha: Count = 32
     """LoRA's scale: adapters act with lora_alpha / lora_rank."""
 
 
@@ -202,6 +203,8 @@ class DeadlineSection(_Section):
     """Old and reference log-probs of one step."""
     update: Positive = 7200
     """The optimizer steps of one step."""
+    sync: Positive = 1800
+    """Bringing the policy's weights to the rollout engine."""
     evaluation: Positive = 14400
     """One evaluation of all sets."""
     save: Positive = 1800
@@ -420,6 +423,7 @@ def _parse_value(name: str, text: str) -> Any:
 
 
 def fail(prog: str, error: Exception) -> NoReturn:
-    """Ends the process with code 2 and one line on stderr."""
-    sys.stderr.write(f"{prog}: error: {error}\n")
+    """Ends the process with code 2 and one line on stderr; of many ranks, which fail alike, the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{prog}: error: {error}\n")
     raise SystemExit(2) from None

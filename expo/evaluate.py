@@ -12,8 +12,7 @@ import torch
 
 from expo.config import EvaluationSection
 from expo.data import Prompted
-from expo.graded import Graded, grade
-from expo.rewards import Verifier
+from expo.graded import Graded, Grader, grade
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
 
 KS = (1, 8, 32)
@@ -45,7 +44,7 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
 
 def evaluate(
     engine: RolloutEngine,
-    verifier: Verifier,
+    verifier: Grader,
     sets: Mapping[str, Sequence[Prompted]],
     config: EvaluationSection,
     max_new_tokens: int,

@@ -16,11 +16,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         for made in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            _flush(made)
+            flush(made)
         _put_in_place(temporary, path)
     finally:
         _remove(temporary)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_bytes_whole(path: Path, content: bytes) -> None:
@@ -44,7 +44,8 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

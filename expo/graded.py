@@ -3,14 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from expo.data import Prompted
-from expo.rewards import Verdict, Verifier
+from expo.rewards import Verdict
 from expo.rollout import Reply
+
+
+class Grader(Protocol):
+    """What gives verdicts: a verifier, or one on every rank."""
+
+    def grade(self, replies: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """One verdict for each reply against its answer."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Graded:
         ]
 
 
-def grade(verifier: Verifier, asked: Sequence[Prompted], replies: Sequence[Sequence[Reply]]) -> Graded:
+def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequence[Reply]]) -> Graded:
     """Verdicts for all replies, graded in one call."""
     texts = [reply.text for group in replies for reply in group]
     answers = [prompted.question.answer for prompted, group in zip(asked, replies, strict=True) for _ in group]

@@ -4,13 +4,14 @@ Names and units are listed in `STEP_METRICS`; every fraction says of what.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -54,15 +55,26 @@ STEP_METRICS = {
     "truncated_fraction": "share of replies cut at max_new_tokens",
     "zero_variance_fraction": "share of groups whose replies were all right or all wrong",
     "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
+    "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of the rollout phase",
+    "training_tokens_per_second": "prompt and reply tokens of all ranks over the seconds of the update phase",
+    "padding_fraction": "share of the positions passed through the model in training that were padding",
+    "memory_peak_gib": "most memory held so far by any rank: GPU tensors, or without a GPU the resident set; GiB",
+    "memory_reserved_gib": "most GPU memory reserved so far by any rank's allocator, GiB",
+    "skipped_updates": "optimizer steps left out because loss or gradient was not finite",
     "seconds": "the whole step; seconds/<phase> are its parts",
 }
 PACKAGES = ("expo-rl", "torch", "transformers", "tokenizers", "math-verify", "latex2sympy2_extended", "sympy")
 
 
 class PhaseTimer:
-    """Wall-clock seconds of a step, by phase."""
+    """Wall-clock seconds of a step, by phase.
 
-    def __init__(self) -> None:
+    Args:
+        guard: entered with each phase's name, such as a watchdog's.
+    """
+
+    def __init__(self, guard: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()) -> None:
+        self._guard = guard
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -70,10 +82,15 @@ class PhaseTimer:
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to `name`."""
         started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with self._guard(name):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def seconds_of(self, name: str) -> float:
+        """Seconds spent in a phase so far."""
+        return self._seconds.get(name, 0.0)
 
     def total(self) -> float:
         """Seconds since the timer was made."""
@@ -86,20 +103,29 @@ class PhaseTimer:
 
 
 class RunFolder:
-    """The files of a run; every line is flushed as it is written, every other file written whole."""
+    """The files of a run; every line is flushed as it is written, every other file written whole.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+    Args:
+        path: the folder, made if need be.
+        is_writer: whether this rank writes; on the others, what would write does nothing.
+    """
+
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
+        self.path, self._is_writer = path, is_writer
+        if is_writer:
+            path.mkdir(parents=True, exist_ok=True)
 
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
         """Adds lines to `<name>.jsonl`."""
+        if not self._is_writer:
+            return
         with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json_lines(rows))
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one file whole."""
-        write_bytes_whole(self.path / name, text.encode("utf-8"))
+        if self._is_writer:
+            write_bytes_whole(self.path / name, text.encode("utf-8"))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes one JSON file whole."""
@@ -124,7 +150,14 @@ class RunFolder:
 
 
 def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with null for numbers that JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def describe_environment() -> dict[str, Any]:
@@ -164,10 +197,10 @@ def _commit() -> str | None:
 
 
 class Display:
-    """A live bar on a terminal, plain lines elsewhere."""
+    """A live bar on a terminal, plain lines elsewhere, nothing on ranks that do not show."""
 
-    def __init__(self) -> None:
-        self._console = Console()
+    def __init__(self, *, is_shown: bool = True) -> None:
+        self._console = Console(quiet=not is_shown)
 
     def line(self, text: str) -> None:
         """One line, above the bar if there is one."""
@@ -224,13 +257,15 @@ def step_row(
     """One line of metrics.jsonl; `STEP_METRICS` says what each entry is."""
     rewards = graded.rewards
     num_right, group_size = rewards.sum(dim=1), rewards.shape[1]
+    taken = [update for update in updates if not update["skipped"]] or updates[-1:]
     return {
         "step": step,
         "accuracy": float(rewards.mean()),
         "beta_eff": beta_eff,
-        **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
-        **{name: max(update[name] for update in updates) for name in updates[0] if name.endswith("_max")},
+        **{name: sum(update[name] for update in taken) / len(taken) for name in taken[0] if name != "skipped"},
+        **{name: max(update[name] for update in taken) for name in taken[0] if name.endswith("_max")},
         "learning_rate": updates[-1]["learning_rate"],
+        "skipped_updates": sum(update["skipped"] for update in updates),
         "completion_length": graded.num_tokens / rewards.numel(),
         "tokens_per_second": graded.num_tokens / timer.total(),
         **graded.fractions(),

@@ -5,78 +5,97 @@ replies to each, grades them, and takes gradient steps on the clipped surrogate 
 `--curriculum.kind=uniform --kl.rho=constant` is GRPO.
 """
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from expo.assemble import Parts, build_parts, load_inputs, open_folder
-from expo.checkpoint import load_newest, save_checkpoint
+from expo.assemble import Parts, open_run
+from expo.checkpoint import CheckpointError, Position
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
 from expo.files import write_whole
 from expo.graded import Graded, grade
-from expo.metrics import Display, PhaseTimer, curriculum_row, progress_note, step_row
-from expo.policy import Sample
+from expo.metrics import PhaseTimer, curriculum_row, progress_note, step_row
+from expo.policy import MiniBatch, Sample
+from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report
 from expo.rollout import Reply, Request, Sampling, request_seed
+from expo.stopping import StopRequested
+from expo.throughput import throughput
 from expo_kernels import akl_beta, group_advantages
 
 PROGRAM = "python -m expo.train"
 
 
+class Diverged(Exception):  # noqa: N818  # a state of the run, as its message says
+    """Losses or gradients that are not finite came too often in a row."""
+
+
 def train(config: RunConfig, resume: bool = False) -> Path:
-    """Runs `config` to its end and returns the run's folder.
+    """Runs `config` to its end, or until it is asked to stop, and returns the run's folder.
+
+    Every rank of the run calls it. Each draws the same questions, samples and grades its share of the replies, and
+    after that holds all of them; the policy's update is shared out again.
 
     Args:
         config: the whole run.
         resume: go on from the newest whole checkpoint in the run's folder, if it has one.
 
-    Raises: ConfigError if the run cannot be, found before any model loads where that is possible.
+    Raises:
+        ConfigError: if the run cannot be, found before any model loads where that is possible.
+        Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
+        CheckpointError: if the run was to end and its state could not be written.
     """
-    inputs = load_inputs(config)
-    folder, display = open_folder(config, resume), Display()
-    parts = build_parts(config, inputs, folder, display)
-    first_step = restore(parts) if resume else 1
-    if first_step == 1 and not folder.read_rows("evaluations"):
-        evaluate_now(parts, step=0)
+    with open_run(config, resume) as parts:
+        position = take_up(parts, resume)
+        try:
+            evaluate_if_due(parts, position.step)
+            with parts.display.bar("step", config.run.steps, done=position.step) as bar:
+                for step in range(position.step + 1, config.run.steps + 1):
+                    leave_if_asked(parts)
+                    timer = PhaseTimer(parts.guard)
+                    with timer.phase("curriculum"):
+                        drawn = draw_questions(parts)
+                    with timer.phase("rollout"):
+                        asked, replies = sample_replies(parts, step, drawn)
+                    with timer.phase("reward"):
+                        graded = grade(parts.verifier, asked, replies)
+                    with timer.phase("curriculum"):
+                        parts.curriculum.update(drawn, graded.rewards.mean(dim=1))
+                    advantages = group_advantages(
+                        graded.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
+                    )
+                    beta = akl_beta(graded.rewards, config.kl.beta, rho=config.kl.rho)
+                    with timer.phase("reference"):
+                        mini_batches = parts.policy.prepare(training_samples(graded, advantages))
+                    leave_if_asked(parts)
+                    with timer.phase("update"):
+                        updates, bad_updates = update_policy(parts, step, mini_batches, beta, position.bad_updates)
+                    with timer.phase("sync"):
+                        parts.engine.load_weights(parts.policy.named_weights())
 
-    with display.bar("step", config.run.steps, done=first_step - 1) as bar:
-        for step in range(first_step, config.run.steps + 1):
-            timer = PhaseTimer()
-            with timer.phase("curriculum"):
-                drawn = draw_questions(parts)
-            with timer.phase("rollout"):
-                asked, replies = sample_replies(parts, step, drawn)
-            with timer.phase("reward"):
-                graded = grade(parts.verifier, asked, replies)
-            with timer.phase("curriculum"):
-                parts.curriculum.update(drawn, graded.rewards.mean(dim=1))
-            advantages = group_advantages(
-                graded.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
-            )
-            beta = akl_beta(graded.rewards, config.kl.beta, rho=config.kl.rho)
-            with timer.phase("reference"):
-                mini_batches = parts.policy.prepare(training_samples(graded, advantages))
-            with timer.phase("update"):
-                updates = [parts.policy.update(mini_batch, beta) for mini_batch in mini_batches]
-
-            row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
-            folder.append("completions", *graded.rows(step)[: config.run.completions_per_step])
-            folder.append("curriculum", curriculum_row(step, parts.curriculum))
-            folder.append("metrics", row)
-            bar.advance(note=progress_note(row))
-            if is_due(step, config.evaluation.every) or step == config.run.steps:
-                evaluate_now(parts, step)
-            if is_due(step, config.run.checkpoint_every) or step == config.run.steps:
-                save(parts, step)
-
-    finish(parts)
-    return folder.path
+                    position = position_after(parts, step, bad_updates)
+                    row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
+                    row.update(throughput(graded, mini_batches, parts.ranks, timer))
+                    record(parts, step, graded, row)
+                    bar.advance(note=progress_note(row))
+                    score = evaluate_if_due(parts, step)
+                    if is_due(step, config.run.checkpoint_every) or step == config.run.steps:
+                        save(parts, position, score)
+        except StopRequested as request:
+            save(parts, position, must=True)
+            parts.display.line(f"stopped by {request} after step {position.step}; go on with --resume")
+        else:
+            finish(parts)
+    return parts.folder.path
 
 
 def draw_questions(parts: Parts) -> Tensor:
@@ -115,13 +134,62 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def evaluate_now(parts: Parts, step: int) -> None:
-    """Evaluates every set with the present policy and appends a line to evaluations.jsonl."""
+def leave_if_asked(parts: Parts) -> None:
+    """Raises StopRequested on every rank if one of them has been asked to stop."""
+    reasons = [reason for reason in parts.ranks.gather(parts.switch.reason) if reason is not None]
+    if reasons:
+        raise StopRequested(reasons[0])
+
+
+def update_policy(
+    parts: Parts, step: int, mini_batches: Sequence[MiniBatch], beta: Tensor, bad_updates: int
+) -> tuple[list[dict[str, float]], int]:
+    """The metrics of each optimizer step, and how many have been skipped in a row up to now.
+
+    Raises: Diverged when run.max_bad_updates have been.
+    """
+    updates = []
+    for index, mini_batch in enumerate(mini_batches):
+        updates.append(parts.policy.update(mini_batch, beta))
+        if not updates[-1]["skipped"]:
+            bad_updates = 0
+            continue
+        bad_updates += 1
+        name = f"bad_updates/step-{step:06d}-update-{index}-rank-{parts.ranks.rank}.pt"
+        path = parts.folder.path / name
+        path.parent.mkdir(exist_ok=True)
+        held = {"micro_batches": [asdict(micro) for micro in mini_batch.micro_batches], "beta": beta, **updates[-1]}
+        write_whole(path, functools.partial(torch.save, held))
+        parts.display.line(f"step {step}, update {index}: the gradient is not finite; skipped, its batch is in {path}")
+        if bad_updates >= parts.config.run.max_bad_updates:
+            raise Diverged(
+                f"{bad_updates} updates in a row had a loss or gradient that was not finite, the last at step {step}: "
+                f"{updates[-1]}; their batches are in {path.parent}. Look at them, lower optimizer.lr, and go on from "
+                f"the last checkpoint with --resume"
+            )
+    return updates, bad_updates
+
+
+def record(parts: Parts, step: int, graded: Graded, row: Mapping[str, Any]) -> None:
+    """Writes down a step: its metrics, some of its replies, and where the curriculum stands."""
+    parts.folder.append("completions", *graded.rows(step)[: parts.config.run.completions_per_step])
+    parts.folder.append("curriculum", curriculum_row(step, parts.curriculum))
+    parts.folder.append("metrics", row)
+
+
+def evaluate_if_due(parts: Parts, step: int) -> float | None:
+    """Evaluates every set with the present policy, if that is due after `step` and not in evaluations.jsonl yet.
+
+    Returns: mean pass@1 over the sets; None if nothing was evaluated.
+    """
     config, sets = parts.config, parts.evaluation_sets
     total = sum(len(asked) for asked in sets.values()) * config.evaluation.num_samples
-    if total == 0:
-        return
-    with parts.display.bar(f"evaluation after step {step}, replies", total) as bar:
+    is_edge = step in (0, config.run.steps)
+    if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
+        return None
+    if parts.ranks.on_first(lambda: any(row["step"] == step for row in parts.folder.read_rows("evaluations"))):
+        return None
+    with parts.guard("evaluation"), parts.display.bar(f"evaluation after step {step}, replies", total) as bar:
         result = evaluate(
             parts.engine,
             parts.verifier,
@@ -132,35 +200,52 @@ def evaluate_now(parts: Parts, step: int) -> None:
             on_progress=bar.advance,
         )
     parts.folder.append("evaluations", {"step": step, **result})
+    first = [found["pass_at"]["1"]["mean"] for found in result["sets"].values()]
+    return float(sum(first) / len(first))
 
 
-def save(parts: Parts, step: int) -> None:
-    """Writes everything the run needs to go on after `step`."""
-    state = {
-        "policy": parts.policy.state_dict(),
-        "curriculum": parts.curriculum.state_dict(),
-        "generator": parts.generator.get_state(),
-    }
-    save_checkpoint(parts.folder.path / "checkpoints", step, state, parts.config.run.keep_checkpoints)
+def position_after(parts: Parts, step: int, bad_updates: int = 0) -> Position:
+    """What the next step reads besides the policy, as it stands now."""
+    return Position(step, parts.curriculum.state_dict(), parts.generator.get_state(), bad_updates)
 
 
-def restore(parts: Parts) -> int:
-    """Takes up the newest checkpoint, if any, and returns the step to go on with."""
-    state = load_newest(parts.folder.path / "checkpoints")
-    step: int = state["step"] if state is not None else 0
-    if state is not None:
-        parts.policy.load_state_dict(state["policy"])
-        parts.curriculum.load_state_dict(state["curriculum"])
-        parts.generator.set_state(state["generator"])
-        parts.display.line(f"going on after step {step} of {parts.config.run.steps} in {parts.folder.path}")
-    parts.folder.rewind(step)
-    return step + 1
+def save(parts: Parts, position: Position, score: float | None = None, *, must: bool = False) -> None:
+    """Writes a checkpoint and deletes those that need not be kept; unless it `must`, a failure is only reported."""
+    with parts.guard("save"):
+        try:
+            parts.checkpoints.save(position, parts.policy, score)
+            parts.checkpoints.retain(parts.config.run.keep_checkpoints, best=parts.config.run.keep_best)
+        except CheckpointError as error:
+            if must:
+                raise
+            parts.display.line(f"warning: {error}; free some space")
+
+
+def take_up(parts: Parts, resume: bool) -> Position:
+    """Where the run stands: after the newest whole checkpoint, if it is to resume and there is one, or at its start."""
+    with parts.guard("save"):
+        position = position_after(parts, step=0)
+        found = parts.checkpoints.newest_whole() if resume else None
+        if found is not None:
+            position = parts.checkpoints.load(found, parts.policy)
+            parts.curriculum.load_state_dict(dict(position.curriculum))
+            parts.generator.set_state(position.generator)
+            parts.display.line(
+                f"going on after step {position.step} of {parts.config.run.steps} in {parts.folder.path}"
+            )
+        parts.folder.rewind(position.step)
+    with parts.guard("sync"):
+        parts.engine.load_weights(parts.policy.named_weights())
+    return position
 
 
 def finish(parts: Parts) -> None:
     """The exported model, summary.json, the report, and the table of before and after."""
     folder, config = parts.folder, parts.config
-    write_whole(folder.path / "export", lambda path: _export(parts, path))
+    with parts.guard("save"):
+        export(parts)
+    if not parts.ranks.is_first:
+        return
     evaluations = folder.read_rows("evaluations")
     summary = {
         "seed": config.run.seed,
@@ -174,21 +259,35 @@ def finish(parts: Parts) -> None:
     if evaluations:
         parts.display.line(results_table(summary["before"], summary["after"]))
     parts.display.line(f"run:    {folder.path}\nreport: {write_report(folder.path)}")
-    parts.verifier.close()
 
 
-def _export(parts: Parts, path: Path) -> None:
-    parts.policy.export(path)
-    parts.tokenizer.save_pretrained(path)
+def export(parts: Parts) -> None:
+    """Writes the policy as a transformers folder; every rank takes part, rank 0 writes."""
+
+    def write(path: Path) -> None:
+        parts.policy.export(path)
+        parts.tokenizer.save_pretrained(path)
+
+    if parts.ranks.is_first:
+        write_whole(parts.folder.path / "export", write)
+    else:
+        parts.policy.export(parts.folder.path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when the run has ended well, 2 with one line on stderr when it cannot be."""
+    """The command line: 0 when the run has ended well, 1 when it could not go on, 2 when it cannot be.
+
+    What is wrong is one line on stderr. 75 is the exit code of a phase that outlasted its deadline.
+    """
     invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
     try:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
+    except (Diverged, CheckpointError) as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        return 1
+    leave_ranks()
     return 0
 
 

@@ -1,9 +1,11 @@
 """What every rollout engine offers, and the seeds that make its samples repeatable."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ class RolloutEngine(Protocol):
     ) -> list[list[Reply]]:
         """For each request one reply per seed; the same seed and weights give the same reply in any batch.
 
-        `on_progress` is told how many replies have been finished since it was last told.
+        `on_progress` is told how many replies have been finished since it was last told; what it raises ends the call.
         """
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes the policy's present weights, named as in the model; an engine that shares its model needs none."""
 
 
 def request_seed(*parts: object) -> int:

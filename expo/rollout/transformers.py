@@ -5,7 +5,7 @@ leave the batch. One uniform number per token, drawn beforehand from the reply's
 distribution function, so a reply does not depend on what else is in the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,27 @@ KEEP_ROWS_ABOVE = 0.75  # share of rows still running under which ended ones are
 
 
 class TransformersEngine:
-    """Samples from `model` as it stands at each call; nothing needs to be pushed after an update.
+    """Samples from `model` as it stands at each call.
 
     Args:
-        model: a transformers causal language model, shared with the policy.
+        model: a transformers causal language model: the policy's own, or a copy that `load_weights` keeps up to date.
         tokenizer: its tokenizer, with an end-of-sequence token.
         batch_size: replies generated at once.
         dtype: of the transformer's products, as in the policy; logits are float32.
+        is_shared: whether `model` is the policy's own, which needs no weights brought to it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        is_shared: bool = True,
+    ) -> None:
         self._model = model
+        self._is_shared = is_shared
         self._dtype = dtype
         self._tokenizer = tokenizer
         self._batch_size = batch_size
@@ -55,6 +65,15 @@ class TransformersEngine:
             if on_progress is not None:
                 on_progress(len(seeds))
         return [[reply for reply in group if reply is not None] for group in replies]
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies the policy's weights into a model that is not its own."""
+        if self._is_shared:
+            return
+        own = dict(self._model.named_parameters())
+        for name, value in weights:
+            own[name].copy_(value)
 
     def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
         """Requests by prompt length, cut so that no batch has more than batch_size replies."""
@@ -121,7 +140,7 @@ class TransformersEngine:
             position_ids=positions.to(device),
             use_cache=True,
         )
-        logits = head_logits(self._model, output.last_hidden_state[:, -1])
+        logits = head_logits(self._model, output.last_hidden_state[:, -1], self._dtype)
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(device)
         cache = output.past_key_values
         cache.batch_select_indices(group)
@@ -139,7 +158,7 @@ class TransformersEngine:
             past_key_values=state.cache,
             use_cache=True,
         )
-        state.logits = head_logits(self._model, output.last_hidden_state[:, -1])
+        state.logits = head_logits(self._model, output.last_hidden_state[:, -1], self._dtype)
 
     def _reply(self, token_ids: list[int], logps: list[float]) -> Reply:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -1,0 +1,141 @@
+"""The processes of a run: how they find each other, share work, and agree.
+
+Started by `deepspeed` or `torchrun`, each rank reads its place from the environment; started plainly, a run is one
+rank. Objects travel over gloo, tensors of the policy over NCCL where there are GPUs.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expo.config import ConfigError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the run; rank 0 writes the run's folder."""
+
+    def __init__(self, device: torch.device, rank: int, size: int) -> None:
+        self.device, self.rank, self.size = device, rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of `items`: every size-th, starting at its number."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def joined(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """What `share` took apart, in its first order."""
+        total = sum(len(share) for share in shares)
+        return [shares[index % self.size][index // self.size] for index in range(total)]
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def on_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a ConfigError it raises is raised on every rank."""
+        found: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                found[0] = make()
+            except ConfigError as error:
+                found[1] = error
+        value, problem = self.from_first(found)
+        if problem is not None:
+            raise problem
+        result: T = value
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one rank at least."""
+        return bool(self.maximum([float(flag)])[0])
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sum of each value over the ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Sequence[float]) -> list[float]:
+        """Largest of each value over the ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        if self.size > 1:
+            self.total([0.0])
+
+    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        held: Tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(held, op=operation)
+        found: list[float] = held.tolist()
+        return found
+
+
+def join_ranks(device_name: str, timeout_s: float) -> Ranks:
+    """Joins the other processes of the run, if there are any; a process that has joined before stays so.
+
+    Args:
+        device_name: torch device of this rank's policy; "auto": GPU number LOCAL_RANK, else the CPU.
+        timeout_s: seconds after which a collective that waits for another rank fails.
+
+    Raises: ConfigError if the device cannot be used or the environment names no place among the ranks.
+    """
+    device = _device(device_name)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "WORLD_SIZE" in os.environ:
+            try:
+                dist.init_process_group(backend, timeout=timeout)
+            except ValueError as error:
+                raise ConfigError(
+                    f"WORLD_SIZE is set, but the ranks cannot be joined ({str(error).splitlines()[0]}); start with "
+                    f"torchrun or deepspeed, or unset it"
+                ) from error
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+            store = dist.HashStore()  # type: ignore[attr-defined]  # in this process alone: no port is opened
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return Ranks(device, dist.get_rank(), dist.get_world_size())
+
+
+def leave_ranks() -> None:
+    """Leaves the other processes; the last thing a process does with them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device = {name} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,78 @@
+"""Sampling and grading shared out over the ranks: each does its part, and all of them have all of it afterwards."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from expo.ranks import Ranks
+from expo.rewards import Verdict, Verifier
+from expo.rollout import Reply, Request, RolloutEngine, Sampling
+from expo.stopping import StopRequested, StopSwitch
+
+
+class SharedEngine:
+    """A rollout engine on every rank, each sampling its share of the requests.
+
+    Args:
+        engine: this rank's.
+        ranks: the processes of the run.
+        switch: looked at between batches of replies; once set on one rank, StopRequested is raised on all.
+    """
+
+    def __init__(self, engine: RolloutEngine, ranks: Ranks, switch: StopSwitch) -> None:
+        self._engine, self._ranks, self._switch = engine, ranks, switch
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Reply]]:
+        """Replies to all requests, in order, on every rank."""
+        left = sum(len(request.seeds) for request in requests)
+
+        def tell(count: int) -> None:
+            nonlocal left
+            if on_progress is not None:
+                done = min(left, count * self._ranks.size)  # the other ranks are taken to be as fast
+                left -= done
+                on_progress(done)
+            self._switch.check()
+
+        mine: list[list[Reply]] | str
+        try:
+            mine = self._engine.generate(self._ranks.share(requests), sampling, tell)
+        except StopRequested as request:
+            mine = str(request)
+        shares = self._ranks.gather(mine)
+        for share in shares:
+            if isinstance(share, str):
+                raise StopRequested(share)
+        if on_progress is not None and left:
+            on_progress(left)
+        return self._ranks.joined([share for share in shares if not isinstance(share, str)])
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Has every rank's engine take the policy's weights."""
+        self._engine.load_weights(weights)
+
+
+class SharedVerifier:
+    """A verifier on every rank, each grading its share of the replies.
+
+    Args:
+        verifier: this rank's.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, verifier: Verifier, ranks: Ranks) -> None:
+        self._verifier, self._ranks = verifier, ranks
+
+    def grade(self, replies: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """Verdicts on all replies, in order, on every rank."""
+        mine = self._verifier.grade(self._ranks.share(replies), self._ranks.share(answers))
+        return self._ranks.joined(self._ranks.gather(mine))
+
+    def close(self) -> None:
+        """Ends this rank's worker processes."""
+        self._verifier.close()
