@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	else \
 		$(PIP) torch==$(TORCH); \
 	fi
-	$(PIP) --constraint constraints.txt --editable '.[train,dev]'
+	$(PIP) --constraint constraints.txt --editable '.[train,lora,dev]'
 	@touch $(READY)
 
 clean:
