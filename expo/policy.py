@@ -7,6 +7,7 @@ Every rank is given all samples of a step and takes its share, so the denominato
 asking, before the first backward pass; neither the number of ranks nor how micro-batches are cut changes the step.
 """
 
+import copy
 import dataclasses
 import os
 import shutil
@@ -31,6 +32,7 @@ from expo.ranks import Ranks
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed looks for one
 
 GATHER_ELEMENTS = 2**28  # parameters that ZeRO 3 brings together at once when weights leave the policy: 1 GiB
+BUCKET_ELEMENTS = 2 * 10**8  # of gradients reduced at once; DeepSpeed holds a buffer of that size, 2 GB by its default
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class DeepSpeedPolicy:
         stage = self._section.zero_stage
         # without ZeRO the norm is taken here: DeepSpeed would not tell it, nor skip a step by it
         clip = self._optimizer_section.max_grad_norm if stage and optimizer is not None else 0.0
-        settings = {**_deepspeed_config(self._section), "gradient_clipping": clip}
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        settings = {**_deepspeed_config(self._section, num_parameters), "gradient_clipping": clip}
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
     def _frozen(self, reference: Any | None, beta: float) -> "Callable[[Batch], Tensor] | None":
@@ -256,7 +259,7 @@ class DeepSpeedPolicy:
 
     def update(self, mini_batch: MiniBatch, beta: Tensor) -> dict[str, float]:
         """One AdamW step on all ranks' micro-batches; `skipped` is 1 where loss or gradient was not finite."""
-        means, maxima = _TokenMeans(mini_batch.num_tokens), {"ratio_max": 0.0, "rollout_logp_difference_max": 0.0}
+        means, maxima = _TokenMeans(), {"ratio_max": 0.0, "rollout_logp_difference_max": 0.0}
         is_token_mean = self._objective.aggregation == "token"
         normalizer = float(mini_batch.num_tokens if is_token_mean else mini_batch.num_sequences)
         last = len(mini_batch.micro_batches) - 1
@@ -267,7 +270,7 @@ class DeepSpeedPolicy:
                 advantages=micro.advantages,
                 old_logps=micro.old_logps,
                 ref_logps=micro.ref_logps,
-                beta=beta.to(loss_device(micro)) if micro.ref_logps is not None else 0.0,
+                beta=beta.to(self._ranks.device) if micro.ref_logps is not None else 0.0,
                 normalizer=normalizer,
             )
             # DeepSpeed averages over ranks, and the normalizer has counted them all; a loss that is not finite makes
@@ -281,7 +284,7 @@ class DeepSpeedPolicy:
         rate, norm, applied = self._step()
         self._updates_done += 1
         return {
-            **dict(zip(means.names, self._ranks.total(means.values), strict=True)),
+            **means.over(mini_batch.num_tokens, self._ranks),
             **dict(zip(maxima, self._ranks.maximum(list(maxima.values())), strict=True)),
             "grad_norm": norm,
             "learning_rate": rate,
@@ -392,29 +395,30 @@ class DeepSpeedPolicy:
         names = set(self.model.state_dict())
         tied = {name: state[kept] for name, kept in getattr(self.model, "all_tied_weights_keys", {}).items()}
         state.update({name: value for name, value in tied.items() if name in names})
-        self.model.config.dtype = self.dtype
         self.model.save_pretrained(folder, state_dict=state)
-
-
-def loss_device(micro: MicroBatch) -> torch.device:
-    """Where a micro-batch's tensors lie."""
-    return micro.advantages.device
+        config = copy.deepcopy(self.model.config)
+        config.dtype = self.dtype  # save_pretrained notes the parameters' own
+        config.save_pretrained(folder)
 
 
 class _TokenMeans:
-    """Token means of a step, gathered from micro-batches by their share of its tokens; the loss is a plain sum."""
+    """Token means of a step over micro-batches and ranks; the loss is a plain sum."""
 
     names = ("loss", "kl", "entropy", "ratio_mean", "clip_low_fraction", "clip_high_fraction")
 
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = max(num_tokens, 1)
-        self.values = [0.0] * len(self.names)
+    def __init__(self) -> None:
+        self._sums = [0.0] * len(self.names)
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch."""
-        share = metrics["tokens"] / self._num_tokens
-        added = torch.stack([loss.detach().double(), *(metrics[name].double() * share for name in self.names[1:])])
-        self.values = [value + more for value, more in zip(self.values, added.tolist(), strict=True)]
+        sums = [metrics[name].double() * metrics["tokens"] for name in self.names[1:]]
+        added = torch.stack([loss.detach().double(), *sums]).tolist()
+        self._sums = [held + more for held, more in zip(self._sums, added, strict=True)]
+
+    def over(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
+        """The means, by name, of a step with `num_tokens` tokens over all ranks."""
+        loss, *sums = ranks.total(self._sums)
+        return dict(zip(self.names, [loss, *(value / max(num_tokens, 1) for value in sums)], strict=True))
 
 
 def _positions(lengths: Sequence[int], section: PolicySection) -> int:
@@ -432,14 +436,17 @@ def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _deepspeed_config(section: PolicySection) -> dict[str, Any]:
-    """DeepSpeed's settings; sources: docs/_pages/config-json.md of deepspeed 0.19."""
+def _deepspeed_config(section: PolicySection, num_parameters: int = BUCKET_ELEMENTS) -> dict[str, Any]:
+    """DeepSpeed's settings; source: docs/_pages/config-json.md of deepspeed 0.19."""
+    bucket = min(num_parameters, BUCKET_ELEMENTS)
     offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,  # counts passes; what a pass holds is ours to say
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": section.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             **({"offload_optimizer": offload} if section.offload_optimizer else {}),
             **({"offload_param": offload} if section.offload_parameters else {}),
         },

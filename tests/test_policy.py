@@ -1,41 +1,53 @@
-"""The policy: one code path for all log-probs, exact accounting, and a state that continues with equal bits."""
+"""The policy on one rank: one code path for all log-probs, exact accounting, and a state that goes on with equal bits.
+
+Many ranks: test_policy_ranks.py.
+"""
 
 import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from expo.config import load_config
-from expo.policy import Sample, TorchPolicy
+from expo.policy import DeepSpeedPolicy, Sample
+from expo.ranks import join_ranks
+
+BETA = torch.tensor(0.0131)
+TEXTS = [("3+8-2+7=", "11,9,\\boxed{16}"), ("1+1=", "\\boxed{2}"), ("4+5-9=", "9,\\boxed{1}")]
 
 
-def config(**overrides):
+def make(**overrides):
     pairs = [(name.replace("__", "."), value) for name, value in overrides.items()]
-    return load_config(None, pairs)
+    return DeepSpeedPolicy(load_config(None, pairs), join_ranks("cpu", 60))
 
 
-def samples(tokenizer, count=12):
-    texts = [("3+8-2+7=", "11,9,\\boxed{16}"), ("1+1=", "\\boxed{2}"), ("4+5-9=", "9,\\boxed{1}")]
+def samples(policy, count=12):
     found = []
     for n in range(count):
-        prompt, reply = (tokenizer(text)["input_ids"] for text in texts[n % 3])
-        reply = [*reply, tokenizer.eos_token_id]
+        prompt, reply = (policy.tokenizer(text)["input_ids"] for text in TEXTS[n % 3])
+        reply = [*reply, policy.tokenizer.eos_token_id]
         found.append(Sample(prompt, reply, [-0.5] * len(reply), advantage=(-1.0) ** n * (1 + n / 7)))
     return found
 
 
-def make(ledger_model, **overrides):
-    model, tokenizer = ledger_model
-    own = copy.deepcopy(model)
-    return TorchPolicy(config(**overrides), own, copy.deepcopy(own), pad_id=0), own, tokenizer
+def step(policy, count=12):
+    (mini_batch,) = policy.prepare(samples(policy, count))
+    return policy.update(mini_batch, BETA)
 
 
-BETA = torch.tensor(0.0131)
+def weights(policy):
+    return torch.cat([value.flatten() for _, value in policy.named_weights()])
 
 
-def test_first_step_has_ratio_one_and_no_kl(ledger_model):
-    policy, _, tokenizer = make(ledger_model, policy__updates_per_step=2, policy__micro_batch_tokens=64)
-    first, second = policy.prepare(samples(tokenizer))
+def reply_logps(policy, micro_batches):
+    return [policy.logps(micro.batch)[micro.batch.completion_mask] for micro in micro_batches]
+
+
+def test_first_step_has_ratio_one_and_no_kl():
+    policy = make(policy__updates_per_step=2, policy__micro_batch_tokens=64)
+    first, second = policy.prepare(samples(policy))
     metrics = policy.update(first, BETA)
     assert metrics["kl"] == 0.0
     assert metrics["ratio_mean"] == 1.0
@@ -45,121 +57,233 @@ def test_first_step_has_ratio_one_and_no_kl(ledger_model):
     assert metrics["ratio_max"] != 1.0
 
 
-def test_old_logps_of_a_single_update_are_its_own(ledger_model):
-    policy, _, tokenizer = make(ledger_model)
-    (only,) = policy.prepare(samples(tokenizer))
-    assert all(micro.old_logps is None for micro in only)
+def test_old_logps_of_a_single_update_are_its_own():
+    policy = make()
+    (only,) = policy.prepare(samples(policy))
+    assert all(micro.old_logps is None for micro in only.micro_batches)
     assert policy.update(only, BETA)["ratio_max"] == 1.0
 
 
+def test_old_logps_may_be_the_rollout_engines():
+    policy = make(policy__old_logps="rollout")
+    (only,) = policy.prepare(samples(policy))
+    assert all(torch.equal(micro.old_logps, micro.rollout_logps) for micro in only.micro_batches)
+    assert policy.update(only, BETA)["ratio_max"] != 1.0
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_micro_batches_do_not_change_the_gradient(ledger_model, aggregation):
+@pytest.mark.parametrize("packing", [False, True])
+def test_how_micro_batches_are_cut_does_not_change_the_gradient(aggregation, packing):
     gradients = []
-    for budget in (64, 4096):
-        policy, model, tokenizer = make(
-            ledger_model, policy__micro_batch_tokens=budget, objective__aggregation=aggregation
+    for budget, packed in ((64, packing), (4096, False)):
+        policy = make(
+            policy__micro_batch_tokens=budget, objective__aggregation=aggregation, policy__packing=packed
+        )  # fmt: skip
+        policy._engine.optimizer.register_step_pre_hook(
+            lambda *_, policy=policy: gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
         )
-        policy._optimizer.register_step_pre_hook(lambda *_, model=model: gradients.append(flat_gradient(model)))
-        (mini_batch,) = policy.prepare(samples(tokenizer))
-        assert (len(mini_batch) > 1) == (budget == 64)
+        (mini_batch,) = policy.prepare(samples(policy))
+        assert (len(mini_batch.micro_batches) > 1) == (budget == 64)
         policy.update(mini_batch, BETA)
     assert gradients[0].norm() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)
 
 
-def flat_gradient(model):
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def test_padding_does_not_change_logps(ledger_model):
-    policy, _, tokenizer = make(ledger_model)
-    (mini_batch,) = policy.prepare(samples(tokenizer, 3))
-    together = [policy.logps(micro.batch)[micro.batch.completion_mask] for micro in mini_batch]
+@pytest.mark.parametrize("packing", [False, True])
+def test_neighbours_do_not_change_logps(packing):
+    policy = make(policy__packing=packing)
+    (mini_batch,) = policy.prepare(samples(policy, 3))
+    (micro,) = mini_batch.micro_batches
+    assert (micro.batch.cu_seqlens is not None) == packing
+    together = reply_logps(policy, mini_batch.micro_batches)
     alone = []
-    for sample in samples(tokenizer, 3):
-        ((micro,),) = policy.prepare([sample])
-        alone.append(policy.logps(micro.batch)[micro.batch.completion_mask])
-    lengths = sorted(alone, key=len, reverse=True)
-    torch.testing.assert_close(torch.cat(together), torch.cat(lengths), atol=1e-5, rtol=0)
+    for sample in samples(policy, 3):
+        alone += reply_logps(policy, policy.prepare([sample])[0].micro_batches)
+    in_order = sorted(alone, key=len, reverse=True)
+    torch.testing.assert_close(torch.cat(together), torch.cat(in_order), atol=1e-5, rtol=0)
 
 
-def test_reference_stays_frozen_while_the_policy_moves(ledger_model):
-    policy, model, tokenizer = make(ledger_model, optimizer__lr=1e-3)
-    before = copy.deepcopy(model.state_dict())
-    (mini_batch,) = policy.prepare(samples(tokenizer))
+def test_sizes_of_a_step_are_those_of_its_samples():
+    policy = make(policy__micro_batch_tokens=64)
+    data = samples(policy)
+    (mini_batch,) = policy.prepare(data)
+    masks = [micro.batch.completion_mask for micro in mini_batch.micro_batches]
+    assert mini_batch.num_tokens == sum(int(mask.sum()) for mask in masks) == sum(len(s.reply_ids) for s in data)
+    assert mini_batch.num_sequences == 12
+    assert mini_batch.num_positions == sum(mask.numel() for mask in masks) >= sum(mini_batch.lengths)
+
+
+def test_reference_stays_frozen_while_the_policy_moves():
+    policy = make(optimizer__lr=1e-3)
+    before = weights(policy)
+    (mini_batch,) = policy.prepare(samples(policy))
     policy.update(mini_batch, BETA)
-    (again,) = policy.prepare(samples(tokenizer))
-    for old, new in zip(mini_batch, again, strict=True):
+    (again,) = policy.prepare(samples(policy))
+    for old, new in zip(mini_batch.micro_batches, again.micro_batches, strict=True):
         assert torch.equal(old.ref_logps, new.ref_logps)
-    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(before, weights(policy))
 
 
-def test_good_replies_become_likelier_and_bad_ones_rarer(ledger_model):
-    policy, _, tokenizer = make(ledger_model, optimizer__lr=1e-6, optimizer__warmup_steps=0)
-    (mini_batch,) = policy.prepare(samples(tokenizer, 2))
-    (micro,) = mini_batch
+def test_an_offloaded_reference_says_the_same():
+    policies = [make(policy__offload_reference=offload) for offload in (False, True)]
+    found = [policy.prepare(samples(policy))[0].micro_batches[0].ref_logps for policy in policies]
+    assert torch.equal(*found)
+
+
+def test_good_replies_become_likelier_and_bad_ones_rarer():
+    policy = make(optimizer__lr=1e-6, optimizer__warmup_steps=0)
+    (mini_batch,) = policy.prepare(samples(policy, 2))
+    (micro,) = mini_batch.micro_batches
     before = policy.logps(micro.batch).sum(1)
     policy.update(mini_batch, BETA)
     change = policy.logps(micro.batch).sum(1) - before
     assert torch.equal(change > 0, micro.advantages > 0)
 
 
-def test_a_restored_policy_continues_with_equal_bits(ledger_model):
-    policy, model, tokenizer = make(ledger_model)
-    data = samples(tokenizer)
-    policy.update(policy.prepare(data)[0], BETA)
-    state = copy.deepcopy(policy.state_dict())
-    policy.update(policy.prepare(data)[0], BETA)
-    other, restored, _ = make(ledger_model)
-    other.load_state_dict(state)
-    other.update(other.prepare(data)[0], BETA)
-    for left, right in zip(model.parameters(), restored.parameters(), strict=True):
-        assert torch.equal(left, right)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_restored_policy_goes_on_with_equal_bits(tmp_path, stage):
+    policy = make(policy__zero_stage=stage)
+    step(policy)
+    (tmp_path / "held").mkdir()
+    policy.save(tmp_path / "held")
+    step(policy)
+    other = make(policy__zero_stage=stage)
+    other.load(tmp_path / "held")
+    step(other)
+    assert torch.equal(weights(policy), weights(other))
+    assert policy.learning_rate == other.learning_rate
 
 
-def test_learning_rate_warms_up_and_falls_to_its_end(ledger_model):
-    policy, _, tokenizer = make(
-        ledger_model, run__steps=4, optimizer__warmup_steps=2, optimizer__lr=1.0, optimizer__schedule="linear"
-    )
-    rates = []
-    for _ in range(4):
-        rates.append(policy.learning_rate)
-        policy.update(policy.prepare(samples(tokenizer, 2))[0], BETA)
+def test_learning_rate_warms_up_and_falls_to_its_end():
+    policy = make(run__steps=4, optimizer__warmup_steps=2, optimizer__lr=1.0, optimizer__schedule="linear")
+    rates = [step(policy, 2)["learning_rate"] for _ in range(4)]
     assert rates == [0.5, 1.0, 1.0, 0.5]
 
 
-def test_no_reference_is_needed_without_kl(ledger_model):
-    model, tokenizer = ledger_model
-    policy = TorchPolicy(config(kl__beta=0.0), copy.deepcopy(model), None, pad_id=0)
-    (mini_batch,) = policy.prepare(samples(tokenizer))
-    assert all(micro.ref_logps is None for micro in mini_batch)
+def test_no_reference_is_needed_without_kl():
+    policy = make(kl__beta=0.0)
+    (mini_batch,) = policy.prepare(samples(policy))
+    assert all(micro.ref_logps is None for micro in mini_batch.micro_batches)
     assert policy.update(mini_batch, torch.tensor(0.0))["kl"] == 0.0
 
 
-def test_gradient_checkpointing_gives_the_same_step(ledger_model):
-    weights = []
+def test_gradient_checkpointing_gives_the_same_step():
+    found = []
     for checkpointing in (False, True):
-        policy, model, tokenizer = make(ledger_model, policy__gradient_checkpointing=checkpointing)
-        policy.update(policy.prepare(samples(tokenizer))[0], BETA)
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+        policy = make(policy__gradient_checkpointing=checkpointing)
+        step(policy)
+        found.append(weights(policy))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
-def test_bfloat16_products_keep_float32_parameters_that_small_steps_move(ledger_model):
-    policy, model, tokenizer = make(
-        ledger_model,
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_optimizer_states_may_lie_in_cpu_memory(stage):
+    found = []
+    for offload in (False, stage > 0):
+        policy = make(
+            policy__zero_stage=stage, policy__offload_optimizer=offload, policy__offload_parameters=offload and stage == 3
+        )  # fmt: skip
+        step(policy)
+        found.append(weights(policy))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bfloat16_products_keep_float32_parameters_that_small_steps_move(stage):
+    policy = make(
         policy__dtype="bfloat16",
+        policy__zero_stage=stage,
         policy__updates_per_step=2,
         optimizer__lr=1e-6,
         optimizer__warmup_steps=0,
     )
-    before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
-    first, second = policy.prepare(samples(tokenizer))
+    policy.dtype = torch.float32  # so that named_weights does not round them
+    before = weights(policy)
+    first, second = policy.prepare(samples(policy))
     metrics = policy.update(first, BETA)
     assert metrics["kl"] == 0.0
     assert metrics["ratio_max"] == metrics["ratio_mean"] == 1.0
-    after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    assert after.dtype == torch.float32
+    after = weights(policy)
     assert (after != before).float().mean() > 0.5
     assert (after - before).abs().max() < 2e-6
     policy.update(second, BETA)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("poison", ["advantage", "rollout"])
+def test_a_gradient_that_is_not_finite_moves_nothing(stage, poison):
+    policy = make(policy__zero_stage=stage, policy__micro_batch_tokens=64)
+    step(policy)
+    before, (mini_batch,) = weights(policy), policy.prepare(samples(policy))
+    micro = mini_batch.micro_batches[0]
+    if poison == "advantage":
+        micro.advantages[0] = float("inf")
+    else:
+        micro.ref_logps[micro.batch.completion_mask] = float("nan")
+    metrics = policy.update(mini_batch, BETA)
+    assert metrics["skipped"] == 1.0
+    assert torch.equal(before, weights(policy))
+    metrics = step(policy)
+    assert metrics["skipped"] == 0.0
+    assert metrics["grad_norm"] < 100
+    assert not torch.equal(before, weights(policy))
+    assert torch.isfinite(weights(policy)).all()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_exported_policy_is_the_trained_one(tmp_path, stage):
+    policy = make(policy__zero_stage=stage)
+    step(policy)
+    policy.export(tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path)
+    named = dict(exported.named_parameters())
+    for name, value in policy.named_weights():
+        assert torch.equal(named[name], value)
+    assert exported.generation_config.eos_token_id == policy.model.generation_config.eos_token_id
+    assert exported.dtype == torch.float32
+
+
+def test_export_is_in_the_dtype_of_the_policy(tmp_path):
+    policy = make(policy__dtype="bfloat16")
+    policy.export(tmp_path)
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+class TestLora:
+    def test_only_adapters_learn_and_the_base_is_the_reference(self):
+        policy = make(policy__lora_rank=4, optimizer__lr=1e-2, optimizer__warmup_steps=0)
+        base = copy.deepcopy({n: p for n, p in policy.model.named_parameters() if "lora_" not in n})
+        assert step(policy)["kl"] == 0.0
+        assert step(policy)["kl"] > 0.0
+        for name, value in policy.model.named_parameters():
+            assert ("lora_" in name) == value.requires_grad
+            if "lora_" not in name:
+                assert torch.equal(base[name], value)
+
+    @pytest.mark.parametrize("stage", [0, 2, 3])
+    def test_exported_weights_have_the_adapters_in_them(self, tmp_path, stage):
+        policy = make(policy__lora_rank=4, policy__zero_stage=stage, optimizer__lr=1e-2, optimizer__warmup_steps=0)
+        step(policy)
+        policy.export(tmp_path)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path)
+        plain = make(kl__beta=0.0)
+        missing, unexpected = plain.model.load_state_dict(exported.state_dict(), strict=False)
+        assert (missing, unexpected) == ([], [])
+        (mini_batch,) = policy.prepare(samples(policy))
+        with_adapters = reply_logps(policy, mini_batch.micro_batches)
+        torch.testing.assert_close(
+            with_adapters, reply_logps(plain, mini_batch.micro_batches), atol=1e-4, rtol=0
+        )  # fmt: skip
+        moved = [value for value, sample in zip(with_adapters, mini_batch.micro_batches, strict=True)]
+        reference = [micro.ref_logps[micro.batch.completion_mask] for micro in mini_batch.micro_batches]
+        assert (torch.cat(moved) - torch.cat(reference)).abs().max() > 1e-2
+
+    def test_a_restored_policy_goes_on_with_equal_bits(self, tmp_path):
+        policy, other = make(policy__lora_rank=4, policy__zero_stage=2), make(policy__lora_rank=4, policy__zero_stage=2)
+        step(policy)
+        policy.save(tmp_path)
+        step(policy)
+        other.load(tmp_path)
+        step(other)
+        assert torch.equal(weights(policy), weights(other))
