@@ -1,37 +1,138 @@
-"""Checkpoints: whole or not at all, newest first, and a broken one passed over."""
+"""Checkpoints of one rank: whole or not at all, the newest whole one found, and no more kept than asked for.
 
+Many ranks, kills and full disks: tests/ranks/.
+"""
+
+import json
+import random
+
+import numpy
 import pytest
 import torch
 
-from expo.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from expo.checkpoint import CheckpointError, Checkpoints, Position
 from expo.files import write_whole
+from expo.ranks import join_ranks
 
 
-def test_state_comes_back_with_equal_bits(tmp_path):
-    weights = torch.randn(5)
-    save_checkpoint(tmp_path, 3, {"weights": weights}, keep=2)
-    state = load_newest(tmp_path)
-    assert state["step"] == 3
-    assert torch.equal(state["weights"], weights)
+class Weights:
+    """A policy that is one tensor."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def save(self, folder):
+        torch.save(self.value, folder / "weights.pt")
+
+    def load(self, folder, other_ranks=False):
+        self.value = torch.load(folder / "weights.pt")
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 3, 10):
-        save_checkpoint(tmp_path, step, {}, keep=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003", "step-000010"]
+def checkpoints(folder, config_hash="a"):
+    return Checkpoints(folder, join_ranks("cpu", 60), config_hash)
+
+
+def position(step, **more):
+    return Position(step, {"pass_rates": torch.arange(3.0)}, torch.Generator().manual_seed(step).get_state(), **more)
+
+
+def names(store):
+    return [path.name for path in store.list()]
+
+
+def test_all_that_a_run_is_comes_back_with_equal_bits(tmp_path):
+    store, weights = checkpoints(tmp_path), torch.randn(5)
+    random.seed(3), numpy.random.seed(4), torch.manual_seed(5)
+    store.save(position(3, bad_updates=2), Weights(weights))
+    expected = random.random(), numpy.random.random(), torch.rand(())
+    random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+    restored = Weights(None)
+    found = store.load(store.newest_whole(), restored)
+    assert (found.step, found.bad_updates) == (3, 2)
+    assert torch.equal(found.curriculum["pass_rates"], torch.arange(3.0))
+    assert torch.equal(found.generator, position(3).generator)
+    assert torch.equal(restored.value, weights)
+    assert (random.random(), numpy.random.random(), torch.rand(())) == expected
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    store = checkpoints(tmp_path)
+    for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.3), (10, None)):
+        store.save(position(step), Weights(step), score)
+    store.retain(2, best=True)
+    assert names(store) == ["step-000002", "step-000004", "step-000010"]
+    store.retain(1, best=False)
+    assert names(store) == ["step-000010"]
+    assert (tmp_path / "latest").read_text() == "step-000010"
 
 
 def test_a_folder_without_checkpoints_gives_none(tmp_path):
-    assert load_newest(tmp_path / "nothing") is None
+    assert checkpoints(tmp_path / "nothing").newest_whole() is None
 
 
-def test_a_broken_checkpoint_is_named_and_passed_over(tmp_path, capsys):
-    save_checkpoint(tmp_path, 1, {"value": 1}, keep=5)
-    newest = save_checkpoint(tmp_path, 2, {"value": 2}, keep=5)
-    content = (newest / "state.pt").read_bytes()
-    (newest / "state.pt").write_bytes(content[: len(content) // 2])
-    assert load_newest(tmp_path)["value"] == 1
-    assert "step-000002 cannot be read" in capsys.readouterr().err
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "expected"),
+    [
+        ("policy/weights.pt", truncate, "bytes, expected"),
+        ("policy/weights.pt", flip, "policy/weights.pt has changed"),
+        ("position.pt", lambda path: path.unlink(), "position.pt is missing"),
+        ("manifest.json", truncate, "JSONDecodeError"),
+        ("manifest.json", lambda path: path.unlink(), "FileNotFoundError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, file, damage, expected):
+    store = checkpoints(tmp_path)
+    store.save(position(1), Weights(torch.randn(100)))
+    damage(store.save(position(2), Weights(torch.randn(100))) / file)
+    assert store.newest_whole().name == "step-000001"
+    message = capsys.readouterr().err
+    assert "step-000002 is not whole" in message
+    assert expected in message
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
+    checkpoints(tmp_path, "a").save(position(1), Weights(1))
+    assert checkpoints(tmp_path, "b").newest_whole() is None
+    assert "belongs to a run of other settings" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(position(1), Weights(1))
+
+    class Full(Weights):
+        def save(self, folder):
+            (folder / "weights.pt").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        store.save(position(2), Full(2))
+    assert store.newest_whole().name == "step-000001"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
+
+
+def test_saving_a_step_again_leaves_it_as_it_is(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(position(1), Weights("first"))
+    path = store.save(position(1), Weights("second"))
+    assert torch.load(path / "policy/weights.pt") == "first"
+
+
+def test_a_manifest_says_what_a_checkpoint_is(tmp_path):
+    path = checkpoints(tmp_path).save(position(7), Weights(1), score=0.5)
+    facts = json.loads((path / "manifest.json").read_text())
+    assert (facts["step"], facts["ranks"], facts["score"], facts["config_hash"]) == (7, 1, 0.5, "a")
+    assert set(facts["files"]) == {"policy/weights.pt", "position.pt", "random-rank0.pt"}
 
 
 def test_a_write_that_dies_leaves_the_old_contents(tmp_path):
@@ -48,10 +149,3 @@ def test_a_write_that_dies_leaves_the_old_contents(tmp_path):
     write_whole(path, lambda temporary: temporary.write_text("new"))
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "new"
-
-
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save_checkpoint(tmp_path, 1, {"value": "old"}, keep=1)
-    save_checkpoint(tmp_path, 1, {"value": "new"}, keep=1)
-    assert load_newest(tmp_path)["value"] == "new"
-    assert [item.name for item in tmp_path.iterdir()] == ["step-000001"]

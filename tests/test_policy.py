@@ -76,9 +76,7 @@ def test_old_logps_may_be_the_rollout_engines():
 def test_how_micro_batches_are_cut_does_not_change_the_gradient(aggregation, packing):
     gradients = []
     for budget, packed in ((64, packing), (4096, False)):
-        policy = make(
-            policy__micro_batch_tokens=budget, objective__aggregation=aggregation, policy__packing=packed
-        )  # fmt: skip
+        policy = make(policy__micro_batch_tokens=budget, objective__aggregation=aggregation, policy__packing=packed)
         policy._engine.optimizer.register_step_pre_hook(
             lambda *_, policy=policy: gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
         )
@@ -181,8 +179,10 @@ def test_optimizer_states_may_lie_in_cpu_memory(stage):
     found = []
     for offload in (False, stage > 0):
         policy = make(
-            policy__zero_stage=stage, policy__offload_optimizer=offload, policy__offload_parameters=offload and stage == 3
-        )  # fmt: skip
+            policy__zero_stage=stage,
+            policy__offload_optimizer=offload,
+            policy__offload_parameters=offload and stage == 3,
+        )
         step(policy)
         found.append(weights(policy))
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
@@ -272,12 +272,9 @@ class TestLora:
         assert (missing, unexpected) == ([], [])
         (mini_batch,) = policy.prepare(samples(policy))
         with_adapters = reply_logps(policy, mini_batch.micro_batches)
-        torch.testing.assert_close(
-            with_adapters, reply_logps(plain, mini_batch.micro_batches), atol=1e-4, rtol=0
-        )  # fmt: skip
-        moved = [value for value, sample in zip(with_adapters, mini_batch.micro_batches, strict=True)]
+        torch.testing.assert_close(with_adapters, reply_logps(plain, mini_batch.micro_batches), atol=1e-4, rtol=0)
         reference = [micro.ref_logps[micro.batch.completion_mask] for micro in mini_batch.micro_batches]
-        assert (torch.cat(moved) - torch.cat(reference)).abs().max() > 1e-2
+        assert (torch.cat(with_adapters) - torch.cat(reference)).abs().max() > 1e-2
 
     def test_a_restored_policy_goes_on_with_equal_bits(self, tmp_path):
         policy, other = make(policy__lora_rank=4, policy__zero_stage=2), make(policy__lora_rank=4, policy__zero_stage=2)

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import expo.train
-from expo.checkpoint import list_checkpoints, load_newest
 from expo.config import load_config
-from expo.train import main, train
+from expo.policy import DeepSpeedPolicy
+from expo.train import Diverged, main, train
 
 QUICK = {
     "run.steps": 4,
@@ -19,7 +21,7 @@ QUICK = {
     "optimizer.warmup_steps": 1,
     "evaluation.num_samples": 2,
 }
-TIMED = {"seconds", "tokens_per_second"}
+TIMED = ("seconds", "tokens_per_second", "rollout_tokens", "training_tokens", "memory_", "mfu")
 
 
 def quick(tmp_path, name="run", **overrides):
@@ -40,10 +42,7 @@ def rows_of(path, name):
 
 
 def untimed(rows):
-    return [
-        {key: value for key, value in row.items() if key not in TIMED and not key.startswith("seconds/")}
-        for row in rows
-    ]
+    return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +80,20 @@ def test_metrics_are_consistent(finished):
     assert rows[0]["ratio_max"] == rows[0]["ratio_mean"] == 1.0
 
 
-def test_the_exported_policy_is_the_trained_one(finished):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def weights_of(run):
+    return load_file(run / "export" / "model.safetensors")
 
-    state = load_newest(finished / "checkpoints")["policy"]["model"]
+
+def checkpoints_of(run):
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def test_the_exported_policy_is_the_last_checkpoints(finished):
+    state = torch.load(
+        finished / "checkpoints/step-000004/policy/policy/mp_rank_00_model_states.pt", weights_only=False
+    )["module"]
     exported = AutoModelForCausalLM.from_pretrained(finished / "export").state_dict()
-    assert all(torch.equal(exported[name], value) for name, value in state.items())
+    assert all(torch.equal(exported[name.removeprefix("model.")], value) for name, value in state.items())
     assert AutoTokenizer.from_pretrained(finished / "export").eos_token_id is not None
 
 
@@ -103,14 +110,57 @@ def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
-    assert [path.name for path in list_checkpoints(config.run.dir / "checkpoints")] == ["step-000002"]
+    assert checkpoints_of(config.run.dir) == ["step-000002"]
     assert [row["step"] for row in rows_of(config.run.dir, "metrics")] == [1, 2, 3]
     resumed = train(config, resume=True)
     for name in ("metrics", "completions", "curriculum", "evaluations"):
         assert untimed(rows_of(resumed, name)) == untimed(rows_of(finished, name))
-    left, right = load_newest(finished / "checkpoints"), load_newest(resumed / "checkpoints")
-    for name, value in left["policy"]["model"].items():
-        assert torch.equal(value, right["policy"]["model"][name])
+    left, right = weights_of(finished), weights_of(resumed)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_kept(tmp_path, monkeypatch):
+    real, calls = DeepSpeedPolicy.update, []
+
+    def update(policy, mini_batch, beta):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            mini_batch.micro_batches[0].advantages[0] = float("nan")
+        return real(policy, mini_batch, beta)
+
+    monkeypatch.setattr(DeepSpeedPolicy, "update", update)
+    run = train(quick(tmp_path))
+    rows = rows_of(run, "metrics")
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 0]
+    assert rows[1]["loss"] is None
+    kept = torch.load(run / "bad_updates/step-000002-update-0-rank-0.pt", weights_only=False)
+    assert kept["micro_batches"][0]["advantages"].isnan().any()
+    assert all(value.isfinite().all() for value in weights_of(run).values())
+
+
+def test_a_run_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    real = DeepSpeedPolicy.update
+
+    def update(policy, mini_batch, beta):
+        mini_batch.micro_batches[0].advantages.fill_(float("nan"))
+        return real(policy, mini_batch, beta)
+
+    monkeypatch.setattr(DeepSpeedPolicy, "update", update)
+    config = quick(tmp_path, run__max_bad_updates=2)
+    with pytest.raises(Diverged, match="2 updates in a row"):
+        train(config)
+    assert len(list((config.run.dir / "bad_updates").iterdir())) == 2
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert main([str(path), "--resume"]) == 1
+    assert "lower optimizer.lr" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    run = train(quick(tmp_path, evaluation__every=1, run__checkpoint_every=1, run__keep_checkpoints=1))
+    scores = {row["step"]: row["sets"]["few"]["pass_at"]["1"]["mean"] for row in rows_of(run, "evaluations")[1:]}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert checkpoints_of(run) == sorted({f"step-{best:06d}", "step-000004"})
 
 
 @pytest.mark.slow
@@ -144,6 +194,16 @@ def test_grpo_is_a_setting(tmp_path):
     assert [row["beta_eff"] for row in rows] == pytest.approx([0.02] * 4)
     assert max(row["ratio_max"] for row in rows) > 1.0, "the second update of a step is off-policy"
     assert max(row["rollout_logp_difference_max"] for row in rows) < 1e-4
+
+
+@pytest.mark.parametrize("overrides", [{"policy__zero_stage": 3}, {"policy__lora_rank": 4}, {"policy__packing": True}])
+def test_other_policies_learn_from_the_same_rollouts(tmp_path, finished, overrides):
+    run = train(quick(tmp_path, run__steps=2, **overrides))
+    rows, plain = rows_of(run, "metrics"), rows_of(finished, "metrics")
+    assert rows[0]["accuracy"] == plain[0]["accuracy"]
+    assert rows[0]["kl"] == 0.0
+    assert max(row["rollout_logp_difference_max"] for row in rows) < 1e-4
+    assert (rows[0]["padding_fraction"] == 0.0) == ("policy__packing" in overrides)
 
 
 def test_bfloat16_rollouts_and_training_agree(tmp_path):

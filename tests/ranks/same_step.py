@@ -1,0 +1,68 @@
+"""Run by torchrun: three optimizer steps in every way of splitting them; rank 0 writes each way's parameters.
+
+torchrun ... same_step.py MODEL_FOLDER... OUT
+"""
+
+import itertools
+import sys
+
+import torch
+
+from expo.config import load_config
+from expo.policy import DeepSpeedPolicy, Sample
+from expo.ranks import Ranks, join_ranks, leave_ranks
+
+STAGES, PACKING, AGGREGATIONS = (0, 1, 2, 3), (False, True), ("token", "sequence", "constant")
+# prompt and reply tokens
+LENGTHS = [(9, 14), (4, 7), (6, 1), (3, 25), (5, 5), (8, 12), (4, 3), (7, 9), (9, 20), (2, 11), (5, 17), (3, 6)]
+
+
+def samples(vocab_size: int) -> list[Sample]:
+    """Ragged, with advantages of both signs; the same on every rank."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for row, (prompt, reply) in enumerate(LENGTHS):
+        ids = torch.randint(3, vocab_size, (prompt + reply,), generator=generator).tolist()
+        advantage = float(torch.randn((), generator=generator)) if row else 0.0
+        found.append(Sample(ids[:prompt], ids[prompt:], [-1.0] * reply, advantage))
+    return found
+
+
+def parameters_after_three_steps(
+    path: str, stage: int, packing: bool, aggregation: str, budget: int, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """All parameters in one row, the last loss and gradient norm, and how many micro-batches this rank had a step."""
+    overrides = {
+        "model.path": path,
+        "policy.zero_stage": stage,
+        "policy.packing": packing,
+        "policy.micro_batch_tokens": budget,
+        "policy.updates_per_step": 1,
+        "objective.aggregation": aggregation,
+        "data.max_prompt_tokens": 10,
+        "rollout.max_new_tokens": 30,
+        "optimizer.lr": 1e-4,
+        "optimizer.warmup_steps": 0,
+    }
+    policy = DeepSpeedPolicy(load_config(None, list(overrides.items())), ranks)
+    for _ in range(3):
+        (mini_batch,) = policy.prepare(samples(19))
+        metrics = policy.update(mini_batch, torch.tensor(0.02))
+    row = torch.cat([value.flatten() for _, value in policy.named_weights()])
+    return row, torch.tensor([metrics["loss"], metrics["grad_norm"]]), len(mini_batch.micro_batches)
+
+
+def main() -> None:
+    *paths, out = sys.argv[1:]
+    ranks, found = join_ranks("cpu", 120), {}
+    for path, stage, packing, aggregation in itertools.product(paths, STAGES, PACKING, AGGREGATIONS):
+        found[path, stage, packing, aggregation] = parameters_after_three_steps(
+            path, stage, packing, aggregation, 40, ranks
+        )
+    if ranks.is_first:
+        torch.save(found, out)
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()
