@@ -312,6 +312,12 @@ class Invocation(_Section):
 
     config: RunConfig
     resume: bool = False
+    dry_run: bool = False
+    """Print what the run would take, and stop."""
+    ranks: Count | None = None
+    """GPUs to plan for; None: as many as are here."""
+    gpu_memory_gib: Positive | None = None
+    """Memory of each in GiB; None: that of the GPU here."""
 
 
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
@@ -377,13 +383,18 @@ def _nearest(given: str, known: Sequence[str]) -> str:
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...] [--resume] [--print-config]",
+        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...] [--resume] [--print-config | --dry-run]",
         description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
         allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print memory, steps and disk of the run and stop")
+    parser.add_argument("--ranks", metavar="N", help="with --dry-run: GPUs to plan for (default: those here)")
+    parser.add_argument(
+        "--gpu-memory-gib", metavar="GIB", help="with --dry-run: memory of each (default: that of the GPU here, or 80)"
+    )
     for name, model in _sections():
         group = parser.add_argument_group(name, model.__doc__)
         for field, info in model.model_fields.items():
@@ -401,18 +412,32 @@ def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") 
     parser = _parser(prog)
     known, unknown = parser.parse_known_args(list(argv))
     given = vars(known)
-    path, resume, print_config = given.pop("config"), given.pop("resume"), given.pop("print_config")
+    path, print_config = given.pop("config"), given.pop("print_config")
+    about_run = {name: given.pop(name) for name in Invocation.model_fields if name in given}
     try:
         if unknown:
             flag = unknown[0].split("=")[0]
             raise ConfigError(f"unknown argument {unknown[0]}{_nearest(flag, ['--' + name for name in field_names()])}")
         config = load_config(path, [(name, _parse_value(name, text)) for name, text in given.items()])
+        invocation = _invocation(config, about_run)
     except ConfigError as error:
         fail(prog, error)
     if print_config:
         sys.stdout.write(config.to_yaml())
         raise SystemExit(0)
-    return Invocation(config=config, resume=resume)
+    return invocation
+
+
+def _invocation(config: RunConfig, options: dict[str, Any]) -> Invocation:
+    """The command line's other options, checked."""
+    for name in ("ranks", "gpu_memory_gib"):
+        if options[name] is not None and not options["dry_run"]:
+            raise ConfigError(f"--{name.replace('_', '-')} says what to plan for; add --dry-run, or leave it out")
+    try:
+        return Invocation(config=config, **options)
+    except ValidationError as error:
+        problems = "; ".join(f"--{_explain(item).replace('_', '-')}" for item in error.errors())
+        raise ConfigError(problems) from error
 
 
 def _parse_value(name: str, text: str) -> Any:

@@ -23,6 +23,7 @@ from expo.evaluate import evaluate
 from expo.files import write_whole
 from expo.graded import Graded, grade
 from expo.metrics import PhaseTimer, curriculum_row, progress_note, step_row
+from expo.plan import print_plan
 from expo.policy import MiniBatch, Sample
 from expo.ranks import leave_ranks
 from expo.records import results_table
@@ -281,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
     try:
+        if invocation.dry_run:
+            return print_plan(invocation)
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)

@@ -1,0 +1,162 @@
+"""The memory plan: each part worked by hand, and activations against what autograd really keeps."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from expo.config import RunConfig
+from expo.flops import ModelShape
+from expo.memory import GIB, RUNTIME_BYTES, Footprint
+
+# V 1000, H 64, I 160, 2 layers, Q 96, K 48: 64,000 + 2 * layer + 64 + 64,000
+SHAPE = ModelShape(1000, 64, 160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, is_tied=False)
+LAYER = 2 * 64 * 96 + 2 * 64 * 48 + 3 * 64 * 160 + 2 * 64
+PARAMETERS = 128_000 + 2 * LAYER + 64
+
+
+def footprint(num_ranks=4, shape=SHAPE, **fields):
+    """A run of 32 replies a step, 16 an update, of at most 20 tokens; fields are section__field."""
+    values = {
+        "model": {"path": "m"},
+        "data": {"train": "t", "max_prompt_tokens": 8},
+        "rollout": {"questions_per_step": 4, "group_size": 8, "max_new_tokens": 12},
+        "policy": {"micro_batch_tokens": 40, "updates_per_step": 2},
+    }
+    for name, value in fields.items():
+        section, field = name.split("__")
+        values.setdefault(section, {})[field] = value
+    return Footprint(RunConfig.model_validate(values), shape, num_ranks)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_splits_what_its_stage_says(stage, dtype):
+    run = footprint(policy__zero_stage=stage, policy__dtype=dtype)
+    itemsize = 2 if dtype == "bfloat16" else 4
+    assert run.parameter_bytes() == itemsize * PARAMETERS / (4 if stage == 3 else 1)
+    assert run.reference_bytes() == run.parameter_bytes()
+    assert run.gradient_bytes() == (4 if stage else itemsize) * PARAMETERS / (4 if stage >= 2 else 1)
+    # two moments and a master; float32 parameters are their own master only where DeepSpeed leaves AdamW alone
+    states = 8 if (stage, dtype) == (0, "float32") else 12
+    assert run.optimizer_bytes() == states * PARAMETERS / (4 if stage else 1)
+    assert run.widened_gradient_bytes() == (4 * PARAMETERS if (stage, dtype) == (0, "bfloat16") else 0)
+
+
+def test_lora_trains_its_adapters_alone_and_needs_no_reference():
+    run = footprint(policy__lora_rank=8, policy__zero_stage=2)
+    adapters = 2 * 8 * (160 + 112 + 112 + 160 + 3 * 224)
+    assert run.optimizer_bytes() == 12 * adapters / 4
+    assert run.gradient_bytes() == 4 * adapters / 4
+    assert run.parameter_bytes() == 2 * (PARAMETERS + adapters)
+    assert run.reference_bytes() == 0
+    assert run.checkpoint_bytes() == 2 * (PARAMETERS + adapters) + 12 * adapters
+    assert run.export_bytes() == 2 * PARAMETERS
+
+
+def test_no_reference_without_kl():
+    assert footprint(kl__beta=0).reference_bytes() == 0
+
+
+def test_a_micro_batch_is_no_larger_than_what_a_rank_has():
+    assert footprint().micro_batch_tokens() == 40
+    # 16 replies of 20 tokens over 4 ranks
+    assert footprint(policy__micro_batch_tokens=4000).micro_batch_tokens() == 80
+
+
+def test_loss_holds_one_chunk_hidden_states_and_gradients():
+    # V = 1000 in rows of 1008 float32; hidden states and their gradient in b, and in float32; so the head's
+    run = footprint(policy__dtype="bfloat16")
+    assert run.loss_bytes() == 40 * 1008 * 4 + 40 * 64 * (2 + 2 + 4) + 64_000 * (2 + 4)
+    frozen = footprint(policy__dtype="bfloat16", policy__lora_rank=4)
+    assert frozen.loss_bytes() == 40 * 1008 * 4 + 40 * 64 * (2 + 2 + 4)
+    # a budget of 16 KiB holds 4 rows
+    assert footprint(policy__logits_budget_mb=1 / 64).loss_bytes() == run.loss_bytes() - 36 * 1008 * 4
+
+
+def test_buckets_are_deepspeeds():
+    assert footprint(num_ranks=1, policy__zero_stage=0).bucket_bytes() == 0
+    assert footprint(policy__zero_stage=0).bucket_bytes() == 2 * PARAMETERS
+    assert footprint(policy__zero_stage=2).bucket_bytes() == 2 * 500_000_000
+    assert footprint(policy__zero_stage=3).bucket_bytes() == 2 * (500_000_000 + PARAMETERS)
+
+
+def kept_by_autograd(config, dtype, attention, shape=(2, 20)):
+    """Bytes of all tensors, parameters apart, that a forward pass of the layers leaves for the backward pass."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(getattr(torch, dtype))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ids = torch.randint(config.vocab_size, shape)
+        output = model.train().model(input_ids=ids, use_cache=False).last_hidden_state
+    assert output.requires_grad
+    return sum(num_bytes for num_bytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [Qwen2Config, Qwen3Config, LlamaConfig])
+def test_activations_of_a_layer_are_those_that_autograd_keeps(family, attention, dtype):
+    # as many key-value heads as heads: on a CPU, eager attention keeps copies of the keys for every head
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4}
+    configs = [family(**sizes, vocab_size=101, head_dim=24, num_hidden_layers=layers) for layers in (2, 3)]
+    fewer, more = (kept_by_autograd(config, dtype, attention) for config in configs)
+    shape = ModelShape.from_config(configs[0])
+    run = footprint(shape=shape, policy__dtype=dtype, model__attention=attention)
+    assert more - fewer == 40 * run.layer_activation_bytes()
+
+
+def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
+    run, recomputing = footprint(), footprint(policy__gradient_checkpointing=True)
+    layer = run.layer_activation_bytes()
+    gradients = 3 * 160 * 2
+    assert run.activation_bytes() == 40 * (2 * layer + gradients)
+    assert recomputing.activation_bytes() == 40 * (2 * 64 * 2 + layer + gradients)
+
+
+def test_sampling_holds_a_cache_and_logits():
+    # 8 replies a rank of 20 tokens, keys and values of 48 in 2 layers, one of them twice while it grows
+    run = footprint(rollout__batch_size=100)
+    assert run.sampled_at_once() == 8
+    assert run.cache_bytes() == 8 * 20 * 5 * 48 * 2
+    assert run.sampling_bytes() == 4 * 8 * 1000 * 4 + 64_000 * 4
+    assert footprint(rollout__batch_size=3).cache_bytes() == 3 * 20 * 5 * 48 * 2
+    assert footprint(rollout__batch_size=100, evaluation__sets={"a": "b"}).sampled_at_once() == 100
+    assert footprint(policy__dtype="float32").sampling_bytes() == 4 * 8 * 1000 * 4
+    assert footprint(policy__zero_stage=3).gathered_bytes() == 2 * PARAMETERS
+    assert footprint(policy__zero_stage=2).gathered_bytes() == 0
+
+
+def test_the_peak_is_what_is_always_there_and_the_largest_phase():
+    run = footprint(policy__zero_stage=2)
+    always = run.parameter_bytes() + run.gradient_bytes() + run.optimizer_bytes() + run.reference_bytes()
+    backward = run.activation_bytes() + run.loss_bytes() + run.bucket_bytes()
+    assert run.peak() == ("backward pass", RUNTIME_BYTES + always + backward)
+    assert backward > run.cache_bytes() + run.sampling_bytes()
+
+
+def test_offloading_moves_bytes_from_the_gpu_to_the_node():
+    fields = {"policy__offload_optimizer": True, "policy__offload_parameters": True, "policy__offload_reference": True}
+    run, kept = footprint(policy__zero_stage=3, **fields), footprint(policy__zero_stage=3)
+    assert [part.num_bytes for part in run.resident()] == [0, 0, 0, 0]
+    moved = [part.num_bytes for part in run.cpu_parts(ranks_per_node=2)]
+    assert sum(moved) == 2 * sum(part.num_bytes for part in kept.resident())
+    assert [part.num_bytes for part in kept.cpu_parts(2)] == [0, 0, 0]
+    assert "reference log-probs" in run.phases()
+
+
+def test_loading_reads_float32_on_every_rank_until_stage_3():
+    assert footprint(policy__zero_stage=2).loading_bytes(ranks_per_node=4) == 4 * 4 * PARAMETERS
+    assert footprint(policy__zero_stage=3).loading_bytes(ranks_per_node=4) == 4 * PARAMETERS
+
+
+def test_a_checkpoint_holds_parameters_and_float32_states():
+    assert footprint(policy__zero_stage=2).checkpoint_bytes() == 14 * PARAMETERS
+    assert footprint(policy__dtype="float32").checkpoint_bytes() == 12 * PARAMETERS
+    assert GIB == 1024**3
