@@ -395,6 +395,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu-memory-gib", metavar="GIB", help="with --dry-run: memory of each (default: that of the GPU here, or 80)"
     )
+    # DeepSpeed's launcher adds it to every rank's command line; LOCAL_RANK in the environment says the same
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     for name, model in _sections():
         group = parser.add_argument_group(name, model.__doc__)
         for field, info in model.model_fields.items():
@@ -413,6 +415,7 @@ def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") 
     known, unknown = parser.parse_known_args(list(argv))
     given = vars(known)
     path, print_config = given.pop("config"), given.pop("print_config")
+    del given["local_rank"]
     about_run = {name: given.pop(name) for name in Invocation.model_fields if name in given}
     try:
         if unknown:

@@ -124,27 +124,32 @@ class Footprint:
         sequences = -(-self.replies_per_update() // self.num_ranks)
         return min(self.config.policy.micro_batch_tokens, sequences * self.longest)
 
-    def loss_bytes(self) -> float:
-        """expo_kernels' linear loss: one chunk of float32 logits, hidden states, and the gradients that it makes.
+    def logps_bytes(self) -> float:
+        """What expo_kernels needs for log-probs: one chunk of float32 logits, and hidden states of N * H * b.
 
-        Chunk: its rows times V, which is rounded up to 16. Hidden states N * H * b; their gradient float32 and, at the
-        end, in b. The head's the same, V * H, unless it is frozen by LoRA.
+        The chunk has as many rows as expo_kernels gives it, each of V rounded up to 16.
         """
         tokens, hidden, vocab = self.micro_batch_tokens(), self.shape.hidden_size, self.shape.vocab_size
-        device = torch.device("cpu" if self.config.run.device == "cpu" else "cuda")
         rows = chunk_rows(
             tokens,
             vocab,
             itemsize=4,
             buffers=1,
             budget_mb=self.config.policy.logits_budget_mb,
-            device=device,
+            device=torch.device("cpu" if self.config.run.device == "cpu" else "cuda"),
             hidden_size=hidden,
         )
-        chunk = 4 * rows * (-(-vocab // 16) * 16)
-        of_hidden = tokens * hidden * (2 * self.itemsize + 4)
-        of_head = 0 if self.config.policy.lora_rank else vocab * hidden * (self.itemsize + 4)
-        return float(chunk + of_hidden + of_head)
+        return float(4 * rows * (-(-vocab // 16) * 16) + tokens * hidden * self.itemsize)
+
+    def loss_bytes(self) -> float:
+        """What its linear loss needs: that of the log-probs, and the gradients that it makes in its forward pass.
+
+        Gradients of the hidden states, N * H, and of the head, V * H unless LoRA freezes it: each in float32 and, at
+        the end, in b.
+        """
+        of_hidden = self.micro_batch_tokens() * self.shape.hidden_size
+        of_head = 0 if self.config.policy.lora_rank else self.shape.embedding_parameters
+        return self.logps_bytes() + (of_hidden + of_head) * (4 + self.itemsize)
 
     def layer_activation_bytes(self) -> int:
         """What one token leaves behind in one layer for the backward pass.
@@ -246,7 +251,7 @@ class Footprint:
         }
         if policy.offload_reference and self.has_reference:
             back = Part("frozen reference, back from the CPU", self.reference_bytes(), "policy.zero_stage=3")
-            found["reference log-probs"] = [back, Part("loss", self.loss_bytes(), FEWER)]
+            found["reference log-probs"] = [back, Part("log-probs", self.logps_bytes(), FEWER)]
         return found
 
     def peak(self) -> tuple[str, float]:
@@ -269,10 +274,14 @@ class Footprint:
         return ranks_per_node * self.sharded(MASTER_BYTES * self.shape.num_parameters, 3)
 
     def checkpoint_bytes(self) -> float:
-        """On disk, all ranks together: the parameters once, and the optimizer's float32 of what is trained."""
+        """On disk, all ranks together: the parameters, and the optimizer's float32 of what is trained.
+
+        At stage 3 DeepSpeed writes only frozen parameters: the others follow from their masters.
+        """
         has_masters = self.itemsize < 4 or self.config.policy.zero_stage > 0
         states = (2 + has_masters) * MASTER_BYTES * self.trained_parameters
-        return float(self.itemsize * self.held_parameters + states)
+        unwritten = self.trained_parameters if self.config.policy.zero_stage == 3 else 0
+        return float(self.itemsize * (self.held_parameters - unwritten) + states)
 
     def export_bytes(self) -> float:
         """The Hugging Face folder's weights, adapters merged."""

@@ -132,8 +132,8 @@ def describe(footprint: Footprint, machine: Machine, shape_source: str) -> str:
     config = footprint.config
     nodes = -(-machine.num_ranks // machine.ranks_per_node)
     title = (
-        f"{config.model.path} on {_count(machine.num_ranks, 'rank')}, {_count(nodes, 'node')} of at most "
-        f"{machine.ranks_per_node}; nothing has been loaded"
+        f"{config.model.path} on {_count(machine.num_ranks, 'rank')}, {machine.ranks_per_node} a node, "
+        f"{_count(nodes, 'node')}; nothing has been loaded"
     )
     limit = "no limit known" if machine.memory_gib is None else f"{machine.memory_gib:.1f} GiB"
     blocks = [
@@ -174,6 +174,7 @@ def _model_rows(footprint: Footprint) -> _Rows:
 def _memory_rows(footprint: Footprint) -> _Rows:
     policy = footprint.config.policy
     notes = {
+        f"parameters, {policy.dtype}": "on the CPU between uses" if policy.offload_parameters else "",
         "gradients": "on the CPU" if policy.offload_optimizer else "",
         "optimizer states": "on the CPU" if policy.offload_optimizer else "float32",
         "frozen reference": _reference_note(footprint),

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from expo.config import RunConfig
 from expo.flops import ModelShape
-from expo.memory import GIB, RUNTIME_BYTES, Footprint
+from expo.memory import RUNTIME_BYTES, Footprint
 
 # V 1000, H 64, I 160, 2 layers, Q 96, K 48: 64,000 + 2 * layer + 64 + 64,000
 SHAPE = ModelShape(1000, 64, 160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, is_tied=False)
@@ -66,6 +66,7 @@ def test_a_micro_batch_is_no_larger_than_what_a_rank_has():
 def test_loss_holds_one_chunk_hidden_states_and_gradients():
     # V = 1000 in rows of 1008 float32; hidden states and their gradient in b, and in float32; so the head's
     run = footprint(policy__dtype="bfloat16")
+    assert run.logps_bytes() == 40 * 1008 * 4 + 40 * 64 * 2
     assert run.loss_bytes() == 40 * 1008 * 4 + 40 * 64 * (2 + 2 + 4) + 64_000 * (2 + 4)
     frozen = footprint(policy__dtype="bfloat16", policy__lora_rank=4)
     assert frozen.loss_bytes() == 40 * 1008 * 4 + 40 * 64 * (2 + 2 + 4)
@@ -159,4 +160,8 @@ def test_loading_reads_float32_on_every_rank_until_stage_3():
 def test_a_checkpoint_holds_parameters_and_float32_states():
     assert footprint(policy__zero_stage=2).checkpoint_bytes() == 14 * PARAMETERS
     assert footprint(policy__dtype="float32").checkpoint_bytes() == 12 * PARAMETERS
-    assert GIB == 1024**3
+    assert footprint(policy__dtype="float32", policy__zero_stage=1).checkpoint_bytes() == 16 * PARAMETERS
+    # at stage 3 the parameters follow from their masters, but for frozen ones
+    assert footprint(policy__zero_stage=3).checkpoint_bytes() == 12 * PARAMETERS
+    frozen = footprint(policy__zero_stage=3, policy__lora_rank=8)
+    assert frozen.checkpoint_bytes() == 2 * PARAMETERS + 12 * frozen.trained_parameters

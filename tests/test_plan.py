@@ -218,3 +218,7 @@ def test_the_command_line_says_what_to_plan_for():
     invocation = parse_command_line(["--dry-run", "--ranks", "16", "--gpu-memory-gib", "141"])
     assert (invocation.dry_run, invocation.ranks, invocation.gpu_memory_gib) == (True, 16, 141.0)
     assert not parse_command_line([]).dry_run
+
+
+def test_the_rank_that_deepspeeds_launcher_adds_is_no_unknown_argument():
+    assert parse_command_line(["--local_rank=3"]) == parse_command_line([])
