@@ -3,7 +3,7 @@
 Parts that are always there are counted apart from those of a phase, since phases never meet: the peak is the former and
 the largest phase. The formulas follow DeepSpeed 0.19 and transformers 5 as their sources
 stand; each is an upper bound for full-length sequences, not a measurement.
-Letters: b bytes of policy.dtype, N tokens of a micro-batch, H hidden, I intermediate, V vocabulary, Q and K elements of
+Letters: b bytes of policy.dtype, in which products are made (parameters, gradients and states are float32), N tokens of a micro-batch, H hidden, I intermediate, V vocabulary, Q and K elements of
 a token's queries and keys, R ranks.
 """
 
@@ -17,8 +17,8 @@ from expo.flops import ModelShape
 from expo_kernels._launch import chunk_rows
 
 GIB = 2**30
-MASTER_BYTES = 4  # AdamW's two moments, and the master weights, are float32
-REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default, gradients on their way to other ranks
+FLOAT32 = 4  # bytes
+REDUCE_BUCKET = 200_000_000  # elements; as policy.py sets it, gradients on their way to other ranks
 LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_live_parameters
 PREFETCH_BUCKET = 50_000_000  # elements; DeepSpeed's default of stage3_prefetch_bucket_size
 RUNTIME_BYTES = 2 * GIB  # assumed for the CUDA context, NCCL and fragmentation
@@ -45,7 +45,7 @@ class Footprint:
 
     @property
     def itemsize(self) -> int:
-        """b, bytes of a parameter."""
+        """b, bytes of an activation."""
         return 2 if self.config.policy.dtype == "bfloat16" else 4
 
     @property
@@ -74,45 +74,42 @@ class Footprint:
         return num_bytes / self.num_ranks if self.config.policy.zero_stage >= from_stage else num_bytes
 
     def parameter_bytes(self) -> float:
-        """b a parameter, split by stage 3."""
-        return self.sharded(self.itemsize * self.held_parameters, 3)
+        """Split by stage 3."""
+        return self.sharded(FLOAT32 * self.held_parameters, 3)
 
     def gradient_bytes(self) -> float:
-        """Sums over micro-batches, split by stages 2 and 3.
-
-        They are float32, but at stage 0, where DeepSpeed keeps b a parameter and widens all to float32 for the step.
-        """
-        itemsize = 4 if self.config.policy.zero_stage else self.itemsize
-        return self.sharded(itemsize * self.trained_parameters, 2)
-
-    def widened_gradient_bytes(self) -> float:
-        """The float32 copy of bfloat16 gradients at stage 0."""
-        is_widened = self.config.policy.zero_stage == 0 and self.itemsize < 4
-        return MASTER_BYTES * self.trained_parameters if is_widened else 0.0
+        """Sums over micro-batches, split by stages 2 and 3."""
+        return self.sharded(FLOAT32 * self.trained_parameters, 2)
 
     def optimizer_bytes(self) -> float:
-        """Two moments and, where the parameters do not serve as such, master weights; split from stage 1 on.
+        """Two moments, and from stage 1 on, where they are split, a second copy of the parameters.
 
-        DeepSpeed clones float32 parameters too from stage 1 on (zero/stage_1_and_2.py, single_partition_of_fp32_groups;
-        zero/stage3.py, fp32_partitioned_groups_flat).
+        DeepSpeed clones even float32 parameters (zero/stage_1_and_2.py, single_partition_of_fp32_groups; zero/stage3.py,
+        fp32_partitioned_groups_flat).
         """
-        has_masters = self.itemsize < 4 or self.config.policy.zero_stage > 0
-        return self.sharded((2 + has_masters) * MASTER_BYTES * self.trained_parameters, 1)
+        copies = 3 if self.config.policy.zero_stage else 2
+        return self.sharded(copies * FLOAT32 * self.trained_parameters, 1)
 
     def reference_bytes(self) -> float:
-        """The frozen reference policy's b a parameter, split by stage 3; 0 where there is none."""
-        return self.sharded(self.itemsize * self.shape.num_parameters, 3) if self.has_reference else 0.0
+        """The frozen reference policy's parameters, split by stage 3; 0 where there is none."""
+        return self.sharded(FLOAT32 * self.shape.num_parameters, 3) if self.has_reference else 0.0
 
     def bucket_bytes(self) -> float:
         """ZeRO's buffers: gradients being reduced; at stage 3 also parameters gathered for the layers at work."""
-        stage = self.config.policy.zero_stage
+        stage, reduced = self.config.policy.zero_stage, min(REDUCE_BUCKET, self.held_parameters)
         if stage == 0:
-            elements = min(REDUCE_BUCKET, self.trained_parameters) if self.num_ranks > 1 else 0
-            return float(self.itemsize * elements)
+            return float(FLOAT32 * reduced) if self.num_ranks > 1 else 0.0
         live = 0
         if stage == 3 and self.num_ranks > 1:
             live = min(max(LIVE_PARAMETERS, self.shape.embedding_parameters) + PREFETCH_BUCKET, self.held_parameters)
-        return float(self.itemsize * (REDUCE_BUCKET + live))
+        return float(FLOAT32 * (reduced + live))
+
+    def cast_bytes(self) -> float:
+        """Matrices narrowed to b for their products: of all layers until the backward pass, or of one if recomputed."""
+        if self.itemsize == FLOAT32:
+            return 0.0
+        layers = 1 if self.config.policy.gradient_checkpointing else self.shape.num_layers
+        return float(self.itemsize * (layers * self.shape.layer_matmul_parameters + self.shape.embedding_parameters))
 
     def replies_per_update(self) -> int:
         """Sequences of one optimizer step, over all ranks."""
@@ -155,21 +152,22 @@ class Footprint:
         """What one token leaves behind in one layer for the backward pass.
 
         Source: Korthikanti et al., arXiv 2205.05198, section 4.1, adapted to what transformers' layers save:
-        two RMSNorms at H * (4 + b) + 4 (float32 input, its inverse norm, the normalised input); the inputs of the
-        products q-k-v and gate-up, 2 * H * b; queries, keys, values and output of attention, 2 * (Q + K) * b, with 4 a
+        two RMSNorms at H * 8 + 4 (input, its inverse norm and the normalised input, float32 as the residual stream is);
+        the inputs of the products q-k-v and gate-up, 2 * H * b, or one narrowed copy for each of the five; queries, keys, values and output of attention, 2 * (Q + K) * b, with 4 a
         head of log-sum-exp (flash and sdpa) or heads * longest sequence of probabilities, in float32 and in b (eager);
         gate, its SiLU, up and their product, 4 * I * b; with normalised queries and keys (Qwen3) (Q + K) * (4 + b) and
         4 a head more. Adapters are left out.
         """
         shape, b = self.shape, self.itemsize
         heads = shape.query_size + shape.kv_size
-        norms = 2 * (shape.hidden_size * (4 + b) + 4)
+        norms = 2 * (2 * FLOAT32 * shape.hidden_size + 4)
         if shape.has_qk_norm:
             norms += heads * (4 + b) + 4 * (shape.num_heads + shape.num_kv_heads)
         attention = 2 * heads * b + 4 * shape.num_heads
         if self.config.model.attention == "eager":
             attention = 2 * heads * b + shape.num_heads * self.longest * (4 + (b if b < 4 else 0))
-        return norms + 2 * shape.hidden_size * b + attention + 4 * shape.intermediate_size * b
+        inputs = 5 if b < FLOAT32 else 2
+        return norms + inputs * shape.hidden_size * b + attention + 4 * shape.intermediate_size * b
 
     def activation_bytes(self) -> float:
         """N tokens' activations of all layers; with checkpointing each layer's input and one layer's activations.
@@ -179,7 +177,7 @@ class Footprint:
         shape, b = self.shape, self.itemsize
         layer = self.layer_activation_bytes()
         is_kept = not self.config.policy.gradient_checkpointing
-        per_token = shape.num_layers * (layer if is_kept else shape.hidden_size * b) + (0 if is_kept else layer)
+        per_token = shape.num_layers * (layer if is_kept else shape.hidden_size * FLOAT32) + (0 if is_kept else layer)
         return float(self.micro_batch_tokens() * (per_token + 3 * shape.intermediate_size * b))
 
     def cache_bytes(self) -> float:
@@ -188,8 +186,8 @@ class Footprint:
         return float(batch * self.longest * (2 * self.shape.num_layers + 1) * self.shape.kv_size * self.itemsize)
 
     def sampling_bytes(self) -> float:
-        """Logits of the next tokens and what is made of them; the head in float32."""
-        head = 4 * self.shape.embedding_parameters if self.itemsize < 4 else 0
+        """Logits of the next tokens and what is made of them; the head narrowed and widened again."""
+        head = (4 + self.itemsize) * self.shape.embedding_parameters if self.itemsize < FLOAT32 else 0
         return float(SAMPLING_BUFFERS * self.sampled_at_once() * self.shape.vocab_size * 4 + head)
 
     def gathered_bytes(self) -> float:
@@ -209,7 +207,7 @@ class Footprint:
         policy = self.config.policy
         return [
             Part(
-                f"parameters, {policy.dtype}",
+                "parameters",
                 0.0 if policy.offload_parameters else self.parameter_bytes(),
                 "policy.zero_stage=3" if policy.zero_stage < 3 else "policy.offload_parameters=true",
             ),
@@ -242,11 +240,9 @@ class Footprint:
             ],
             "backward pass": [
                 Part("activations", self.activation_bytes(), FEWER if policy.gradient_checkpointing else checkpointing),
+                Part("matrices in bfloat16", self.cast_bytes(), checkpointing),
                 Part("loss", self.loss_bytes(), FEWER),
                 Part("ZeRO's buffers", self.bucket_bytes(), "a lower policy.zero_stage"),
-            ],
-            "optimizer step": [
-                Part("gradients in float32", self.widened_gradient_bytes(), "policy.zero_stage=2"),
             ],
         }
         if policy.offload_reference and self.has_reference:
@@ -262,7 +258,7 @@ class Footprint:
     def cpu_parts(self, ranks_per_node: int) -> list[Part]:
         """What a node's ranks hold in CPU memory; DeepSpeed keeps offloaded gradients with their states, in float32."""
         policy, node = self.config.policy, ranks_per_node
-        states = self.optimizer_bytes() + self.sharded(MASTER_BYTES * self.trained_parameters, 1)
+        states = self.optimizer_bytes() + self.sharded(FLOAT32 * self.trained_parameters, 1)
         return [
             Part("parameters", node * self.parameter_bytes() * policy.offload_parameters, "more nodes"),
             Part("optimizer states, gradients", node * states * policy.offload_optimizer, "more nodes"),
@@ -271,17 +267,17 @@ class Footprint:
 
     def loading_bytes(self, ranks_per_node: int) -> float:
         """CPU memory of a node while every rank reads the weights in float32, or its own part of them at stage 3."""
-        return ranks_per_node * self.sharded(MASTER_BYTES * self.shape.num_parameters, 3)
+        return ranks_per_node * self.sharded(FLOAT32 * self.shape.num_parameters, 3)
 
     def checkpoint_bytes(self) -> float:
         """On disk, all ranks together: the parameters, and the optimizer's float32 of what is trained.
 
         At stage 3 DeepSpeed writes only frozen parameters: the others follow from their masters.
         """
-        has_masters = self.itemsize < 4 or self.config.policy.zero_stage > 0
-        states = (2 + has_masters) * MASTER_BYTES * self.trained_parameters
-        unwritten = self.trained_parameters if self.config.policy.zero_stage == 3 else 0
-        return float(self.itemsize * (self.held_parameters - unwritten) + states)
+        stage = self.config.policy.zero_stage
+        states = (3 if stage else 2) * FLOAT32 * self.trained_parameters
+        unwritten = self.trained_parameters if stage == 3 else 0
+        return float(FLOAT32 * (self.held_parameters - unwritten) + states)
 
     def export_bytes(self) -> float:
         """The Hugging Face folder's weights, adapters merged."""

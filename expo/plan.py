@@ -47,8 +47,9 @@ def print_plan(invocation: Invocation) -> int:
     check_batches(config, machine.num_ranks)
     shape, source = find_shape(config.model)
     footprint = Footprint(config, shape, machine.num_ranks)
-    sys.stdout.write(describe(footprint, machine, source))
-    sys.stdout.flush()
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(describe(footprint, machine, source))
+        sys.stdout.flush()
     check_memory(footprint, machine)
     return 0
 

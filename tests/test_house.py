@@ -23,6 +23,8 @@ ONLY_IN = {
     "deepspeed": {"expo/policy.py"},
     "math_verify": {"expo/_grading.py"},
     "matplotlib": {"expo/pictures.py"},
+    "trackio": {"expo/trackers.py"},
+    "wandb": {"expo/trackers.py"},
 }
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from expo.config import RunConfig
 from expo.flops import ModelShape
 from expo.memory import RUNTIME_BYTES, Footprint
+from expo.model import run_transformer
 
 # V 1000, H 64, I 160, 2 layers, Q 96, K 48: 64,000 + 2 * layer + 64 + 64,000
 SHAPE = ModelShape(1000, 64, 160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, is_tied=False)
@@ -32,14 +33,11 @@ def footprint(num_ranks=4, shape=SHAPE, **fields):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_zero_splits_what_its_stage_says(stage, dtype):
     run = footprint(policy__zero_stage=stage, policy__dtype=dtype)
-    itemsize = 2 if dtype == "bfloat16" else 4
-    assert run.parameter_bytes() == itemsize * PARAMETERS / (4 if stage == 3 else 1)
+    assert run.parameter_bytes() == 4 * PARAMETERS / (4 if stage == 3 else 1)
     assert run.reference_bytes() == run.parameter_bytes()
-    assert run.gradient_bytes() == (4 if stage else itemsize) * PARAMETERS / (4 if stage >= 2 else 1)
-    # two moments and a master; float32 parameters are their own master only where DeepSpeed leaves AdamW alone
-    states = 8 if (stage, dtype) == (0, "float32") else 12
-    assert run.optimizer_bytes() == states * PARAMETERS / (4 if stage else 1)
-    assert run.widened_gradient_bytes() == (4 * PARAMETERS if (stage, dtype) == (0, "bfloat16") else 0)
+    assert run.gradient_bytes() == 4 * PARAMETERS / (4 if stage >= 2 else 1)
+    # two moments, and a copy of the parameters except where DeepSpeed leaves AdamW alone
+    assert run.optimizer_bytes() == (12 if stage else 8) * PARAMETERS / (4 if stage else 1)
 
 
 def test_lora_trains_its_adapters_alone_and_needs_no_reference():
@@ -47,9 +45,9 @@ def test_lora_trains_its_adapters_alone_and_needs_no_reference():
     adapters = 2 * 8 * (160 + 112 + 112 + 160 + 3 * 224)
     assert run.optimizer_bytes() == 12 * adapters / 4
     assert run.gradient_bytes() == 4 * adapters / 4
-    assert run.parameter_bytes() == 2 * (PARAMETERS + adapters)
+    assert run.parameter_bytes() == 4 * (PARAMETERS + adapters)
     assert run.reference_bytes() == 0
-    assert run.checkpoint_bytes() == 2 * (PARAMETERS + adapters) + 12 * adapters
+    assert run.checkpoint_bytes() == 4 * (PARAMETERS + adapters) + 12 * adapters
     assert run.export_bytes() == 2 * PARAMETERS
 
 
@@ -76,14 +74,23 @@ def test_loss_holds_one_chunk_hidden_states_and_gradients():
 
 def test_buckets_are_deepspeeds():
     assert footprint(num_ranks=1, policy__zero_stage=0).bucket_bytes() == 0
-    assert footprint(policy__zero_stage=0).bucket_bytes() == 2 * PARAMETERS
-    assert footprint(policy__zero_stage=2).bucket_bytes() == 2 * 500_000_000
-    assert footprint(policy__zero_stage=3).bucket_bytes() == 2 * (500_000_000 + PARAMETERS)
+    assert footprint(policy__zero_stage=0).bucket_bytes() == 4 * PARAMETERS
+    assert footprint(policy__zero_stage=2).bucket_bytes() == 4 * PARAMETERS
+    assert footprint(policy__zero_stage=3).bucket_bytes() == 4 * (PARAMETERS + PARAMETERS)
+    large = ModelShape(150_000, 4096, 160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, is_tied=False)
+    assert footprint(shape=large, policy__zero_stage=2).bucket_bytes() == 4 * 200_000_000
+
+
+def test_narrowed_matrices_are_kept_until_the_backward_pass_unless_recomputed():
+    matrices = LAYER - 2 * 64
+    assert footprint(policy__dtype="float32").cast_bytes() == 0
+    assert footprint().cast_bytes() == 2 * (2 * matrices + 64_000)
+    assert footprint(policy__gradient_checkpointing=True).cast_bytes() == 2 * (matrices + 64_000)
 
 
 def kept_by_autograd(config, dtype, attention, shape=(2, 20)):
     """Bytes of all tensors, parameters apart, that a forward pass of the layers leaves for the backward pass."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -95,7 +102,7 @@ def kept_by_autograd(config, dtype, attention, shape=(2, 20)):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ids = torch.randint(config.vocab_size, shape)
-        output = model.train().model(input_ids=ids, use_cache=False).last_hidden_state
+        output = run_transformer(model.train(), getattr(torch, dtype), input_ids=ids, use_cache=False).last_hidden_state
     assert output.requires_grad
     return sum(num_bytes for num_bytes, _ in kept.values())
 
@@ -110,7 +117,8 @@ def test_activations_of_a_layer_are_those_that_autograd_keeps(family, attention,
     fewer, more = (kept_by_autograd(config, dtype, attention) for config in configs)
     shape = ModelShape.from_config(configs[0])
     run = footprint(shape=shape, policy__dtype=dtype, model__attention=attention)
-    assert more - fewer == 40 * run.layer_activation_bytes()
+    narrowed = 2 * shape.layer_matmul_parameters if dtype == "bfloat16" else 0
+    assert more - fewer == 40 * run.layer_activation_bytes() + narrowed
 
 
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
@@ -118,7 +126,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
     layer = run.layer_activation_bytes()
     gradients = 3 * 160 * 2
     assert run.activation_bytes() == 40 * (2 * layer + gradients)
-    assert recomputing.activation_bytes() == 40 * (2 * 64 * 2 + layer + gradients)
+    assert recomputing.activation_bytes() == 40 * (2 * 64 * 4 + layer + gradients)
 
 
 def test_sampling_holds_a_cache_and_logits():
@@ -126,7 +134,7 @@ def test_sampling_holds_a_cache_and_logits():
     run = footprint(rollout__batch_size=100)
     assert run.sampled_at_once() == 8
     assert run.cache_bytes() == 8 * 20 * 5 * 48 * 2
-    assert run.sampling_bytes() == 4 * 8 * 1000 * 4 + 64_000 * 4
+    assert run.sampling_bytes() == 4 * 8 * 1000 * 4 + 64_000 * (4 + 2)
     assert footprint(rollout__batch_size=3).cache_bytes() == 3 * 20 * 5 * 48 * 2
     assert footprint(rollout__batch_size=100, evaluation__sets={"a": "b"}).sampled_at_once() == 100
     assert footprint(policy__dtype="float32").sampling_bytes() == 4 * 8 * 1000 * 4
@@ -137,7 +145,7 @@ def test_sampling_holds_a_cache_and_logits():
 def test_the_peak_is_what_is_always_there_and_the_largest_phase():
     run = footprint(policy__zero_stage=2)
     always = run.parameter_bytes() + run.gradient_bytes() + run.optimizer_bytes() + run.reference_bytes()
-    backward = run.activation_bytes() + run.loss_bytes() + run.bucket_bytes()
+    backward = run.activation_bytes() + run.cast_bytes() + run.loss_bytes() + run.bucket_bytes()
     assert run.peak() == ("backward pass", RUNTIME_BYTES + always + backward)
     assert backward > run.cache_bytes() + run.sampling_bytes()
 
@@ -158,10 +166,9 @@ def test_loading_reads_float32_on_every_rank_until_stage_3():
 
 
 def test_a_checkpoint_holds_parameters_and_float32_states():
-    assert footprint(policy__zero_stage=2).checkpoint_bytes() == 14 * PARAMETERS
-    assert footprint(policy__dtype="float32").checkpoint_bytes() == 12 * PARAMETERS
-    assert footprint(policy__dtype="float32", policy__zero_stage=1).checkpoint_bytes() == 16 * PARAMETERS
-    # at stage 3 the parameters follow from their masters, but for frozen ones
+    assert footprint(policy__zero_stage=0).checkpoint_bytes() == 12 * PARAMETERS
+    assert footprint(policy__zero_stage=2).checkpoint_bytes() == 16 * PARAMETERS
+    # at stage 3 the parameters follow from their copies, but for frozen ones
     assert footprint(policy__zero_stage=3).checkpoint_bytes() == 12 * PARAMETERS
     frozen = footprint(policy__zero_stage=3, policy__lora_rank=8)
-    assert frozen.checkpoint_bytes() == 2 * PARAMETERS + 12 * frozen.trained_parameters
+    assert frozen.checkpoint_bytes() == 4 * PARAMETERS + 12 * frozen.trained_parameters

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -33,8 +34,9 @@ def test_the_yaml_example_is_a_whole_config():
     assert RunConfig.model_validate(yaml.safe_load(example)).rollout.group_size == 8
 
 
-def test_named_options_exist():
-    named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", README))
+@pytest.mark.parametrize("name", ["README.md", "docs/multi-node.md"])
+def test_named_options_exist(name):
+    named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", (ROOT / name).read_text(encoding="utf-8")))
     assert named
     assert named <= set(field_names())
 
