@@ -1,10 +1,10 @@
 """Bytes that a run will hold, part by part, from its configuration and the model's shape alone.
 
 Parts that are always there are counted apart from those of a phase, since phases never meet: the peak is the former and
-the largest phase. The formulas follow DeepSpeed 0.19 and transformers 5 as their sources
-stand; each is an upper bound for full-length sequences, not a measurement.
-Letters: b bytes of policy.dtype, in which products are made (parameters, gradients and states are float32), N tokens of a micro-batch, H hidden, I intermediate, V vocabulary, Q and K elements of
-a token's queries and keys, R ranks.
+the largest phase. The formulas follow DeepSpeed 0.19 and transformers 5 as their sources stand; each is an upper bound
+for full-length sequences, not a measurement.
+Letters: b bytes of policy.dtype, in which products are made (parameters, gradients and states are float32), N tokens
+of a micro-batch, H hidden, I intermediate, V vocabulary, Q and K elements of a token's queries and keys, R ranks.
 """
 
 from collections.abc import Sequence
@@ -84,8 +84,8 @@ class Footprint:
     def optimizer_bytes(self) -> float:
         """Two moments, and from stage 1 on, where they are split, a second copy of the parameters.
 
-        DeepSpeed clones even float32 parameters (zero/stage_1_and_2.py, single_partition_of_fp32_groups; zero/stage3.py,
-        fp32_partitioned_groups_flat).
+        DeepSpeed clones even float32 parameters (zero/stage_1_and_2.py, single_partition_of_fp32_groups;
+        zero/stage3.py, fp32_partitioned_groups_flat).
         """
         copies = 3 if self.config.policy.zero_stage else 2
         return self.sharded(copies * FLOAT32 * self.trained_parameters, 1)
@@ -153,8 +153,9 @@ class Footprint:
 
         Source: Korthikanti et al., arXiv 2205.05198, section 4.1, adapted to what transformers' layers save:
         two RMSNorms at H * 8 + 4 (input, its inverse norm and the normalised input, float32 as the residual stream is);
-        the inputs of the products q-k-v and gate-up, 2 * H * b, or one narrowed copy for each of the five; queries, keys, values and output of attention, 2 * (Q + K) * b, with 4 a
-        head of log-sum-exp (flash and sdpa) or heads * longest sequence of probabilities, in float32 and in b (eager);
+        the inputs of the products q-k-v and gate-up, 2 * H * b, or one narrowed copy for each of the five;
+        queries, keys, values and output of attention, 2 * (Q + K) * b, with 4 a head of log-sum-exp (flash and sdpa)
+        or heads * longest sequence of probabilities, in float32 and in b (eager);
         gate, its SiLU, up and their product, 4 * I * b; with normalised queries and keys (Qwen3) (Q + K) * (4 + b) and
         4 a head more. Adapters are left out.
         """
@@ -207,7 +208,7 @@ class Footprint:
         policy = self.config.policy
         return [
             Part(
-                "parameters",
+                "weights",
                 0.0 if policy.offload_parameters else self.parameter_bytes(),
                 "policy.zero_stage=3" if policy.zero_stage < 3 else "policy.offload_parameters=true",
             ),

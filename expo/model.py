@@ -135,9 +135,7 @@ def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
 def run_transformer(model: Any, dtype: torch.dtype, **inputs: Any) -> Any:
     """Output of the model below its head, with products in `dtype`."""
     # no cache: a matrix is used once a pass, and narrowed ones would be held until the end of it
-    with torch.autocast(
-        model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False
-    ):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
         return model.base_model(**inputs)
 
 

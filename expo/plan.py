@@ -175,7 +175,7 @@ def _model_rows(footprint: Footprint) -> _Rows:
 def _memory_rows(footprint: Footprint) -> _Rows:
     policy = footprint.config.policy
     notes = {
-        f"parameters, {policy.dtype}": "on the CPU between uses" if policy.offload_parameters else "",
+        "weights": "on the CPU between uses" if policy.offload_parameters else "",
         "gradients": "on the CPU" if policy.offload_optimizer else "",
         "optimizer states": "on the CPU" if policy.offload_optimizer else "float32",
         "frozen reference": _reference_note(footprint),

@@ -73,7 +73,7 @@ def test_the_printed_numbers_are_the_formulas():
     run = footprint_of(config)
     found = numbers(describe(run, A100, "somewhere"))
     expected = {
-        "parameters, bfloat16": run.parameter_bytes(),
+        "weights": run.parameter_bytes(),
         "gradients": run.gradient_bytes(),
         "optimizer states": run.optimizer_bytes(),
         "frozen reference": run.reference_bytes(),
@@ -177,7 +177,7 @@ def test_every_rank_needs_a_reply_in_each_update():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([("policy.zero_stage", 0)], "optimizer states with 91.5 GiB: try policy.zero_stage=1"),
+        ([("policy.zero_stage", 0)], "optimizer states with 61.0 GiB: try policy.zero_stage=1"),
         ([("rollout.batch_size", 256)], "key-value cache with 146.0 GiB: try a lower rollout.batch_size"),
         ([("policy.gradient_checkpointing", False)], "activations with .* try policy.gradient_checkpointing=true"),
         ([("policy.micro_batch_tokens", 262144)], "activations with .* try a lower policy.micro_batch_tokens"),
