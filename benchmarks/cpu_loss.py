@@ -130,7 +130,8 @@ def times(shape: Shape, repeats: int) -> dict:
 def peak_mib(shape: Shape, name: str) -> float:
     """Extra peak resident MiB of one forward and backward in this, fresh, process."""
     inputs = Inputs(shape)
-    warm = Inputs(Shape("warm", 1, 2, 8, 16, 1))
+    # large enough to load every library that the measured call runs through
+    warm = Inputs(Shape("warm", 4, 32, 64, 1024, 1))
     implementations()[name](warm).backward()
     before = _resident_mib()
     # the peak so far includes making the inputs: fill up to it, so that only growth beyond counts as growth

@@ -1,17 +1,23 @@
 """Chunk and tile sizes, kernels or PyTorch: all that depends on the hardware."""
 
+import functools
 import importlib.util
+import math
 import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
-# On CPU products of few rows lose up to a third of their speed to repacking the head, and beyond H / 3 rows little is
-# gained: measured on two cores at (V, H) = (32,768, 512) and (65,536, 1,024). So large a chunk is a third of dWeight,
-# which is held in any case. Small heads fill 16 MiB.
-CPU_LOGITS_BUDGET_MB = 16.0
+# Measured on two cores at (V, H) = (32,768, 512) and (65,536, 1,024). Every chunk reads the head twice and adds to
+# dWeight: with oneDNN chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also loses
+# up to a third of its speed to repacking the head, and wants H / 3 rows. Small heads fill 8 MiB.
+CPU_LOGITS_BUDGET_MB = 8.0
+CPU_ROWS_PER_HIDDEN_ONEDNN = 1 / 8
+CPU_ROWS_PER_HIDDEN_MKL = 1 / 3
 CPU_MOST_ROWS = 512
 ACCELERATOR_LOGITS_BUDGET_MB = 512.0
 WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight held at once when it is stored in a narrower dtype
@@ -40,7 +46,8 @@ def chunk_rows(
     """
     least = 1
     if budget_mb is None and device.type == "cpu":
-        budget_mb, least = CPU_LOGITS_BUDGET_MB, max(1, min(-(-hidden_size // 3), CPU_MOST_ROWS))
+        share = CPU_ROWS_PER_HIDDEN_ONEDNN if onednn_is_faster() else CPU_ROWS_PER_HIDDEN_MKL
+        budget_mb, least = CPU_LOGITS_BUDGET_MB, max(1, min(math.ceil(hidden_size * share), CPU_MOST_ROWS))
     elif budget_mb is None:
         budget_mb = ACCELERATOR_LOGITS_BUDGET_MB
     most = max(least, int(budget_mb * 2**20) // max(vocab_size * itemsize * buffers, 1))
@@ -51,6 +58,17 @@ def chunk_rows(
 def widen_rows(hidden_size: int, itemsize: int) -> int:
     """Rows of the head's weight to widen at once, >= 1."""
     return max(1, WIDEN_BYTES // (max(hidden_size, 1) * itemsize))
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products on this CPU belong to oneDNN: AVX-512, but not Intel's, where MKL keeps to AVX2."""
+    has_onednn = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn:
+        return False
+    described = Path("/proc/cpuinfo")
+    vendor = described.read_text() if described.exists() else platform.processor()
+    return "GenuineIntel" not in vendor
 
 
 _switch = SimpleNamespace(kernels_on_cpu=False)  # for tests, under TRITON_INTERPRET=1

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from expo_kernels import _launch
+from expo_kernels import _launch, _products
 
 ENTROPY_BLOCK = 2**18  # elements handled at once where a second [n, V] buffer would be needed
 
@@ -29,8 +29,8 @@ class ChunkRead(NamedTuple):
     """What one chunk of n rows says; `probs` and `softcap_slopes` are views of the buffers."""
 
     logps: Tensor  # [n] of the chosen ids, nats
-    probs: Tensor  # [n, V], each row off by the factor sums
-    sums: Tensor  # [n], within rounding of 1
+    probs: Tensor  # [n, V], each row too large by the factor sums
+    sums: Tensor  # [n], >= 1
     softcap_slopes: Tensor | None  # [n, V]: d capped / d raw
 
 
@@ -129,11 +129,8 @@ class LinearRows:
         """Write scale * the raw logits of `rows` to `out` [n, V]."""
         hidden = self._chunk(rows)
         for block, weight in self._widened_blocks():
-            part = out[:, block]
-            if self.bias is None:
-                torch.addmm(part, hidden, weight.T, beta=0.0, alpha=scale, out=part)
-            else:
-                torch.addmm(self.bias[block], hidden, weight.T, beta=scale, alpha=scale, out=part)
+            bias = None if self.bias is None else self.bias[block]
+            _products.write_logits(out[:, block], hidden, weight, bias, scale)
 
     def absorb(self, rows: slice, slopes: Tensor, row_scale: Tensor) -> None:
         """Take dL/dlogits = row_scale[:, None] * slopes of `rows`.
@@ -145,11 +142,10 @@ class LinearRows:
             self._absorb_hidden(rows, slopes, row_scale)
         if wants_weight:
             scaled = self._chunk(rows) * row_scale.unsqueeze(1)
+            is_first = self._grad_weight is None
             if self._grad_weight is None:
                 self._grad_weight = torch.empty_like(self.weight, dtype=self.dtype)
-                torch.mm(slopes.T, scaled, out=self._grad_weight)
-            else:
-                self._grad_weight.addmm_(slopes.T, scaled)
+            _products.add_to_weight(self._grad_weight, slopes, scaled, is_first=is_first)
         if wants_bias:
             if self._grad_bias is None:
                 self._grad_bias = torch.zeros(self.vocab_size, dtype=self.dtype, device=self.device)
@@ -176,7 +172,7 @@ class LinearRows:
             self._grad_hidden = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.device)
         part = torch.zeros(slopes.shape[0], self.hidden.shape[-1], dtype=self.dtype, device=self.device)
         for block, weight in self._widened_blocks():
-            part.addmm_(slopes[:, block], weight)
+            _products.add_to_hidden(part, slopes[:, block], weight)
         part.mul_(row_scale.unsqueeze(1))
         self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, self.index[rows], part)
 
@@ -213,7 +209,7 @@ def chunks(source: RowSource, logit_softcap: float | None, budget_mb: float | No
 def make_buffers(source: RowSource, parts: list[slice], logit_softcap: float | None) -> ChunkBuffers:
     """Buffers for the largest of the chunks."""
     rows = max((part.stop - part.start for part in parts), default=0)
-    logits = torch.empty(rows, source.vocab_size, dtype=source.dtype, device=source.device)
+    logits = _products.empty_rows(rows, source.vocab_size, source.dtype, source.device)
     return ChunkBuffers(logits, None if logit_softcap is None else torch.empty_like(logits))
 
 
@@ -236,11 +232,10 @@ def read_chunk(
         logits.tanh_()
         cap_slopes = torch.mul(logits, logits, out=buffers.softcap_slopes[:n]).neg_().add_(1.0)
         logits.mul_(logit_softcap / temperature)
-    torch.log_softmax(logits, dim=-1, out=logits)
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
     chosen = logits.gather(1, chosen_ids.unsqueeze(1)).squeeze(1)
     probs = logits.exp_()
-    # log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144; sum() adds pairwise: its logarithm
-    # is that error
+    # sum() adds pairwise; log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144
     sums = probs.sum(dim=-1)
     return ChunkRead(chosen - sums.log(), probs, sums, cap_slopes)
 

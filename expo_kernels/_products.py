@@ -1,0 +1,98 @@
+"""The three products of the output head on a CPU, by the faster of the two libraries in PyTorch.
+
+PyTorch gives float32 products to MKL, which keeps to AVX2 on processors that are not Intel's. There oneDNN, shipped in
+the same build, uses AVX-512 and is twice as fast; its operator allocates its result and copies operands that are not
+dense, so products go through it by blocks of the vocabulary small enough for these to stay in the cache.
+
+Letters: n rows of a chunk, V vocabulary, H hidden. Every function takes any device and float dtype.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from expo_kernels import _launch
+
+BLOCK_BYTES = 2**21  # of the larger of a block's [n, columns] and [columns, H], so that both stay in the cache
+LEAST_COLUMNS = 128  # a narrower product is too small to make up for the copies
+LEAST_ROWS = 32  # of dWeight: with fewer, transposing and adding cost more than the product
+LEAST_PADDED_COLUMNS = 1024  # in shorter rows gaps cost an elementwise pass more than they save
+
+
+def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+    """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V]).
+
+    Through oneDNN a row's bits depend on nothing but the row: neither on the other rows nor on the blocks.
+    """
+    if not _goes_through_onednn(out):
+        if bias is None:
+            torch.addmm(out, hidden, weight.T, beta=0.0, alpha=scale, out=out)
+        else:
+            torch.addmm(bias, hidden, weight.T, beta=scale, alpha=scale, out=out)
+        return
+    num_rows = hidden.shape[0]
+    if num_rows == 1:
+        hidden = hidden.expand(2, -1).contiguous()  # one row alone would be added up in another order
+    for block in _blocks(out, hidden.shape[1]):
+        part = _linear(hidden, weight[block].contiguous(), None if bias is None else bias[block])
+        torch.mul(part[:num_rows], scale, out=out[:, block])
+
+
+def add_to_hidden(total: Tensor, slopes: Tensor, weight: Tensor) -> None:
+    """total [n, H] += slopes [n, V] @ weight [V, H]."""
+    if not _goes_through_onednn(slopes):
+        total.addmm_(slopes, weight)
+        return
+    for block in _blocks(slopes, total.shape[1]):
+        total.add_(_linear(slopes[:, block], weight[block].contiguous().T))
+
+
+def add_to_weight(total: Tensor, slopes: Tensor, hidden: Tensor, *, is_first: bool) -> None:
+    """total [V, H] += slopes [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
+    if not _goes_through_onednn(slopes) or slopes.shape[0] < LEAST_ROWS:
+        if is_first:
+            torch.mm(slopes.T, hidden, out=total)
+        else:
+            total.addmm_(slopes.T, hidden)
+        return
+    hidden_columns = hidden.T.contiguous()
+    for block in _blocks(slopes, hidden.shape[1]):
+        part = _linear(slopes[:, block].T, hidden_columns)
+        if is_first:
+            total[block] = part
+        else:
+            total[block] += part
+
+
+def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[num_rows, num_columns], long rows an odd number of cache lines apart.
+
+    Rows a power of two apart share their place in the cache, which makes a transposed copy six times slower.
+    """
+    stride = num_columns
+    if num_columns >= LEAST_PADDED_COLUMNS:
+        line = 64 // dtype.itemsize
+        stride = (-(-num_columns // line) | 1) * line
+    return torch.empty(num_rows, stride, dtype=dtype, device=device)[:, :num_columns]
+
+
+def _linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left [n, K] @ right [m, K].T + bias [m] through oneDNN; `right` must be dense, in either order of its axes."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return product
+
+
+def _blocks(rows: Tensor, hidden_size: int) -> Iterator[slice]:
+    """Slices of the vocabulary of rows [n, V]."""
+    num_rows, vocab_size = rows.shape
+    columns = BLOCK_BYTES // (max(num_rows, hidden_size) * rows.dtype.itemsize)
+    columns = max(LEAST_COLUMNS, columns // 16 * 16)
+    for start in range(0, vocab_size, columns):
+        yield slice(start, min(start + columns, vocab_size))
+
+
+def _goes_through_onednn(rows: Tensor) -> bool:
+    is_large = rows.shape[0] > 0 and rows.shape[1] >= LEAST_COLUMNS
+    is_float32_on_cpu = rows.dtype == torch.float32 and rows.device.type == "cpu"
+    return is_large and is_float32_on_cpu and _launch.onednn_is_faster()
