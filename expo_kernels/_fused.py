@@ -2,11 +2,14 @@
 
 What `_rows.py` and `policy_loss.py` do in PyTorch is done here by `_row_kernels.py`. How many tokens count is known to
 the device alone: a stable permutation puts them first, kernels skip the rows behind them, and the host learns the
-number only while the first chunk is already running, to leave out chunks that hold no token.
+number only while the first chunk is already running, to leave out chunks that hold no token. A ratio of whole sequences
+wants them whole in a chunk: of padded input the first chunk takes as many as fit at full length, and those after it as
+many as fit at the lengths that the host has learnt by then.
 
 Letters: M positions of the caller's tensors, n rows of a chunk, V vocabulary, H hidden, B sequences, T positions each.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -43,6 +46,9 @@ class _Source(Protocol):
     def chunks(self) -> Iterator[_Chunk]:
         """Rows of logits; each chunk may overwrite the one before."""
 
+    def sequence_chunks(self, num_sequences: int) -> Iterator[tuple[_Chunk, range]] | None:
+        """Rows of logits with the sequences they are, all whole; None where that is not known to be possible."""
+
     def absorb(self, chunk: _Chunk, ids: Tensor) -> None:
         """Take dL/dlogits, which are written."""
 
@@ -64,6 +70,9 @@ class _ReadyLogits:
 
     def chunks(self) -> Iterator[_Chunk]:
         yield _Chunk(launchers.Rows(self._logits), None if self._grad is None else launchers.Slopes(self._grad))
+
+    def sequence_chunks(self, num_sequences: int) -> Iterator[tuple[_Chunk, range]] | None:
+        return ((chunk, range(num_sequences)) for chunk in self.chunks())
 
     def absorb(self, chunk: _Chunk, ids: Tensor) -> None:
         pass
@@ -90,13 +99,13 @@ class _Head:
         budget_mb: float | None,
     ) -> None:
         self._hidden = hidden.reshape(-1, hidden.shape[-1])
+        self._tokens_per_sequence = hidden.shape[1] if hidden.dim() == 3 else None
         self._weight, self._bias, self._mask, self._wants_grad = weight, bias, mask, wants_grad
         self._is_half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
         self._num_rows, self._vocab_size = self._hidden.shape[0], weight.shape[0]
         is_narrow = self._is_half and hidden.dtype == torch.bfloat16 and self._vocab_size >= LEAST_NARROW_COLUMNS
         self._slope_dtype = torch.bfloat16 if is_narrow else torch.float32
-        self._chunk_rows = _launch.chunk_rows(
-            self._num_rows,
+        self._most_rows = _launch.most_rows(
             self._vocab_size,
             hidden_size=hidden.shape[-1],
             itemsize=4,
@@ -104,11 +113,12 @@ class _Head:
             budget_mb=budget_mb,
             device=hidden.device,
         )
+        self._chunk_rows = _launch.chunk_rows(self._num_rows, self._most_rows)
         self.num_chunks = -(-self._num_rows // self._chunk_rows)
-        self._order, self._count = None, None
+        self._order, self._lengths = None, None
         if mask is not None:
             self._order = torch.sort((~mask).view(torch.uint8), stable=True).indices
-            self._count = _CountLater(mask)
+            self._lengths = _OnHostLater(mask.view(hidden.shape[:-1]).sum(-1).view(-1))
         self._buffer: Tensor | None = None
         self._grad_hidden: Tensor | None = None
         self._grad_weight: Tensor | None = None
@@ -122,19 +132,38 @@ class _Head:
             self._grad_bias = torch.zeros(self._vocab_size, dtype=torch.float32, device=weight.device)
 
     def chunks(self) -> Iterator[_Chunk]:
-        if self._buffer is None:
-            # rows start on multiples of 16 elements, so that every access to them can be 128 bits wide
-            stride = -(-self._vocab_size // 16) * 16
-            shape = (min(self._chunk_rows, self._num_rows), stride)
-            self._buffer = torch.empty(shape, dtype=torch.float32, device=self._hidden.device)
         for first in range(0, self._num_rows, self._chunk_rows):
-            if first > 0 and self._count is not None and first >= self._count.read():
-                return
-            num_rows = min(self._chunk_rows, self._num_rows - first)
-            logits = self._buffer[:num_rows, : self._vocab_size]
-            hidden = self._take(first, num_rows)
-            self._write_logits(hidden, logits)
-            yield _Chunk(launchers.Rows(logits, self._order, first), self._slopes_over(logits), hidden)
+            if first > 0 and self._lengths is not None:
+                lengths = self._lengths.read()
+                if lengths is not None and first >= sum(lengths):
+                    return
+            yield self._chunk(self._order, first, min(self._chunk_rows, self._num_rows - first))
+
+    def sequence_chunks(self, num_sequences: int) -> Iterator[tuple[_Chunk, range]] | None:
+        if self.num_chunks == 1:
+            return ((chunk, range(num_sequences)) for chunk in self.chunks())
+        if self._tokens_per_sequence is None or not 0 < self._tokens_per_sequence <= self._most_rows:
+            return None
+        return self._padded_sequence_chunks(num_sequences, self._tokens_per_sequence)
+
+    def _padded_sequence_chunks(self, num_sequences: int, length: int) -> Iterator[tuple[_Chunk, range]]:
+        at_once = self._most_rows // length
+        first = range(min(at_once, num_sequences))
+        # its tokens cannot be compacted before their number is known; kernels skip what is masked
+        yield self._chunk(None, 0, len(first) * length), first
+        lengths = None if self._lengths is None else self._lengths.read()
+        if lengths is None:
+            for start in range(at_once, num_sequences, at_once):
+                part = range(start, min(start + at_once, num_sequences))
+                yield self._chunk(None, part.start * length, len(part) * length), part
+            return
+        row, rest = sum(lengths[: first.stop]), lengths[first.stop :]
+        for part in _launch.whole_sequences(rest, self._most_rows) or ():
+            num_rows = sum(rest[part.start : part.stop])
+            if num_rows > 0:
+                chunk = self._chunk(self._order, row, num_rows)
+                yield chunk, range(first.stop + part.start, first.stop + part.stop)
+            row += num_rows
 
     def absorb(self, chunk: _Chunk, ids: Tensor) -> None:
         rows, slopes, hidden = chunk
@@ -164,11 +193,25 @@ class _Head:
     def gradients(self) -> Gradients:
         return self._grad_hidden, self._grad_weight, self._grad_bias
 
-    def _take(self, first: int, num_rows: int) -> Tensor:
-        if self._order is None or self._mask is None:
-            return self._hidden[first : first + num_rows]
-        index = self._order[first : first + num_rows]
-        # rows behind the last token may hold NaN, which slopes of 0 would not stop
+    def _chunk(self, order: Tensor | None, first: int, num_rows: int) -> _Chunk:
+        """The rows at these places of `order`, or at these positions, as logits."""
+        if self._buffer is None:
+            # rows start on multiples of 16 elements, so that every access to them can be 128 bits wide
+            stride = -(-self._vocab_size // 16) * 16
+            shape = (min(self._most_rows, self._num_rows), stride)
+            self._buffer = torch.empty(shape, dtype=torch.float32, device=self._hidden.device)
+        logits = self._buffer[:num_rows, : self._vocab_size]
+        hidden = self._take(order, slice(first, first + num_rows))
+        self._write_logits(hidden, logits)
+        return _Chunk(launchers.Rows(logits, order, first), self._slopes_over(logits), hidden)
+
+    def _take(self, order: Tensor | None, rows: slice) -> Tensor:
+        if self._mask is None:
+            return self._hidden[rows]
+        # rows that do not count may hold NaN, which slopes of 0 would not stop
+        if order is None:
+            return self._hidden[rows].masked_fill(~self._mask[rows].unsqueeze(1), 0.0)
+        index = order[rows]
         return self._hidden.index_select(0, index).masked_fill_(~self._mask[index].unsqueeze(1), 0.0)
 
     def _write_logits(self, hidden: Tensor, logits: Tensor) -> None:
@@ -209,28 +252,26 @@ class _Head:
             yield block, self._weight[block].float()
 
 
-class _CountLater:
-    """How many positions count, on its way to the host while the device works on."""
+class _OnHostLater:
+    """A few integers on their way to the host while the device works on."""
 
-    def __init__(self, mask: Tensor) -> None:
-        self._num_positions = mask.numel()
+    def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        count = mask.sum()
-        self._on_host: Tensor | None = count
-        if mask.device.type == "cuda":
+        self._on_host: Tensor | None = values
+        if values.device.type == "cuda":
             self._on_host = None
-            # a captured graph replays all its chunks: kernels skip the rows that do not count
+            # a captured graph replays whatever the mask: kernels skip the rows that do not count
             if not torch.cuda.is_current_stream_capturing():
-                self._on_host = torch.empty((), dtype=count.dtype, pin_memory=True)
-                self._on_host.copy_(count, non_blocking=True)
+                self._on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                self._on_host.copy_(values, non_blocking=True)
                 self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._event.record()
 
-    def read(self) -> int:
-        """The number; under capture, its upper bound."""
+    def read(self) -> list[int] | None:
+        """The integers; None under capture."""
         if self._event is not None:
             self._event.synchronize()
-        return self._num_positions if self._on_host is None else int(self._on_host)
+        return None if self._on_host is None else [int(value) for value in self._on_host.tolist()]
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -272,6 +313,13 @@ def make_tokens(request: Request, completion_ids: Tensor | None) -> launchers.To
         advantages = flat(request.advantages)
         meaning = "sequence" if request.advantages_are_per_sequence else "token"
     objective = request.objective
+    old_logps, rollout_logps = flat(request.old_logps), flat(request.rollout_logps)
+    is_known = old_logps is not None and objective.ratio == "token" and objective.rollout_correction == "sequence"
+    if is_known and old_logps is not None and rollout_logps is not None:
+        # known before any logits: each token is given its sequence's sum of differences for its own
+        differences = torch.where(mask, old_logps.float() - rollout_logps.float(), 0.0)
+        rollout_logps = old_logps.float() - _sequence_sums(differences, shape, starts, sequence_index)
+        objective = dataclasses.replace(objective, rollout_correction="token")
     return launchers.Tokens(
         ids=mask if completion_ids is None else completion_ids.reshape(-1).contiguous(),
         mask=mask,
@@ -284,13 +332,22 @@ def make_tokens(request: Request, completion_ids: Tensor | None) -> launchers.To
         advantages=advantages,
         advantages_are=meaning,
         group_size=request.group_size,
-        old_logps=flat(request.old_logps),
+        old_logps=old_logps,
         ref_logps=flat(request.ref_logps),
-        rollout_logps=flat(request.rollout_logps),
+        rollout_logps=rollout_logps,
         lengths=_lengths(mask, shape, starts) if objective.aggregation == "sequence" else None,
         beta=_number(request.beta, device),
         normalizer=_normalizer(request, mask, num_sequences),
     )
+
+
+def _sequence_sums(values: Tensor, shape: torch.Size, starts: Tensor | None, sequence_index: Tensor | None) -> Tensor:
+    """Of each position [M], the sum over its sequence."""
+    if starts is None or sequence_index is None:
+        return values.view(shape).sum(dim=1, keepdim=True).expand(shape).reshape(-1)
+    # one thread a sequence, in order: equal bits every time, which index_add_ does not promise
+    sums: Tensor = torch.segment_reduce(values, "sum", offsets=starts, unsafe=True)
+    return sums[sequence_index]
 
 
 def _lengths(mask: Tensor, shape: torch.Size, starts: Tensor | None) -> Tensor:
@@ -381,7 +438,7 @@ def _run(
     """Loss and metrics of all rows, and their log-probs [M]; where gradients are wanted, the source takes them in."""
     tokens, sums = options.tokens, launchers.make_sums(device)
     logps = torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=device)
-    if "sequence" not in (tokens.objective.ratio, tokens.objective.rollout_correction):
+    if not tokens.needs_whole_sequences:
         for chunk in source.chunks():
             launchers.launch_row_loss(
                 chunk.rows, tokens, sums, logps, chunk.slopes, return_entropy=options.return_entropy
@@ -391,18 +448,28 @@ def _run(
         return sums, logps
     tops, totals, slopes = (torch.zeros_like(logps) for _ in range(3))
     entropies = torch.zeros_like(logps) if options.return_entropy else None
-    last = None
-    for chunk in source.chunks():
+
+    def read(chunk: _Chunk) -> None:
         launchers.launch_row_logps(chunk.rows, tokens, logps, entropies=entropies, tops=tops, sums=totals)
-        last = chunk
+
+    def absorb(chunk: _Chunk) -> None:
+        assert chunk.slopes is not None
+        launchers.launch_row_slopes(chunk.rows, tokens, chunk.slopes, tops=tops, sums=totals, grad_logps=slopes)
+        source.absorb(chunk, tokens.ids)
+
+    whole = source.sequence_chunks(tokens.num_sequences) if wants_grad else None
+    if whole is not None:
+        for chunk, sequences in whole:
+            read(chunk)
+            launchers.launch_sequence_loss(tokens, sums, logps, slopes, entropies=entropies, sequences=sequences)
+            absorb(chunk)
+        return sums, logps
+    for chunk in source.chunks():
+        read(chunk)
     launchers.launch_sequence_loss(tokens, sums, logps, slopes, entropies=entropies)
     if wants_grad:
-        # a chunk that holds everything is still there; several are made again
-        again = [last] if source.num_chunks == 1 and last is not None else source.chunks()
-        for chunk in again:
-            assert chunk.slopes is not None
-            launchers.launch_row_slopes(chunk.rows, tokens, chunk.slopes, tops=tops, sums=totals, grad_logps=slopes)
-            source.absorb(chunk, tokens.ids)
+        for chunk in source.chunks():
+            absorb(chunk)
     return sums, logps
 
 

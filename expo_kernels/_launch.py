@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,7 @@ ACCELERATOR_LOGITS_BUDGET_MB = 512.0
 WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight held at once when it is stored in a narrower dtype
 
 
-def chunk_rows(
-    num_tokens: int,
+def most_rows(
     vocab_size: int,
     *,
     itemsize: int,
@@ -33,10 +33,9 @@ def chunk_rows(
     device: torch.device,
     hidden_size: int = 0,
 ) -> int:
-    """Rows per chunk, >= 1, such that `buffers` of [rows, V] fit the budget; chunks come out nearly equal.
+    """Rows of a chunk, >= 1, such that `buffers` of [rows, V] fit the budget.
 
     Args:
-        num_tokens: valid tokens in all.
         vocab_size: V.
         itemsize: bytes per logit.
         buffers: [rows, V] buffers alive at once.
@@ -50,9 +49,26 @@ def chunk_rows(
         budget_mb, least = CPU_LOGITS_BUDGET_MB, max(1, min(math.ceil(hidden_size * share), CPU_MOST_ROWS))
     elif budget_mb is None:
         budget_mb = ACCELERATOR_LOGITS_BUDGET_MB
-    most = max(least, int(budget_mb * 2**20) // max(vocab_size * itemsize * buffers, 1))
+    return max(least, int(budget_mb * 2**20) // max(vocab_size * itemsize * buffers, 1))
+
+
+def chunk_rows(num_tokens: int, most: int) -> int:
+    """Rows per chunk, >= 1 and at most `most`, such that chunks come out nearly equal."""
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
+
+
+def whole_sequences(lengths: Sequence[int], most: int) -> list[range] | None:
+    """Consecutive sequences for each chunk of at most `most` rows; None where one of them alone is longer."""
+    if max(lengths, default=0) > most:
+        return None
+    parts, first, num_rows = [], 0, 0
+    for sequence, length in enumerate(lengths):
+        if num_rows + length > most:
+            parts.append(range(first, sequence))
+            first, num_rows = sequence, 0
+        num_rows += length
+    return [*parts, range(first, len(lengths))]
 
 
 def widen_rows(hidden_size: int, itemsize: int) -> int:

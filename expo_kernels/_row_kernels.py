@@ -46,6 +46,7 @@ _RUN_TIME = (
     "grad_row_stride",
     "vocab_size",
     "tokens_per_sequence",
+    "first_sequence",
     "num_sequences",
     "group_size",
     "residuals_ptr",
@@ -347,7 +348,8 @@ def sequence_loss_kernel(
     counter_ptr,
     totals_ptr,
     metrics_ptr,
-    num_sequences,
+    first_sequence,
+    num_sequences,  # from the first on
     tokens_per_sequence,
     group_size,
     ADVANTAGES: tl.constexpr,
@@ -360,7 +362,7 @@ def sequence_loss_kernel(
     AVERAGES_TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The whole loss given the log-probs: each program takes whole sequences. Any objective, dL/dlogps, metrics."""
+    """The loss of some sequences given their log-probs: each program takes whole ones. Any objective, dL/dlogps."""
     beta = tl.load(beta_ptr).to(tl.float32)
     share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + LENGTH))
     loss_sum = tl.full([], 0.0, tl.float64)
@@ -371,7 +373,7 @@ def sequence_loss_kernel(
     high_count = loss_sum
     num_tokens = loss_sum
     entropy_sum = loss_sum
-    for sequence in range(tl.program_id(0), num_sequences, tl.num_programs(0)):
+    for sequence in range(first_sequence + tl.program_id(0), first_sequence + num_sequences, tl.num_programs(0)):
         if starts_ptr is None:
             first = tl.cast(tokens_per_sequence, tl.int64) * sequence
             num_positions = tokens_per_sequence

@@ -70,6 +70,11 @@ class Tokens:
     normalizer: Tensor | None = None  # one number
 
     @property
+    def needs_whole_sequences(self) -> bool:
+        """Whether a token's gradient depends on the log-probs of its whole sequence."""
+        return "sequence" in (self.objective.ratio, self.objective.rollout_correction)
+
+    @property
     def family(self) -> dict[str, Any]:
         """The switches that choose the code of a loss kernel."""
         return {
@@ -255,12 +260,19 @@ def launch_row_loss(
 
 
 def launch_sequence_loss(
-    tokens: Tokens, sums: Sums, logps: Tensor, slopes: Tensor, *, entropies: Tensor | None = None
+    tokens: Tokens,
+    sums: Sums,
+    logps: Tensor,
+    slopes: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    sequences: range | None = None,
 ) -> None:
-    """Add the loss and metrics of all sequences to `sums`, and write dL/dlogps [M]."""
+    """Add the loss and metrics of these sequences, or of all, to `sums`; write dL/dlogps at their positions of [M]."""
+    sequences = range(tokens.num_sequences) if sequences is None else sequences
     tile = _launch.sequence_tile()
     with _launch.current(logps.device):
-        kernels.sequence_loss_kernel[_grid(logps.device, tokens.num_sequences)](
+        kernels.sequence_loss_kernel[_grid(logps.device, len(sequences))](
             logps,
             slopes,
             entropies,
@@ -274,7 +286,8 @@ def launch_sequence_loss(
             tokens.normalizer,
             tokens.hyper,
             *sums,
-            tokens.num_sequences,
+            sequences.start,
+            len(sequences),
             tokens.tokens_per_sequence,
             tokens.group_size,
             **tokens.family,

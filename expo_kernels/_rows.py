@@ -194,8 +194,29 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def chunks(source: RowSource, logit_softcap: float | None, budget_mb: float | None) -> list[slice]:
     """Slices of the source's rows whose logits fit the budget."""
-    rows = _launch.chunk_rows(
-        source.num_rows,
+    rows = _launch.chunk_rows(source.num_rows, _most_rows(source, logit_softcap, budget_mb))
+    return [slice(start, min(start + rows, source.num_rows)) for start in range(0, source.num_rows, rows)]
+
+
+def sequence_chunks(
+    source: RowSource,
+    sequence_index: Tensor,
+    num_sequences: int,
+    logit_softcap: float | None,
+    budget_mb: float | None,
+) -> list[slice] | None:
+    """The same with every sequence whole, given the sequence [N] of each row; None where one exceeds the budget."""
+    lengths = torch.bincount(sequence_index, minlength=num_sequences)
+    parts = _launch.whole_sequences(lengths.tolist(), _most_rows(source, logit_softcap, budget_mb))
+    if parts is None:
+        return None
+    ends = [0, *lengths.cumsum(0).tolist()]
+    slices = (slice(ends[part.start], ends[part.stop]) for part in parts)
+    return [rows for rows in slices if rows.stop > rows.start]
+
+
+def _most_rows(source: RowSource, logit_softcap: float | None, budget_mb: float | None) -> int:
+    return _launch.most_rows(
         source.vocab_size,
         itemsize=source.dtype.itemsize,
         buffers=1 if logit_softcap is None else 2,
@@ -203,7 +224,6 @@ def chunks(source: RowSource, logit_softcap: float | None, budget_mb: float | No
         device=source.device,
         hidden_size=source.hidden_size,
     )
-    return [slice(start, min(start + rows, source.num_rows)) for start in range(0, source.num_rows, rows)]
 
 
 def make_buffers(source: RowSource, parts: list[slice], logit_softcap: float | None) -> ChunkBuffers:

@@ -3,7 +3,8 @@
 Source: FG-ExPO (arXiv 2605.11403), eq. 1 to 3 and algorithm 1, written out in `reference.py`. The gradient of a token
 depends on the other tokens only through constants known beforehand (masks, lengths, the normalizer), so each chunk of
 logits is read once: log-probs, then dL/dlogp by differentiating the formula on those few numbers, then dL/dlogits in
-the chunk's own memory. A ratio of whole sequences that do not fit one chunk takes a pass for the log-probs first.
+the chunk's own memory. For a ratio of whole sequences chunks hold whole sequences; where one exceeds a chunk, a pass
+for the log-probs comes first.
 
 Letters: B sequences, T completion positions, N valid tokens, V vocabulary.
 """
@@ -50,7 +51,8 @@ class TokenBatch:
     advantages: Tensor  # [N]
     old_logps: Tensor | None  # [N]
     ref_logps: Tensor | None  # [N]
-    rollout_logps: Tensor | None  # [N]
+    rollout_logps: Tensor | None  # [N], only where the correction depends on the current log-probs
+    corrections: Tensor | None  # [N], where it does not
     weights: Tensor  # [N]: share of each token's loss in the whole
     beta: Tensor  # 0-dim
     objective: Objective
@@ -69,6 +71,7 @@ class TokenBatch:
             part(self.old_logps),
             part(self.ref_logps),
             part(self.rollout_logps),
+            part(self.corrections),
             self.weights[rows],
             self.beta,
             self.objective,
@@ -77,7 +80,8 @@ class TokenBatch:
     @property
     def needs_whole_sequences(self) -> bool:
         """Whether a token's gradient depends on the log-probs of its whole sequence."""
-        return "sequence" in (self.objective.ratio, self.objective.rollout_correction)
+        corrects_sequences = self.objective.rollout_correction == "sequence" and self.corrections is None
+        return self.objective.ratio == "sequence" or corrects_sequences
 
     def terms(self, logps: Tensor) -> reference.TokenTerms:
         """The objective's terms of each token, given its log-prob."""
@@ -86,6 +90,7 @@ class TokenBatch:
             old_logps=self.old_logps,
             ref_logps=self.ref_logps,
             rollout_logps=self.rollout_logps,
+            corrections=self.corrections,
             advantages=self.advantages,
             beta=self.beta,
             sequence_index=self.sequence_index,
@@ -162,11 +167,13 @@ def _run_chunks(source: _rows.RowSource, options: _Options, wants_grad: bool) ->
     """Log-probs and entropies [N] of all rows; where gradients are wanted, the source takes them in."""
     tokens, softcap = options.tokens, options.tokens.objective.logit_softcap
     temperature = tokens.objective.temperature
-    parts = _rows.chunks(source, softcap, options.budget_mb)
+    parts, reads_twice = _rows.chunks(source, softcap, options.budget_mb), False
+    if wants_grad and tokens.needs_whole_sequences and len(parts) > 1:
+        whole = _rows.sequence_chunks(source, tokens.sequence_index, tokens.num_sequences, softcap, options.budget_mb)
+        parts, reads_twice = whole or parts, whole is None
     buffers = _rows.make_buffers(source, parts, softcap)
     token_logps = torch.empty(source.num_rows, dtype=source.dtype, device=source.device)
     entropies = torch.zeros_like(token_logps)
-    reads_twice = wants_grad and tokens.needs_whole_sequences and len(parts) > 1
     for rows in parts:
         ids = options.chosen_ids[rows]
         read = _rows.read_chunk(source, rows, ids, buffers, temperature, softcap)
@@ -399,14 +406,21 @@ def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
     normalizer = request.normalizer
     if normalizer is not None:
         normalizer = torch.as_tensor(normalizer, dtype=dtype, device=device).detach()
+    old_logps, rollout_logps, corrections = valid(request.old_logps), valid(request.rollout_logps), None
+    if old_logps is not None and rollout_logps is not None:
+        corrections = reference.rollout_weights(
+            old_logps, rollout_logps, sequence_index, request.num_sequences, request.objective
+        )
+        rollout_logps = None
     return TokenBatch(
         index=index,
         sequence_index=sequence_index,
         num_sequences=request.num_sequences,
         advantages=token_advantages,
-        old_logps=valid(request.old_logps),
+        old_logps=old_logps,
         ref_logps=valid(request.ref_logps),
-        rollout_logps=valid(request.rollout_logps),
+        rollout_logps=rollout_logps,
+        corrections=corrections,
         weights=reference.token_weights(
             sequence_index, request.num_sequences, normalizer, token_advantages, request.objective
         ),

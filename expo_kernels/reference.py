@@ -136,14 +136,20 @@ def token_terms(
     sequence_index: Tensor,
     num_sequences: int,
     objective: Objective,
+    corrections: Tensor | None = None,
 ) -> TokenTerms:
-    """Loss of each valid token, -surrogate + beta * penalty (paper: J = J_clip - beta_eff E[D]), and its parts."""
+    """Loss of each valid token, -surrogate + beta * penalty (paper: J = J_clip - beta_eff E[D]), and its parts.
+
+    `corrections` [N] are the `rollout_weights` where they are known already; otherwise `rollout_logps` make them.
+    """
     # on-policy: the ratio is exactly 1, and its gradient that of logps
     old_logps = logps.detach() if old_logps is None else old_logps
     ratios = log_ratios(logps, old_logps, sequence_index, num_sequences, objective).exp()
     losses, clipped_low, clipped_high = surrogate_losses(logps, ratios, advantages, objective)
     if rollout_logps is not None:
-        losses = losses * rollout_weights(old_logps, rollout_logps, sequence_index, num_sequences, objective)
+        corrections = rollout_weights(old_logps, rollout_logps, sequence_index, num_sequences, objective)
+    if corrections is not None:
+        losses = losses * corrections
     penalties = torch.zeros_like(logps)
     if ref_logps is not None:
         penalties = kl_penalties(logps, ref_logps, objective)

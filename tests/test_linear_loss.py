@@ -182,17 +182,6 @@ def test_under_no_grad_only_the_logits_are_made(monkeypatch):
     assert torch.equal(out.loss, truth.loss)
 
 
-def test_a_sequence_ratio_reads_twice_only_over_several_chunks(monkeypatch):
-    batch = make_batch(dtype=torch.float32)
-    counts = count_products(monkeypatch)
-    run(batch, Objective(ratio="sequence"))
-    assert counts == {"write": 1, "absorb": 1}
-    run(batch, logits_budget_mb=budget_of(24, 13, 4) / 2)
-    assert counts["write"] == counts["absorb"] == 3
-    run(batch, Objective(ratio="sequence"), logits_budget_mb=budget_of(24, 13, 4) / 2)
-    assert counts["write"] == 3 + 4
-
-
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_input_costs_no_gradient(frozen, monkeypatch):
     batch = make_batch(dtype=torch.float32)

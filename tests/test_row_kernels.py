@@ -17,8 +17,7 @@ TESTS = Path(__file__).parent
 INTERPRETER = TESTS / "interpreter"
 # what these ask of the PyTorch path has no meaning here, or takes the interpreter minutes
 LEFT_OUT = (
-    "under_no_grad_only_the_logits_are_made",  # counts calls of the PyTorch path, as do the next three
-    "reads_twice_only_over_several_chunks",
+    "under_no_grad_only_the_logits_are_made",  # counts calls of the PyTorch path, as do the next two
     "a_frozen_input_costs_no_gradient",
     "self_check",
     "(whatever_the_number_of_chunks and float32)",  # bfloat16 has the harder way
@@ -29,6 +28,7 @@ FILES = (
     "interpreter/check_curriculum.py",
     "test_policy_loss.py",
     "test_linear_loss.py",
+    "test_sequence_chunks.py",
     "test_logps.py",
 )
 

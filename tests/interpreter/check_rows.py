@@ -398,6 +398,22 @@ def test_rows_of_a_chunk_are_found_by_order_and_launches_add_up():
     assert torch.equal(given.metrics["tokens"], whole.metrics["tokens"])
 
 
+@pytest.mark.parametrize("objective", [Objective(ratio="sequence"), Objective()], ids=["sequence", "token"])
+def test_launches_over_some_sequences_each_add_up_to_one_over_all(objective):
+    batch = make_batch(B=8, T=5)
+    tokens = tokens_of(spoil(batch), objective)
+    logps = reference.token_logps(batch.logits, batch.ids, 1.0).view(-1)
+    outcomes = []
+    for parts in ([None], [range(3), range(3, 4), range(4, 8)]):
+        sums, slopes = kernels.make_sums(CPU), torch.full((40,), float("nan"))
+        for sequences in parts:
+            kernels.launch_sequence_loss(tokens, sums, logps, slopes, sequences=sequences)
+        outcomes.append((sums.metrics, slopes))
+    (metrics, slopes), (metrics_of_parts, slopes_of_parts) = outcomes
+    assert torch.equal(slopes, slopes_of_parts)
+    assert torch.allclose(metrics, metrics_of_parts, rtol=1e-6)
+
+
 @pytest.mark.parametrize("V", [48, 4099])
 def test_bfloat16_gradients_over_the_front_of_their_own_rows(V):
     batch = make_batch(V=V)
