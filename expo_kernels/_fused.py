@@ -12,15 +12,14 @@ Letters: M positions of the caller's tensors, n rows of a chunk, V vocabulary, H
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expo_kernels import _launch
 from expo_kernels import _row_launchers as launchers
-from expo_kernels._request import Request
+from expo_kernels._request import SUMS, Request
 from expo_kernels.objective import Objective
 
 # with fewer columns rounding one of them shows, and float32 products cost nothing
@@ -66,7 +65,9 @@ class _ReadyLogits:
         self._grad: Tensor | None = None
         if wants_grad:
             is_own_memory = in_place and self._logits.data_ptr() == logits.data_ptr()
-            self._grad = self._logits if is_own_memory else torch.empty_like(self._logits)
+            self._grad = (
+                self._logits if is_own_memory else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            )
 
     def chunks(self) -> Iterator[_Chunk]:
         yield _Chunk(launchers.Rows(self._logits), None if self._grad is None else launchers.Slopes(self._grad))
@@ -378,42 +379,10 @@ def _number(value: float | Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _LossOptions:
-    """All of a loss that is not differentiated."""
+    """What a loss says beside its rows of logits."""
 
     tokens: launchers.Tokens
-    budget_mb: float | None
     return_entropy: bool
-    in_place: bool
-    grad_enabled: bool  # inside a Function's forward it always reads False
-
-
-class _FusedLoss(torch.autograd.Function):
-    """States (logits, or hidden with weight and bias) -> loss, metrics, log-probs [M]; gradients made at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor | None, bias: Tensor | None, options: _LossOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_grad = tuple(needed and options.grad_enabled for needed in ctx.needs_input_grad[:3])
-        source = _make_source(
-            states, weight, bias, options.tokens.mask, wants_grad, options.budget_mb, in_place=options.in_place
-        )
-        sums, logps = _run(source, options, any(wants_grad), states.device)
-        metrics = _metrics(sums)
-        ctx.mark_non_differentiable(metrics, logps)
-        if any(wants_grad):
-            ctx.save_for_backward(*source.gradients())
-            ctx.like = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in (states, weight, bias)]
-        return sums.metrics[0].clone(), metrics, logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if gradient is None else _scaled(gradient, grad_loss).view(like[0]).to(like[1])
-            for gradient, like in zip(ctx.saved_tensors, ctx.like, strict=True)
-        )
-        return *scaled, None
 
 
 def _make_source(
@@ -421,15 +390,14 @@ def _make_source(
     weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    wants_grad: tuple[bool, ...],
+    wants_grad: tuple[bool, bool, bool],
     budget_mb: float | None,
     *,
     in_place: bool = False,
 ) -> _Source:
     if weight is None:
         return _ReadyLogits(states, wants_grad[0], in_place=in_place)
-    of_hidden, of_weight, of_bias = wants_grad
-    return _Head(states, weight, bias, mask, (of_hidden, of_weight, of_bias), budget_mb)
+    return _Head(states, weight, bias, mask, wants_grad, budget_mb)
 
 
 def _run(
@@ -473,19 +441,9 @@ def _run(
     return sums, logps
 
 
-def _metrics(sums: launchers.Sums) -> Tensor:
-    """Means as `launchers.SUMS` names them, [NUM_SUMS] float64: wide enough for any number of tokens."""
-    metrics = sums.metrics.double()
-    metrics[launchers.SUMS.index("tokens")] = sums.totals[launchers.SUMS.index("tokens")]
-    return metrics
-
-
-def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """grad_loss * gradient, in place unless a second backward may come for the same numbers."""
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = gradient.clone()
-    launchers.launch_scale(gradient, grad_loss)
-    return gradient
+def _loss_and_metrics(sums: launchers.Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss 0-dim, metrics [NUM_SUMS] in the order of `SUMS`, and the exact number of tokens."""
+    return sums.metrics[0].clone(), sums.metrics, sums.totals[SUMS.index("tokens")].long()
 
 
 def loss_of_states(
@@ -495,120 +453,27 @@ def loss_of_states(
     completion_ids: Tensor,
     request: Request,
     *,
+    wants_grad: tuple[bool, bool, bool],
     budget_mb: float | None,
     return_entropy: bool,
     in_place: bool,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Loss, metrics and log-probs: `states` are hidden states where a head `weight` is given, else logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Gradients]:
+    """Loss, metrics, number of tokens, log-probs, gradients: `states` are hidden states where `weight` is given."""
     tokens = make_tokens(request, completion_ids)
-    options = _LossOptions(tokens, budget_mb, return_entropy, in_place, torch.is_grad_enabled())
-    with torch.autocast(states.device.type, enabled=False):
-        loss, metrics, logps = _FusedLoss.apply(states, weight, bias, options)  # type: ignore[no-untyped-call]
-    return loss, _named(metrics, return_entropy), logps.view(completion_ids.shape)
+    source = _make_source(states, weight, bias, tokens.mask, wants_grad, budget_mb, in_place=in_place)
+    sums, logps = _run(source, _LossOptions(tokens, return_entropy), any(wants_grad), states.device)
+    return *_loss_and_metrics(sums), logps.view(completion_ids.shape), source.gradients()
 
 
-def _named(metrics: Tensor, return_entropy: bool) -> dict[str, Tensor]:
-    left_out = {"loss"} if return_entropy else {"loss", "entropy"}
-    named = {name: value for name, value in zip(launchers.SUMS, metrics.unbind(), strict=True) if name not in left_out}
-    return {name: value.long() if name == "tokens" else value.float() for name, value in named.items()}
-
-
-class _FusedLossOfLogps(torch.autograd.Function):
-    """Log-probs -> loss, metrics; dL/dlogps made at once."""
-
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, tokens: launchers.Tokens) -> tuple[Tensor, Tensor]:
-        flat, sums = logps.reshape(-1).contiguous(), launchers.make_sums(logps.device)
-        slopes = torch.zeros_like(flat, dtype=torch.float32)
-        launchers.launch_sequence_loss(tokens, sums, flat, slopes)
-        metrics = _metrics(sums)
-        ctx.mark_non_differentiable(metrics)
-        ctx.save_for_backward(slopes)
-        ctx.like = (logps.shape, logps.dtype)
-        return sums.metrics[0].clone(), metrics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        shape, dtype = ctx.like
-        return (slopes * grad_loss).view(shape).to(dtype), None
-
-
-def loss_of_logps(logps: Tensor, request: Request) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Loss, metrics and the log-probs of the tokens that count."""
-    tokens = make_tokens(request, None)
-    loss, metrics = _FusedLossOfLogps.apply(logps, tokens)  # type: ignore[no-untyped-call]
-    kept = logps.detach().float().masked_fill(request.completion_mask == 0, 0.0)
-    return loss, _named(metrics, return_entropy=False), kept
+def loss_of_logps(logps: Tensor, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics, number of tokens and dL/dlogps, shaped as `logps`."""
+    flat, sums = logps.reshape(-1).contiguous(), launchers.make_sums(logps.device)
+    slopes = torch.zeros_like(flat, dtype=torch.float32)
+    launchers.launch_sequence_loss(make_tokens(request, None), sums, flat, slopes)
+    return *_loss_and_metrics(sums), slopes.view(logps.shape)
 
 
 # --- log-probs and entropies
-
-
-@dataclass(frozen=True)
-class _LogpOptions:
-    """All of a log-prob call that is not differentiated."""
-
-    tokens: launchers.Tokens
-    budget_mb: float | None
-    return_entropy: bool
-    keeps_rows: bool  # what a gradient will need
-
-
-class _FusedLogps(torch.autograd.Function):
-    """States (logits, or hidden with weight and bias) -> log-probs [M] and entropies [M]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor | None, bias: Tensor | None, options: _LogpOptions
-    ) -> tuple[Tensor, Tensor]:
-        tokens = options.tokens
-        source = _make_source(states, weight, bias, tokens.mask, (False, False, False), options.budget_mb)
-        logps, entropies, tops, sums = (
-            torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=states.device) for _ in range(4)
-        )
-        for chunk in source.chunks():
-            launchers.launch_row_logps(
-                chunk.rows,
-                tokens,
-                logps,
-                entropies=entropies if options.return_entropy else None,
-                tops=tops if options.keeps_rows else None,
-                sums=sums if options.keeps_rows else None,
-            )
-        ctx.save_for_backward(states, weight, bias, entropies, tops, sums)
-        ctx.options = options
-        if not options.return_entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logps, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, bias, entropies, tops, sums = ctx.saved_tensors
-        options: _LogpOptions = ctx.options
-        tokens = options.tokens
-        source = _make_source(states, weight, bias, tokens.mask, ctx.needs_input_grad[:3], options.budget_mb)
-        with torch.autocast(states.device.type, enabled=False):
-            for chunk in source.chunks():
-                assert chunk.slopes is not None
-                launchers.launch_row_slopes(
-                    chunk.rows,
-                    tokens,
-                    chunk.slopes,
-                    tops=tops,
-                    sums=sums,
-                    grad_logps=grad_logps.contiguous(),
-                    entropies=entropies if options.return_entropy else None,
-                    grad_entropies=grad_entropies.contiguous() if options.return_entropy else None,
-                )
-                source.absorb(chunk, tokens.ids)
-        gradients = (
-            None if gradient is None else gradient.view(tensor.shape).to(tensor.dtype)
-            for gradient, tensor in zip(source.gradients(), (states, weight, bias), strict=True)
-        )
-        return *gradients, None
 
 
 def logps_of_states(
@@ -618,21 +483,71 @@ def logps_of_states(
     completion_ids: Tensor,
     mask: Tensor | None,
     objective: Objective,
-    *,
-    return_entropy: bool,
     budget_mb: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies at every position; of `objective`, only the temperature and the softcap act."""
-    tokens = launchers.Tokens(
+    return_entropy: bool,
+    keeps_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and entropies at every position, the largest logit and the sum of each row.
+
+    Of `objective`, only the temperature and the softcap act. What is not asked for is an empty tensor.
+    """
+    tokens = _logp_tokens(completion_ids, mask, objective)
+    source = _make_source(states, weight, bias, tokens.mask, (False, False, False), budget_mb)
+
+    def zeros(shape: torch.Size, is_asked_for: bool) -> Tensor:
+        return torch.zeros(shape if is_asked_for else 0, dtype=torch.float32, device=states.device)
+
+    logps, entropies = zeros(completion_ids.shape, True), zeros(completion_ids.shape, return_entropy)
+    tops, sums = (zeros(tokens.ids.shape, keeps_rows) for _ in range(2))
+    for chunk in source.chunks():
+        launchers.launch_row_logps(
+            chunk.rows,
+            tokens,
+            logps,
+            entropies=entropies if return_entropy else None,
+            tops=tops if keeps_rows else None,
+            sums=sums if keeps_rows else None,
+        )
+    return logps, entropies, tops, sums
+
+
+def logps_backward(
+    states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    objective: Objective,
+    budget_mb: float | None,
+    wants_grad: tuple[bool, bool, bool],
+    kept_rows: list[Tensor],
+    grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+) -> Gradients:
+    """Gradients of states, weight and bias; `kept_rows` are what `logps_of_states` returned beside the log-probs."""
+    tokens = _logp_tokens(completion_ids, mask, objective)
+    entropies, tops, sums = kept_rows
+    source = _make_source(states, weight, bias, tokens.mask, wants_grad, budget_mb)
+    for chunk in source.chunks():
+        assert chunk.slopes is not None
+        launchers.launch_row_slopes(
+            chunk.rows,
+            tokens,
+            chunk.slopes,
+            tops=tops,
+            sums=sums,
+            grad_logps=grad_logps.contiguous(),
+            entropies=None if grad_entropies is None else entropies,
+            grad_entropies=None if grad_entropies is None else grad_entropies.contiguous(),
+        )
+        source.absorb(chunk, tokens.ids)
+    return source.gradients()
+
+
+def _logp_tokens(completion_ids: Tensor, mask: Tensor | None, objective: Objective) -> launchers.Tokens:
+    return launchers.Tokens(
         ids=completion_ids.reshape(-1).contiguous(),
         mask=None if mask is None else (mask != 0).reshape(-1),
-        hyper=launchers.hyper_parameters(objective, states.device),
+        hyper=launchers.hyper_parameters(objective, completion_ids.device),
         objective=objective,
     )
-    keeps_rows = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (states, weight, bias)
-    )
-    options = _LogpOptions(tokens, budget_mb, return_entropy, keeps_rows)
-    with torch.autocast(states.device.type, enabled=False):
-        logps, entropies = _FusedLogps.apply(states, weight, bias, options)  # type: ignore[no-untyped-call]
-    return logps.view(completion_ids.shape), entropies.view(completion_ids.shape)

@@ -1,6 +1,10 @@
-"""What a loss call says beside its logits, checked once: the same checks for the PyTorch path and for the kernels."""
+"""What a loss call says beside its logits, checked once, and how it travels through a registered op and back.
 
-from typing import Any, NamedTuple
+Shapes and types are checked where the call is made, values inside the op: the same for the PyTorch path and for the
+kernels, compiled or not.
+"""
+
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -8,6 +12,10 @@ from torch import Tensor
 from expo_kernels import _validate as validate
 from expo_kernels.advantages import check_rewards
 from expo_kernels.objective import Objective
+
+# what a loss op returns beside the loss itself, in this order: all but the loss and the maximum are means over tokens
+SUMS = ("loss", "kl", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "tokens", "entropy")
+_DEFAULT = Objective()
 
 
 class Request(NamedTuple):
@@ -31,6 +39,60 @@ class Request(NamedTuple):
         """Whether `advantages` hold one number per sequence rather than one per position."""
         return self.advantages is not None and self.advantages.shape == (self.num_sequences,)
 
+    def pack(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """All tensors but the mask, as ops take them; numbers as 0-dim tensors of `dtype`, without synchronisation."""
+
+        def number(value: float | Tensor | None) -> Tensor | None:
+            if value is None or isinstance(value, Tensor):
+                return value
+            return torch.full((), value, dtype=dtype, device=self.completion_mask.device)
+
+        return [
+            self.advantages,
+            self.rewards,
+            self.old_logps,
+            self.ref_logps,
+            self.rollout_logps,
+            number(self.beta),
+            number(self.normalizer),
+            self.cu_seqlens,
+        ]
+
+    @classmethod
+    def unpack(cls, completion_mask: Tensor, packed: list[Tensor | None], objective: str, group_size: int) -> Self:
+        """The call again, inside an op, once its values have been checked; nothing in it asks for a gradient."""
+        tensors = (None if tensor is None else tensor.detach() for tensor in packed)
+        advantages, rewards, old_logps, ref_logps, rollout_logps, beta, normalizer, cu_seqlens = tensors
+        assert beta is not None
+        request = cls(
+            completion_mask,
+            Objective.from_text(objective),
+            completion_mask.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
+            advantages,
+            rewards,
+            group_size,
+            old_logps,
+            ref_logps,
+            rollout_logps,
+            beta,
+            normalizer,
+            cu_seqlens,
+        )
+        request._check_values(beta, normalizer)
+        return request
+
+    def _check_values(self, beta: Tensor, normalizer: Tensor | None) -> None:
+        validate.mask_values("completion_mask", self.completion_mask)
+        validate.scalar_value("beta", beta)
+        if self.ref_logps is None and validate.may_read(beta):
+            _check_no_penalty(float(beta))
+        if normalizer is not None:
+            validate.scalar_value("normalizer", normalizer, above_zero=True)
+        if self.rewards is not None:
+            validate.finite("rewards", self.rewards)
+        if self.cu_seqlens is not None:
+            validate.cumulative_length_values(self.cu_seqlens, self.completion_mask.shape[0])
+
 
 def check_request(
     completion_mask: Tensor,
@@ -46,9 +108,9 @@ def check_request(
     normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Request:
-    """The arguments of a loss call as one value, once everything that costs no synchronisation has been checked."""
+    """The arguments of a loss call as one value, once all that needs no tensor read has been checked."""
     validate.is_tensor("completion_mask", completion_mask)
-    objective = Objective() if objective is None else objective
+    objective = _DEFAULT if objective is None else objective
     shape = completion_mask.shape
     for name, tensor in (("old_logps", old_logps), ("ref_logps", ref_logps), ("rollout_logps", rollout_logps)):
         if tensor is not None:
@@ -97,11 +159,11 @@ def _check_options(
     objective: Objective, beta: float | Tensor, ref_logps: Tensor | None, rollout_logps: Tensor | None
 ) -> None:
     if ref_logps is None:
-        # a tensor on a device is not read: there, the caller who passes one must pass ref_logps
-        is_zero = (not isinstance(beta, Tensor) or validate.may_read(beta)) and float(beta) == 0.0
-        if not is_zero:
-            given = beta if not isinstance(beta, Tensor) else "a tensor that is not known to be 0"
-            raise ValueError(f"ref_logps is None, but beta is {given}; give ref_logps, or beta=0.0 for no KL penalty")
+        if not isinstance(beta, Tensor):
+            _check_no_penalty(beta)
+        elif not validate.may_read(beta):
+            # a tensor on a device is not read: there, the caller who passes one must pass ref_logps
+            _check_no_penalty("a tensor that is not known to be 0")
         if objective.kl_importance_weighted:
             raise ValueError("kl_importance_weighted has no effect without ref_logps; give them or turn it off")
     if objective.rollout_correction is None and rollout_logps is not None:
@@ -113,11 +175,15 @@ def _check_options(
         raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
 
 
+def _check_no_penalty(beta: float | str) -> None:
+    if beta != 0.0:
+        raise ValueError(f"ref_logps is None, but beta is {beta}; give ref_logps, or beta=0.0 for no KL penalty")
+
+
 def _count_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens is None:
         return shape[0]
-    validate.is_tensor("cu_seqlens", cu_seqlens)
-    validate.cumulative_lengths(cu_seqlens, shape[0])
+    validate.cumulative_lengths(cu_seqlens)
     return cu_seqlens.numel() - 1
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from expo_kernels import _launch
 from expo_kernels import _row_kernels as kernels
+from expo_kernels._request import SUMS
 from expo_kernels.objective import Objective
 
-# what the programs of a loss sum up, in the kernels' order; `ratio_max` is a maximum
-SUMS = ("loss", "kl", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "tokens", "entropy")
 REWARD_SCALE_EPS = 1e-6  # `group_advantages`'s own default: what the loss divides by beside the group's std
 # no fused multiply-adds: a line gives equal bits in every kernel that it is part of, so that old, reference and
 # training log-probs agree exactly

@@ -97,7 +97,8 @@ class LogitRows:
 
     def _grad_buffer(self) -> Tensor:
         if self._grad is None:
-            self._grad = self.logits if self.in_place else torch.zeros_like(self.logits)
+            like = self.logits
+            self._grad = like if self.in_place else torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return self._grad
 
 

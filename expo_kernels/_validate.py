@@ -1,7 +1,8 @@
 """Argument checks, one function per fact; each error says what was given, what was expected, what to do.
 
 Shapes and types are always checked. Checks that read values run where reading is free (CPU tensors), and on
-other devices, where each costs a synchronisation, only under `debug_checks` or EXPO_KERNELS_DEBUG=1.
+other devices, where each costs a synchronisation, only under `debug_checks` or EXPO_KERNELS_DEBUG=1. They are called
+inside registered ops, so that torch.compile traces no value: there they run when the compiled graph does.
 """
 
 import math
@@ -37,8 +38,8 @@ class debug_checks:  # noqa: N801 - used like a function: debug_checks(True), or
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether values may be read now: free on CPU, a synchronisation elsewhere, a graph break in a trace."""
-    return (tensor.device.type == "cpu" or _switch.reads_any_device) and not torch.compiler.is_compiling()
+    """Whether values may be read: free on CPU, a synchronisation elsewhere."""
+    return tensor.device.type == "cpu" or bool(_switch.reads_any_device)
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -107,7 +108,6 @@ def head_fits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def mask_values(name: str, mask: Tensor) -> None:
     """`mask` holds only 0 and 1."""
-    is_tensor(name, mask)
     if mask.dtype == torch.bool or not may_read(mask):
         return
     if not bool(((mask == 0) | (mask == 1)).all()):
@@ -124,12 +124,17 @@ def ids_in_range(name: str, ids: Tensor, size: int, size_name: str) -> None:
         raise ValueError(f"{name} holds {wrong}; expected 0 <= id < {size} ({size_name}) wherever it counts")
 
 
-def cumulative_lengths(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """`cu_seqlens` rises from 0 to the number of tokens."""
+def cumulative_lengths(cu_seqlens: Tensor) -> None:
+    """`cu_seqlens` is [B + 1] integers."""
+    is_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [B + 1]")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32")
+
+
+def cumulative_length_values(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """`cu_seqlens` rises from 0 to the number of tokens."""
     if not may_read(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
@@ -160,7 +165,8 @@ def number(name: str, value: float, *, low: float, above: bool = False, high: fl
     """`value` is a finite Python number in range."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected a number")
-    if not math.isfinite(value) or value < low or value > high or (above and value == low):
+    # comparisons alone, which NaN fails: a trace keeps the number symbolic through them
+    if not (low <= value <= high and value < math.inf) or (above and value == low):
         bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
         raise ValueError(f"{name} is {value}; expected a finite number {bounds}")
 
@@ -174,12 +180,16 @@ def whole_number(name: str, value: int, *, low: int) -> None:
 
 
 def scalar(name: str, value: float | Tensor, *, above_zero: bool = False) -> None:
-    """A finite number >= 0 (or > 0), or a 0-dim tensor of one."""
+    """A finite number >= 0 (or > 0), or a 0-dim tensor, whose value is for `scalar_value` to check."""
     if not isinstance(value, Tensor):
         number(name, value, low=0.0, above=above_zero)
         return
     if value.dim() != 0:
         raise ValueError(f"{name} has shape {list(value.shape)}; expected a number or a 0-dim tensor")
+
+
+def scalar_value(name: str, value: Tensor, *, above_zero: bool = False) -> None:
+    """The 0-dim tensor holds a finite number >= 0 (or > 0)."""
     if may_read(value):
         number(name, float(value), low=0.0, above=above_zero)
 

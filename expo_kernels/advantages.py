@@ -38,20 +38,38 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale 
     check_rewards(rewards, group_size)
     validate.choice("scale", scale, ("group", "batch", "none"))
     validate.number("eps", eps, low=0.0)
-    if rewards.dtype != torch.float64:
-        rewards = rewards.float()
+    return _group_advantages(rewards.detach(), group_size, scale, eps)
+
+
+@torch.library.custom_op("expo_kernels::group_advantages", mutates_args=())
+def _group_advantages(rewards: Tensor, group_size: int, scale: str, eps: float) -> Tensor:
+    validate.finite("rewards", rewards)
+    return advantages_of_rewards(rewards, group_size, scale, eps)
+
+
+@_group_advantages.register_fake
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=_dtype_of(rewards))
+
+
+def advantages_of_rewards(rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-6) -> Tensor:
+    """`group_advantages` of rewards that have been checked."""
+    rewards = rewards.to(_dtype_of(rewards))
     if rewards.numel() == 0:
-        return rewards.detach().clone()
-    return reference.group_advantages(rewards.detach(), group_size, scale, eps)
+        return rewards.clone()
+    return reference.group_advantages(rewards, group_size, scale, eps)
+
+
+def _dtype_of(rewards: Tensor) -> torch.dtype:
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
 
 
 def check_rewards(rewards: Tensor, group_size: int) -> None:
-    """The checks on rewards that everything made of them shares."""
+    """The checks on rewards that everything made of them shares; that they are finite is for the op to check."""
     validate.is_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent")
     validate.group_size_divides(rewards.numel(), group_size)
-    validate.finite("rewards", rewards)
 
 
 def akl_beta(
@@ -82,13 +100,35 @@ def akl_beta(
     validate.is_tensor("accuracies", accuracies)
     validate.scalar("beta", beta)
     validate.callable_or_choice("rho", rho, ("tanh", "constant"))
-    validate.finite("accuracies", accuracies)
     if accuracies.numel() == 0 and process_group is None:
         raise ValueError("accuracies is empty; expected the verifier scores of at least one rollout")
-    total = accuracies.detach().sum(dtype=torch.float64)
-    sum_and_count = torch.stack([total, torch.full_like(total, accuracies.numel())])
+    sum_and_count = _accuracy_sum(accuracies.detach())
     if process_group is not None:
         torch.distributed.all_reduce(sum_and_count, group=process_group)
     mean = (sum_and_count[0] / sum_and_count[1]).float()
     scaling = rho(mean) if callable(rho) else reference.akl_scale(mean, rho)
-    return torch.as_tensor(beta, dtype=torch.float32, device=mean.device).detach() * scaling
+    return _scaled_beta(beta.detach(), scaling) if isinstance(beta, Tensor) else scaling * beta
+
+
+@torch.library.custom_op("expo_kernels::accuracy_sum", mutates_args=())
+def _accuracy_sum(accuracies: Tensor) -> Tensor:
+    """Sum and count, [2] float64."""
+    validate.finite("accuracies", accuracies)
+    total = accuracies.sum(dtype=torch.float64)
+    return torch.stack([total, torch.full_like(total, accuracies.numel())])
+
+
+@_accuracy_sum.register_fake
+def _(accuracies: Tensor) -> Tensor:
+    return accuracies.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.custom_op("expo_kernels::scaled_beta", mutates_args=())
+def _scaled_beta(beta: Tensor, scaling: Tensor) -> Tensor:
+    validate.scalar_value("beta", beta)
+    return beta.to(scaling.device, torch.float32) * scaling
+
+
+@_scaled_beta.register_fake
+def _(_: Tensor, scaling: Tensor) -> Tensor:
+    return torch.empty_like(scaling, dtype=torch.promote_types(torch.float32, scaling.dtype))

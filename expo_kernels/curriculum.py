@@ -56,7 +56,7 @@ class CurriculumTable:
         self._visits = torch.zeros(num_questions, dtype=torch.int64, device=device)
         self._log_weights = self._log_weights_of(self._pass_rates)
         settings = (self.momentum, self.mean, self.std)
-        self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # for kernels
+        self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # for ops, which read no settings
 
     @property
     def pass_rates(self) -> Tensor:
@@ -96,22 +96,8 @@ class CurriculumTable:
         if question_ids.dim() != 1:
             raise ValueError(f"question_ids has shape {list(question_ids.shape)}; expected [K]")
         validate.same_shape("pass_rates", pass_rates, "question_ids", question_ids.shape)
-        validate.ids_in_range("question_ids", question_ids, self.num_questions, "num_questions")
-        validate.finite("pass_rates", pass_rates)
-        validate.within("pass_rates", pass_rates, 0.0, 1.0)
-        device = self._pass_rates.device
-        question_ids, rates = question_ids.to(device).long(), pass_rates.detach().to(device).double()
-        if _launch.use_kernels(self._pass_rates):
-            from expo_kernels import _curriculum_kernels
-
-            table = (self._pass_rates, self._visits, self._log_weights)
-            _curriculum_kernels.launch_update(question_ids, rates, *table, self._settings)
-            return
-        ids, means = _mean_by_id(question_ids, rates)
-        smoothed = reference.smoothed_pass_rates(self._pass_rates[ids].double(), means, self.momentum).float()
-        self._pass_rates[ids] = smoothed
-        self._visits[ids] += 1
-        self._log_weights[ids] = self._log_weights_of(smoothed)
+        table = (self._pass_rates, self._visits, self._log_weights)
+        _update(question_ids, pass_rates.detach(), *table, self._settings)
 
     def sample(self, k: int, *, generator: torch.Generator | None = None, replacement: bool = False) -> Tensor:
         """Draw k question ids, [k] int64 on the device, each draw with Pr proportional to w among those left.
@@ -134,10 +120,8 @@ class CurriculumTable:
                 "draw at most that many, or with replacement=True"
             )
         if _launch.use_kernels(self._log_weights):
-            from expo_kernels import _curriculum_kernels
-
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self._pass_rates.device, generator=generator)
-            return _curriculum_kernels.launch_race(self._log_weights, seed).topk(k).indices
+            return _race(self._log_weights, seed).topk(k).indices
         # exponential race: the k first arrivals of rates w are a draw without replacement. In logs, so that
         # tiny weights still race, and in float64: float32 has too few distinct uniforms for a million racers
         race = self._uniforms(self.num_questions, generator).neg_().log1p_().neg_().log_().neg_()
@@ -187,6 +171,41 @@ class CurriculumTable:
         points = torch.minimum(self._uniforms(k, generator) * cumulative[-1], below_total)
         # the first sum above the point: a question of weight 0 raises no sum and is never it
         return torch.searchsorted(cumulative, points, right=True)
+
+
+@torch.library.custom_op("expo_kernels::update_curriculum", mutates_args={"pass_rates", "visits", "log_weights"})
+def _update(
+    question_ids: Tensor, new_rates: Tensor, pass_rates: Tensor, visits: Tensor, log_weights: Tensor, settings: Tensor
+) -> None:
+    """`CurriculumTable.update`; `settings` are momentum, mean and std, [3] float64."""
+    validate.ids_in_range("question_ids", question_ids, pass_rates.numel(), "num_questions")
+    validate.finite("pass_rates", new_rates)
+    validate.within("pass_rates", new_rates, 0.0, 1.0)
+    ids, rates = question_ids.to(pass_rates.device).long(), new_rates.to(pass_rates.device).double()
+    if _launch.use_kernels(pass_rates):
+        from expo_kernels import _curriculum_kernels
+
+        _curriculum_kernels.launch_update(ids, rates, pass_rates, visits, log_weights, settings)
+        return
+    momentum, mean, std = settings
+    ids, means = _mean_by_id(ids, rates)
+    smoothed = reference.smoothed_pass_rates(pass_rates[ids].double(), means, momentum).float()
+    pass_rates[ids] = smoothed
+    visits[ids] += 1
+    log_weights[ids] = reference.log_curriculum_weights(smoothed, mean, std)
+
+
+@torch.library.custom_op("expo_kernels::race", mutates_args=())
+def _race(log_weights: Tensor, seed: Tensor) -> Tensor:
+    """Keys of the kernels' draw, [Q] float64: the k largest are drawn. `seed` is [1] int64."""
+    from expo_kernels import _curriculum_kernels
+
+    return _curriculum_kernels.launch_race(log_weights, seed)
+
+
+@_race.register_fake
+def _(log_weights: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(log_weights, dtype=torch.float64)
 
 
 def _mean_by_id(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

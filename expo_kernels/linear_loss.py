@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
-from expo_kernels import logps
 from expo_kernels._request import check_request
+from expo_kernels.logps import check_ids_and_mask
 from expo_kernels.objective import Objective
 from expo_kernels.policy_loss import LossOutput, loss_of_states
 
@@ -80,7 +80,7 @@ def linear_expo_loss(
         )
     validate.head_fits(hidden, weight, bias)
     validate.dimensions("hidden", hidden, "BTH" if cu_seqlens is None else "NH")
-    logps.check_ids_and_mask("hidden", hidden, completion_ids, "completion_mask", completion_mask)
+    check_ids_and_mask("hidden", hidden, completion_ids, "completion_mask", completion_mask)
     validate.same_device(hidden=hidden, weight=weight, bias=bias)
     if logits_budget_mb is not None:
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)

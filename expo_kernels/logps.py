@@ -5,8 +5,7 @@ Letters: B sequences, T completion positions, V vocabulary, H hidden. Float32 ar
 (float64 for float64 inputs).
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,18 +14,6 @@ from torch.autograd.function import once_differentiable
 from expo_kernels import _launch, _rows
 from expo_kernels import _validate as validate
 from expo_kernels.objective import Objective
-
-
-@dataclass(frozen=True)
-class _Options:
-    """All that is not differentiated."""
-
-    index: Tensor  # [N] int64: positions of the valid tokens
-    chosen_ids: Tensor  # [N] int64
-    temperature: float
-    logit_softcap: float | None
-    return_entropy: bool
-    budget_mb: float | None
 
 
 def make_source(
@@ -45,58 +32,160 @@ def make_source(
     return _rows.LinearRows(states, weight, bias, index, dtype, wants_grad)
 
 
-class _TokenLogps(torch.autograd.Function):
-    """States (logits, or hidden with weight and bias) -> log-probs [N] and entropies [N] of the valid tokens."""
+@torch.library.custom_op("expo_kernels::token_logps", mutates_args=())
+def _token_logps(
+    states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    logits_budget_mb: float | None,
+    return_entropy: bool,
+    keeps_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and entropies like the ids (an empty tensor without `return_entropy`), and, where `keeps_rows`, what
+    the kernels' backward reads of each row: its largest logit and its sum, [M] each."""
+    check_id_values(states, weight, completion_ids, mask)
+    given = (states, weight, bias, completion_ids, mask)
+    with torch.autocast(states.device.type, enabled=False):
+        if _launch.use_kernels(states, weight, bias):
+            from expo_kernels import _fused
 
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor | None, bias: Tensor | None, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(states, weight, bias)
-        ctx.options = options
-        source = make_source(states, weight, bias, options.index)
-        parts = _rows.chunks(source, options.logit_softcap, options.budget_mb)
-        buffers = _rows.make_buffers(source, parts, options.logit_softcap)
+            objective = Objective(temperature=temperature, logit_softcap=logit_softcap)
+            return _fused.logps_of_states(*given, objective, logits_budget_mb, return_entropy, keeps_rows)
+        index = valid_index(mask, completion_ids)
+        chosen_ids = completion_ids.reshape(-1).index_select(0, index).long()
+        source = make_source(states, weight, bias, index)
+        parts = _rows.chunks(source, logit_softcap, logits_budget_mb)
+        buffers = _rows.make_buffers(source, parts, logit_softcap)
         logps = torch.empty(source.num_rows, dtype=source.dtype, device=source.device)
-        entropies = torch.zeros_like(logps)
+        entropies = torch.empty_like(logps)
         for rows in parts:
-            ids = options.chosen_ids[rows]
-            read = _rows.read_chunk(source, rows, ids, buffers, options.temperature, options.logit_softcap)
+            read = _rows.read_chunk(source, rows, chosen_ids[rows], buffers, temperature, logit_softcap)
             logps[rows] = read.logps
-            if options.return_entropy:
+            if return_entropy:
                 entropies[rows] = _rows.chunk_entropies(read)
-        if not options.return_entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logps, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, bias = ctx.saved_tensors
-        options: _Options = ctx.options
-        source = make_source(states, weight, bias, options.index, ctx.needs_input_grad[:3])
-        parts = _rows.chunks(source, options.logit_softcap, options.budget_mb)
-        buffers = _rows.make_buffers(source, parts, options.logit_softcap)
-        with torch.autocast(states.device.type, enabled=False):
-            for rows in parts:
-                ids = options.chosen_ids[rows]
-                read = _rows.read_chunk(source, rows, ids, buffers, options.temperature, options.logit_softcap)
-                given = (source, rows, ids, read, grad_logps[rows])
-                if options.return_entropy:
-                    _rows.absorb_logp_and_entropy_slopes(*given, grad_entropies[rows], options.temperature)
-                else:
-                    _rows.absorb_logp_slopes(*given, options.temperature)
-        return *cast_gradients(source.gradients(), (states, weight, bias)), None
+        entropies = spread(entropies, index, completion_ids.shape) if return_entropy else logps.new_empty(0)
+        return spread(logps, index, completion_ids.shape), entropies, logps.new_empty(0), logps.new_empty(0)
 
 
-def cast_gradients(
-    gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+@_token_logps.register_fake
+def _(
+    states: Tensor, weight: Tensor | None, bias: Tensor | None, completion_ids: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, return_entropy, keeps_rows = options
+
+    def made(*shape: int) -> Tensor:
+        return states.new_empty(shape, dtype=_rows.arithmetic_dtype(states, weight, bias))
+
+    keeps_rows = keeps_rows and _launch.use_kernels(states, weight, bias)
+    num_kept = completion_ids.numel() if keeps_rows else 0
+    entropies = made(*completion_ids.shape) if return_entropy else made(0)
+    return made(*completion_ids.shape), entropies, made(num_kept), made(num_kept)
+
+
+@torch.library.custom_op("expo_kernels::token_logps_backward", mutates_args=())
+def _token_logps_backward(
+    grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+    states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    kept_rows: list[Tensor],
+    temperature: float,
+    logit_softcap: float | None,
+    logits_budget_mb: float | None,
+    wants_grad: list[bool],
+) -> list[Tensor]:
+    """Gradients of those of states, weight and bias that want one, in their dtypes.
+
+    `kept_rows` are the entropies, the largest logits and the sums that the forward pass returned.
+    """
+    of_states, of_weight, of_bias = wants_grad
+    wanted = (of_states, of_weight, of_bias)
+    with torch.autocast(states.device.type, enabled=False):
+        if _launch.use_kernels(states, weight, bias):
+            from expo_kernels import _fused
+
+            objective = Objective(temperature=temperature, logit_softcap=logit_softcap)
+            given = (states, weight, bias, completion_ids, mask)
+            slopes = (grad_logps, grad_entropies)
+            made = _fused.logps_backward(*given, objective, logits_budget_mb, wanted, kept_rows, *slopes)
+            return _in_input_dtypes(made, (states, weight, bias))
+        index = valid_index(mask, completion_ids)
+        chosen_ids = completion_ids.reshape(-1).index_select(0, index).long()
+        source = make_source(states, weight, bias, index, wanted)
+        parts = _rows.chunks(source, logit_softcap, logits_budget_mb)
+        buffers = _rows.make_buffers(source, parts, logit_softcap)
+        logp_slopes = grad_logps.reshape(-1).index_select(0, index)
+        entropy_slopes = None if grad_entropies is None else grad_entropies.reshape(-1).index_select(0, index)
+        for rows in parts:
+            ids = chosen_ids[rows]
+            read = _rows.read_chunk(source, rows, ids, buffers, temperature, logit_softcap)
+            chunk = (source, rows, ids, read, logp_slopes[rows])
+            if entropy_slopes is None:
+                _rows.absorb_logp_slopes(*chunk, temperature)
+            else:
+                _rows.absorb_logp_and_entropy_slopes(*chunk, entropy_slopes[rows], temperature)
+        return _in_input_dtypes(source.gradients(), (states, weight, bias))
+
+
+@_token_logps_backward.register_fake
+def _(
+    _: Tensor, __: Tensor | None, states: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
+) -> list[Tensor]:
+    given = zip((states, weight, bias), options[-1], strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, wanted in given if wanted and tensor is not None]
+
+
+def _setup_token_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    states, weight, bias, completion_ids, mask, *ctx.settings, return_entropy, _ = inputs
+    _, entropies, tops, sums = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(tops, sums, *(() if return_entropy else (entropies,)))
+    ctx.save_for_backward(states, weight, bias, completion_ids, mask, entropies, tops, sums)
+
+
+@once_differentiable
+def _backward_token_logps(
+    ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    """Each gradient in the dtype of its input."""
-    return tuple(
-        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+    *given, entropies, tops, sums = ctx.saved_tensors
+    if grad_logps is None:
+        if grad_entropies is None:
+            return (None,) * 10
+        grad_logps = torch.zeros_like(grad_entropies)
+    wants_grad = list(ctx.needs_input_grad[:3])
+    made = _token_logps_backward(grad_logps, grad_entropies, *given, [entropies, tops, sums], *ctx.settings, wants_grad)
+    return *in_places(made, wants_grad), *(None,) * 7
+
+
+_token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)
+
+
+def made_gradients(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The gradients that were made, shaped as their inputs and contiguous, which an op's fake can promise."""
+    return [
+        gradient.view(tensor.shape).contiguous()
         for gradient, tensor in zip(gradients, inputs, strict=True)
-    )
+        if gradient is not None and tensor is not None
+    ]
+
+
+def _in_input_dtypes(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    wanted = [tensor for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+    made = made_gradients(gradients, inputs)
+    return [gradient.to(tensor.dtype) for gradient, tensor in zip(made, wanted, strict=True) if tensor is not None]
+
+
+def in_places(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    """One entry per input: the next of `made` where one is wanted."""
+    rest = iter(made)
+    return [next(rest) if is_wanted else None for is_wanted in wanted]
 
 
 def valid_index(mask: Tensor | None, ids: Tensor) -> Tensor:
@@ -116,9 +205,17 @@ def check_ids_and_mask(states_name: str, states: Tensor, ids: Tensor, mask_name:
     validate.integers("completion_ids", ids)
     validate.same_shape("completion_ids", ids, states_name, states.shape[:-1])
     if mask is not None:
-        validate.mask_values(mask_name, mask)
+        validate.is_tensor(mask_name, mask)
         validate.same_shape(mask_name, mask, "completion_ids", ids.shape)
     validate.same_device(**{states_name: states, "completion_ids": ids, mask_name: mask})
+
+
+def check_id_values(states: Tensor, weight: Tensor | None, ids: Tensor, mask: Tensor | None) -> None:
+    """The ids of valid tokens are in the vocabulary, where reading them is free."""
+    if validate.may_read(ids):
+        valid_ids = ids if mask is None else ids[mask != 0]
+        size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")
+        validate.ids_in_range("completion_ids", valid_ids, size, size_name)
 
 
 def _masked_token_logps(
@@ -135,28 +232,12 @@ def _masked_token_logps(
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
         validate.number("logit_softcap", logit_softcap, low=0.0, above=True)
-    if _launch.use_kernels(states, weight, bias):
-        from expo_kernels import _fused
-
-        made = _fused.logps_of_states(
-            states,
-            weight,
-            bias,
-            ids,
-            mask,
-            Objective(temperature=temperature, logit_softcap=logit_softcap),
-            return_entropy=return_entropy,
-            budget_mb=budget_mb,
-        )
-        return made if return_entropy else made[0]
-    index = valid_index(mask, ids)
-    chosen_ids = ids.reshape(-1).index_select(0, index).long()
-    size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")
-    validate.ids_in_range("completion_ids", chosen_ids, size, size_name)
-    options = _Options(index, chosen_ids, temperature, logit_softcap, return_entropy, budget_mb)
-    with torch.autocast(states.device.type, enabled=False):
-        pair = _TokenLogps.apply(states, weight, bias, options)  # type: ignore[no-untyped-call]
-    logps, entropies = (spread(values, index, ids.shape) for values in cast("tuple[Tensor, Tensor]", pair))
+    keeps_rows = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (states, weight, bias)
+    )
+    logps, entropies, _, _ = _token_logps(
+        states, weight, bias, ids, mask, temperature, logit_softcap, budget_mb, return_entropy, keeps_rows
+    )
     return (logps, entropies) if return_entropy else logps
 
 

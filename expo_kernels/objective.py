@@ -1,7 +1,9 @@
 """`Objective`: every static choice of the policy loss, checked once when it is made."""
 
+import ast
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 RatioLevel = Literal["token", "sequence"]
@@ -96,6 +98,23 @@ class Objective:
         if not isinstance(self.kl_importance_weighted, bool):
             raise TypeError(f"kl_importance_weighted is {self.kl_importance_weighted!r}; expected True or False")
         self._check_combinations()
+        values = [getattr(self, field.name) for field in fields(self)]
+        # NumPy's floats are floats too, but not written as such; made here, so that a trace finds a constant
+        text = str([float(value) if isinstance(value, float) else value for value in values])
+        object.__setattr__(self, "_text", text)
+
+    @property
+    def text(self) -> str:
+        """All settings in the order of their declaration, as `from_text` reads them: what an op takes."""
+        text: str = self.__dict__["_text"]
+        return text
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_text(text: str) -> "Objective":
+        """The objective whose `text` this is."""
+        names = (field.name for field in fields(Objective))
+        return Objective(**dict(zip(names, ast.literal_eval(text), strict=True)))
 
     def _check_combinations(self) -> None:
         if self.dual_clip is not None and self.surrogate != "clip":

@@ -10,16 +10,25 @@ Letters: B sequences, T completion positions, N valid tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from expo_kernels import _launch, _rows, logps, reference
+from expo_kernels import _launch, _rows, reference
 from expo_kernels import _validate as validate
-from expo_kernels._request import Request, check_request
-from expo_kernels.advantages import group_advantages
+from expo_kernels._request import SUMS, Request, check_request
+from expo_kernels.advantages import advantages_of_rewards
+from expo_kernels.logps import (
+    check_id_values,
+    check_ids_and_mask,
+    in_places,
+    made_gradients,
+    make_source,
+    spread,
+    valid_index,
+)
 from expo_kernels.objective import Objective
 
 
@@ -104,26 +113,29 @@ class TokenBatch:
 
     def logp_slopes(self, logps: Tensor) -> Tensor:
         """dL/dlogp of each token, [N]."""
-        with torch.enable_grad():
+        # inside an op autograd is out of force; `torch.func.grad`, which is not, fails there under a dispatch mode
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
             leaf = logps.detach().requires_grad_()
             (slopes,) = torch.autograd.grad(self.loss(leaf), leaf)
         return slopes
 
-    def metrics(self, logps: Tensor) -> dict[str, Tensor]:
-        """See `LossOutput.metrics`."""
-        with torch.no_grad():
-            terms = self.terms(logps)
-            count = max(logps.numel(), 1)
-            # a ratio is > 0, so the 0 shows only where there is no token
-            ratios = torch.cat([terms.ratios, terms.ratios.new_zeros(1)])
-            return {
-                "kl": terms.penalties.sum() / count,
-                "ratio_mean": terms.ratios.sum() / count,
-                "ratio_max": ratios.max(),
-                "clip_low_fraction": terms.clipped_low.to(logps.dtype).sum() / count,
-                "clip_high_fraction": terms.clipped_high.to(logps.dtype).sum() / count,
-                "tokens": torch.full((), logps.numel(), dtype=torch.int64, device=logps.device),
-            }
+    def summary(self, logps: Tensor, entropies: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole loss 0-dim, the metrics [len(SUMS)] in that order, and the number of tokens."""
+        terms = self.terms(logps)
+        loss, total = (terms.losses * self.weights).sum(), logps.numel()
+        num_tokens = torch.full((), total, dtype=torch.int64, device=logps.device)
+        # a ratio is > 0, so the 0 shows only where there is no token
+        ratios = torch.cat([terms.ratios, terms.ratios.new_zeros(1)])
+        sums = {
+            "kl": terms.penalties.sum(),
+            "ratio_mean": terms.ratios.sum(),
+            "clip_low_fraction": terms.clipped_low.to(logps.dtype).sum(),
+            "clip_high_fraction": terms.clipped_high.to(logps.dtype).sum(),
+            "entropy": logps.new_zeros(()) if entropies is None else entropies.sum(),
+        }
+        means = {name: value / max(total, 1) for name, value in sums.items()}
+        others = {"loss": loss, "ratio_max": ratios.max(), "tokens": num_tokens.to(logps.dtype)}
+        return loss, torch.stack([(means | others)[name] for name in SUMS]), num_tokens
 
 
 @dataclass(frozen=True)
@@ -134,33 +146,6 @@ class _Options:
     tokens: TokenBatch
     budget_mb: float | None
     return_entropy: bool
-    in_place: bool
-    grad_enabled: bool  # inside a Function's forward it always reads False
-
-
-class _PolicyLoss(torch.autograd.Function):
-    """States (logits, or hidden with weight and bias) -> loss, log-probs [N], entropies [N]; gradients made at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor | None, bias: Tensor | None, options: _Options
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        of_states, of_weight, of_bias, _ = ctx.needs_input_grad
-        wants_grad = (of_states, of_weight, of_bias) if options.grad_enabled else (False, False, False)
-        source = logps.make_source(states, weight, bias, options.tokens.index, wants_grad, in_place=options.in_place)
-        token_logps, entropies = _run_chunks(source, options, any(wants_grad))
-        loss = options.tokens.loss(token_logps)
-        ctx.mark_non_differentiable(token_logps, entropies)
-        if any(wants_grad):
-            ctx.save_for_backward(*source.gradients())
-            ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (states, weight, bias)]
-        return loss, token_logps, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(_scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs), None
 
 
 def _run_chunks(source: _rows.RowSource, options: _Options, wants_grad: bool) -> tuple[Tensor, Tensor]:
@@ -192,17 +177,238 @@ def _run_chunks(source: _rows.RowSource, options: _Options, wants_grad: bool) ->
     return token_logps, entropies
 
 
-def _scaled(gradient: Tensor | None, grad_loss: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """grad_loss * gradient in the input's dtype; without a copy where nothing can tell."""
-    if gradient is None or dtype is None:
-        return None
-    # reading the number is free on CPU and saves a pass over [V, H]
-    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        return gradient.to(dtype)
-    # in place unless a second backward may come for the same numbers
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+# --- the registered ops
+
+# loss 0-dim, metrics [len(SUMS)], number of tokens 0-dim, log-probs like the mask, the gradients that are wanted
+_Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+
+
+@torch.library.custom_op("expo_kernels::policy_loss", mutates_args=())
+def _policy_loss(
+    states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wants_grad: list[bool],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    packed: list[Tensor | None],
+    objective: str,
+    group_size: int,
+    logits_budget_mb: float | None,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The loss, and the gradients of those of states, weight and bias that want one, made at once (see `_Made`).
+
+    The gradients are for autograd alone, which scales them in place.
+    """
+    of_states, of_weight, of_bias = wants_grad
+    return _run(
+        (states, weight, bias),
+        (of_states, of_weight, of_bias),
+        completion_ids,
+        Request.unpack(completion_mask, packed, objective, group_size),
+        budget_mb=logits_budget_mb,
+        return_entropy=return_entropy,
+    )
+
+
+@_policy_loss.register_fake
+def _(
+    states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wants_grad: list[bool],
+    _: Tensor,
+    completion_mask: Tensor,
+    *__: Any,
+) -> _Made:
+    dtype = _rows.arithmetic_dtype(states, weight, bias)
+    # gradients of ready logits have their dtype, those of sums over tokens the arithmetic's
+    grad_dtype = states.dtype if weight is None else dtype
+    given = zip((states, weight, bias), wants_grad, strict=True)
+    gradients = [
+        tensor.new_empty(tensor.shape, dtype=grad_dtype) for tensor, wanted in given if wanted and tensor is not None
+    ]
+    return *_fake_loss(completion_mask, dtype), gradients
+
+
+@torch.library.custom_op("expo_kernels::policy_loss_", mutates_args={"logits"})
+def _policy_loss_in_place(
+    logits: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    packed: list[Tensor | None],
+    objective: str,
+    group_size: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of ready logits, whose gradient is written over them."""
+    request = Request.unpack(completion_mask, packed, objective, group_size)
+    *made, (gradient,) = _run(
+        (logits, None, None),
+        (True, False, False),
+        completion_ids,
+        request,
+        budget_mb=None,
+        return_entropy=return_entropy,
+        in_place=True,
+    )
+    if gradient.data_ptr() != logits.data_ptr():
+        logits.copy_(gradient)
+    loss, metrics, num_tokens, token_logps = made
+    return loss, metrics, num_tokens, token_logps
+
+
+@_policy_loss_in_place.register_fake
+def _(logits: Tensor, _: Tensor, completion_mask: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_loss(completion_mask, _rows.arithmetic_dtype(logits))
+
+
+@torch.library.custom_op("expo_kernels::policy_loss_from_logps", mutates_args=())
+def _policy_loss_from_logps(
+    logps: Tensor,
+    wants_grad: list[bool],
+    completion_mask: Tensor,
+    packed: list[Tensor | None],
+    objective: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The loss of ready log-probs, and its gradient in them (see `_Made`)."""
+    request = Request.unpack(completion_mask, packed, objective, group_size)
+    if _launch.use_kernels(logps):
+        from expo_kernels import _fused
+
+        loss, metrics, num_tokens, slopes = _fused.loss_of_logps(logps, request)
+        kept = logps.float().masked_fill(completion_mask == 0, 0.0)
+        return loss, metrics, num_tokens, kept, [slopes] if wants_grad[0] else []
+    tokens = gather_tokens(request, _rows.arithmetic_dtype(logps))
+    valid = logps.reshape(-1).index_select(0, tokens.index).to(tokens.weights.dtype)
+    gradients = [spread(tokens.logp_slopes(valid), tokens.index, logps.shape)] if wants_grad[0] else []
+    return *tokens.summary(valid), spread(valid, tokens.index, logps.shape), gradients
+
+
+@_policy_loss_from_logps.register_fake
+def _(logps: Tensor, wants_grad: list[bool], completion_mask: Tensor, *_: Any) -> _Made:
+    dtype = _rows.arithmetic_dtype(logps)
+    return *_fake_loss(completion_mask, dtype), [logps.new_empty(logps.shape, dtype=dtype)] if wants_grad[0] else []
+
+
+@torch.library.custom_op("expo_kernels::with_gradient", mutates_args=())
+def _with_gradient(loss: Tensor, states: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001 - for autograd alone
+    """The loss again, whose gradient in `states` is known already."""
+    return loss.clone()
+
+
+@_with_gradient.register_fake
+def _(loss: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _fake_loss(completion_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        completion_mask.new_empty((), dtype=dtype),
+        completion_mask.new_empty(len(SUMS), dtype=dtype),
+        completion_mask.new_empty((), dtype=torch.int64),
+        completion_mask.new_empty(completion_mask.shape, dtype=dtype),
+    )
+
+
+def _run(
+    states: tuple[Tensor, Tensor | None, Tensor | None],
+    wants_grad: tuple[bool, bool, bool],
+    completion_ids: Tensor,
+    request: Request,
+    *,
+    budget_mb: float | None,
+    return_entropy: bool,
+    in_place: bool = False,
+) -> _Made:
+    """What `_policy_loss` returns, by the kernels or by PyTorch."""
+    check_id_values(states[0], states[1], completion_ids, request.completion_mask)
+    with torch.autocast(states[0].device.type, enabled=False):
+        if _launch.use_kernels(*states):
+            from expo_kernels import _fused
+
+            *made, gradients = _fused.loss_of_states(
+                *states,
+                completion_ids,
+                request,
+                wants_grad=wants_grad,
+                budget_mb=budget_mb,
+                return_entropy=return_entropy,
+                in_place=in_place,
+            )
+            loss, metrics, num_tokens, token_logps = made
+            return loss, metrics, num_tokens, token_logps, made_gradients(gradients, states)
+        tokens = gather_tokens(request, _rows.arithmetic_dtype(*states))
+        chosen_ids = completion_ids.reshape(-1).index_select(0, tokens.index).long()
+        source = make_source(*states, tokens.index, wants_grad, in_place=in_place)
+        token_logps, entropies = _run_chunks(
+            source, _Options(chosen_ids, tokens, budget_mb, return_entropy), any(wants_grad)
+        )
+        gradients = source.gradients() if any(wants_grad) else (None, None, None)
+        at_positions = spread(token_logps, tokens.index, completion_ids.shape)
+        return *tokens.summary(token_logps, entropies), at_positions, made_gradients(gradients, states)
+
+
+def _register_gradients(op: Any, num_states: int) -> None:
+    """Autograd of an op that returns `_Made` and takes its states first, then which of them want a gradient."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: _Made) -> None:
+        _, *others, gradients = output
+        wants_grad = inputs[num_states]
+        ctx.set_materialize_grads(False)  # or backward would be given zeros as large as the gradients
+        ctx.mark_non_differentiable(*others, *gradients)
+        ctx.save_for_backward(*gradients)
+        ctx.wants_grad, ctx.num_others = wants_grad, len(inputs) - num_states
+        ctx.dtypes = [tensor.dtype for tensor, wanted in zip(inputs, wants_grad, strict=False) if wanted]
+
+    @once_differentiable
+    def scale(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * (num_states + ctx.num_others)
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        made = [_scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs]
+        return *in_places(made, ctx.wants_grad), *(None,) * ctx.num_others
+
+    op.register_autograd(scale, setup_context=keep)
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    _, states, gradient = inputs
+    ctx.save_for_backward(gradient)
+    ctx.dtype = states.dtype
+
+
+@once_differentiable
+def _scale_gradient(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return None, _scaled(gradient, grad_loss, ctx.dtype), None
+
+
+_register_gradients(_policy_loss, num_states=3)
+_register_gradients(_policy_loss_from_logps, num_states=1)
+_with_gradient.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_loss * gradient in the input's dtype, rounded once, and in the gradient's own memory where it fits there."""
+    if type(gradient) is not Tensor:
+        # a tracer's stand-in: the compiler decides what is written where
         return (gradient * grad_loss).to(dtype)
-    return gradient.mul_(grad_loss).to(dtype)
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+    # a second backward may come for the same numbers
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * grad_loss
+    if _launch.use_kernels(gradient):
+        from expo_kernels import _row_launchers
+
+        _row_launchers.launch_scale(gradient, grad_loss)
+        return gradient
+    # reading the number is free on CPU and saves a pass over [V, H]
+    is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
+    return gradient if is_one else gradient.mul_(grad_loss)
 
 
 def expo_loss(
@@ -257,7 +463,7 @@ def expo_loss(
     """
     validate.floating("logits", logits)
     validate.dimensions("logits", logits, "BTV" if cu_seqlens is None else "NV")
-    logps.check_ids_and_mask("logits", logits, completion_ids, "completion_mask", completion_mask)
+    check_ids_and_mask("logits", logits, completion_ids, "completion_mask", completion_mask)
     request = check_request(
         completion_mask,
         advantages=advantages,
@@ -314,7 +520,7 @@ def expo_loss_from_logps(
     """
     validate.floating("logps", logps)
     validate.dimensions("logps", logps, "BT" if cu_seqlens is None else "N")
-    validate.mask_values("completion_mask", completion_mask)
+    validate.is_tensor("completion_mask", completion_mask)
     validate.same_shape("completion_mask", completion_mask, "logps", logps.shape)
     validate.same_device(logps=logps, completion_mask=completion_mask)
     request = check_request(
@@ -330,13 +536,12 @@ def expo_loss_from_logps(
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
-    if _launch.use_kernels(logps):
-        from expo_kernels import _fused
-
-        return LossOutput(*_fused.loss_of_logps(logps, request))
-    tokens = gather_tokens(request, _rows.arithmetic_dtype(logps))
-    token_logps = logps.reshape(-1).index_select(0, tokens.index).to(tokens.weights.dtype)
-    return loss_output(tokens.loss(token_logps), token_logps.detach(), None, tokens, logps.shape)
+    packed = request.pack(_rows.arithmetic_dtype(logps))
+    wants_grad = [logps.requires_grad and torch.is_grad_enabled()]
+    made = _policy_loss_from_logps(
+        logps, wants_grad, completion_mask, packed, request.objective.text, request.group_size
+    )
+    return _output(*made[:4], return_entropy=False)
 
 
 def loss_of_states(
@@ -351,45 +556,47 @@ def loss_of_states(
     in_place: bool = False,
 ) -> LossOutput:
     """Loss of validated arguments: `states` are hidden states where a head `weight` is given, else logits."""
-    if _launch.use_kernels(states, weight, bias):
-        from expo_kernels import _fused
-
-        made = _fused.loss_of_states(
-            states,
-            weight,
-            bias,
-            completion_ids,
-            request,
-            budget_mb=budget_mb,
-            return_entropy=return_entropy,
-            in_place=in_place,
+    packed = request.pack(_rows.arithmetic_dtype(states, weight, bias))
+    mask, objective, group_size = request.completion_mask, request.objective.text, request.group_size
+    wants_grad = [
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in (states, weight, bias)
+    ]
+    if in_place and wants_grad[0]:
+        logits = states.detach()
+        loss, *others = _policy_loss_in_place(
+            logits, completion_ids, mask, packed, objective, group_size, return_entropy
         )
-        return LossOutput(*made)
-    tokens = gather_tokens(request, _rows.arithmetic_dtype(states, weight, bias))
-    chosen_ids = completion_ids.reshape(-1).index_select(0, tokens.index).long()
-    size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")
-    validate.ids_in_range("completion_ids", chosen_ids, size, size_name)
-    options = _Options(chosen_ids, tokens, budget_mb, return_entropy, in_place, torch.is_grad_enabled())
-    with torch.autocast(states.device.type, enabled=False):
-        made = _PolicyLoss.apply(states, weight, bias, options)  # type: ignore[no-untyped-call]
-    loss, token_logps, entropies = cast("tuple[Tensor, Tensor, Tensor]", made)
-    return loss_output(loss, token_logps, entropies if return_entropy else None, tokens, completion_ids.shape)
+        return _output(_with_gradient(loss, states, logits), *others, return_entropy=return_entropy)
+    made = _policy_loss(
+        states,
+        weight,
+        bias,
+        wants_grad,
+        completion_ids,
+        mask,
+        packed,
+        objective,
+        group_size,
+        budget_mb,
+        return_entropy,
+    )
+    return _output(*made[:4], return_entropy=return_entropy)
 
 
-def loss_output(
-    loss: Tensor, token_logps: Tensor, entropies: Tensor | None, tokens: TokenBatch, shape: torch.Size
+def _output(
+    loss: Tensor, metrics: Tensor, num_tokens: Tensor, token_logps: Tensor, *, return_entropy: bool
 ) -> LossOutput:
-    """The loss with its metrics and log-probs at their positions."""
-    metrics = tokens.metrics(token_logps)
-    if entropies is not None:
-        metrics["entropy"] = entropies.sum() / max(entropies.numel(), 1)
-    return LossOutput(loss, metrics, logps.spread(token_logps, tokens.index, shape))
+    named = dict(zip(SUMS, metrics.unbind(), strict=True)) | {"tokens": num_tokens}
+    del named["loss"]
+    if not return_entropy:
+        del named["entropy"]
+    return LossOutput(loss, named, token_logps)
 
 
 def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
     """The valid tokens of a call."""
     shape, device = request.completion_mask.shape, request.completion_mask.device
-    index = logps.valid_index(request.completion_mask, request.completion_mask)
+    index = valid_index(request.completion_mask, request.completion_mask)
     sequence_index = _sequences(index, shape, request.cu_seqlens)
 
     def valid(tensor: Tensor | None) -> Tensor | None:
@@ -398,7 +605,7 @@ def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
     advantages = request.advantages
     if advantages is None:
         assert request.rewards is not None
-        advantages = group_advantages(request.rewards, request.group_size)
+        advantages = advantages_of_rewards(request.rewards, request.group_size)
     if advantages.shape == (request.num_sequences,):
         token_advantages = advantages.detach().index_select(0, sequence_index).to(dtype)
     else:
