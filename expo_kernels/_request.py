@@ -45,7 +45,11 @@ class Request(NamedTuple):
         def number(value: float | Tensor | None) -> Tensor | None:
             if value is None or isinstance(value, Tensor):
                 return value
-            return torch.full((), value, dtype=dtype, device=self.completion_mask.device)
+            device = self.completion_mask.device
+            if torch.compiler.is_compiling():
+                # products are what a trace keeps a changing number symbolic through
+                return torch.ones((), dtype=dtype, device=device) * value
+            return torch.full((), value, dtype=dtype, device=device)
 
         return [
             self.advantages,
@@ -60,9 +64,8 @@ class Request(NamedTuple):
 
     @classmethod
     def unpack(cls, completion_mask: Tensor, packed: list[Tensor | None], objective: str, group_size: int) -> Self:
-        """The call again, inside an op, once its values have been checked; nothing in it asks for a gradient."""
-        tensors = (None if tensor is None else tensor.detach() for tensor in packed)
-        advantages, rewards, old_logps, ref_logps, rollout_logps, beta, normalizer, cu_seqlens = tensors
+        """The call again, inside an op, once its values have been checked."""
+        advantages, rewards, old_logps, ref_logps, rollout_logps, beta, normalizer, cu_seqlens = packed
         assert beta is not None
         request = cls(
             completion_mask,

@@ -38,7 +38,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale 
     check_rewards(rewards, group_size)
     validate.choice("scale", scale, ("group", "batch", "none"))
     validate.number("eps", eps, low=0.0)
-    return _group_advantages(rewards.detach(), group_size, scale, eps)
+    advantages: Tensor = _group_advantages(rewards.detach(), group_size, scale, eps)
+    return advantages
 
 
 @torch.library.custom_op("expo_kernels::group_advantages", mutates_args=())

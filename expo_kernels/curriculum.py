@@ -121,7 +121,8 @@ class CurriculumTable:
             )
         if _launch.use_kernels(self._log_weights):
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self._pass_rates.device, generator=generator)
-            return _race(self._log_weights, seed).topk(k).indices
+            keys: Tensor = _race(self._log_weights, seed)
+            return keys.topk(k).indices
         # exponential race: the k first arrivals of rates w are a draw without replacement. In logs, so that
         # tiny weights still race, and in float64: float32 has too few distinct uniforms for a million racers
         race = self._uniforms(self.num_questions, generator).neg_().log1p_().neg_().log_().neg_()

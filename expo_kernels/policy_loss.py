@@ -114,7 +114,10 @@ class TokenBatch:
     def logp_slopes(self, logps: Tensor) -> Tensor:
         """dL/dlogp of each token, [N]."""
         # inside an op autograd is out of force; `torch.func.grad`, which is not, fails there under a dispatch mode
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        with (
+            torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
+            torch.enable_grad(),
+        ):
             leaf = logps.detach().requires_grad_()
             (slopes,) = torch.autograd.grad(self.loss(leaf), leaf)
         return slopes
@@ -366,7 +369,7 @@ def _register_gradients(op: Any, num_states: int) -> None:
     @once_differentiable
     def scale(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * (num_states + ctx.num_others)
+            return tuple([None] * (num_states + ctx.num_others))
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         made = [_scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs]
         return *in_places(made, ctx.wants_grad), *(None,) * ctx.num_others
