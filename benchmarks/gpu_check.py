@@ -1,9 +1,9 @@
 """Everything about the kernels that only a GPU can tell, in one command: `python -m benchmarks.gpu_check`.
 
 Makes its own small inputs. Checks the kernels against float64 on the device, that a thousand changing steps compile
-nothing, that nothing waits for the device, and that a captured graph replays with a new beta; then times the loss
-against its three products alone, eager PyTorch, torch.compile and, where installed, Liger. Exit code 1 if a check is
-off. Results go to `benchmarks/results/`.
+nothing, that nothing waits for the device, that a captured graph replays with a new beta, and that torch.compile
+changes no bit; then times the loss against its three products alone, eager PyTorch, torch.compile and, where installed,
+Liger. Exit code 1 if a check is off. Results go to `benchmarks/results/`.
 """
 
 import argparse
@@ -159,6 +159,19 @@ def check_graph() -> tuple[str, float, float]:
     return "graph replayed with a new beta differs by", difference, 0.0
 
 
+def check_compiled() -> tuple[str, float, float]:
+    """How far a step under torch.compile(fullgraph=True), sizes and beta changing, is from the eager one."""
+    compiled = torch.compile(linear_expo_loss, fullgraph=True)
+    difference = 0.0
+    for step in range(6):
+        inputs = make_inputs(4, 17 + step, 64, 1024, torch.bfloat16, seed=step)
+        beta = torch.full((), step / 10, device="cuda")
+        losses = [run(**inputs, beta=beta).loss * 3.0 for run in (compiled, linear_expo_loss)]
+        pairs = zip(*((loss.detach(), *_gradients(loss, inputs)) for loss in losses), strict=True)
+        difference = max(difference, *(float((one - other).abs().max()) for one, other in pairs))
+    return "torch.compile(fullgraph=True) differs by", difference, 0.0
+
+
 def timings(tokens: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
     """Milliseconds and peak MiB of forward and backward, for us and for what we are measured against."""
     B, T = 8, tokens // 8
@@ -311,7 +324,7 @@ def main() -> int:
         return 2
     results: dict[str, Any] = {"provenance": _provenance(), "checks": []}
     num_off = 0
-    single_checks = (check_compilations, check_synchronizations, check_graph)
+    single_checks = (check_compilations, check_synchronizations, check_graph, check_compiled)
     for name, error, bound in (*numeric_checks(), *(check() for check in single_checks)):
         is_right = error <= bound
         num_off += not is_right
