@@ -14,7 +14,7 @@ import torch
 
 from expo.config import RunConfig
 from expo.flops import ModelShape
-from expo_kernels._launch import chunk_rows
+from expo_kernels._launch import chunk_rows, most_rows
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
@@ -127,8 +127,7 @@ class Footprint:
         The chunk has as many rows as expo_kernels gives it, each of V rounded up to 16.
         """
         tokens, hidden, vocab = self.micro_batch_tokens(), self.shape.hidden_size, self.shape.vocab_size
-        rows = chunk_rows(
-            tokens,
+        most = most_rows(
             vocab,
             itemsize=4,
             buffers=1,
@@ -136,6 +135,7 @@ class Footprint:
             device=torch.device("cpu" if self.config.run.device == "cpu" else "cuda"),
             hidden_size=hidden,
         )
+        rows = chunk_rows(tokens, most)
         return float(4 * rows * (-(-vocab // 16) * 16) + tokens * hidden * self.itemsize)
 
     def loss_bytes(self) -> float:

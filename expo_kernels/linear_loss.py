@@ -2,7 +2,7 @@
 
 Per chunk of valid tokens: one product makes float32 logits, the loss turns them into dL/dlogits in place, two products
 turn that into dHidden and dWeight (summed in float32). That is 6*N*H*V floating-point operations and no recompute;
-8*N*H*V for a ratio per sequence once a sequence exceeds a chunk. `policy_loss.py` holds the loop, `_rows.py` and
+8*N*H*V for a ratio per sequence once a sequence exceeds a chunk. `_token_batch.py` holds the loop, `_rows.py` and
 `_products.py` the products.
 
 Letters: B sequences, T completion positions, N valid tokens, H hidden, V vocabulary.

@@ -68,7 +68,9 @@ def _token_logps(
             if return_entropy:
                 entropies[rows] = _rows.chunk_entropies(read)
         entropies = spread(entropies, index, completion_ids.shape) if return_entropy else logps.new_empty(0)
-        return spread(logps, index, completion_ids.shape), entropies, logps.new_empty(0), logps.new_empty(0)
+        # empty rows would do, but then a graph would not be the same on both paths
+        tops, sums = (logps.new_zeros(completion_ids.numel() if keeps_rows else 0) for _ in range(2))
+        return spread(logps, index, completion_ids.shape), entropies, tops, sums
 
 
 @_token_logps.register_fake
@@ -80,7 +82,6 @@ def _(
     def made(*shape: int) -> Tensor:
         return states.new_empty(shape, dtype=_rows.arithmetic_dtype(states, weight, bias))
 
-    keeps_rows = keeps_rows and _launch.use_kernels(states, weight, bias)
     num_kept = completion_ids.numel() if keeps_rows else 0
     entropies = made(*completion_ids.shape) if return_entropy else made(0)
     return made(*completion_ids.shape), entropies, made(num_kept), made(num_kept)
@@ -115,7 +116,7 @@ def _token_logps_backward(
             given = (states, weight, bias, completion_ids, mask)
             slopes = (grad_logps, grad_entropies)
             made = _fused.logps_backward(*given, objective, logits_budget_mb, wanted, kept_rows, *slopes)
-            return _in_input_dtypes(made, (states, weight, bias))
+            return made_gradients(made, (states, weight, bias), in_input_dtypes=True)
         index = valid_index(mask, completion_ids)
         chosen_ids = completion_ids.reshape(-1).index_select(0, index).long()
         source = make_source(states, weight, bias, index, wanted)
@@ -131,7 +132,7 @@ def _token_logps_backward(
                 _rows.absorb_logp_slopes(*chunk, temperature)
             else:
                 _rows.absorb_logp_and_entropy_slopes(*chunk, entropy_slopes[rows], temperature)
-        return _in_input_dtypes(source.gradients(), (states, weight, bias))
+        return made_gradients(source.gradients(), (states, weight, bias), in_input_dtypes=True)
 
 
 @_token_logps_backward.register_fake
@@ -167,19 +168,15 @@ def _backward_token_logps(
 _token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)
 
 
-def made_gradients(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+def made_gradients(
+    gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...], *, in_input_dtypes: bool = False
+) -> list[Tensor]:
     """The gradients that were made, shaped as their inputs and contiguous, which an op's fake can promise."""
     return [
-        gradient.view(tensor.shape).contiguous()
+        gradient.view(tensor.shape).to(tensor.dtype if in_input_dtypes else gradient.dtype).contiguous()
         for gradient, tensor in zip(gradients, inputs, strict=True)
         if gradient is not None and tensor is not None
     ]
-
-
-def _in_input_dtypes(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
-    wanted = [tensor for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
-    made = made_gradients(gradients, inputs)
-    return [gradient.to(tensor.dtype) for gradient, tensor in zip(made, wanted, strict=True) if tensor is not None]
 
 
 def in_places(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
