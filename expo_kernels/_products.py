@@ -14,7 +14,9 @@ from torch import Tensor
 
 from expo_kernels import _launch
 
-BLOCK_BYTES = 2**21  # of the larger of a block's [n, columns] and [columns, H], so that both stay in the cache
+# of what a product of some columns allocates, [n, columns] or [columns, H]: it should stay in the cache, and each block
+# costs the threads some barriers, which are slow while others use the cores
+BLOCK_BYTES = 2**21
 LEAST_COLUMNS = 128  # a narrower product is too small to make up for the copies
 LEAST_ROWS = 32  # of dWeight: with fewer, transposing and adding cost more than the product
 LEAST_PADDED_COLUMNS = 1024  # in shorter rows gaps cost an elementwise pass more than they save
@@ -34,7 +36,7 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     num_rows = hidden.shape[0]
     if num_rows == 1:
         hidden = hidden.expand(2, -1).contiguous()  # one row alone would be added up in another order
-    for block in _blocks(out, hidden.shape[1]):
+    for block in _blocks(out, num_rows):
         part = _linear(hidden, weight[block].contiguous(), None if bias is None else bias[block])
         torch.mul(part[:num_rows], scale, out=out[:, block])
 
@@ -44,7 +46,7 @@ def add_to_hidden(total: Tensor, slopes: Tensor, weight: Tensor) -> None:
     if not _goes_through_onednn(slopes):
         total.addmm_(slopes, weight)
         return
-    for block in _blocks(slopes, total.shape[1]):
+    for block in _blocks(slopes, slopes.shape[0]):
         total.add_(_linear(slopes[:, block], weight[block].contiguous().T))
 
 
@@ -57,7 +59,7 @@ def add_to_weight(total: Tensor, slopes: Tensor, hidden: Tensor, *, is_first: bo
             total.addmm_(slopes.T, hidden)
         return
     hidden_columns = hidden.T.contiguous()
-    for block in _blocks(slopes, hidden.shape[1]):
+    for block in _blocks(slopes, max(hidden.shape)):
         part = _linear(slopes[:, block].T, hidden_columns)
         if is_first:
             total[block] = part
@@ -83,10 +85,10 @@ def _linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return product
 
 
-def _blocks(rows: Tensor, hidden_size: int) -> Iterator[slice]:
+def _blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:
     """Slices of the vocabulary of rows [n, V]."""
-    num_rows, vocab_size = rows.shape
-    columns = BLOCK_BYTES // (max(num_rows, hidden_size) * rows.dtype.itemsize)
+    vocab_size = rows.shape[1]
+    columns = BLOCK_BYTES // (values_per_column * rows.dtype.itemsize)
     columns = max(LEAST_COLUMNS, columns // 16 * 16)
     for start in range(0, vocab_size, columns):
         yield slice(start, min(start + columns, vocab_size))
