@@ -27,6 +27,8 @@ from expo.rollout import request_seed
 from expo.rollout.transformers import TransformersEngine
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.stopping import StopSwitch
+from expo.throughput import Throughput
+from expo.trackers import Tracker, check_trackers, open_trackers
 from expo.watchdog import Watchdog
 from expo_kernels import CurriculumTable
 
@@ -68,6 +70,8 @@ class Parts:
     folder: RunFolder
     checkpoints: Checkpoints
     display: Display
+    trackers: list[Tracker]
+    throughput: Throughput
     watchdog: Watchdog
     switch: StopSwitch
 
@@ -91,11 +95,13 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
             watchdog.siblings = _processes_here(ranks)
             folder = open_folder(config, resume, ranks)
             watchdog.folder = folder.path
-            parts = _build_parts(config, inputs, folder, ranks, watchdog, switch)
+            parts = _build_parts(config, inputs, folder, ranks, watchdog, switch, resume)
         try:
             yield parts
         finally:
             parts.verifier.close()
+            for tracker in parts.trackers:
+                tracker.close()
 
 
 def _processes_here(ranks: Ranks) -> list[int]:
@@ -109,6 +115,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     Raises: ConfigError naming the model folder, file, line or answer that is wrong.
     """
     check_model_path(config.model)
+    check_trackers(config.run.trackers)
     train_set = load_questions(config.data.train)
     evaluation = {name: load_questions(source) for name, source in config.evaluation.sets.items()}
     for questions in (train_set, *evaluation.values()):
@@ -180,7 +187,13 @@ def _settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def _build_parts(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, ranks: Ranks, watchdog: Watchdog, switch: StopSwitch
+    config: RunConfig,
+    inputs: Inputs,
+    folder: RunFolder,
+    ranks: Ranks,
+    watchdog: Watchdog,
+    switch: StopSwitch,
+    resume: bool,
 ) -> Parts:
     """Loads the model and its reference, and renders every prompt; sets PyTorch's number of threads."""
     if config.run.threads is not None:
@@ -212,6 +225,8 @@ def _build_parts(
         folder=folder,
         checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings),
         display=display,
+        trackers=open_trackers(config.run.trackers, folder.path, config, resume) if ranks.is_first else [],
+        throughput=Throughput(config, policy.model.config, ranks),
         watchdog=watchdog,
         switch=switch,
     )

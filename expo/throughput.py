@@ -1,4 +1,4 @@
-"""How fast a step went and what memory it took.
+"""How fast a step went, how much of the hardware's speed that is, and what memory it took.
 
 Every number is of the whole run: tokens of all ranks over seconds of the phase, the largest memory of any rank.
 """
@@ -6,9 +6,12 @@ Every number is of the whole run: tokens of all ranks over seconds of the phase,
 import resource
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from expo.config import ConfigError, RunConfig
+from expo.flops import ModelShape, peak_flops, training_flops
 from expo.graded import Graded
 from expo.metrics import PhaseTimer
 from expo.policy import MiniBatch
@@ -17,20 +20,56 @@ from expo.ranks import Ranks
 GIB = 2**30
 
 
-def throughput(
-    graded: Graded, mini_batches: Sequence[MiniBatch], ranks: Ranks, timer: PhaseTimer
-) -> dict[str, float | None]:
-    """Entries of metrics.jsonl that are about speed and memory, as `STEP_METRICS` names them."""
-    trained = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
-    positions = sum(mini_batch.num_positions for mini_batch in mini_batches)
-    peak, reserved = ranks.maximum(_memory())
-    return {
-        "rollout_tokens_per_second": graded.num_tokens / timer.seconds_of("rollout"),
-        "training_tokens_per_second": trained / timer.seconds_of("update"),
-        "padding_fraction": 1 - trained / positions,
-        "memory_peak_gib": peak / GIB,
-        "memory_reserved_gib": reserved / GIB,
-    }
+class Throughput:
+    """Measures the steps of a run.
+
+    Args:
+        config: the run's.
+        model_config: transformers' configuration of the model; of a type not known, FLOPs are not counted.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, config: RunConfig, model_config: Any, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        self._peak = None
+        if ranks.device.type == "cuda" and config.policy.dtype == "bfloat16":
+            self._peak = peak_flops(torch.cuda.get_device_name(ranks.device))
+        try:
+            self._shape = ModelShape.from_config(model_config)
+        except ConfigError:
+            self._peak = None
+
+    def row(self, graded: Graded, mini_batches: Sequence[MiniBatch], timer: PhaseTimer) -> dict[str, float | None]:
+        """Entries of metrics.jsonl that are about speed and memory, as `STEP_METRICS` names them."""
+        trained = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
+        positions = sum(mini_batch.num_positions for mini_batch in mini_batches)
+        peak, reserved = self._ranks.maximum(_memory())
+        return {
+            "rollout_tokens_per_second": graded.num_tokens / timer.seconds_of("rollout"),
+            "training_tokens_per_second": trained / timer.seconds_of("update"),
+            "mfu": self._utilisation(mini_batches, timer.seconds_of("reference") + timer.seconds_of("update")),
+            "padding_fraction": 1 - trained / positions,
+            "memory_peak_gib": peak / GIB,
+            "memory_reserved_gib": reserved / GIB,
+        }
+
+    def _utilisation(self, mini_batches: Sequence[MiniBatch], seconds: float) -> float | None:
+        if self._peak is None:
+            return None
+        policy = self._config.policy
+        makes_old_logps = policy.old_logps == "recompute" and policy.updates_per_step > 1
+        flops = sum(
+            training_flops(
+                self._shape,
+                mini_batch.lengths,
+                gradient_checkpointing=False,
+                forward_only_passes=int(self._config.kl.beta > 0) + makes_old_logps,
+                num_scored=mini_batch.num_tokens,
+                trains_base=policy.lora_rank == 0,
+            )
+            for mini_batch in mini_batches
+        )
+        return flops / (seconds * self._peak * self._ranks.size)
 
 
 def _memory() -> tuple[float, float]:

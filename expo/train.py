@@ -30,7 +30,6 @@ from expo.records import results_table
 from expo.report import write_report
 from expo.rollout import Reply, Request, Sampling, request_seed
 from expo.stopping import StopRequested
-from expo.throughput import throughput
 from expo_kernels import akl_beta, group_advantages
 
 PROGRAM = "python -m expo.train"
@@ -85,7 +84,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
 
                     position = position_after(parts, step, bad_updates)
                     row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
-                    row.update(throughput(graded, mini_batches, parts.ranks, timer))
+                    row.update(parts.throughput.row(graded, mini_batches, timer))
                     record(parts, step, graded, row)
                     bar.advance(note=progress_note(row))
                     score = evaluate_if_due(parts, step)
@@ -176,6 +175,8 @@ def record(parts: Parts, step: int, graded: Graded, row: Mapping[str, Any]) -> N
     parts.folder.append("completions", *graded.rows(step)[: parts.config.run.completions_per_step])
     parts.folder.append("curriculum", curriculum_row(step, parts.curriculum))
     parts.folder.append("metrics", row)
+    for tracker in parts.trackers:
+        tracker.log(step, row)
 
 
 def evaluate_if_due(parts: Parts, step: int) -> float | None:
