@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.ranks.lives import expo
+from tests.ranks.lives import expo, live
 
 LEARNING_SAVES = 3
 
@@ -37,7 +37,7 @@ def born(arguments):
     if process == 0:
         os.close(read)
         tell_of_saves(write)
-        sys.exit(expo.train.main(arguments))
+        sys.exit(live({"argv": arguments, "ranks": 1, "fault": None}, 0))
     os.close(write)
     return process, read
 

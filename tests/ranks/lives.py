@@ -166,6 +166,7 @@ def live(life, rank):
         for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
             del os.environ[name]
     arrange(life["fault"], rank)
+    expo.train.write_report = lambda _: "left out here"  # seconds of drawing, which no rank waits for
     return expo.train.main(life["argv"])
 
 
