@@ -25,6 +25,7 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 import expo.assemble
 import expo.checkpoint
 import expo.train
+from expo._workers import WorkerPool
 from expo.policy import DeepSpeedPolicy
 
 PATIENCE_S = 300
@@ -88,6 +89,15 @@ def arrange(fault, rank):
             before(expo.train, "export")
         case "record":
             before(expo.train, "record")
+        case "grading":  # answers are with the verifier's processes
+            real_grade = expo.train.grade
+
+            def grade(*args):
+                if left == fault.get("nth", 1):
+                    before(WorkerPool, "_collect")
+                return real_grade(*args)
+
+            expo.train.grade = grade
         case "gradient":  # gradients are there, weights have not moved
             before(DeepSpeedPolicy, "_step")
         case "full disk":

@@ -27,27 +27,28 @@ QUICK = {
 TIMED = ("seconds", "tokens_per_second", "memory", "flops", "mfu")
 
 
-def environment():
+def environment(folder):
+    """What a run in `folder` starts with; its name marks every process that comes of it, the verifier's too."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "EXPO_TEST_FOLDER": str(folder)}
 
 
-def write_questions(folder):
-    """A small set to evaluate on; its fractions need the verifier's workers."""
-    path = folder / "few.jsonl"
-    rows = [{"question": f"{a}+{b}=", "answer": a + b, "level": "sums"} for a in (2, 3) for b in (4, 5)]
-    rows.append({"question": "1-9+2=", "answer": "\\frac{-12}{2}", "level": "fractions"})
+def write_questions(path, answers):
+    """Sums with the answers given, as a file of questions."""
+    rows = [{"question": f"{index}+4=", "answer": answer, "level": "sums"} for index, answer in enumerate(answers)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def argv(folder, name, resume=False, **overrides):
-    """The command line of the run in folder/name."""
-    questions = folder / "few.jsonl"
-    if not questions.exists():
-        write_questions(folder)
-    values = {**QUICK, "run.dir": folder / name, "evaluation.sets": f"{{few: {questions}}}"}
+def argv(folder, name, resume=False, fractions=False, **overrides):
+    """The command line of the run in folder/name; with `fractions`, every answer takes the verifier's processes."""
+    evaluation = write_questions(folder / "few.jsonl", [4, 5, 6, 7])
+    values = {**QUICK, "run.dir": folder / name, "evaluation.sets": f"{{few: {evaluation}}}"}
+    if fractions:
+        values["data.train"] = write_questions(
+            folder / "fractions.jsonl", [f"\\frac{{{n}}}{{7}}" for n in range(28, 64, 7)]
+        )
     values.update({key.replace("__", "."): value for key, value in overrides.items()})
     return [f"--{key}={value}" for key, value in values.items()] + (["--resume"] if resume else [])
 
@@ -72,7 +73,7 @@ def start(folder, plan, ranks=2, **options):
     agents = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()] or ["--standalone"]
     command = [*torchrun, *agents, str(LIVES), str(folder)] if ranks > 1 or options else [sys.executable, LIVES, folder]
     return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -25,7 +25,7 @@ WAITED_IN = {"record": "save"}  # where the other ranks stand, by another name
 def ended(folder, fault, ranks=2):
     """Seconds from the fault to the end of torchrun, its exit code and what was said on stderr, and who stayed."""
     mark, phase = folder / "struck", WAITED_IN.get(fault["phase"], fault["phase"])
-    command = argv(folder, "run", run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
+    command = argv(folder, "run", fractions=True, run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
     process = start(folder, [life("run", command, ranks, {**fault, "mark": str(mark)}, here=True)], ranks)
     try:
         while not mark.exists():
@@ -33,8 +33,9 @@ def ended(folder, fault, ranks=2):
             time.sleep(0.05)
         struck = time.monotonic()
         problems = process.communicate(timeout=60)[1]
-        took = time.monotonic() - struck
-        return took, process.returncode, problems, processes_naming(str(folder))
+        while (left := processes_naming(str(folder))) and time.monotonic() < struck + DEADLINE_S + GRACE_S:
+            time.sleep(0.05)
+        return time.monotonic() - struck, process.returncode, problems, left
     finally:
         kill_all(str(folder))
 

@@ -29,7 +29,7 @@ def test_twenty_kills_while_saving_lose_nothing(tmp_path):
     assert lived(tmp_path, [life("whole", argv(tmp_path, "whole", **quick), ranks=1)], ranks=1) == {"whole": [0]}
     script = [sys.executable, "-m", "tests.ranks.kills", str(tmp_path), str(kills)]
     done = subprocess.run(
-        [*script, *argv(tmp_path, "run", **quick)], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [*script, *argv(tmp_path, "run", **quick)], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "not whole" not in done.stderr, "what bears its final name is whole"

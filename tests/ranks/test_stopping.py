@@ -61,17 +61,17 @@ def test_a_signal_to_one_rank_or_the_end_of_the_time_stops_all(tmp_path):
 
 
 def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path):
-    quick = {"run__checkpoint_every": 0, "run__steps": 3}
+    quick = {"run__checkpoint_every": 0, "run__steps": 3, "fractions": True}
     mark = tmp_path / "mark"
     # torchrun signals the whole group of each rank, the verifier's processes too, while answers are being graded
-    fault = {"phase": "reward", "do": "mark", "nth": 2, "path": str(mark), "wait": 3}
+    fault = {"phase": "grading", "do": "mark", "path": str(mark), "wait": 3}
     process = start(tmp_path, [life("run", argv(tmp_path, "run", **quick), fault=fault, here=True)])
     while not mark.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, problems = process.communicate(timeout=120)
-    assert "stopped by SIGTERM after step 1; go on with --resume" in out, problems
+    assert "stopped by SIGTERM after step 0; go on with --resume" in out, problems
     assert process.returncode == 1, "torchrun says so of any signal"
     command = argv(tmp_path, "run", resume=True, **quick)
     codes = lived(tmp_path, [life("whole", argv(tmp_path, "whole", **quick)), life("resumed", command)])
