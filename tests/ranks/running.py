@@ -72,8 +72,18 @@ def start(folder, plan, ranks=2, **options):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     agents = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()] or ["--standalone"]
     command = [*torchrun, *agents, str(LIVES), str(folder)] if ranks > 1 or options else [sys.executable, LIVES, folder]
+    return begun(folder, command)
+
+
+def begun(folder, command, **place):
+    """A process that is given its place among the ranks, if it has one."""
     return subprocess.Popen(
-        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env={**environment(folder), **place},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -1,11 +1,14 @@
 """Asked to stop, in any phase and by any rank, a run saves and ends; resumed, it ends as if never asked."""
 
+import json
 import signal
+import socket
+import sys
 import time
 
 import pytest
 
-from tests.ranks.running import argv, facts, life, lived, said, start
+from tests.ranks.running import LIVES, argv, begun, facts, life, lived, said, start
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +80,20 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path):
     codes = lived(tmp_path, [life("whole", argv(tmp_path, "whole", **quick)), life("resumed", command)])
     assert codes == {"whole": [0, 0], "resumed": [0, 0]}
     assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def test_a_rank_that_waits_for_the_others_ends_at_once(tmp_path):
+    mark = tmp_path / "mark"
+    plan = [life("run", argv(tmp_path, "run"), fault={"phase": "join", "do": "mark", "path": str(mark)}, here=True)]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        process = begun(tmp_path, [sys.executable, LIVES, tmp_path], MASTER_PORT=str(nobody.getsockname()[1]), **place)
+        while not mark.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(1)  # it is asking for the others by now
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert not (tmp_path / "run").exists()
