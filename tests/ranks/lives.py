@@ -27,6 +27,7 @@ import expo.checkpoint
 import expo.train
 from expo._workers import WorkerPool
 from expo.policy import DeepSpeedPolicy
+from expo.sharing import SharedEngine
 
 PATIENCE_S = 300
 
@@ -85,6 +86,10 @@ def arrange(fault, rank):
             before(expo.assemble, "join_ranks")
         case "start":
             before(expo.assemble, "_build_parts")
+        case "weights":
+            before(SharedEngine, "load_weights")
+        case "checkpoint":
+            before(expo.checkpoint.Checkpoints, "save")
         case "export":
             before(expo.train, "export")
         case "record":

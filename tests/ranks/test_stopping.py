@@ -20,15 +20,15 @@ PHASES = {
     "reward": (2, 1),
     "reference": (2, 1),
     "update": (2, 2),
-    "sync": (5, 1),
+    "weights": (3, 2),  # brought to the rollout engine
     "evaluation": (2, 2),
-    "save": (4, 2),
+    "checkpoint": (1, 2),
     "export": (1, None),
 }
 
 
 def test_a_signal_in_any_phase_leaves_a_checkpoint_of_the_same_run(tmp_path):
-    quick = {"run__checkpoint_every": 0, "run__steps": 3}
+    quick = {"run__checkpoint_every": 2, "run__steps": 3}
     plan = [life("whole", argv(tmp_path, "whole", **quick), ranks=1)]
     for phase, (nth, _) in PHASES.items():
         command = argv(tmp_path, phase, **quick)
