@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.ranks.lives import expo, live
+from tests.ranks.lives import expo, live, warm_up
 
 LEARNING_SAVES = 3
 
@@ -48,6 +48,7 @@ def killed(process):
 
 
 def main(folder, number, arguments):
+    warm_up()
     process, pipe = born(arguments)
     durations = []
     for _ in range(LEARNING_SAVES):

@@ -15,17 +15,21 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed  # noqa: F401  # imported once, for every life
+import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
 import expo.assemble
 import expo.checkpoint
 import expo.train
 from expo._workers import WorkerPool
+from expo.config import ModelSection
+from expo.model import load_model
 from expo.policy import DeepSpeedPolicy
 from expo.sharing import SharedEngine
 
@@ -204,6 +208,7 @@ def main(folder):
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if plan[0].get("here"):
         sys.exit(live(plan[0], rank))
+    warm_up()
     for life in plan:
         if rank == 0:
             for source, target in life["copies"]:
@@ -217,6 +222,12 @@ def main(folder):
             code = forked(folder, life, rank)
             write_whole(folder / f"{life['name']}-{rank}.code", str(code))
         wait_for([folder / f"{life['name']}-{r}.code" for r in range(min(size, life["ranks"]))])
+
+
+def warm_up():
+    """Has this process load a model once: what that compiles and imports, every life inherits."""
+    load_model(ModelSection(path="ledger"), torch.device("cpu"))
+    assert threading.active_count() == 1, "a fork would lose the other threads"
 
 
 def write_whole(path, text):
