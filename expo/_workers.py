@@ -8,12 +8,13 @@ is in `_grading.py`.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -62,7 +63,7 @@ class _Template:
         self._control, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parent.parent)
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        with theirs:
+        with theirs, _signals_held_back():
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _grading.__name__, str(theirs.fileno()), str(memory_bytes), str(alarm_s)],
                 stdin=subprocess.DEVNULL,
@@ -116,6 +117,18 @@ class _Template:
         if not reply:
             raise RuntimeError("something outside ended the grading process; grade again, which starts a new one")
         return reply
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process started inside never gets the signals that ask a run to stop: sent to the whole process group, they
+    would end the grading that the trainer still has to finish. It ends with the trainer, by its socket.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerPool:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,13 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
     Raises: ConfigError if the run cannot be, found before any model loads where that is possible.
     """
     watchdog, switch = Watchdog(int(os.environ.get("RANK", "0"))), StopSwitch(config.run.save_by_minutes)
-    with switch.listening():
+    with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
-            inputs = load_inputs(config)
             ranks = join_ranks(config.run.device, max(config.deadline.model_dump().values()))
+            # not before: a process that waits for others has nothing to save, and can only die of the signal
+            stack.enter_context(switch.listening())
             watchdog.siblings = _processes_here(ranks)
+            inputs = ranks.together(lambda: load_inputs(config))
             folder = open_folder(config, resume, ranks)
             watchdog.folder = folder.path
             parts = _build_parts(config, inputs, folder, ranks, watchdog, switch, resume)
@@ -105,8 +107,11 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
 
 
 def _processes_here(ranks: Ranks) -> list[int]:
-    here = socket.gethostname()
-    return [process for host, process in ranks.gather((here, os.getpid())) if host == here]
+    """Process ids of the ranks that this process can signal: in its machine, and in its container."""
+    here = [socket.gethostname()]
+    with suppress(OSError):  # Linux alone has these; host names of containers may be alike
+        here += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return [process for place, process in ranks.gather((here, os.getpid())) if place == here]
 
 
 def load_inputs(config: RunConfig) -> Inputs:

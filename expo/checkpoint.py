@@ -7,25 +7,29 @@ with its manifest is whole. The folder must lie where every rank can reach it.
 
 import json
 import random
+import re
 import shutil
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
-from expo.files import flush, write_bytes_whole
+from expo.files import flush, remove_leftovers, write_bytes_whole
 from expo.policy import Policy
 from expo.ranks import Ranks
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_BYTES = 2**22
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Position:
     curriculum: Mapping[str, Any]  # CurriculumTable.state_dict()
     generator: Tensor  # state of the generator that draws questions
     bad_updates: int = 0  # skipped updates in a row
+    random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: as they are when it is saved
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; the run's earlier ones are as they were."""
+    """A checkpoint could not be written, and earlier ones are as they were; or not one of them can be read."""
 
 
 class Checkpoints:
@@ -68,47 +73,64 @@ class Checkpoints:
         if self._ranks.from_first(path.is_dir()):
             return path
         temporary = path.with_name(f".{path.name}.part")
-        if self._ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "policy").mkdir(parents=True)
-        self._ranks.wait()
-        failures = self._ranks.gather(_failure_of(lambda: self._write(temporary, position, policy)))
-        sums = self._checksums(temporary) if not any(failures) else {}
-        if self._ranks.is_first and not any(failures):
+        try:
+            self._together(lambda: self._make_room(temporary))
+            self._together(lambda: self._write(temporary, position, policy))
+            sums = self._together(lambda: self._checksums(temporary))
             facts = {
                 "step": position.step,
                 "ranks": self._ranks.size,
                 "score": score,
                 "config_hash": self._config_hash,
-                "files": sums,
+                "files": {name: found for part in sums for name, found in part.items()},
             }
-            failures = [_failure_of(lambda: self._put_in_place(temporary, path, facts))]
-        problem = self._ranks.from_first(next((failure for failure in failures if failure), None))
-        if problem is not None:
+            self._together(lambda: self._put_in_place(temporary, path, facts))
+        except CheckpointError as error:
             if self._ranks.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {path} could not be written ({problem}); earlier ones are untouched")
+            raise CheckpointError(
+                f"checkpoint {path} could not be written ({error}); earlier ones are untouched"
+            ) from None
         return path
+
+    def _together(self, make: Callable[[], T]) -> list[T]:
+        """What `make` returns on each rank; CheckpointError on all of them if one of them met an OSError."""
+        problem, mine = None, None
+        try:
+            mine = make()
+        except OSError as error:
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        found = self._ranks.gather((problem, mine))
+        for rank, (problem, _) in enumerate(found):
+            if problem is not None:
+                raise CheckpointError(f"rank {rank}: {problem}")
+        return [made for _, made in found]  # type: ignore[misc]  # None only beside a problem
+
+    def _make_room(self, temporary: Path) -> None:
+        if self._ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "policy").mkdir(parents=True)
 
     def _write(self, temporary: Path, position: Position, policy: Policy) -> None:
         policy.save(temporary / "policy")
-        torch.save(_random_states(), temporary / f"random-rank{self._ranks.rank}.pt")
+        _save(position.random or random_states(), temporary / f"random-rank{self._ranks.rank}.pt")
         if self._ranks.is_first:
-            torch.save(vars(position), temporary / "position.pt")
+            shared = {name: value for name, value in vars(position).items() if name != "random"}
+            _save(shared, temporary / "position.pt")
 
     def _checksums(self, temporary: Path) -> dict[str, list[int]]:
-        """Size and CRC-32 of every file, each rank reading its share, flushed to disk."""
-        self._ranks.wait()
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        """Size and CRC-32 of this rank's share of the files, flushed to disk."""
         found = {}
-        for path in self._ranks.share(files):
+        for path in self._ranks.share(sorted(path for path in temporary.rglob("*") if path.is_file())):
             flush(path)
             found[path.relative_to(temporary).as_posix()] = [path.stat().st_size, _crc(path)]
-        return {name: facts for part in self._ranks.gather(found) for name, facts in part.items()}
+        return found
 
-    @staticmethod
-    def _put_in_place(temporary: Path, path: Path, facts: Mapping[str, Any]) -> None:
-        write_bytes_whole(temporary / MANIFEST, json.dumps(facts, indent=1).encode())
+    def _put_in_place(self, temporary: Path, path: Path, facts: Mapping[str, Any]) -> None:
+        if not self._ranks.is_first:
+            return
+        manifest = {**facts, "crc": _crc_of_facts(facts)}
+        write_bytes_whole(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
             flush(folder)
         flush(temporary)
@@ -122,32 +144,53 @@ class Checkpoints:
             return
         every = self.list()
         kept = set(every[-newest:])
-        scores = {path: _facts(path).get("score") for path in every}
+        scores = {path: _score(path) for path in every}
         scored = [path for path in every if scores[path] is not None]
         if best and scored:
             kept.add(max(scored, key=lambda path: (scores[path], path)))
-        for path in every:
-            if path not in kept:
-                # under a name that is no checkpoint's first: a deletion that dies leaves no half of one
-                retired = path.with_name(f".{path.name}.old")
+        self._delete([path for path in every if path not in kept])
+
+    @staticmethod
+    def _delete(paths: "list[Path]") -> None:
+        for path in paths:
+            # under a name that is no checkpoint's first: a deletion that dies leaves no half of one
+            retired = path.with_name(f".{path.name}.old")
+            try:
+                shutil.rmtree(retired, ignore_errors=True)
                 path.rename(retired)
                 shutil.rmtree(retired)
+            except OSError as error:
+                sys.stderr.write(f"checkpoint {path} could not be deleted ({error}); delete it by hand\n")
 
     def list(self) -> "list[Path]":
         """Checkpoints that bear their final name, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+        return sorted(found, key=_step)
+
+    def tidy(self) -> None:
+        """Removes what processes that died have left half written or half deleted."""
+        if self._ranks.is_first:
+            remove_leftovers(self.folder)
 
     def newest_whole(self) -> Path | None:
-        """The newest checkpoint that agrees with its manifest; None if there is none.
+        """The newest checkpoint that agrees with its manifest; None if there are none at all.
 
         One that does not is named on stderr with what is wrong, and the one before it is looked at.
+
+        Raises: CheckpointError if there are some, but not one is whole.
         """
-        for path in reversed(self._ranks.from_first(self.list())):
+        every = self._ranks.from_first(self.list())
+        for path in reversed(every):
             problems = [problem for problem in self._ranks.gather(self._problem(path)) if problem]
             if not problems:
                 return path
             if self._ranks.is_first:
                 sys.stderr.write(f"checkpoint {path} is not whole ({problems[0]}); looking at the one before\n")
+        if every:
+            raise CheckpointError(
+                f"not one of the {len(every)} checkpoints in {self.folder} is whole; bring one back, or delete "
+                f"them to start the run over"
+            )
         return None
 
     def _problem(self, path: Path) -> str | None:
@@ -163,7 +206,7 @@ class Checkpoints:
                     return f"{name} has {(path / name).stat().st_size} bytes, expected {size}"
                 if _crc(path / name) != crc:
                     return f"{name} has changed"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -175,24 +218,46 @@ class Checkpoints:
         own = path / f"random-rank{self._ranks.rank}.pt"
         if self._ranks.size == ranks_before:
             _set_random_states(torch.load(own, map_location="cpu", weights_only=True))
+        self._ranks.wait()
+        if self._ranks.is_first:
+            # newer ones are not whole, and the run is about to write them again
+            self._delete([later for later in self.list() if _step(later) > _step(path)])
+            with suppress(OSError):
+                write_bytes_whole(self.folder / LATEST, path.name.encode())
         return position
 
 
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _facts(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest's; ValueError, KeyError or TypeError if it is not what was written."""
+    found: dict[str, Any] = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    if found.pop("crc") != _crc_of_facts(found):
+        raise ValueError(f"{MANIFEST} has changed")
     return found
 
 
-def _failure_of(write: Any) -> str | None:
-    """What went wrong with a file, or None; other errors go on."""
+def _crc_of_facts(facts: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
+def _score(path: Path) -> float | None:
     try:
-        write()
-    except (OSError, RuntimeError) as error:
-        # torch.save says of a full disk only that its archive failed
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return None
+        found: float | None = _facts(path)["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
+
+
+def _save(value: Any, path: Path) -> None:
+    """torch.save, whose errors of the disk are all OSErrors."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        # of a full disk it says only that its archive failed
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _crc(path: Path) -> int:
@@ -203,7 +268,8 @@ def _crc(path: Path) -> int:
     return found
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Where every random generator of this process that belongs to nobody in particular stands."""
     name, keys, *rest = numpy.random.get_state()  # libraries draw from it
     return {
         "python": random.getstate(),

@@ -450,8 +450,8 @@ def _parse_value(name: str, text: str) -> Any:
         raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
 
 
-def fail(prog: str, error: Exception) -> NoReturn:
-    """Ends the process with code 2 and one line on stderr; of many ranks, which fail alike, the first one speaks."""
+def fail(prog: str, error: Exception, code: int = 2) -> NoReturn:
+    """Ends the process with one line on stderr; of many ranks, which fail alike, the first one speaks."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{prog}: error: {error}\n")
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None

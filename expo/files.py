@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+LEFTOVERS = (".part", ".old", ".universal")  # half written, half deleted, converted for another number of ranks
+
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path`, flushes what it made, and renames it to `path`.
@@ -42,6 +44,13 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         _remove(retired)
     else:
         temporary.replace(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that died have left in a folder: names such as `.name.part` that this project gives."""
+    for suffix in LEFTOVERS:
+        for path in folder.glob(f".*{suffix}"):
+            _remove(path)
 
 
 def flush(path: Path) -> None:

@@ -309,10 +309,15 @@ class DeepSpeedPolicy:
     # --- weights and states
 
     def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's states and the number of updates done; every rank writes its part."""
+        """Writes DeepSpeed's states and the number of updates done; every rank writes its part.
+
+        Raises: OSError if this rank could not, after all ranks have come through.
+        """
         state = {"updates_done": self._updates_done}
-        with _quiet():
+        with _quiet(), _writing_on(self._engine) as failures:
             self._engine.save_checkpoint(str(folder), tag="policy", client_state=state, save_latest=False)
+        if failures:
+            raise OSError(str(failures[0]).splitlines()[0]) from failures[0]
 
     def load(self, folder: Path, other_ranks: bool = False) -> None:
         """Takes up a state that `save` wrote, in place: engines that share the model see it.
@@ -342,7 +347,8 @@ class DeepSpeedPolicy:
             paths = ["--input_folder", str(folder / "policy"), "--output_folder", str(converted / "policy")]
             done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
             if done.returncode:
-                problem = done.stderr.strip().splitlines()[-1]
+                problem = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+                shutil.rmtree(converted, ignore_errors=True)
                 raise ConfigError(
                     f"the checkpoint {folder.parent} was made by another number of ranks and could not be converted "
                     f"for {self._ranks.size}: {problem}; resume with as many as made it"
@@ -482,6 +488,30 @@ def _deepspeed() -> Any:
     # its shared-memory collectives for CPUs would be compiled on the spot, and spin for ever where a rank has died
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _writing_on(engine: Any) -> Iterator[list[Exception]]:
+    """Inside, a file that cannot be written is listed and the engine goes on: its ranks wait for each other after
+    writing, and one that an error kept away would leave the others waiting.
+    """
+    failures: list[Exception] = []
+    writer = engine.checkpoint_engine
+    write = writer.save
+
+    def attempt(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch.save gives a RuntimeError for some full disks
+            failures.append(error)
+
+    writer.save = attempt
+    # two scripts that nothing here reads, copied by rank 0 alone
+    engine._copy_recovery_script = lambda _: None
+    try:
+        yield failures
+    finally:
+        del writer.save, engine._copy_recovery_script
 
 
 @contextmanager

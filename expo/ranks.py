@@ -55,18 +55,35 @@ class Ranks:
         return held[0]
 
     def on_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; a ConfigError it raises is raised on every rank."""
+        """What `make` returns on rank 0, on every rank; a ConfigError it raises is raised on every rank, any other
+        error as a RuntimeError on the others.
+        """
         found: list[Any] = [None, None]
         if self.is_first:
             try:
                 found[0] = make()
             except ConfigError as error:
                 found[1] = error
+            except Exception as error:
+                self.from_first([None, RuntimeError(f"rank 0: {error!r}")])
+                raise
         value, problem = self.from_first(found)
         if problem is not None:
             raise problem
         result: T = value
         return result
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank; a ConfigError that one rank raises is raised on every rank."""
+        problem = None
+        try:
+            made = make()
+        except ConfigError as error:
+            problem = error if self.is_first else ConfigError(f"rank {self.rank}: {error}")
+        problems = [found for found in self.gather(problem) if found is not None]
+        if problems:
+            raise problems[0]
+        return made
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on one rank at least."""
@@ -103,9 +120,8 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
 
     Raises: ConfigError if the device cannot be used or the environment names no place among the ranks.
     """
-    device = _device(device_name)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and device_name != "cpu" else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if "WORLD_SIZE" in os.environ:
             try:
@@ -119,7 +135,9 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             store = dist.HashStore()  # type: ignore[attr-defined]  # in this process alone: no port is opened
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    return Ranks(device, dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    ranks.device = ranks.together(lambda: _device(device_name))
+    return ranks
 
 
 def leave_ranks() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expo.assemble import Parts, open_run
-from expo.checkpoint import CheckpointError, Position
+from expo.checkpoint import CheckpointError, Position, random_states
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
@@ -83,11 +83,13 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                         parts.engine.load_weights(parts.policy.named_weights())
 
                     position = position_after(parts, step, bad_updates)
-                    row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
-                    row.update(parts.throughput.row(graded, mini_batches, timer))
-                    record(parts, step, graded, row)
+                    with parts.guard("save"):
+                        row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
+                        row.update(parts.throughput.row(graded, mini_batches, timer))
+                        record(parts, step, graded, row)
                     bar.advance(note=progress_note(row))
                     score = evaluate_if_due(parts, step)
+                    position = position_after(parts, step, bad_updates)  # evaluating may draw random numbers
                     if is_due(step, config.run.checkpoint_every) or step == config.run.steps:
                         save(parts, position, score)
         except StopRequested as request:
@@ -136,7 +138,8 @@ def is_due(step: int, every: int) -> bool:
 
 def leave_if_asked(parts: Parts) -> None:
     """Raises StopRequested on every rank if one of them has been asked to stop."""
-    reasons = [reason for reason in parts.ranks.gather(parts.switch.reason) if reason is not None]
+    with parts.guard("sync"):
+        reasons = [reason for reason in parts.ranks.gather(parts.switch.reason) if reason is not None]
     if reasons:
         raise StopRequested(reasons[0])
 
@@ -157,7 +160,7 @@ def update_policy(
         bad_updates += 1
         name = f"bad_updates/step-{step:06d}-update-{index}-rank-{parts.ranks.rank}.pt"
         path = parts.folder.path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         held = {"micro_batches": [asdict(micro) for micro in mini_batch.micro_batches], "beta": beta, **updates[-1]}
         write_whole(path, functools.partial(torch.save, held))
         parts.display.line(f"step {step}, update {index}: the gradient is not finite; skipped, its batch is in {path}")
@@ -189,7 +192,9 @@ def evaluate_if_due(parts: Parts, step: int) -> float | None:
     is_edge = step in (0, config.run.steps)
     if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
         return None
-    if parts.ranks.on_first(lambda: any(row["step"] == step for row in parts.folder.read_rows("evaluations"))):
+    with parts.guard("sync"):
+        is_known = parts.ranks.on_first(lambda: step in [row["step"] for row in parts.folder.read_rows("evaluations")])
+    if is_known:
         return None
     with parts.guard("evaluation"), parts.display.bar(f"evaluation after step {step}, replies", total) as bar:
         result = evaluate(
@@ -208,7 +213,7 @@ def evaluate_if_due(parts: Parts, step: int) -> float | None:
 
 def position_after(parts: Parts, step: int, bad_updates: int = 0) -> Position:
     """What the next step reads besides the policy, as it stands now."""
-    return Position(step, parts.curriculum.state_dict(), parts.generator.get_state(), bad_updates)
+    return Position(step, parts.curriculum.state_dict(), parts.generator.get_state(), bad_updates, random_states())
 
 
 def save(parts: Parts, position: Position, score: float | None = None, *, must: bool = False) -> None:
@@ -227,6 +232,7 @@ def take_up(parts: Parts, resume: bool) -> Position:
     """Where the run stands: after the newest whole checkpoint, if it is to resume and there is one, or at its start."""
     with parts.guard("save"):
         position = position_after(parts, step=0)
+        parts.checkpoints.tidy()
         found = parts.checkpoints.newest_whole() if resume else None
         if found is not None:
             position = parts.checkpoints.load(found, parts.policy)
@@ -289,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         fail(PROGRAM, error)
     except (Diverged, CheckpointError) as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return 1
+        fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0
 

@@ -5,7 +5,6 @@ not answer is noticed all the same.
 """
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: trying again may help
 SIBLING_GRACE_S = 3.0  # for the other ranks of this machine to write down their own stacks
+BACKSTOP_S = 8.0  # after the deadline; our own thread needs no more than twice SIBLING_GRACE_S
 
 
 class Watchdog:
@@ -40,6 +40,7 @@ class Watchdog:
         with self._changed:
             self._phases.append((name, seconds, time.monotonic() + seconds))
             self._changed.notify()
+            self._arm()
         try:
             yield
         except Exception as error:
@@ -48,6 +49,16 @@ class Watchdog:
         finally:
             with self._changed:
                 self._phases.pop()
+                self._arm()
+
+    def _arm(self) -> None:
+        """Has the interpreter's own timer end this process where code that never lets go of the interpreter, such as
+        a regular expression gone wild, keeps our thread from running; it says where the code stands, not the phase.
+        """
+        faulthandler.cancel_dump_traceback_later()
+        if self._phases:
+            left = min(expiry for _, _, expiry in self._phases) - time.monotonic()
+            faulthandler.dump_traceback_later(max(left, 0.0) + BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
 
     def _watch(self) -> None:
         while True:
@@ -64,24 +75,30 @@ class Watchdog:
             f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank ends now. "
             f"Where every thread stands is below; raise the deadline if this was only slow, then go on with --resume"
         )
-        sys.stderr.write(headline + "\n")
-        sys.stderr.flush()
-        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        # by a thread of its own: a reader of stderr that has died or a disk that does not answer must not keep us here
+        report = threading.Thread(target=self._report, args=(headline,), daemon=True)
+        report.start()
+        report.join(SIBLING_GRACE_S)
+        siblings = [process for process in self.siblings if process != os.getpid()]
+        expiry = time.monotonic() + SIBLING_GRACE_S
+        while time.monotonic() < expiry and any(_is_alive(process) for process in siblings):
+            time.sleep(0.1)
+        children = [child for process in [*siblings, os.getpid()] for child in _descendants(process)]
+        for process in [*siblings, *children]:
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        os._exit(EXIT_CODE)
+
+    def _report(self, headline: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(headline + "\n")
+            sys.stderr.flush()
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self.folder is not None:
             with suppress(OSError), (self.folder / f"stacks-rank{self.rank}.txt").open("w") as file:
                 file.write(headline + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        siblings = [process for process in self.siblings if process != os.getpid()]
-        expiry = time.monotonic() + SIBLING_GRACE_S
-        while time.monotonic() < expiry and any(_is_alive(process) for process in siblings):
-            time.sleep(0.1)
-        for process in siblings:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        os._exit(EXIT_CODE)
 
 
 def _is_alive(process: int) -> bool:
@@ -90,3 +107,16 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _descendants(process: int) -> list[int]:
+    """Process ids of the children, their children and so on; none where the system does not list them in /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # "pid (name) state parent ...", and a name may hold anything
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
