@@ -104,6 +104,7 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
             parts.verifier.close()
             for tracker in parts.trackers:
                 tracker.close()
+            folder.release()
 
 
 def _processes_here(ranks: Ranks) -> list[int]:
@@ -144,10 +145,12 @@ def _require_enough(config: RunConfig, num_questions: int) -> None:
 def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
     """The run's folder with its config.yaml and environment.json, which rank 0 writes.
 
-    Raises: ConfigError if it holds a run that was not asked to go on, or a run of another configuration.
+    Raises: ConfigError if it holds a run that was not asked to go on, a run of another configuration, or one that a
+        process is still at work on.
     """
     path = ranks.on_first(lambda: _checked_folder(config, resume))
     folder = RunFolder(path, is_writer=ranks.is_first)
+    ranks.together(folder.take)
     folder.write_text("config.yaml", config.to_yaml())
     folder.write_json("environment.json", {**describe_environment(), "ranks": ranks.size})
     return folder

@@ -3,6 +3,7 @@
 Names and units are listed in `STEP_METRICS`; every fraction says of what.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -28,6 +29,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from expo.config import ConfigError
 from expo.files import write_bytes_whole
 from expo.graded import Graded
 from expo_kernels import CurriculumTable
@@ -114,8 +116,29 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path, self._is_writer = path, is_writer
+        self._lock: IO[str] | None = None
         if is_writer:
             path.mkdir(parents=True, exist_ok=True)
+
+    def take(self) -> None:
+        """Keeps other processes from writing here until `release`, or until this one ends in whatever way.
+
+        Raises: ConfigError if one is at it.
+        """
+        if not self._is_writer:
+            return
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is at work in run.dir = {self.path}; end it first, or choose another folder"
+            ) from error
+
+    def release(self) -> None:
+        """Lets others write here again."""
+        if self._lock is not None:
+            self._lock.close()
 
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
         """Adds lines to `<name>.jsonl`."""

@@ -102,7 +102,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, file, d
 
 def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
     checkpoints(tmp_path, "a").save(position(1), Weights(1))
-    assert checkpoints(tmp_path, "b").newest_whole() is None
+    with pytest.raises(CheckpointError, match="not one of the 1 checkpoints"):
+        checkpoints(tmp_path, "b").newest_whole()
     assert "belongs to a run of other settings" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import expo.train
 from expo.config import load_config
+from expo.metrics import RunFolder
 from expo.policy import DeepSpeedPolicy
 from expo.train import Diverged, main, train
 
@@ -152,7 +153,9 @@ def test_a_run_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, monkey
     assert len(list((config.run.dir / "bad_updates").iterdir())) == 2
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
-    assert main([str(path), "--resume"]) == 1
+    with pytest.raises(SystemExit) as stop:
+        main([str(path), "--resume"])
+    assert stop.value.code == 1
     assert "lower optimizer.lr" in capsys.readouterr().err
 
 
@@ -179,6 +182,16 @@ def test_a_finished_run_is_not_overwritten(finished, capsys):
         main(["--run.dir", str(finished)])
     assert stop.value.code == 2
     assert "already holds a run; add --resume" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_work_in_one_folder(finished, capsys):
+    other = RunFolder(finished)
+    other.take()
+    with pytest.raises(SystemExit) as stop:
+        main([str(finished / "config.yaml"), "--resume"])
+    other.release()
+    assert stop.value.code == 2
+    assert "another process is at work" in capsys.readouterr().err
 
 
 def test_resuming_as_another_run_is_refused(finished, capsys):
