@@ -277,6 +277,33 @@ def test_autocast_does_not_round_the_logits():
     assert all(torch.equal(a, b) for a, b in zip(grads, true_grads, strict=True))
 
 
+@pytest.mark.slow
+def test_a_sequence_beyond_65_535_tokens_with_more_than_2_to_the_31_logits():
+    T, V, H = 70_000, 32_768, 4
+    assert T > 65_535
+    assert T * V > 2**31
+    weight = torch.randn(V, H)
+    ids = torch.randint(V, (1, T))
+    hidden = torch.randn(1, T, H)
+
+    def loss_of(rows):
+        part = hidden[:, rows].clone().requires_grad_()
+        logps = linear_token_logps(hidden[:, rows], weight, ids[:, rows])
+        out = linear_expo_loss(
+            part, weight, ids[:, rows], torch.ones_like(ids[:, rows]), advantages=torch.tensor([0.7]),
+            old_logps=logps + 0.1, ref_logps=logps - 0.1, objective=Objective(aggregation="token"), normalizer=float(T),
+        )  # fmt: skip
+        out.loss.backward()
+        return out, part.grad
+
+    whole, gradient = loss_of(slice(None))
+    assert torch.isfinite(whole.loss)
+    for rows in (slice(0, 40), slice(65_520, 65_560), slice(T - 40, T)):
+        part, part_gradient = loss_of(rows)
+        torch.testing.assert_close(whole.logps[:, rows], part.logps, atol=2e-5, rtol=0)
+        assert relative_error(gradient[:, rows], part_gradient) < 1e-5
+
+
 def test_two_runs_give_equal_bits():
     batch = make_batch(8, 32, 64, 1003, dtype=torch.float32)
     budget = budget_of(50, 1003, 4)

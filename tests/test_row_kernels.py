@@ -21,6 +21,7 @@ LEFT_OUT = (
     "a_frozen_input_costs_no_gradient",
     "self_check",
     "(whatever_the_number_of_chunks and float32)",  # bfloat16 has the harder way
+    "beyond_65_535_tokens",  # rows there are read as all others; `check_rows.py` has offsets beyond 2^31
     "inductor",  # compiles what is around the ops, the same for both paths
     "masked_contents_never_matter",  # hundreds of examples: `check_rows.py` has a few
 )

@@ -450,6 +450,18 @@ def test_strided_logits_are_read_where_they_lie_and_may_be_overwritten():
     assert bool(torch.isnan(memory[:, [0, 5]]).all())
 
 
+def test_rows_beyond_2_to_the_31_elements_are_found(tmp_path):
+    batch = make_batch(B=4, T=5, V=32)
+    truth = expected(batch, Objective())
+    stride = 2**27 + 16  # the last of 20 rows begins at 2.55e9; the file has holes where nothing is written
+    memory = torch.from_file(str(tmp_path / "logits"), shared=True, size=20 * stride, dtype=torch.float32)
+    view = memory.as_strided((4, 5, 32), (5 * stride, stride, 1))
+    assert view[-1, -1].storage_offset() > 2**31
+    view.copy_(spoil(batch).logits)
+    given = run_token_level(dataclasses.replace(spoil(batch), logits=view), Objective(), grad=view)
+    assert_matches(given, truth)
+
+
 def test_packed_sequences():
     batch = make_batch(B=4, T=6)
     lengths = [2, 0, 6, 3]
