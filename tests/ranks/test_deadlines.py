@@ -13,7 +13,7 @@ GRACE_S = 10  # promised beyond the deadline
 # what befalls rank 1, in which phase, and whether it writes down its own stacks
 FAULTS = {
     "raises": ("raise", "update", False),
-    "is killed": ("kill", "reward", False),
+    "is killed": ("kill", "update", False),
     "exits": ("exit", "sync", False),
     "sleeps": ("sleep", "update", True),
     "is stopped": ("stop", "rollout", False),
@@ -58,7 +58,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(tmp_path, what):
 
 
 def test_code_that_never_lets_go_of_the_interpreter_is_ended_too(tmp_path):
-    took, code, problems, left = ended(tmp_path, {"phase": "reward", "do": "spin", "nth": 2}, ranks=1)
+    took, code, problems, left = ended(tmp_path, {"phase": "reference", "do": "spin", "nth": 2}, ranks=1)
     assert took < DEADLINE_S + GRACE_S, problems
     assert code != 0
     assert 'lives.py", line' in problems
