@@ -5,6 +5,8 @@ or penalty, whatever the model's own generation config says. Weights start at ra
 one that was never brought over shows in the probe of `expo.sync`.
 """
 
+import atexit
+import gc
 import importlib.util
 import logging
 import os
@@ -90,7 +92,7 @@ class VllmEngine:
             ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM puts a warning in its place, for the whole process
-        _leave_ranks_to_the_run(self._llm)
+        _keep_teardown_to_ourselves(self._llm)
 
     @property
     def holds_weights(self) -> bool:
@@ -219,11 +221,16 @@ def _device_settings(section: VllmSection, is_cpu: bool) -> dict[str, Any]:
     }
 
 
-def _leave_ranks_to_the_run(llm: Any) -> None:
-    """Has vLLM not end the process group of torch.distributed when the engine goes: it found one, which is the run's."""
+def _keep_teardown_to_ourselves(llm: Any) -> None:
+    """Has vLLM not end the process group of torch.distributed when the engine goes: it is the run's.
+
+    What else that would have undone is the freeze of the garbage collector, without which Triton's bindings report
+    leaks when the process ends.
+    """
     finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
     if finalizer is not None:
         finalizer.detach()
+        atexit.register(gc.unfreeze)
 
 
 def _pack_tied_head(model: Any) -> None:
