@@ -32,6 +32,7 @@ NEEDED = {  # what the adapter calls, by owner; looked for instead of believing 
     "SamplingParams": ("logprob_token_ids", "seed", "detokenize"),
 }
 CPU_CACHE_GIB = 1.0
+CPU_PASS_TOKENS = 4096
 CPU_BLOCK_SIZE = 32  # tokens; attention on a CPU takes multiples of it
 
 
@@ -77,7 +78,7 @@ class VllmEngine:
             "max_num_seqs": num_replies,
             "max_model_len": max_tokens,
             "disable_log_stats": True,
-            **_device_settings(section, self._is_cpu),
+            **(_cpu_settings(section, max(max_tokens, num_replies)) if self._is_cpu else _gpu_settings(section)),
             **({"distributed_executor_backend": "external_launcher"} if num_ranks > 1 else {}),
         }
         set_num_threads = torch.set_num_threads
@@ -212,12 +213,23 @@ def version_warning() -> str | None:
     )
 
 
-def _device_settings(section: VllmSection, is_cpu: bool) -> dict[str, Any]:
-    cache_gib = CPU_CACHE_GIB if is_cpu and section.cache_gib is None else section.cache_gib
+def _gpu_settings(section: VllmSection) -> dict[str, Any]:
+    cache = {} if section.cache_gib is None else {"kv_cache_memory_bytes": int(section.cache_gib * 2**30)}
     return {
-        "enforce_eager": section.enforce_eager or is_cpu,
-        **({} if cache_gib is None else {"kv_cache_memory_bytes": int(cache_gib * 2**30)}),
-        **({"block_size": CPU_BLOCK_SIZE} if is_cpu else {"gpu_memory_utilization": section.gpu_memory_utilization}),
+        "enforce_eager": section.enforce_eager,
+        "gpu_memory_utilization": section.gpu_memory_utilization,
+        **cache,
+    }
+
+
+def _cpu_settings(section: VllmSection, least_tokens: int) -> dict[str, Any]:
+    return {
+        "enforce_eager": True,
+        "block_size": CPU_BLOCK_SIZE,
+        "kv_cache_memory_bytes": int((section.cache_gib or CPU_CACHE_GIB) * 2**30),
+        # a prompt cut in two between passes would have its seed's generator turned back, which fails on a CPU (in 0.32)
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_PASS_TOKENS, least_tokens),
     }
 
 

@@ -42,7 +42,7 @@ class Pair:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
 
 
-def new_engine(path, policy):
+def new_engine(path, policy, num_replies=32):
     return VllmEngine(
         path,
         policy.tokenizer,
@@ -50,7 +50,7 @@ def new_engine(path, policy):
         load_config(None).vllm,
         dtype=policy.dtype,
         device=torch.device("cpu"),
-        num_replies=32,
+        num_replies=num_replies,
         max_tokens=MAX_TOKENS,
     )
 

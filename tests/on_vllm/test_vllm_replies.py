@@ -79,6 +79,14 @@ def test_replies_end_at_an_end_token_or_are_truncated(pair):
     assert {reply.is_truncated for reply in replies} == {True, False}
 
 
+def test_prompts_that_do_not_fit_one_pass_wait_for_the_next(pair):
+    long = [Request(prompt * 9, [request_seed("long", row, sample) for sample in range(64)])
+            for row, prompt in enumerate(PROMPTS)]  # fmt: skip
+    wide = new_engine(pair.path, pair.policy, num_replies=256)
+    wide.load_weights(pair.policy.named_weights())
+    assert tokens(wide.generate(long, SAMPLING)) == tokens(pair.engine.generate(long, SAMPLING))
+
+
 def test_progress_counts_every_reply_and_may_stop_the_call(pair):
     counts = []
     expected = tokens(pair.engine.generate(requests(), SAMPLING, counts.append))
