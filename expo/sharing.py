@@ -22,6 +22,11 @@ class SharedEngine:
     def __init__(self, engine: RolloutEngine, ranks: Ranks, switch: StopSwitch) -> None:
         self._engine, self._ranks, self._switch = engine, ranks, switch
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether every rank's engine has weights of its own."""
+        return self._engine.holds_weights
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -55,6 +60,12 @@ class SharedEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Has every rank's engine take the policy's weights."""
         self._engine.load_weights(weights)
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
+        return self._engine.score(prompts, replies, temperature)
 
 
 class SharedVerifier:

@@ -30,6 +30,7 @@ from expo.records import results_table
 from expo.report import write_report
 from expo.rollout import Reply, Request, Sampling, request_seed
 from expo.stopping import StopRequested
+from expo.sync import SyncError
 from expo_kernels import akl_beta, group_advantages
 
 PROGRAM = "python -m expo.train"
@@ -53,6 +54,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         ConfigError: if the run cannot be, found before any model loads where that is possible.
         Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
         CheckpointError: if the run was to end and its state could not be written.
+        SyncError: if the rollout engine's weights turned out not to be the policy's.
     """
     with open_run(config, resume) as parts:
         position = take_up(parts, resume)
@@ -80,11 +82,12 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     with timer.phase("update"):
                         updates, bad_updates = update_policy(parts, step, mini_batches, beta, position.bad_updates)
                     with timer.phase("sync"):
-                        parts.engine.load_weights(parts.policy.named_weights())
+                        difference = parts.sync.run()
 
                     position = position_after(parts, step, bad_updates)
                     with parts.guard("save"):
                         row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
+                        row.update(sync_max_abs_dlogp=difference)
                         row.update(parts.throughput.row(graded, mini_batches, timer))
                         record(parts, step, graded, row)
                     bar.advance(note=progress_note(row))
@@ -243,7 +246,7 @@ def take_up(parts: Parts, resume: bool) -> Position:
             )
         parts.folder.rewind(position.step)
     with parts.guard("sync"):
-        parts.engine.load_weights(parts.policy.named_weights())
+        parts.sync.run()
     return position
 
 
@@ -294,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError) as error:
+    except (Diverged, CheckpointError, SyncError) as error:
         fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0

