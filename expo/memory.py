@@ -230,15 +230,16 @@ class Footprint:
         ]
 
     def phases(self) -> dict[str, list[Part]]:
-        """What is added to that by phase; phases never meet."""
+        """What is added to that by phase; phases never meet. What vLLM holds is not counted: its share is given."""
         policy = self.config.policy
         checkpointing = "policy.gradient_checkpointing=true"
+        sampling = [
+            Part("key-value cache", self.cache_bytes(), "a lower rollout.batch_size"),
+            Part("next tokens' logits", self.sampling_bytes(), "a lower rollout.batch_size"),
+            Part("gathered parameters", self.gathered_bytes(), "policy.zero_stage=2"),
+        ]
         found = {
-            "sampling": [
-                Part("key-value cache", self.cache_bytes(), "a lower rollout.batch_size"),
-                Part("next tokens' logits", self.sampling_bytes(), "a lower rollout.batch_size"),
-                Part("gathered parameters", self.gathered_bytes(), "policy.zero_stage=2"),
-            ],
+            "sampling": sampling if self.config.rollout.engine == "transformers" else [],
             "backward pass": [
                 Part("activations", self.activation_bytes(), FEWER if policy.gradient_checkpointing else checkpointing),
                 Part("matrices in bfloat16", self.cast_bytes(), checkpointing),

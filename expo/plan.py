@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,21 @@ def print_plan(invocation: Invocation) -> int:
 
 
 def plan_machine(config: RunConfig, ranks: int | None, memory_gib: float | None) -> Machine:
-    """The GPUs asked for; what is not given is taken from the environment and the GPUs here, or assumed.
+    """The GPUs asked for; what is not given is taken from the environment and the GPUs here, or assumed. Where vLLM
+    samples, its share of the memory is taken off.
 
     Raises: ConfigError if WORLD_SIZE is set and no count.
     """
+    machine = _whole_machine(config, ranks, memory_gib)
+    if config.rollout.engine != "vllm" or machine.memory_gib is None:
+        return machine
+    share = config.vllm.gpu_memory_utilization
+    return replace(
+        machine, memory_gib=(1 - share) * machine.memory_gib, source=f"{machine.source}, less {share:.0%} for vLLM"
+    )
+
+
+def _whole_machine(config: RunConfig, ranks: int | None, memory_gib: float | None) -> Machine:
     here = 0 if config.run.device == "cpu" else torch.cuda.device_count()
     world_size = os.environ.get("WORLD_SIZE", "")
     if ranks is None and world_size and (not world_size.isdecimal() or int(world_size) == 0):

@@ -222,3 +222,12 @@ def test_the_command_line_says_what_to_plan_for():
 
 def test_the_rank_that_deepspeeds_launcher_adds_is_no_unknown_argument():
     assert parse_command_line(["--local_rank=3"]) == parse_command_line([])
+
+
+def test_vllm_has_its_share_of_the_memory_and_samples_in_it():
+    overrides = [("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.25)]
+    config = recipe(PAPERS[0], *overrides)
+    machine = plan_machine(config, 8, 80.0)
+    assert machine.memory_gib == 60.0
+    assert "sampling" not in describe(footprint_of(config), machine, "test")
+    assert plan_machine(recipe(PAPERS[0]), 8, 80.0).memory_gib == 80.0
