@@ -131,7 +131,8 @@ class VllmEngine:
         self._reset_cache()
 
     def _reset_cache(self) -> None:
-        assert self._llm.reset_prefix_cache(), "vLLM still holds cache blocks, though no reply is under way"
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, made by the old weights; expected no reply under way")
 
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float

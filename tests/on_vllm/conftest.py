@@ -33,6 +33,11 @@ class Pair:
     policy: DeepSpeedPolicy
     engine: VllmEngine
     sync: WeightSync
+    start: dict[str, torch.Tensor]
+
+    def restart(self):
+        """The policy as it was made: however many tests have moved it, rounding stays as large as it was."""
+        self.policy.model.load_state_dict(self.start)
 
     def move(self, seed):
         """A large update of every parameter of the policy."""
@@ -60,7 +65,9 @@ def new_pair(path):
     config, ranks = load_config(None, list(values.items())), join_ranks("cpu", 60)
     policy = DeepSpeedPolicy(config, ranks)
     engine = new_engine(path, policy)
-    return Pair(path, policy, engine, WeightSync(engine, policy, ranks, make_probe(PROMPTS, MAX_TOKENS), 1.0, None))
+    sync = WeightSync(engine, policy, ranks, make_probe(PROMPTS, MAX_TOKENS), 1.0, None)
+    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    return Pair(path, policy, engine, sync, start)
 
 
 def save_model(path, tokenizer, *, tied):
@@ -84,6 +91,7 @@ def pairs(ledger_model, tmp_path_factory):
         if kind not in made:
             path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
             made[kind] = new_pair(path)
+        made[kind].restart()
         return made[kind]
 
     return pair
