@@ -24,6 +24,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_linear():
+    """ZeRO 3 puts its own in place of PyTorch's for the rest of the process."""
+    before = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = before
+
+
 @pytest.fixture(scope="session")
 def ledger_model():
     """The embedded model and tokenizer, float32 on the CPU; a test that changes the model copies it first."""
