@@ -168,7 +168,10 @@ def test_hanging_replies_end_at_the_deadline_and_the_pool_recovers() -> None:
     before = descendants()
     normal = [rf"\frac{{{number}}}{{7}} + x" for number in range(60)]
     with Verifier(workers=2, timeout_s=TIMEOUT_S) as verifier:
-        verifier.grade([boxed(rf"x^2+{number}") for number in range(6)], ["2x"] * 6)
+        # as many normal ones first: they start the workers, and say how busy the machine is
+        started = time.monotonic()
+        verifier.grade([boxed(rf"x^2+{number}") for number in range(60)], ["2x"] * 60)
+        normal_s = time.monotonic() - started
         bad = [*HANGING, MEMORY_BOMB]
         answers = [*normal, *bad]
         gold = [rf"x + \frac{{{number}}}{{7}}" for number in range(60)] + [r"\sqrt{2}"] * len(bad)
@@ -176,7 +179,7 @@ def test_hanging_replies_end_at_the_deadline_and_the_pool_recovers() -> None:
         started = time.monotonic()
         verdicts = verifier.grade([boxed(answers[index]) for index in order], [gold[index] for index in order])
         print(f"\n60 normal and 5 hanging replies: {time.monotonic() - started:.2f} s")
-        assert time.monotonic() - started < TIMEOUT_S + 2.0
+        assert time.monotonic() - started < TIMEOUT_S + 2.0 + normal_s
         by_index = dict(zip(order, kinds(verdicts), strict=True))
         assert [by_index[index] for index in range(60)] == ["correct"] * 60
         assert [by_index[index] for index in range(60, 64)] == ["timeout"] * 4

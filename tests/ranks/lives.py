@@ -227,6 +227,9 @@ def main(folder):
 def warm_up():
     """Has this process load a model once: what that compiles and imports, every life inherits."""
     load_model(ModelSection(path="ledger"), torch.device("cpu"))
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(timeout=30)  # loading leaves some that are about to end
     assert threading.active_count() == 1, "a fork would lose the other threads"
 
 
