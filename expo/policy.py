@@ -27,6 +27,7 @@ from expo.batch import Batch, collate, pack, share_by_tokens, split_by_tokens
 from expo.config import ConfigError, PolicySection, RunConfig
 from expo.lora import adapters_off, add_adapters, merged
 from expo.model import PolicyModule, load_model, logit_softcap
+from expo.quiet import errors_only
 from expo.ranks import Ranks
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed looks for one
@@ -206,9 +207,9 @@ class DeepSpeedPolicy:
         return [self._mini_batch(samples[start : start + size]) for start in range(0, len(samples), size)]
 
     def _mini_batch(self, samples: Sequence[Sample]) -> MiniBatch:
-        plan = self._plan([len(sample) for sample in samples])
-        mine = [self._micro_batch([samples[row] for row in rows]) for rows in plan[self._ranks.rank]]
         lengths = [len(sample) for sample in samples]
+        plan = self._plan(lengths)
+        mine = [self._micro_batch([samples[row] for row in rows]) for rows in plan[self._ranks.rank]]
         return MiniBatch(
             micro_batches=mine,
             num_sequences=len(samples),
@@ -314,7 +315,7 @@ class DeepSpeedPolicy:
         Raises: OSError if this rank could not, after all ranks have come through.
         """
         state = {"updates_done": self._updates_done}
-        with _quiet(), _writing_on(self._engine) as failures:
+        with errors_only(), _writing_on(self._engine) as failures:
             self._engine.save_checkpoint(str(folder), tag="policy", client_state=state, save_latest=False)
         if failures:
             raise OSError(str(failures[0]).splitlines()[0]) from failures[0]
@@ -328,7 +329,7 @@ class DeepSpeedPolicy:
         if converts:
             folder = self._universal(folder)
         self._engine._config.load_universal_checkpoint = converts  # read by load_checkpoint alone
-        with _quiet():
+        with errors_only():
             path, state = self._engine.load_checkpoint(str(folder), tag="policy")
         assert path is not None, f"{folder} holds no DeepSpeed checkpoint"
         self._updates_done = state["updates_done"]
@@ -481,7 +482,7 @@ def _loading(section: PolicySection) -> Iterator[None]:
 
 def _deepspeed() -> Any:
     """The library, loaded when first used; it takes seconds."""
-    with _quiet():
+    with errors_only():
         import deepspeed
     # of its own calls, which its users cannot change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -512,16 +513,3 @@ def _writing_on(engine: Any) -> Iterator[list[Exception]]:
         yield failures
     finally:
         del writer.save, engine._copy_recovery_script
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, DeepSpeed speaks of errors only."""
-    import logging
-
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -85,10 +85,6 @@ class Ranks:
             raise problems[0]
         return made
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on one rank at least."""
-        return bool(self.maximum([float(flag)])[0])
-
     def total(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the ranks."""
         return self._reduced(values, dist.ReduceOp.SUM)

@@ -8,7 +8,7 @@ replies to each, grades them, and takes gradient steps on the clipped surrogate 
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                         record(parts, step, graded, row)
                     bar.advance(note=progress_note(row))
                     score = evaluate_if_due(parts, step)
-                    position = position_after(parts, step, bad_updates)  # evaluating may draw random numbers
+                    position = replace(position, random=random_states())  # evaluating may have drawn some
                     if is_due(step, config.run.checkpoint_every) or step == config.run.steps:
                         save(parts, position, score)
         except StopRequested as request:

@@ -8,14 +8,13 @@ one that was never brought over shows in the probe of `expo.sync`.
 import atexit
 import gc
 import importlib.util
-import logging
 import os
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, VllmSection
+from expo.quiet import errors_only
 from expo.rollout.engine import Reply, Request, Sampling
 
 MADE_FOR = ((0, 32), (0, 34))  # from the first version on, before the second
@@ -290,18 +290,10 @@ def _silent(*, is_deep: bool = False) -> Iterator[None]:
     What was held back is shown if the block fails. Deep silence is for starting on a CPU, where vLLM's C++ part
     writes to stderr itself.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            if is_deep:
-                with _held_back():
-                    yield
-            else:
-                yield
-    finally:
-        logging.disable(before)
+    with errors_only(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with _held_back() if is_deep else nullcontext():
+            yield
 
 
 @contextmanager
