@@ -51,7 +51,13 @@ STEP_METRICS = {
     "clip_high_fraction": "share of reply tokens clipped at 1 + clip_high",
     "ratio_mean": "mean importance ratio over reply tokens",
     "ratio_max": "largest importance ratio of the step",
-    "rollout_logp_difference_max": "largest |policy - rollout engine| log-probability of a sampled token, nats",
+    "rollout_logp_difference_mean": "mean |policy - rollout engine| log-probability over the reply tokens trained on, "
+    "both as the policy stood when they were sampled, nats; policy.old_logps = rollout: of the step's first update",
+    "rollout_logp_difference_max": "the largest of these, nats",
+    "rollout_ratio_median": "median over the same tokens of w = exp(policy - rollout engine)",
+    "rollout_ratio_p99": "99th percentile of w: the smallest with 99 % of the tokens at or below it",
+    "rollout_effective_sample_fraction": "(sum w)^2 / (tokens * sum w^2): share of the tokens that are worth as much, "
+    "once weighted by w, as all would be if the engine had sampled from the policy; 1 where every w is alike",
     "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
     "null where they share their weights",
     "unparsed_fraction": "share of replies in which no answer was found",

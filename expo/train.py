@@ -87,7 +87,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     position = position_after(parts, step, bad_updates)
                     with parts.guard("save"):
                         row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
-                        row.update(sync_max_abs_dlogp=difference)
+                        row.update(parts.policy.mismatch(), sync_max_abs_dlogp=difference)
                         row.update(parts.throughput.row(graded, mini_batches, timer))
                         record(parts, step, graded, row)
                     bar.advance(note=progress_note(row))

@@ -31,7 +31,9 @@ def samples(vocab_size: int) -> list[Sample]:
 def parameters_after_three_steps(
     path: str, stage: int, packing: bool, aggregation: str, budget: int, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """All parameters in one row, the last loss and gradient norm, and how many micro-batches this rank had a step."""
+    """All parameters in one row; the last loss, gradient norm and distance from the rollout engine; and how many
+    micro-batches this rank had a step.
+    """
     overrides = {
         "model.path": path,
         "policy.zero_stage": stage,
@@ -49,7 +51,8 @@ def parameters_after_three_steps(
         (mini_batch,) = policy.prepare(samples(19))
         metrics = policy.update(mini_batch, torch.tensor(0.02))
     row = torch.cat([value.flatten() for _, value in policy.named_weights()])
-    return row, torch.tensor([metrics["loss"], metrics["grad_norm"]]), len(mini_batch.micro_batches)
+    figures = [metrics["loss"], metrics["grad_norm"], *policy.mismatch().values()]
+    return row, torch.tensor(figures), len(mini_batch.micro_batches)
 
 
 def main() -> None:
