@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from expo_kernels import Objective
+from expo_kernels.objective import RolloutCorrection
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "ledger.yaml"
@@ -170,6 +171,11 @@ class ObjectiveSection(_Section):
     """Mean over all tokens of an update (DAPO recipe), over sequences first, or by the longest reply."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Advantages divided by the group's population std (paper eq. 1), the batch's, or nothing."""
+    rollout_correction: RolloutCorrection | None = None
+    """Weigh the surrogate by w = exp(old - rollout log-prob), cut at rollout_cap (truncated importance sampling),
+    against what the rollout engine's numerics do: per token, or one w of the whole reply; null: not at all."""
+    rollout_cap: Positive = 2.0
+    """Upper bound of that w (verl's and TRL's default: 2)."""
 
 
 class PolicySection(_Section):
@@ -291,6 +297,11 @@ class RunConfig(_Section):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of run.steps = "
                 f"{self.run.steps} for the linear schedule; lower it below {self.run.steps}"
             )
+        if self.objective.rollout_correction and self.policy.old_logps == "rollout":
+            raise ValueError(
+                f"objective.rollout_correction = {self.objective.rollout_correction} would weigh every token by 1: "
+                f"policy.old_logps = rollout makes old and rollout log-probs the same; leave one of the two out"
+            )
         self.loss_objective()
         return self
 
@@ -313,6 +324,8 @@ class RunConfig(_Section):
             aggregation=self.objective.aggregation,
             kl=self.kl.estimator,
             temperature=self.rollout.temperature,
+            rollout_correction=self.objective.rollout_correction,
+            rollout_cap=self.objective.rollout_cap,
             max_completion_length=(self.rollout.max_new_tokens if self.objective.aggregation == "constant" else None),
         )
 

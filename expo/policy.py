@@ -277,6 +277,7 @@ class DeepSpeedPolicy:
                 advantages=micro.advantages,
                 old_logps=micro.old_logps,
                 ref_logps=micro.ref_logps,
+                rollout_logps=micro.rollout_logps if self._objective.rollout_correction else None,
                 beta=beta.to(self._ranks.device) if micro.ref_logps is not None else 0.0,
                 normalizer=normalizer,
             )

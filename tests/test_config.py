@@ -89,6 +89,7 @@ def test_config_is_frozen():
         ("--kl.rho=linear", "kl.rho = 'linear': input should be 'tanh' or 'constant'"),
         ("--policy.updates_per_step=3", "256 replies do not split"),
         ("--policy.micro_batch_tokens=40", "raise it to 64"),
+        ("--objective.rollout_correction=batch", "objective.rollout_correction = 'batch': input should be 'token'"),
         ("--optimizer.lr=[", "is not a YAML value"),
         ("--optimizer.lr=.nan", "optimizer.lr = nan"),
         ("nowhere.yaml", "cannot read the config file nowhere.yaml"),
@@ -96,6 +97,11 @@ def test_config_is_frozen():
 )
 def test_bad_command_lines_exit_2_with_one_line(capsys, argument, expected):
     assert expected in error_of(capsys, argument)
+
+
+def test_a_rollout_correction_that_would_do_nothing_is_refused(capsys):
+    said = error_of(capsys, "--objective.rollout_correction=token", "--policy.old_logps=rollout")
+    assert "would weigh every token by 1" in said
 
 
 @pytest.mark.parametrize(
