@@ -171,6 +171,9 @@ class ObjectiveSection(_Section):
     """Mean over all tokens of an update (DAPO recipe), over sequences first, or by the longest reply."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Advantages divided by the group's population std (paper eq. 1), the batch's, or nothing."""
+    mask_truncated: bool = False
+    """Replies cut at rollout.max_new_tokens give no loss and count in none of its means (DAPO's overlong filtering);
+    they are graded and count in advantages, accuracy and pass rates all the same."""
     rollout_correction: RolloutCorrection | None = None
     """Weigh the surrogate by w = exp(old - rollout log-prob), cut at rollout_cap (truncated importance sampling),
     against what the rollout engine's numerics do: per token, or one w of the whole reply; null: not at all."""

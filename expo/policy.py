@@ -39,12 +39,16 @@ BUCKET_ELEMENTS = 2 * 10**8  # of gradients reduced at once; DeepSpeed holds a b
 
 @dataclass(frozen=True)
 class Sample:
-    """One reply to learn from: prompt_ids, reply_ids, the rollout's logps of those in nats, and its advantage."""
+    """One reply to learn from: prompt_ids, reply_ids, the rollout's logps of those in nats, and its advantage.
+
+    One that is left out takes its place among the mini-batches and no part in the loss, its denominators included.
+    """
 
     prompt_ids: Sequence[int]
     reply_ids: Sequence[int]
     rollout_logps: Sequence[float]
     advantage: float
+    is_left_out: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.reply_ids)
@@ -210,7 +214,8 @@ class DeepSpeedPolicy:
         """Equal mini-batches in the order given, each shared out by tokens and cut into micro-batches."""
         self._mismatch = Mismatch()
         size = len(samples) // self._section.updates_per_step
-        return [self._mini_batch(samples[start : start + size]) for start in range(0, len(samples), size)]
+        parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return [self._mini_batch([sample for sample in part if not sample.is_left_out]) for part in parts]
 
     def _mini_batch(self, samples: Sequence[Sample]) -> MiniBatch:
         lengths = [len(sample) for sample in samples]
@@ -226,7 +231,7 @@ class DeepSpeedPolicy:
 
     def _plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Row numbers by rank and micro-batch; all ranks have as many micro-batches, empty ones if need be, since
-        each pass may be a collective.
+        each pass may be a collective. There is one at least: a step is taken even where nothing is learnt.
         """
         plan = []
         for rows in share_by_tokens(lengths, self._ranks.size):
@@ -234,7 +239,7 @@ class DeepSpeedPolicy:
                 [lengths[row] for row in rows], self._section.micro_batch_tokens, padded=not self._section.packing
             )
             plan.append([[rows[index] for index in group] for group in groups])
-        count = max(len(groups) for groups in plan)
+        count = max(1, *(len(groups) for groups in plan))
         return [groups + [[]] * (count - len(groups)) for groups in plan]
 
     def _micro_batch(self, samples: Sequence[Sample]) -> MicroBatch:
@@ -268,7 +273,7 @@ class DeepSpeedPolicy:
         """One AdamW step on all ranks' micro-batches; `skipped` is 1 where loss or gradient was not finite."""
         means, ratio_max = _TokenMeans(), 0.0
         is_token_mean = self._objective.aggregation == "token"
-        normalizer = float(mini_batch.num_tokens if is_token_mean else mini_batch.num_sequences)
+        normalizer = float(max(mini_batch.num_tokens if is_token_mean else mini_batch.num_sequences, 1))
         last = len(mini_batch.micro_batches) - 1
         for index, micro in enumerate(mini_batch.micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == last)

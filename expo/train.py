@@ -77,7 +77,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     )
                     beta = akl_beta(graded.rewards, config.kl.beta, rho=config.kl.rho)
                     with timer.phase("reference"):
-                        mini_batches = parts.policy.prepare(training_samples(graded, advantages))
+                        samples = training_samples(graded, advantages, mask_truncated=config.objective.mask_truncated)
+                        mini_batches = parts.policy.prepare(samples)
                     leave_if_asked(parts)
                     with timer.phase("update"):
                         updates, bad_updates = update_policy(parts, step, mini_batches, beta, position.bad_updates)
@@ -124,11 +125,11 @@ def sample_replies(parts: Parts, step: int, drawn: Tensor) -> tuple[list[Prompte
     return asked, parts.engine.generate(requests, sampling)
 
 
-def training_samples(graded: Graded, advantages: Tensor) -> list[Sample]:
-    """Every reply with its prompt and its advantage, question after question."""
+def training_samples(graded: Graded, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
+    """Every reply with its prompt and its advantage, question after question; truncated ones left out if so asked."""
     value = iter(advantages.tolist())
     return [
-        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value))
+        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
         for prompted, group in zip(graded.asked, graded.replies, strict=True)
         for reply in group
     ]

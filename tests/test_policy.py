@@ -96,6 +96,34 @@ def test_how_micro_batches_are_cut_does_not_change_the_gradient(aggregation, pac
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_replies_left_out_change_nothing_about_the_step_of_the_others(aggregation):
+    options = {"policy__micro_batch_tokens": 64, "objective__aggregation": aggregation}
+    policy, other = make(**options), make(**options)
+    data = samples(policy)
+    marked = [replace(sample, is_left_out=row % 3 == 0) for row, sample in enumerate(data)]
+    (mini_batch,) = policy.prepare(marked)
+    (others,) = other.prepare([sample for row, sample in enumerate(data) if row % 3])
+    assert (mini_batch.num_sequences, mini_batch.num_tokens) == (others.num_sequences, others.num_tokens)
+    assert torch.equal(gradient_of(policy, mini_batch), gradient_of(other, others))
+
+
+def test_replies_left_out_keep_their_place_among_the_mini_batches():
+    policy = make(policy__updates_per_step=2)
+    marked = [replace(sample, is_left_out=row < 5) for row, sample in enumerate(samples(policy))]
+    assert [mini_batch.num_sequences for mini_batch in policy.prepare(marked)] == [1, 6]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_of_which_all_is_left_out_has_no_gradient(aggregation, packing):
+    policy = make(objective__aggregation=aggregation, policy__packing=packing)
+    (mini_batch,) = policy.prepare([replace(sample, is_left_out=True) for sample in samples(policy)])
+    metrics = policy.update(mini_batch, BETA)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["skipped"]) == (0.0, 0.0, 0.0)
+    assert mini_batch.num_tokens == 0
+
+
 @pytest.mark.parametrize("correction", ["token", "sequence"])
 def test_a_rollout_correction_weighs_replies_by_how_rarely_the_engine_would_give_them(correction):
     plain = make(kl__beta=0.0)

@@ -18,13 +18,13 @@ LENGTHS = [(9, 14), (4, 7), (6, 1), (3, 25), (5, 5), (8, 12), (4, 3), (7, 9), (9
 
 
 def samples(vocab_size: int) -> list[Sample]:
-    """Ragged, with advantages of both signs; the same on every rank."""
+    """Ragged, with advantages of both signs, one left out; the same on every rank."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for row, (prompt, reply) in enumerate(LENGTHS):
         ids = torch.randint(3, vocab_size, (prompt + reply,), generator=generator).tolist()
         advantage = float(torch.randn((), generator=generator)) if row else 0.0
-        found.append(Sample(ids[:prompt], ids[prompt:], [-1.0] * reply, advantage))
+        found.append(Sample(ids[:prompt], ids[prompt:], [-1.0] * reply, advantage, is_left_out=row == 4))
     return found
 
 
