@@ -122,12 +122,22 @@ class VllmSection(_Section):
 
 
 class RewardSection(_Section):
-    """The verifier: math-verify in worker processes with a deadline."""
+    """The verifier, math-verify in worker processes with a deadline; and what shapes the reward beside its verdict."""
 
     workers: Count = 2
     """Worker processes; started at the first answer that needs computer algebra."""
     timeout_s: Positive = 5.0
     """Seconds per answer; then the worker is killed and the verdict is `timeout` (reward 0, counted apart)."""
+    correct_weight: NonNegative = 1.0
+    """Weight of the verdict (1 for a correct reply, else 0) in the reward behind the advantages."""
+    functions: dict[str, float] = {}
+    """Reward functions and their weights, as {"package.module:function": weight}; expo/shaping.py says how they are
+    called. Built in: expo.formats:boxed, expo.formats:think_then_answer."""
+    overlong_buffer: Index = 0
+    """Tokens before rollout.max_new_tokens over which a penalty grows from 0 to 1 (DAPO eq. 13; its recipe: 4,096 of
+    20,480); 0: none."""
+    overlong_penalty: Positive = 1.0
+    """Weight of that penalty (DAPO recipe: 1)."""
 
 
 class CurriculumSection(_Section):
@@ -295,6 +305,7 @@ class RunConfig(_Section):
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it to {longest} or shorten those"
             )
         self._partitioning()
+        self._rewards()
         if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of run.steps = "
@@ -307,6 +318,26 @@ class RunConfig(_Section):
             )
         self.loss_objective()
         return self
+
+    def _rewards(self) -> None:
+        reward, longest = self.reward, self.rollout.max_new_tokens
+        if reward.overlong_buffer > longest:
+            raise ValueError(
+                f"reward.overlong_buffer = {reward.overlong_buffer} leaves no reply without a penalty, since "
+                f"rollout.max_new_tokens = {longest}; lower it to less"
+            )
+        taken = {"overlong"}
+        for name in reward.functions:
+            module, _, function = name.partition(":")
+            if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+                raise ValueError(f"reward.functions names {name!r}; expected package.module:function")
+            if function in taken:
+                raise ValueError(
+                    f"reward.functions: {name} would be logged as reward/{function}, as another is; rename one"
+                )
+            taken.add(function)
+        if not reward.correct_weight and not any(reward.functions.values()) and not reward.overlong_buffer:
+            raise ValueError("reward.correct_weight = 0 leaves no reward at all; raise it or give reward.functions")
 
     def _partitioning(self) -> None:
         policy = self.policy

@@ -39,6 +39,8 @@ CURRICULUM_BINS = 20  # of the pass-rate histogram, over [0, 1]
 STEP_METRICS = {
     "step": "number of this step, from 1",
     "accuracy": "mean verifier reward over all replies of the step",
+    "reward": "mean reward behind the advantages, over the same replies; reward/<name> are means of what is added to "
+    "the verdict, before its weight: each of reward.functions by its name, and the overlong penalty",
     "beta_eff": "KL coefficient of the step, after scaling by rho(accuracy)",
     "kl": "mean KL estimate per reply token, nats",
     "entropy": "mean entropy of the next-token distribution over reply tokens, nats",
@@ -291,18 +293,20 @@ def step_row(
     timer: PhaseTimer,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; `STEP_METRICS` says what each entry is."""
-    rewards = graded.rewards
-    num_right, group_size = rewards.sum(dim=1), rewards.shape[1]
+    correct = graded.correct
+    num_right, group_size = correct.sum(dim=1), correct.shape[1]
     taken = [update for update in updates if not update["skipped"]] or updates[-1:]
     return {
         "step": step,
-        "accuracy": float(rewards.mean()),
+        "accuracy": float(correct.mean()),
+        "reward": float(graded.rewards.mean()),
+        **{f"reward/{name}": float(values.mean()) for name, values in graded.reward_parts.items()},
         "beta_eff": beta_eff,
         **{name: sum(update[name] for update in taken) / len(taken) for name in taken[0] if name != "skipped"},
         **{name: max(update[name] for update in taken) for name in taken[0] if name.endswith("_max")},
         "learning_rate": updates[-1]["learning_rate"],
         "skipped_updates": sum(update["skipped"] for update in updates),
-        "completion_length": graded.num_tokens / rewards.numel(),
+        "completion_length": graded.num_tokens / correct.numel(),
         "tokens_per_second": graded.num_tokens / timer.total(),
         **graded.fractions(),
         "zero_variance_fraction": float(((num_right == 0) | (num_right == group_size)).float().mean()),

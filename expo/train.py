@@ -29,6 +29,7 @@ from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report
 from expo.rollout import Reply, Request, Sampling, request_seed
+from expo.shaping import RewardError
 from expo.stopping import StopRequested
 from expo.sync import SyncError
 from expo_kernels import akl_beta, group_advantages
@@ -54,6 +55,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         ConfigError: if the run cannot be, found before any model loads where that is possible.
         Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
         CheckpointError: if the run was to end and its state could not be written.
+        RewardError: if one of reward.functions failed.
         SyncError: if the rollout engine's weights turned out not to be the policy's.
     """
     with open_run(config, resume) as parts:
@@ -69,13 +71,13 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     with timer.phase("rollout"):
                         asked, replies = sample_replies(parts, step, drawn)
                     with timer.phase("reward"):
-                        graded = grade(parts.verifier, asked, replies)
+                        graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
                     with timer.phase("curriculum"):
-                        parts.curriculum.update(drawn, graded.rewards.mean(dim=1))
+                        parts.curriculum.update(drawn, graded.correct.mean(dim=1))
                     advantages = group_advantages(
                         graded.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
                     )
-                    beta = akl_beta(graded.rewards, config.kl.beta, rho=config.kl.rho)
+                    beta = akl_beta(graded.correct, config.kl.beta, rho=config.kl.rho)
                     with timer.phase("reference"):
                         samples = training_samples(graded, advantages, mask_truncated=config.objective.mask_truncated)
                         mini_batches = parts.policy.prepare(samples)
@@ -298,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, SyncError) as error:
+    except (Diverged, CheckpointError, RewardError, SyncError) as error:
         fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0
