@@ -148,6 +148,11 @@ def _require_enough(config: RunConfig, num_questions: int) -> None:
             f"rollout.questions_per_step = {wanted}, but {config.data.train} has {num_questions} usable questions, "
             f"and no question comes twice in a step; lower it to {num_questions} or less"
         )
+    if num_questions == wanted and config.rollout.max_resamples:
+        raise ConfigError(
+            f"rollout.max_resamples = {config.rollout.max_resamples} finds no further questions: every step asks all "
+            f"{wanted} of {config.data.train}; set it to 0, or lower rollout.questions_per_step"
+        )
 
 
 def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:

@@ -99,7 +99,10 @@ class RolloutSection(_Section):
     group_size: int = Field(8, ge=2)
     """G, replies per question (paper: 8); at least 2, since one reply alone has no advantage."""
     questions_per_step: Count = 256
-    """Questions per step (paper: 256)."""
+    """Questions that a step learns from (paper: 256)."""
+    max_resamples: Index = 0
+    """Rounds of a step in which groups whose rewards are all equal give way to further questions (DAPO's dynamic
+    sampling; verl's recipe: up to 10 batches). Accuracy, KL coefficient and pass rates count every group sampled."""
     temperature: Positive = 1.0
     """Sampling temperature (DAPO recipe: 1.0); policy, old and reference log-probs are taken at the same one."""
     max_new_tokens: Count = 3072

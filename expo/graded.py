@@ -49,6 +49,16 @@ class Graded:
         """[Q, G] int64, tokens of each reply, its end-of-sequence token included."""
         return torch.tensor([[len(reply.token_ids) for reply in group] for group in self.replies])
 
+    def select(self, questions: Sequence[int]) -> "Graded":
+        """The groups of some questions, by their index in `asked`."""
+        return Graded(
+            [self.asked[q] for q in questions],
+            [self.replies[q] for q in questions],
+            [self.verdicts[q] for q in questions],
+            None if self.shaped is None else self.shaped[questions],
+            {name: values[questions] for name, values in self.reward_parts.items()},
+        )
+
     @property
     def num_tokens(self) -> int:
         """Reply tokens in all, end-of-sequence tokens included."""
@@ -91,3 +101,15 @@ def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequenc
     answers = [prompted.question.answer for prompted, group in zip(asked, replies, strict=True) for _ in group]
     verdicts = iter(verifier.grade(texts, answers))
     return Graded(asked, replies, [[next(verdicts) for _ in group] for group in replies])
+
+
+def joined(parts: Sequence[Graded]) -> Graded:
+    """The groups of all parts, one after the other; parts that were shaped, all in one way."""
+    shaped = [part.shaped for part in parts if part.shaped is not None]
+    return Graded(
+        [prompted for part in parts for prompted in part.asked],
+        [group for part in parts for group in part.replies],
+        [group for part in parts for group in part.verdicts],
+        torch.cat(shaped) if shaped else None,
+        {name: torch.cat([part.reward_parts[name] for part in parts]) for name in parts[0].reward_parts},
+    )

@@ -38,7 +38,7 @@ CURRICULUM_BINS = 20  # of the pass-rate histogram, over [0, 1]
 
 STEP_METRICS = {
     "step": "number of this step, from 1",
-    "accuracy": "mean verifier reward over all replies of the step",
+    "accuracy": "mean verifier reward over all replies of the step, those of groups that were dropped included",
     "reward": "mean reward behind the advantages, over the same replies; reward/<name> are means of what is added to "
     "the verdict, before its weight: each of reward.functions by its name, and the overlong penalty",
     "beta_eff": "KL coefficient of the step, after scaling by rho(accuracy)",
@@ -65,7 +65,10 @@ STEP_METRICS = {
     "unparsed_fraction": "share of replies in which no answer was found",
     "timeout_fraction": "share of replies that could not be graded within the limits",
     "truncated_fraction": "share of replies cut at max_new_tokens",
-    "zero_variance_fraction": "share of groups whose replies were all right or all wrong",
+    "groups_sampled": "questions of the step that were given a group of replies, over all rounds",
+    "groups_dropped": "of these, the groups that were not learnt from, their rewards being all equal",
+    "resampling_rounds": "rounds in which such groups were replaced",
+    "zero_variance_fraction": "share of the groups sampled whose replies were all right or all wrong",
     "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
     "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of the rollout phase",
     "training_tokens_per_second": "prompt and reply tokens of all ranks over the seconds of the update phase",
