@@ -45,6 +45,11 @@ def extract_answer(reply: str) -> str | None:
     return answer if len(answer) <= MAX_ANSWER_CHARS and normalise(answer) else None
 
 
+def has_box(reply: str) -> bool:
+    """Whether a reply has a complete box that is not empty."""
+    return bool(_find_boxes(reply))
+
+
 def _find_boxes(reply: str) -> list[tuple[int, int, int]]:
     """Complete boxes by where they end: start of the command, start and end of the contents."""
     if "box" not in reply:

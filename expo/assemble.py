@@ -26,6 +26,7 @@ from expo.rewards import Verifier, check_answers
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm import VllmEngine, check_vllm, version_warning
+from expo.shaping import RewardFunction, Shaping, load_reward_functions
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.stopping import StopSwitch
 from expo.sync import WeightSync, make_probe
@@ -49,10 +50,11 @@ MAY_CHANGE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before any model loads: the training questions and the evaluation sets by name."""
+    """What is read before any model loads: the training questions, the evaluation sets and reward functions by name."""
 
     train: QuestionSet
     evaluation: dict[str, QuestionSet]
+    reward_functions: dict[str, RewardFunction]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Parts:
     engine: SharedEngine
     sync: WeightSync
     verifier: SharedVerifier
+    shaping: Shaping
     curriculum: CurriculumTable
     generator: torch.Generator  # draws questions
     train_set: list[Prompted]
@@ -119,9 +122,9 @@ def _processes_here(ranks: Ranks) -> list[int]:
 
 
 def load_inputs(config: RunConfig) -> Inputs:
-    """Questions with gradable answers.
+    """Questions with gradable answers, and the reward functions.
 
-    Raises: ConfigError naming the model folder, file, line or answer that is wrong.
+    Raises: ConfigError naming the model folder, file, line, answer or function that is wrong.
     """
     check_model_path(config.model)
     check_trackers(config.run.trackers)
@@ -135,7 +138,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         except ValueError as error:
             raise ConfigError(f"{questions.source}: {error}") from error
     _require_enough(config, len(train_set.questions))
-    return Inputs(train_set, evaluation)
+    return Inputs(train_set, evaluation, load_reward_functions(config.reward.functions))
 
 
 def _require_enough(config: RunConfig, num_questions: int) -> None:
@@ -144,6 +147,11 @@ def _require_enough(config: RunConfig, num_questions: int) -> None:
         raise ConfigError(
             f"rollout.questions_per_step = {wanted}, but {config.data.train} has {num_questions} usable questions, "
             f"and no question comes twice in a step; lower it to {num_questions} or less"
+        )
+    if num_questions == wanted and config.rollout.max_resamples:
+        raise ConfigError(
+            f"rollout.max_resamples = {config.rollout.max_resamples} finds no further questions: every step asks all "
+            f"{wanted} of {config.data.train}; set it to 0, or lower rollout.questions_per_step"
         )
 
 
@@ -230,6 +238,7 @@ def _build_parts(
         engine=engine,
         sync=WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance),
         verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
+        shaping=Shaping(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
         curriculum=_curriculum(config, len(train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
         train_set=train_set,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from expo_kernels import Objective
+from expo_kernels.objective import RolloutCorrection
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "ledger.yaml"
@@ -98,7 +99,10 @@ class RolloutSection(_Section):
     group_size: int = Field(8, ge=2)
     """G, replies per question (paper: 8); at least 2, since one reply alone has no advantage."""
     questions_per_step: Count = 256
-    """Questions per step (paper: 256)."""
+    """Questions that a step learns from (paper: 256)."""
+    max_resamples: Index = 0
+    """Rounds of a step in which groups whose rewards are all equal give way to further questions (DAPO's dynamic
+    sampling; verl's recipe: up to 10 batches). Accuracy, KL coefficient and pass rates count every group sampled."""
     temperature: Positive = 1.0
     """Sampling temperature (DAPO recipe: 1.0); policy, old and reference log-probs are taken at the same one."""
     max_new_tokens: Count = 3072
@@ -121,12 +125,22 @@ class VllmSection(_Section):
 
 
 class RewardSection(_Section):
-    """The verifier: math-verify in worker processes with a deadline."""
+    """The verifier, math-verify in worker processes with a deadline; and what shapes the reward beside its verdict."""
 
     workers: Count = 2
     """Worker processes; started at the first answer that needs computer algebra."""
     timeout_s: Positive = 5.0
     """Seconds per answer; then the worker is killed and the verdict is `timeout` (reward 0, counted apart)."""
+    correct_weight: NonNegative = 1.0
+    """Weight of the verdict (1 for a correct reply, else 0) in the reward behind the advantages."""
+    functions: dict[str, float] = {}
+    """Reward functions and their weights, as {"package.module:function": weight}; expo/shaping.py says how they are
+    called. Built in: expo.formats:boxed, expo.formats:think_then_answer."""
+    overlong_buffer: Index = 0
+    """Tokens before rollout.max_new_tokens over which a penalty grows from 0 to 1 (DAPO eq. 13; its recipe: 4,096 of
+    20,480); 0: none."""
+    overlong_penalty: Positive = 1.0
+    """Weight of that penalty (DAPO recipe: 1)."""
 
 
 class CurriculumSection(_Section):
@@ -170,6 +184,14 @@ class ObjectiveSection(_Section):
     """Mean over all tokens of an update (DAPO recipe), over sequences first, or by the longest reply."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Advantages divided by the group's population std (paper eq. 1), the batch's, or nothing."""
+    mask_truncated: bool = False
+    """Replies cut at rollout.max_new_tokens give no loss and count in none of its means (DAPO's overlong filtering);
+    they are graded and count in advantages, accuracy and pass rates all the same."""
+    rollout_correction: RolloutCorrection | None = None
+    """Weigh the surrogate by w = exp(old - rollout log-prob), cut at rollout_cap (truncated importance sampling),
+    against what the rollout engine's numerics do: per token, or one w of the whole reply; null: not at all."""
+    rollout_cap: Positive = 2.0
+    """Upper bound of that w (verl's and TRL's default: 2)."""
 
 
 class PolicySection(_Section):
@@ -286,13 +308,39 @@ class RunConfig(_Section):
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it to {longest} or shorten those"
             )
         self._partitioning()
+        self._rewards()
         if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of run.steps = "
                 f"{self.run.steps} for the linear schedule; lower it below {self.run.steps}"
             )
+        if self.objective.rollout_correction and self.policy.old_logps == "rollout":
+            raise ValueError(
+                f"objective.rollout_correction = {self.objective.rollout_correction} would weigh every token by 1: "
+                f"policy.old_logps = rollout makes old and rollout log-probs the same; leave one of the two out"
+            )
         self.loss_objective()
         return self
+
+    def _rewards(self) -> None:
+        reward, longest = self.reward, self.rollout.max_new_tokens
+        if reward.overlong_buffer > longest:
+            raise ValueError(
+                f"reward.overlong_buffer = {reward.overlong_buffer} leaves no reply without a penalty, since "
+                f"rollout.max_new_tokens = {longest}; lower it to less"
+            )
+        taken = {"overlong"}
+        for name in reward.functions:
+            module, _, function = name.partition(":")
+            if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+                raise ValueError(f"reward.functions names {name!r}; expected package.module:function")
+            if function in taken:
+                raise ValueError(
+                    f"reward.functions: {name} would be logged as reward/{function}, as another is; rename one"
+                )
+            taken.add(function)
+        if not reward.correct_weight and not any(reward.functions.values()) and not reward.overlong_buffer:
+            raise ValueError("reward.correct_weight = 0 leaves no reward at all; raise it or give reward.functions")
 
     def _partitioning(self) -> None:
         policy = self.policy
@@ -313,6 +361,8 @@ class RunConfig(_Section):
             aggregation=self.objective.aggregation,
             kl=self.kl.estimator,
             temperature=self.rollout.temperature,
+            rollout_correction=self.objective.rollout_correction,
+            rollout_cap=self.objective.rollout_cap,
             max_completion_length=(self.rollout.max_new_tokens if self.objective.aggregation == "constant" else None),
         )
 

@@ -1,7 +1,7 @@
 """Replies with their verdicts: what a rollout gives to training and to evaluation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,21 +22,47 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class Graded:
-    """Q questions with G replies each: `replies[q][g]` was graded `verdicts[q][g]`."""
+    """Q questions with G replies each: `replies[q][g]` was graded `verdicts[q][g]`.
+
+    shaped: [Q, G] float32, rewards where they are more than the verdict's; reward_parts: [Q, G] float32 each, what
+    they are made of beside the verdict, by name, before their weights.
+    """
 
     asked: Sequence[Prompted]
     replies: Sequence[Sequence[Reply]]
     verdicts: Sequence[Sequence[Verdict]]
+    shaped: Tensor | None = None
+    reward_parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def rewards(self) -> Tensor:
-        """[Q, G] float32, 1 where correct, else 0."""
+    def correct(self) -> Tensor:
+        """[Q, G] float32, 1 where correct, else 0: what accuracy, the KL coefficient and pass rates are made of."""
         return torch.tensor([[verdict.reward for verdict in group] for group in self.verdicts])
+
+    @property
+    def rewards(self) -> Tensor:
+        """[Q, G] float32, what advantages are made of."""
+        return self.correct if self.shaped is None else self.shaped
+
+    @property
+    def lengths(self) -> Tensor:
+        """[Q, G] int64, tokens of each reply, its end-of-sequence token included."""
+        return torch.tensor([[len(reply.token_ids) for reply in group] for group in self.replies])
+
+    def select(self, questions: Sequence[int]) -> "Graded":
+        """The groups of some questions, by their index in `asked`."""
+        return Graded(
+            [self.asked[q] for q in questions],
+            [self.replies[q] for q in questions],
+            [self.verdicts[q] for q in questions],
+            None if self.shaped is None else self.shaped[questions],
+            {name: values[questions] for name, values in self.reward_parts.items()},
+        )
 
     @property
     def num_tokens(self) -> int:
         """Reply tokens in all, end-of-sequence tokens included."""
-        return sum(len(reply.token_ids) for group in self.replies for reply in group)
+        return int(self.lengths.sum())
 
     def fractions(self) -> dict[str, float]:
         """Shares of all replies in which no answer was found, that could not be graded in time, that were cut."""
@@ -60,11 +86,12 @@ class Graded:
                 "reply": reply.text,
                 "verdict": verdict.kind,
                 "reward": verdict.reward,
+                "shaped_reward": reward,
                 "num_tokens": len(reply.token_ids),
                 "truncated": reply.is_truncated,
             }
-            for prompted, group, judged in zip(self.asked, self.replies, self.verdicts, strict=True)
-            for reply, verdict in zip(group, judged, strict=True)
+            for prompted, *columns in zip(self.asked, self.replies, self.verdicts, self.rewards.tolist(), strict=True)
+            for reply, verdict, reward in zip(*columns, strict=True)
         ]
 
 
@@ -74,3 +101,15 @@ def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequenc
     answers = [prompted.question.answer for prompted, group in zip(asked, replies, strict=True) for _ in group]
     verdicts = iter(verifier.grade(texts, answers))
     return Graded(asked, replies, [[next(verdicts) for _ in group] for group in replies])
+
+
+def joined(parts: Sequence[Graded]) -> Graded:
+    """The groups of all parts, one after the other; parts that were shaped, all in one way."""
+    shaped = [part.shaped for part in parts if part.shaped is not None]
+    return Graded(
+        [prompted for part in parts for prompted in part.asked],
+        [group for part in parts for group in part.replies],
+        [group for part in parts for group in part.verdicts],
+        torch.cat(shaped) if shaped else None,
+        {name: torch.cat([part.reward_parts[name] for part in parts]) for name in parts[0].reward_parts},
+    )

@@ -26,6 +26,7 @@ from torch import Tensor
 from expo.batch import Batch, collate, pack, share_by_tokens, split_by_tokens
 from expo.config import ConfigError, PolicySection, RunConfig
 from expo.lora import adapters_off, add_adapters, merged
+from expo.mismatch import Mismatch
 from expo.model import PolicyModule, load_model, logit_softcap
 from expo.quiet import errors_only
 from expo.ranks import Ranks
@@ -38,12 +39,16 @@ BUCKET_ELEMENTS = 2 * 10**8  # of gradients reduced at once; DeepSpeed holds a b
 
 @dataclass(frozen=True)
 class Sample:
-    """One reply to learn from: prompt_ids, reply_ids, the rollout's logps of those in nats, and its advantage."""
+    """One reply to learn from: prompt_ids, reply_ids, the rollout's logps of those in nats, and its advantage.
+
+    One that is left out takes its place among the mini-batches and no part in the loss, its denominators included.
+    """
 
     prompt_ids: Sequence[int]
     reply_ids: Sequence[int]
     rollout_logps: Sequence[float]
     advantage: float
+    is_left_out: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.reply_ids)
@@ -85,6 +90,9 @@ class Policy(Protocol):
     def update(self, mini_batch: MiniBatch, beta: Tensor) -> dict[str, float]:
         """One optimizer step; its metrics, as means over all tokens of the step."""
 
+    def mismatch(self) -> dict[str, float]:
+        """How far the rollout engine's log-probs were from the policy's, over all updates since `prepare`."""
+
     def save(self, folder: Path) -> None:
         """Writes all that training needs to go on with equal bits, with the other ranks, into an empty folder."""
 
@@ -112,6 +120,7 @@ class DeepSpeedPolicy:
         self._ranks = ranks
         self._num_updates = config.run.steps * section.updates_per_step
         self._updates_done = 0
+        self._mismatch = Mismatch()
         self.dtype: torch.dtype = getattr(torch, section.dtype)
         with _loading(section):
             self.model, self.tokenizer = load_model(config.model, ranks.device)
@@ -203,8 +212,10 @@ class DeepSpeedPolicy:
 
     def prepare(self, samples: Sequence[Sample]) -> list[MiniBatch]:
         """Equal mini-batches in the order given, each shared out by tokens and cut into micro-batches."""
+        self._mismatch = Mismatch()
         size = len(samples) // self._section.updates_per_step
-        return [self._mini_batch(samples[start : start + size]) for start in range(0, len(samples), size)]
+        parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return [self._mini_batch([sample for sample in part if not sample.is_left_out]) for part in parts]
 
     def _mini_batch(self, samples: Sequence[Sample]) -> MiniBatch:
         lengths = [len(sample) for sample in samples]
@@ -220,7 +231,7 @@ class DeepSpeedPolicy:
 
     def _plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Row numbers by rank and micro-batch; all ranks have as many micro-batches, empty ones if need be, since
-        each pass may be a collective.
+        each pass may be a collective. There is one at least: a step is taken even where nothing is learnt.
         """
         plan = []
         for rows in share_by_tokens(lengths, self._ranks.size):
@@ -228,7 +239,7 @@ class DeepSpeedPolicy:
                 [lengths[row] for row in rows], self._section.micro_batch_tokens, padded=not self._section.packing
             )
             plan.append([[rows[index] for index in group] for group in groups])
-        count = max(len(groups) for groups in plan)
+        count = max(1, *(len(groups) for groups in plan))
         return [groups + [[]] * (count - len(groups)) for groups in plan]
 
     def _micro_batch(self, samples: Sequence[Sample]) -> MicroBatch:
@@ -260,9 +271,9 @@ class DeepSpeedPolicy:
 
     def update(self, mini_batch: MiniBatch, beta: Tensor) -> dict[str, float]:
         """One AdamW step on all ranks' micro-batches; `skipped` is 1 where loss or gradient was not finite."""
-        means, maxima = _TokenMeans(), {"ratio_max": 0.0, "rollout_logp_difference_max": 0.0}
+        means, ratio_max = _TokenMeans(), 0.0
         is_token_mean = self._objective.aggregation == "token"
-        normalizer = float(mini_batch.num_tokens if is_token_mean else mini_batch.num_sequences)
+        normalizer = float(max(mini_batch.num_tokens if is_token_mean else mini_batch.num_sequences, 1))
         last = len(mini_batch.micro_batches) - 1
         for index, micro in enumerate(mini_batch.micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == last)
@@ -271,26 +282,36 @@ class DeepSpeedPolicy:
                 advantages=micro.advantages,
                 old_logps=micro.old_logps,
                 ref_logps=micro.ref_logps,
+                rollout_logps=micro.rollout_logps if self._objective.rollout_correction else None,
                 beta=beta.to(self._ranks.device) if micro.ref_logps is not None else 0.0,
                 normalizer=normalizer,
             )
             # DeepSpeed averages over ranks, and the normalizer has counted them all; a loss that is not finite makes
             # its gradient so, which every rank then sees
             self._engine.backward(loss * self._ranks.size * (1 + 0 * loss.detach()), scale_wrt_gas=False)
-            sampled_under = logps if micro.old_logps is None else micro.old_logps
-            difference = (sampled_under - micro.rollout_logps).abs().max()
+            self._note_mismatch(micro, logps)
             means.add(loss, metrics)
-            for name, value in (("ratio_max", metrics["ratio_max"]), ("rollout_logp_difference_max", difference)):
-                maxima[name] = max(maxima[name], float(value))
+            ratio_max = max(ratio_max, float(metrics["ratio_max"]))
         rate, norm, applied = self._step()
         self._updates_done += 1
         return {
             **means.over(mini_batch.num_tokens, self._ranks),
-            **dict(zip(maxima, self._ranks.maximum(list(maxima.values())), strict=True)),
+            "ratio_max": self._ranks.maximum([ratio_max])[0],
             "grad_norm": norm,
             "learning_rate": rate,
             "skipped": float(not applied),
         }
+
+    def _note_mismatch(self, micro: MicroBatch, logps: Tensor) -> None:
+        if self._section.old_logps == "recompute":
+            logps = logps if micro.old_logps is None else micro.old_logps
+        elif self._updates_done % self._section.updates_per_step:
+            return  # the policy has moved, and what it said before was not asked
+        self._mismatch.add(logps, micro.rollout_logps, micro.batch.completion_mask)
+
+    def mismatch(self) -> dict[str, float]:
+        """The metrics of `expo.mismatch` since `prepare`; with old_logps = rollout, of the first update alone."""
+        return self._mismatch.metrics(self._ranks)
 
     def _step(self) -> tuple[float, float, bool]:
         """Learning rate, gradient norm before clipping, and whether the weights moved."""

@@ -48,7 +48,7 @@ class Throughput:
             "rollout_tokens_per_second": graded.num_tokens / timer.seconds_of("rollout"),
             "training_tokens_per_second": trained / timer.seconds_of("update"),
             "mfu": self._utilisation(mini_batches, timer.seconds_of("reference") + timer.seconds_of("update")),
-            "padding_fraction": 1 - trained / positions,
+            "padding_fraction": 1 - trained / positions if positions else 0.0,
             "memory_peak_gib": peak / GIB,
             "memory_reserved_gib": reserved / GIB,
         }

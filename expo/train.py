@@ -28,7 +28,9 @@ from expo.policy import MiniBatch, Sample
 from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report
+from expo.resampling import Rollouts
 from expo.rollout import Reply, Request, Sampling, request_seed
+from expo.shaping import RewardError
 from expo.stopping import StopRequested
 from expo.sync import SyncError
 from expo_kernels import akl_beta, group_advantages
@@ -54,6 +56,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         ConfigError: if the run cannot be, found before any model loads where that is possible.
         Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
         CheckpointError: if the run was to end and its state could not be written.
+        RewardError: if one of reward.functions failed.
         SyncError: if the rollout engine's weights turned out not to be the policy's.
     """
     with open_run(config, resume) as parts:
@@ -66,18 +69,17 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     timer = PhaseTimer(parts.guard)
                     with timer.phase("curriculum"):
                         drawn = draw_questions(parts)
-                    with timer.phase("rollout"):
-                        asked, replies = sample_replies(parts, step, drawn)
-                    with timer.phase("reward"):
-                        graded = grade(parts.verifier, asked, replies)
+                    rollouts = roll_out(parts, step, drawn, timer)
+                    sampled, kept = rollouts.sampled, rollouts.kept
                     with timer.phase("curriculum"):
-                        parts.curriculum.update(drawn, graded.rewards.mean(dim=1))
+                        parts.curriculum.update(drawn[: len(sampled.asked)], sampled.correct.mean(dim=1))
                     advantages = group_advantages(
-                        graded.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
+                        kept.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
                     )
-                    beta = akl_beta(graded.rewards, config.kl.beta, rho=config.kl.rho)
+                    beta = akl_beta(sampled.correct, config.kl.beta, rho=config.kl.rho)
                     with timer.phase("reference"):
-                        mini_batches = parts.policy.prepare(training_samples(graded, advantages))
+                        samples = training_samples(kept, advantages, mask_truncated=config.objective.mask_truncated)
+                        mini_batches = parts.policy.prepare(samples)
                     leave_if_asked(parts)
                     with timer.phase("update"):
                         updates, bad_updates = update_policy(parts, step, mini_batches, beta, position.bad_updates)
@@ -86,10 +88,10 @@ def train(config: RunConfig, resume: bool = False) -> Path:
 
                     position = position_after(parts, step, bad_updates)
                     with parts.guard("save"):
-                        row = step_row(step, graded, float(beta), updates, parts.curriculum, timer)
-                        row.update(sync_max_abs_dlogp=difference)
-                        row.update(parts.throughput.row(graded, mini_batches, timer))
-                        record(parts, step, graded, row)
+                        row = step_row(step, sampled, float(beta), updates, parts.curriculum, timer)
+                        row.update(rollouts.metrics(), **parts.policy.mismatch(), sync_max_abs_dlogp=difference)
+                        row.update(parts.throughput.row(sampled, mini_batches, timer))
+                        record(parts, step, sampled, row)
                     bar.advance(note=progress_note(row))
                     score = evaluate_if_due(parts, step)
                     position = replace(position, random=random_states())  # evaluating may have drawn some
@@ -104,15 +106,35 @@ def train(config: RunConfig, resume: bool = False) -> Path:
 
 
 def draw_questions(parts: Parts) -> Tensor:
-    """Indices [questions_per_step] of this step's questions, none twice (paper eq. 7; or all alike)."""
-    count = parts.config.rollout.questions_per_step
+    """Indices of this step's questions, none twice (paper eq. 7; or all alike), in the order in which they are asked:
+    [questions_per_step], and as many for each round that may replace groups.
+    """
+    section = parts.config.rollout
+    count = min(section.questions_per_step * (1 + section.max_resamples), len(parts.train_set))
     if parts.config.curriculum.kind == "uniform":
         return torch.randperm(len(parts.train_set), generator=parts.generator)[:count]
     return parts.curriculum.sample(count, generator=parts.generator)
 
 
+def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollouts:
+    """Graded groups of the first questions drawn; then, for rollout.max_resamples rounds at most, of as many of the
+    next ones as there are groups still missing that teach something.
+    """
+    section = parts.config.rollout
+    rollouts, missing = Rollouts([], section.questions_per_step), section.questions_per_step
+    while missing and len(drawn) and len(rollouts.rounds) <= section.max_resamples:
+        questions, drawn = drawn[:missing], drawn[missing:]
+        with timer.phase("rollout"):
+            asked, replies = sample_replies(parts, step, questions)
+        with timer.phase("reward"):
+            graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
+        rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
+        missing = rollouts.num_missing
+    return rollouts
+
+
 def sample_replies(parts: Parts, step: int, drawn: Tensor) -> tuple[list[Prompted], list[list[Reply]]]:
-    """The drawn questions and group_size replies to each; seeds follow from run, step, question and sample alone."""
+    """Drawn questions and group_size replies to each; seeds follow from run, step, question and sample alone."""
     config = parts.config
     asked = [parts.train_set[index] for index in drawn.tolist()]
     requests = []
@@ -124,11 +146,11 @@ def sample_replies(parts: Parts, step: int, drawn: Tensor) -> tuple[list[Prompte
     return asked, parts.engine.generate(requests, sampling)
 
 
-def training_samples(graded: Graded, advantages: Tensor) -> list[Sample]:
-    """Every reply with its prompt and its advantage, question after question."""
+def training_samples(graded: Graded, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
+    """Every reply with its prompt and its advantage, question after question; truncated ones left out if so asked."""
     value = iter(advantages.tolist())
     return [
-        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value))
+        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
         for prompted, group in zip(graded.asked, graded.replies, strict=True)
         for reply in group
     ]
@@ -297,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, SyncError) as error:
+    except (Diverged, CheckpointError, RewardError, SyncError) as error:
         fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0

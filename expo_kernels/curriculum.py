@@ -102,6 +102,8 @@ class CurriculumTable:
     def sample(self, k: int, *, generator: torch.Generator | None = None, replacement: bool = False) -> Tensor:
         """Draw k question ids, [k] int64 on the device, each draw with Pr proportional to w among those left.
 
+        They stand in the order drawn: the first j of k are a draw of j, and the same one that a call for j would make.
+
         Args:
             k: >= 1, and at most Q without replacement.
             generator: of the table's device; None: the device's default.

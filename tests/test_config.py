@@ -89,6 +89,12 @@ def test_config_is_frozen():
         ("--kl.rho=linear", "kl.rho = 'linear': input should be 'tanh' or 'constant'"),
         ("--policy.updates_per_step=3", "256 replies do not split"),
         ("--policy.micro_batch_tokens=40", "raise it to 64"),
+        ("--objective.rollout_correction=batch", "objective.rollout_correction = 'batch': input should be 'token'"),
+        ("--reward.overlong_buffer=33", "reward.overlong_buffer = 33 leaves no reply without a penalty"),
+        ("--reward.functions={length: 1}", "names 'length'; expected package.module:function"),
+        ("--reward.functions={a:f: 1, b:f: 1}", "b:f would be logged as reward/f, as another is"),
+        ("--reward.functions={a:overlong: 1}", "would be logged as reward/overlong"),
+        ("--reward.correct_weight=0", "leaves no reward at all"),
         ("--optimizer.lr=[", "is not a YAML value"),
         ("--optimizer.lr=.nan", "optimizer.lr = nan"),
         ("nowhere.yaml", "cannot read the config file nowhere.yaml"),
@@ -96,6 +102,11 @@ def test_config_is_frozen():
 )
 def test_bad_command_lines_exit_2_with_one_line(capsys, argument, expected):
     assert expected in error_of(capsys, argument)
+
+
+def test_a_rollout_correction_that_would_do_nothing_is_refused(capsys):
+    said = error_of(capsys, "--objective.rollout_correction=token", "--policy.old_logps=rollout")
+    assert "would weigh every token by 1" in said
 
 
 @pytest.mark.parametrize(

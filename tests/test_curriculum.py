@@ -1,3 +1,4 @@
+import itertools
 import time
 
 import numpy as np
@@ -101,6 +102,24 @@ def test_inclusion_without_replacement_agrees_with_the_exact_probabilities():
     for _ in range(20_000):
         counts[3 - int(weights.sample(2, generator=generator).sum())] += 1
     assert stats.chisquare(counts, np.array(left_out) * 20_000).pvalue > 1e-3
+
+
+def test_a_draw_stands_in_the_order_drawn():
+    table = table_with([0.5, 0.3, 0.8], std=0.2)
+    w = table.weights.double() / table.weights.double().sum()
+    pairs = list(itertools.permutations(range(3), 2))
+    expected = np.array([float(w[a] * w[b] / (1 - w[a])) for a, b in pairs])
+    generator = torch.Generator().manual_seed(3)
+    counts = dict.fromkeys(pairs, 0)
+    for _ in range(20_000):
+        counts[tuple(table.sample(3, generator=generator)[:2].tolist())] += 1
+    assert stats.chisquare(list(counts.values()), 20_000 * expected).pvalue > 1e-3
+
+
+def test_a_longer_draw_begins_with_the_shorter_one():
+    table = table_with(torch.rand(1000).tolist())
+    draws = [table.sample(k, generator=torch.Generator().manual_seed(4)) for k in (10, 400)]
+    assert torch.equal(draws[0], draws[1][:10])
 
 
 def test_without_replacement_no_question_comes_twice():

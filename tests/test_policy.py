@@ -4,6 +4,8 @@ Many ranks: test_policy_ranks.py.
 """
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,20 +73,77 @@ def test_old_logps_may_be_the_rollout_engines():
     assert policy.update(only, BETA)["ratio_max"] != 1.0
 
 
+def gradient_of(policy, mini_batch):
+    """The gradient of one step, all parameters in one row."""
+    found = []
+    policy._engine.optimizer.register_step_pre_hook(
+        lambda *_: found.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    )
+    policy.update(mini_batch, BETA)
+    return found[0]
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_how_micro_batches_are_cut_does_not_change_the_gradient(aggregation, packing):
     gradients = []
     for budget, packed in ((64, packing), (4096, False)):
         policy = make(policy__micro_batch_tokens=budget, objective__aggregation=aggregation, policy__packing=packed)
-        policy._engine.optimizer.register_step_pre_hook(
-            lambda *_, policy=policy: gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
-        )
         (mini_batch,) = policy.prepare(samples(policy))
         assert (len(mini_batch.micro_batches) > 1) == (budget == 64)
-        policy.update(mini_batch, BETA)
+        gradients.append(gradient_of(policy, mini_batch))
     assert gradients[0].norm() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_replies_left_out_change_nothing_about_the_step_of_the_others(aggregation):
+    options = {"policy__micro_batch_tokens": 64, "objective__aggregation": aggregation}
+    policy, other = make(**options), make(**options)
+    data = samples(policy)
+    marked = [replace(sample, is_left_out=row % 3 == 0) for row, sample in enumerate(data)]
+    (mini_batch,) = policy.prepare(marked)
+    (others,) = other.prepare([sample for row, sample in enumerate(data) if row % 3])
+    assert (mini_batch.num_sequences, mini_batch.num_tokens) == (others.num_sequences, others.num_tokens)
+    assert torch.equal(gradient_of(policy, mini_batch), gradient_of(other, others))
+
+
+def test_replies_left_out_keep_their_place_among_the_mini_batches():
+    policy = make(policy__updates_per_step=2)
+    marked = [replace(sample, is_left_out=row < 5) for row, sample in enumerate(samples(policy))]
+    assert [mini_batch.num_sequences for mini_batch in policy.prepare(marked)] == [1, 6]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_of_which_all_is_left_out_has_no_gradient(aggregation, packing):
+    policy = make(objective__aggregation=aggregation, policy__packing=packing)
+    (mini_batch,) = policy.prepare([replace(sample, is_left_out=True) for sample in samples(policy)])
+    metrics = policy.update(mini_batch, BETA)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["skipped"]) == (0.0, 0.0, 0.0)
+    assert mini_batch.num_tokens == 0
+
+
+@pytest.mark.parametrize("correction", ["token", "sequence"])
+def test_a_rollout_correction_weighs_replies_by_how_rarely_the_engine_would_give_them(correction):
+    plain = make(kl__beta=0.0)
+    (mini_batch,) = plain.prepare(samples(plain, 3))
+    ordered = sorted(samples(plain, 3), key=len, reverse=True)
+    logps = reply_logps(plain, mini_batch.micro_batches)[0].split([len(sample.reply_ids) for sample in ordered])
+
+    def gradient(shift=0.0, weights=(1, 1, 1), **overrides):
+        """With log-probs of the engine so many nats above the trainer's, and advantages times the weights."""
+        data = [
+            replace(sample, rollout_logps=(own + shift).tolist(), advantage=sample.advantage * weight)
+            for sample, own, weight in zip(ordered, logps, weights, strict=True)
+        ]
+        policy = make(kl__beta=0.0, **overrides)
+        return gradient_of(policy, policy.prepare(data)[0])
+
+    powers = [1 if correction == "token" else len(sample.reply_ids) for sample in ordered]
+    for shift, weights in ((math.log(1.5), [1.5**-power for power in powers]), (-math.log(3), [1.25] * 3)):
+        corrected = gradient(shift, objective__rollout_correction=correction, objective__rollout_cap=1.25)
+        torch.testing.assert_close(corrected, gradient(weights=weights), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("packing", [False, True])

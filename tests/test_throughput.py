@@ -35,6 +35,8 @@ def test_rates_are_tokens_over_the_seconds_of_their_phase():
     assert row["padding_fraction"] == pytest.approx(1 - 22 / 26)
     assert 0 < row["memory_peak_gib"] < 100
     assert row["mfu"] is None, "there is no peak to speak of on a CPU"
+    nothing = measure.row(SimpleNamespace(num_tokens=30), [batch([], 0, 0)], timer(rollout=2.0, update=4.0))
+    assert nothing["padding_fraction"] == nothing["training_tokens_per_second"] == 0.0
 
 
 @pytest.mark.parametrize(("updates", "rank", "passes"), [(1, 0, 1), (4, 0, 2), (1, 8, 1)])

@@ -18,20 +18,22 @@ LENGTHS = [(9, 14), (4, 7), (6, 1), (3, 25), (5, 5), (8, 12), (4, 3), (7, 9), (9
 
 
 def samples(vocab_size: int) -> list[Sample]:
-    """Ragged, with advantages of both signs; the same on every rank."""
+    """Ragged, with advantages of both signs, one left out; the same on every rank."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for row, (prompt, reply) in enumerate(LENGTHS):
         ids = torch.randint(3, vocab_size, (prompt + reply,), generator=generator).tolist()
         advantage = float(torch.randn((), generator=generator)) if row else 0.0
-        found.append(Sample(ids[:prompt], ids[prompt:], [-1.0] * reply, advantage))
+        found.append(Sample(ids[:prompt], ids[prompt:], [-1.0] * reply, advantage, is_left_out=row == 4))
     return found
 
 
 def parameters_after_three_steps(
     path: str, stage: int, packing: bool, aggregation: str, budget: int, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """All parameters in one row, the last loss and gradient norm, and how many micro-batches this rank had a step."""
+    """All parameters in one row; the last loss, gradient norm and distance from the rollout engine; and how many
+    micro-batches this rank had a step.
+    """
     overrides = {
         "model.path": path,
         "policy.zero_stage": stage,
@@ -49,7 +51,8 @@ def parameters_after_three_steps(
         (mini_batch,) = policy.prepare(samples(19))
         metrics = policy.update(mini_batch, torch.tensor(0.02))
     row = torch.cat([value.flatten() for _, value in policy.named_weights()])
-    return row, torch.tensor([metrics["loss"], metrics["grad_norm"]]), len(mini_batch.micro_batches)
+    figures = [metrics["loss"], metrics["grad_norm"], *policy.mismatch().values()]
+    return row, torch.tensor(figures), len(mini_batch.micro_batches)
 
 
 def main() -> None:

@@ -10,9 +10,14 @@ pytestmark = pytest.mark.slow
 def test_a_run_killed_in_mid_step_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
     plan, stages = [], (0, 1, 2, 3)
     for stage in stages:
-        command = argv(tmp_path, f"whole-{stage}", policy__zero_stage=stage)
-        plan.append(life(f"whole-{stage}", command))
-        command = argv(tmp_path, f"killed-{stage}", policy__zero_stage=stage)
+        # with groups that are replaced, and rewards of which rank 0 alone makes a part
+        options = {
+            "policy__zero_stage": stage,
+            "rollout__max_resamples": stage,
+            "reward__functions": "{expo.formats:boxed: 0.5}",
+        }
+        plan.append(life(f"whole-{stage}", argv(tmp_path, f"whole-{stage}", **options)))
+        command = argv(tmp_path, f"killed-{stage}", **options)
         plan.append(life(f"killed-{stage}", command, fault={"phase": "gradient", "do": "kill", "nth": 4}))
         plan.append(life(f"resumed-{stage}", [*command, "--resume"]))
     codes = lived(tmp_path, plan)
@@ -21,5 +26,6 @@ def test_a_run_killed_in_mid_step_ends_with_the_bits_of_an_undisturbed_one(tmp_p
         assert codes[f"whole-{stage}"] == codes[f"resumed-{stage}"] == [0, 0]
         whole, resumed = facts(tmp_path / f"whole-{stage}"), facts(tmp_path / f"killed-{stage}")
         assert [row["step"] for row in whole["evaluations"]] == [0, 2, 4, 6]
+        assert (max(row["groups_dropped"] for row in whole["metrics"]) > 0) == (stage > 0)
         for name, values in whole.items():
             assert resumed[name] == values, f"{name} at ZeRO {stage}"

@@ -1,0 +1,150 @@
+"""Groups that teach nothing, replaced: which are kept, what is counted, and a run that draws further questions."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import expo.train
+from expo.config import load_config
+from expo.data import Prompted, Question
+from expo.graded import Graded
+from expo.resampling import Rollouts, teaches
+from expo.rewards import Verdict
+from expo.rollout import Reply
+from expo.train import draw_questions, main, train, training_samples
+from expo_kernels import CurriculumTable
+from tests.test_train import quick, rows_of, untimed, weights_of
+
+# half of all pairs of replies are both right or both wrong
+PAIRS = {"rollout__group_size": 2, "rollout__max_resamples": 2, "run__checkpoint_every": 3, "run__steps": 6}
+REPLY = Reply([5, 6], [-0.5, -0.7], False, "")
+
+
+def round_of(*patterns):
+    """Groups of replies, right where a pattern has a 1."""
+    verdicts = [[Verdict("correct" if mark == "1" else "wrong", "") for mark in pattern] for pattern in patterns]
+    asked = [Prompted(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
+    return Graded(asked, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
+
+
+def kept(size, *rounds):
+    return [
+        prompted.question.id for prompted in Rollouts([round_of(*patterns) for patterns in rounds], size).kept.asked
+    ]
+
+
+def test_groups_that_teach_are_kept_in_the_order_drawn_and_others_fill_up():
+    assert kept(3, ["000", "010", "111"]) == ["000", "010", "111"]
+    assert kept(3, ["000", "010", "111"], ["110", "100"]) == ["010", "110", "100"]
+    assert kept(3, ["000", "010", "111"], ["110", "000"]) == ["000", "010", "110"]
+
+
+def test_what_was_sampled_is_counted():
+    rollouts = Rollouts([round_of("000", "010", "111"), round_of("110", "000")], 3)
+    assert rollouts.metrics() == {"groups_sampled": 5, "groups_dropped": 2, "resampling_rounds": 1}
+    assert rollouts.num_missing == 1
+    assert rollouts.sampled.correct.mean() == pytest.approx(6 / 15)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7])
+def test_equal_rewards_teach_nothing_whatever_their_float_deviation(value):
+    rewards = torch.full((2, 7), value)
+    rewards[1, 3] = torch.nextafter(rewards[1, 3], torch.ones(()))
+    assert teaches(rewards).tolist() == [False, True]
+
+
+def test_truncated_replies_are_left_out_where_asked():
+    cut = Reply([5, 6], [-0.5, -0.7], True, "")
+    graded = Graded(round_of("01").asked, [[REPLY, cut]], round_of("01").verdicts)
+    for mask_truncated in (False, True):
+        samples = training_samples(graded, torch.tensor([1.0, -1.0]), mask_truncated=mask_truncated)
+        assert [sample.is_left_out for sample in samples] == [False, mask_truncated]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_report():
+    """Drawing takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expo.train, "write_report", lambda _: "left out here")
+        yield
+
+
+@pytest.fixture(scope="module")
+def resampled(tmp_path_factory):
+    return train(quick(tmp_path_factory.mktemp("resampled"), **PAIRS))
+
+
+def questions_of(run, step):
+    return list(dict.fromkeys(row["question_id"] for row in rows_of(run, "completions") if row["step"] == step))
+
+
+def test_every_group_sampled_counts(resampled):
+    rows = rows_of(resampled, "metrics")
+    visits = torch.load(resampled / "checkpoints/step-000006/position.pt", weights_only=True)["curriculum"]["visits"]
+    assert int(visits.sum()) == sum(row["groups_sampled"] for row in rows) > 6 * 4
+    for row in rows:
+        replies = [reply for reply in rows_of(resampled, "completions") if reply["step"] == row["step"]]
+        assert len(replies) == 2 * row["groups_sampled"]
+        assert len(questions_of(resampled, row["step"])) == row["groups_sampled"] <= 4 * 3
+        assert row["groups_dropped"] == row["groups_sampled"] - 4
+        assert row["accuracy"] == pytest.approx(sum(reply["reward"] for reply in replies) / len(replies))
+        assert row["resampling_rounds"] <= 2
+        assert (row["groups_dropped"] > 0) == (row["resampling_rounds"] > 0)
+    assert max(row["resampling_rounds"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("kind", ["gcs", "uniform"])
+def test_further_questions_follow_those_of_a_step_without_rounds(kind):
+    def draw(rounds):
+        overrides = {"curriculum.kind": kind, "rollout.max_resamples": rounds, "rollout.questions_per_step": 8}
+        return draw_questions(
+            SimpleNamespace(
+                config=load_config(None, list(overrides.items())),
+                train_set=range(20),
+                curriculum=CurriculumTable(20),
+                generator=torch.Generator().manual_seed(0),
+            )
+        ).tolist()
+
+    assert len(draw(0)) == 8
+    assert draw(1)[:8] == draw(5)[:8] == draw(0)
+    assert len(draw(1)) == 16
+    assert sorted(draw(5)) == list(range(20))
+
+
+def test_the_first_round_is_the_step_of_a_run_without_others(resampled, tmp_path):
+    plain = train(quick(tmp_path, **{**PAIRS, "run__steps": 2, "rollout__max_resamples": 0}))
+    alone, more = ([row for row in rows_of(run, "completions") if row["step"] == 1] for run in (plain, resampled))
+    assert len(more) > len(alone) == 4 * 2
+    assert more[: len(alone)] == alone
+
+
+def test_a_resumed_run_draws_and_drops_the_same(resampled, tmp_path, monkeypatch):
+    config = quick(tmp_path, **PAIRS)
+    real_row = expo.train.step_row
+
+    def row_or_die(step, *rest):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real_row(step, *rest)
+
+    monkeypatch.setattr(expo.train, "step_row", row_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    resumed = train(config, resume=True)
+    for name in ("metrics", "completions", "curriculum"):
+        assert untimed(rows_of(resumed, name)) == untimed(rows_of(resampled, name))
+    left, right = weights_of(resampled), weights_of(resumed)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_where_every_question_is_asked_anyway_resampling_is_refused(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    config = quick(tmp_path, rollout__max_resamples=1)
+    path.write_text(config.to_yaml())
+    with pytest.raises(SystemExit) as stop:
+        main([str(path), f"--data.train={config.evaluation.sets['few']}"])
+    assert stop.value.code == 2
+    assert "finds no further questions" in capsys.readouterr().err
