@@ -142,6 +142,8 @@ class CurriculumSection(_Section):
     """alpha, weight of the old pass rate in the moving average (paper: 0.9)."""
     initial_pass_rate: Fraction = 0.5
     """Pass rate of a question before its first visit (paper: 0.5)."""
+    estimate: Literal["ema", "counted"] = "ema"
+    """ema: the paper's moving average; counted: a running mean until 1/(1 - momentum) visits, then that average."""
 
 
 class KLSection(_Section):
