@@ -48,6 +48,8 @@ class RunSection(_Section):
     """Seed of everything random: question draws, sampled replies. The same seed gives the same run."""
     steps: Count = 2039
     """Rollout-and-update steps; 2,039 = 30 epochs (paper) of DAPO-17K's 17,398 questions at 256 a step."""
+    reply_tokens: Count | None = None
+    """Sampled reply tokens at which the run ends, with the step that reaches them, if run.steps have not ended it."""
     checkpoint_every: Index = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Count = 2
