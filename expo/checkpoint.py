@@ -40,6 +40,7 @@ class Position:
     curriculum: Mapping[str, Any]  # CurriculumTable.state_dict()
     generator: Tensor  # state of the generator that draws questions
     bad_updates: int = 0  # skipped updates in a row
+    reply_tokens: int = 0  # sampled so far
     random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: as they are when it is saved
 
 

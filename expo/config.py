@@ -49,6 +49,8 @@ class RunSection(_Section):
     """Seed of everything random: question draws, sampled replies. The same seed gives the same run."""
     steps: Count = 2039
     """Rollout-and-update steps; 2,039 = 30 epochs (paper) of DAPO-17K's 17,398 questions at 256 a step."""
+    reply_tokens: Count | None = None
+    """Sampled reply tokens at which the run ends, with the step that reaches them, if run.steps have not ended it."""
     checkpoint_every: Index = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Count = 2
@@ -82,7 +84,7 @@ class DataSection(_Section):
     """Questions and how they become prompts."""
 
     train: str
-    """JSON-lines file with `question`, `answer`, optional `id` and `level`; or "ledger:train", the built-in set."""
+    """JSON-lines file with `question`, `answer`, optional `id` and `level`; or a built-in set, as "ledger:train"."""
     prompt: Literal["plain", "boxed", "dapo"] = "dapo"
     """Template around a question: plain (the text alone), boxed (asks for \\boxed{}), dapo (asks for Answer:)."""
     chat_template: bool = True
@@ -156,6 +158,8 @@ class CurriculumSection(_Section):
     """alpha, weight of the old pass rate in the moving average (paper: 0.9)."""
     initial_pass_rate: Fraction = 0.5
     """Pass rate of a question before its first visit (paper: 0.5)."""
+    estimate: Literal["ema", "counted"] = "ema"
+    """ema: the paper's moving average; counted: a running mean until 1/(1 - momentum) visits, then that average."""
 
 
 class KLSection(_Section):
@@ -387,10 +391,25 @@ class Invocation(_Section):
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
     """The configuration in a YAML file (None: the embedded default) with dotted overrides applied.
 
+    A file may name another one beside it, `base: other.yaml`, whose fields hold where it gives none itself.
+
     Raises: ConfigError if the file cannot be read, a key is unknown, a value has the wrong type or range, or the
         values do not fit together.
     """
     source = path or DEFAULT_RECIPE
+    values = _read_recipe(source)
+    for dotted, value in overrides:
+        section, _, field = dotted.partition(".")
+        values = _laid_over(values, {section: {field: value}})
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(item) for item in error.errors())
+        raise ConfigError(f"{source.name}: {problems}" if path else problems) from error
+
+
+def _read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
+    """The sections of a YAML file over those of its base."""
     try:
         raw = yaml.safe_load(source.read_text())
     except OSError as error:
@@ -402,15 +421,23 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{source} holds a {type(raw).__name__}; expected sections such as `model:` and `data:`")
     values = dict(raw or {})
-    for dotted, value in overrides:
-        section, _, field = dotted.partition(".")
-        chosen = values.get(section) or {}
-        values[section] = {**chosen, field: value} if isinstance(chosen, dict) else chosen
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(_explain(item) for item in error.errors())
-        raise ConfigError(f"{source.name}: {problems}" if path else problems) from error
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str) or not may_have_base:
+        given = "a base of a base" if isinstance(base, str) else "not a file name"
+        raise ConfigError(f"{source}: base = {base!r} is {given}; expected one recipe that stands on its own")
+    return _laid_over(_read_recipe(source.parent / base, may_have_base=False), values)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections with the fields of both, `above`'s where both have one; what is no section is left to the validation."""
+    joined = dict(below)
+    for name, section in above.items():
+        lower = joined.get(name) or {}
+        is_section = isinstance(lower, dict) and isinstance(section, dict)
+        joined[name] = {**lower, **section} if is_section else section
+    return joined
 
 
 def field_names() -> list[str]:

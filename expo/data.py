@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expo import ledger
+from expo import arithmetic, ledger
 from expo.config import ConfigError, DataSection
 
 PROMPTS = {
@@ -31,6 +31,8 @@ BUILT_IN: dict[str, Callable[[], list[ledger.LedgerQuestion]]] = {
     "ledger:train": partial(ledger.train_questions, seed=0),
     "ledger:held_out": ledger.held_out_questions,
     "ledger:beyond": ledger.beyond_questions,
+    "arithmetic:train": arithmetic.train_questions,
+    "arithmetic:held_out": arithmetic.held_out_questions,
 }
 """Question sets that need no file, by the name that stands for one in a config."""
 

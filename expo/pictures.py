@@ -9,7 +9,7 @@ matplotlib is imported where a figure is made, so that importing this file costs
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#333333", "#8A8F98"
 BEFORE, AFTER = VERMILION, BLUE  # the same two in every picture
 PHASE_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+LINE_COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE, ORANGE, SKY, BLACK)
 PHASE_ORDER = ("rollout", "reward", "reference", "old", "update", "curriculum", "checkpoint")
 
 DPI = 144  # dots an inch: twice what a page shows, sharp on dense screens
@@ -133,6 +134,29 @@ def draw_pictures(records: Records) -> list[Picture]:
             png = None if figure is None else _render(figure)
             pictures.append(Picture(draw.__name__.removeprefix("draw_"), title, sentence, wide, png))
     return pictures
+
+
+Line = Sequence[tuple[float, float, float]]  # x, mean, error
+
+
+def draw_lines(panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: str) -> bytes:
+    """PNG of lines with their error as a band, by name; one panel for each group of them, all with the same axes."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure, axes_of = _panels(len(panels), wide=True, sharey=True)
+        for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
+            axes.set_title(title)
+            axes.set_xlabel(x_label)
+            for place, (name, line) in enumerate(lines.items()):
+                x, means, halves = zip(*line, strict=True)
+                low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+                colour = LINE_COLOURS[place % len(LINE_COLOURS)]
+                axes.plot(x, means, color=colour, label=name)
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes_of[0].set_ylabel(y_label)
+        _legend(figure)
+        return _render(figure)
 
 
 def draw_accuracy(records: Records) -> "Figure | None":

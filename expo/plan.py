@@ -232,8 +232,9 @@ def _step_rows(footprint: Footprint) -> _Rows:
     questions, updates = config.rollout.questions_per_step, config.policy.updates_per_step
     replies, per_update = questions * config.rollout.group_size, footprint.replies_per_update()
     micro_batches = -(-(-(-per_update // ranks) * footprint.longest) // config.policy.micro_batch_tokens)
+    budget = f"; ends earlier at {config.run.reply_tokens:,} reply tokens" if config.run.reply_tokens else ""
     return [
-        ("steps", f"{config.run.steps:,}", f"{config.optimizer.warmup_steps:,} of them warm-up"),
+        ("steps", f"{config.run.steps:,}", f"{config.optimizer.warmup_steps:,} of them warm-up{budget}"),
         ("replies a step", f"{replies:,}", f"{questions:,} questions x {config.rollout.group_size}"),
         ("tokens a step", f"{replies * footprint.longest:,}", "at most, prompts and replies"),
         ("optimizer steps", f"{config.run.steps * updates:,}", f"{updates} a step"),

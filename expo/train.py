@@ -62,9 +62,10 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     with open_run(config, resume) as parts:
         position = take_up(parts, resume)
         try:
-            evaluate_if_due(parts, position.step)
+            evaluate_if_due(parts, position)
             with parts.display.bar("step", config.run.steps, done=position.step) as bar:
-                for step in range(position.step + 1, config.run.steps + 1):
+                while not is_over(config, position):
+                    step = position.step + 1
                     leave_if_asked(parts)
                     timer = PhaseTimer(parts.guard)
                     with timer.phase("curriculum"):
@@ -86,22 +87,23 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     with timer.phase("sync"):
                         difference = parts.sync.run()
 
-                    position = position_after(parts, step, bad_updates)
+                    reply_tokens = position.reply_tokens + sampled.num_tokens
+                    position = position_after(parts, step, bad_updates, reply_tokens)
                     with parts.guard("save"):
                         row = step_row(step, sampled, float(beta), updates, parts.curriculum, timer)
                         row.update(rollouts.metrics(), **parts.policy.mismatch(), sync_max_abs_dlogp=difference)
                         row.update(parts.throughput.row(sampled, mini_batches, timer))
                         record(parts, step, sampled, row)
                     bar.advance(note=progress_note(row))
-                    score = evaluate_if_due(parts, step)
+                    score = evaluate_if_due(parts, position)
                     position = replace(position, random=random_states())  # evaluating may have drawn some
-                    if is_due(step, config.run.checkpoint_every) or step == config.run.steps:
+                    if is_due(step, config.run.checkpoint_every) or is_over(config, position):
                         save(parts, position, score)
         except StopRequested as request:
             save(parts, position, must=True)
             parts.display.line(f"stopped by {request} after step {position.step}; go on with --resume")
         else:
-            finish(parts)
+            finish(parts, position)
     return parts.folder.path
 
 
@@ -156,6 +158,12 @@ def training_samples(graded: Graded, advantages: Tensor, *, mask_truncated: bool
     ]
 
 
+def is_over(config: RunConfig, position: Position) -> bool:
+    """Whether the run has taken all its steps, or sampled all the tokens it may."""
+    budget = config.run.reply_tokens
+    return position.step >= config.run.steps or (budget is not None and position.reply_tokens >= budget)
+
+
 def is_due(step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
@@ -207,14 +215,14 @@ def record(parts: Parts, step: int, graded: Graded, row: Mapping[str, Any]) -> N
         tracker.log(step, row)
 
 
-def evaluate_if_due(parts: Parts, step: int) -> float | None:
-    """Evaluates every set with the present policy, if that is due after `step` and not in evaluations.jsonl yet.
+def evaluate_if_due(parts: Parts, position: Position) -> float | None:
+    """Evaluates every set with the present policy, if that is due here and not in evaluations.jsonl yet.
 
     Returns: mean pass@1 over the sets; None if nothing was evaluated.
     """
-    config, sets = parts.config, parts.evaluation_sets
+    config, sets, step = parts.config, parts.evaluation_sets, position.step
     total = sum(len(asked) for asked in sets.values()) * config.evaluation.num_samples
-    is_edge = step in (0, config.run.steps)
+    is_edge = step == 0 or is_over(config, position)
     if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
         return None
     with parts.guard("sync"):
@@ -231,14 +239,21 @@ def evaluate_if_due(parts: Parts, step: int) -> float | None:
             config.run.seed,
             on_progress=bar.advance,
         )
-    parts.folder.append("evaluations", {"step": step, **result})
+    parts.folder.append("evaluations", {"step": step, "reply_tokens": position.reply_tokens, **result})
     first = [found["pass_at"]["1"]["mean"] for found in result["sets"].values()]
     return float(sum(first) / len(first))
 
 
-def position_after(parts: Parts, step: int, bad_updates: int = 0) -> Position:
+def position_after(parts: Parts, step: int, bad_updates: int = 0, reply_tokens: int = 0) -> Position:
     """What the next step reads besides the policy, as it stands now."""
-    return Position(step, parts.curriculum.state_dict(), parts.generator.get_state(), bad_updates, random_states())
+    return Position(
+        step,
+        parts.curriculum.state_dict(),
+        parts.generator.get_state(),
+        bad_updates,
+        reply_tokens,
+        random_states(),
+    )
 
 
 def save(parts: Parts, position: Position, score: float | None = None, *, must: bool = False) -> None:
@@ -272,7 +287,7 @@ def take_up(parts: Parts, resume: bool) -> Position:
     return position
 
 
-def finish(parts: Parts) -> None:
+def finish(parts: Parts, position: Position) -> None:
     """The exported model, summary.json, the report, and the table of before and after."""
     folder, config = parts.folder, parts.config
     with parts.guard("save"):
@@ -282,7 +297,8 @@ def finish(parts: Parts) -> None:
     evaluations = folder.read_rows("evaluations")
     summary = {
         "seed": config.run.seed,
-        "steps": config.run.steps,
+        "steps": position.step,
+        "reply_tokens": position.reply_tokens,
         "commit": folder.read_json("environment.json")["commit"],
         "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + evaluations),
         "before": evaluations[0]["sets"] if evaluations else {},

@@ -106,6 +106,11 @@ def table_checks(device: torch.device) -> Iterator[Check]:
     smoothed = reference.smoothed_pass_rates(torch.full_like(rates, 0.5).double(), rates.double(), 0.9)
     true_weights = reference.log_curriculum_weights(smoothed, 0.5, 0.35).exp()
     yield "CurriculumTable, weights", _relative(table.weights, true_weights), 1e-6
+    counted = CurriculumTable(64, estimate="counted", device=device)
+    for visit_rates in (rates, rates.flip(0), rates):
+        counted.update(torch.arange(64, device=device), visit_rates)
+    true_means = (2 * rates.double() + rates.double().flip(0)) / 3
+    yield "CurriculumTable, counted pass rates", _relative(counted.pass_rates, true_means), 1e-6
     yield "CurriculumTable, questions drawn twice", float(64 - torch.unique(table.sample(64)).numel()), 0.0
 
 

@@ -17,6 +17,7 @@ from expo_kernels import _launch
 MOMENTUM = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 STD = tl.constexpr(2)
+IS_COUNTED = tl.constexpr(3)
 
 _UPDATE_RUN_TIME = ["ids_ptr", "rates_ptr", "settings_ptr", "num_updates", "num_questions"]
 _RACE_RUN_TIME = ["seed_ptr", "num_questions"]
@@ -29,7 +30,7 @@ def update_kernel(
     pass_rates_ptr,  # [Q] float32, in and out
     visits_ptr,  # [Q] int64, in and out
     log_weights_ptr,  # [Q] float32, out
-    settings_ptr,  # [3] float64
+    settings_ptr,  # [4] float64
     num_updates,
     num_questions,
     BLOCK: tl.constexpr,
@@ -51,12 +52,14 @@ def update_kernel(
         next_position += 1
         goes_on = goes_on & (next_position < num_updates)
         goes_on = goes_on & (tl.load(ids_ptr + next_position, mask=goes_on, other=-1) == question)
+    visits = tl.load(visits_ptr + question, mask=leads, other=0)
     momentum = tl.load(settings_ptr + MOMENTUM)
+    counted = tl.minimum(momentum, visits.to(tl.float64) / (visits + 1).to(tl.float64))
+    momentum = tl.where(tl.load(settings_ptr + IS_COUNTED) != 0, counted, momentum)
     old = tl.load(pass_rates_ptr + question, mask=leads, other=0.0).to(tl.float64)
     smoothed = momentum * old + (1.0 - momentum) * (total / tl.where(leads, count, 1.0))
     smoothed = smoothed.to(tl.float32)
     tl.store(pass_rates_ptr + question, smoothed, mask=leads)
-    visits = tl.load(visits_ptr + question, mask=leads, other=0)
     tl.store(visits_ptr + question, visits + 1, mask=leads)
     std = tl.load(settings_ptr + STD)
     distance = smoothed.to(tl.float64) - tl.load(settings_ptr + MEAN)

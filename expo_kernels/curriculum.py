@@ -13,7 +13,8 @@ from expo_kernels import _launch, reference
 from expo_kernels import _validate as validate
 
 MIN_STD = 1e-6  # pass rates are float32: a narrower window could not tell two of them apart
-_SETTINGS = ("num_questions", "mean", "std", "momentum", "initial_pass_rate")
+ESTIMATES = ("ema", "counted")
+_SETTINGS = ("num_questions", "mean", "std", "momentum", "initial_pass_rate", "estimate")
 
 
 class CurriculumTable:
@@ -25,6 +26,10 @@ class CurriculumTable:
         std: >= 1e-6, width of the window in units of pass rate; large: uniform, small: sharp.
         momentum: in [0, 1): share of the old pass rate that an update keeps.
         initial_pass_rate: in [0, 1], of every question before its first update.
+        estimate: how pass rates are smoothed. "ema" (the paper's): an update keeps `momentum` of the old rate, so one
+            visit says little: after ten at 0.9, a third of `initial_pass_rate` is still in it. "counted" (ours): the
+            mean of all visits until there are 1 / (1 - momentum) of them, the moving average after; a share
+            min(momentum, visits / (visits + 1)) is kept, and `initial_pass_rate` counts before the first visit only.
         device: where the table lives.
 
     Raises:
@@ -40,6 +45,7 @@ class CurriculumTable:
         std: float = 0.35,
         momentum: float = 0.9,
         initial_pass_rate: float = 0.5,
+        estimate: str = "ema",
         device: torch.device | str = "cpu",
     ) -> None:
         validate.whole_number("num_questions", num_questions, low=1)
@@ -49,13 +55,14 @@ class CurriculumTable:
         if momentum == 1:
             raise ValueError("momentum is 1, so that no pass rate would ever move; expected a number < 1")
         validate.number("initial_pass_rate", initial_pass_rate, low=0.0, high=1.0)
-        self.num_questions = num_questions
+        validate.choice("estimate", estimate, ESTIMATES)
+        self.num_questions, self.estimate = num_questions, estimate
         self.mean, self.std, self.momentum = float(mean), float(std), float(momentum)
         self.initial_pass_rate = float(initial_pass_rate)
         self._pass_rates = torch.full((num_questions,), self.initial_pass_rate, dtype=torch.float32, device=device)
         self._visits = torch.zeros(num_questions, dtype=torch.int64, device=device)
         self._log_weights = self._log_weights_of(self._pass_rates)
-        settings = (self.momentum, self.mean, self.std)
+        settings = (self.momentum, self.mean, self.std, float(estimate == "counted"))
         self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # for ops, which read no settings
 
     @property
@@ -80,7 +87,7 @@ class CurriculumTable:
         return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp().float()
 
     def update(self, question_ids: Tensor, pass_rates: Tensor) -> None:
-        """Smooth the pass rates of the given questions in place (eq. 6); all others keep theirs.
+        """Smooth the pass rates of the given questions in place (eq. 6, or as `estimate` says); all others keep theirs.
 
         Args:
             question_ids: [K] integers in [0, Q). Ids that repeat count as one update with the mean of their rates,
@@ -136,12 +143,13 @@ class CurriculumTable:
         return {**settings, "pass_rates": self._pass_rates.clone(), "visits": self._visits.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of a table with the same settings.
+        """Take the state of a table with the same settings; one without an `estimate`, older than it, is of "ema".
 
         Raises:
             ValueError: an entry missing or unknown, a setting or shape that differs from this table's.
             TypeError: an entry of the wrong type.
         """
+        state = {"estimate": "ema", **state}
         expected = {*_SETTINGS, "pass_rates", "visits"}
         if set(state) != expected:
             raise ValueError(f"state holds {sorted(state)}; expected {sorted(expected)}")
@@ -180,7 +188,7 @@ class CurriculumTable:
 def _update(
     question_ids: Tensor, new_rates: Tensor, pass_rates: Tensor, visits: Tensor, log_weights: Tensor, settings: Tensor
 ) -> None:
-    """`CurriculumTable.update`; `settings` are momentum, mean and std, [3] float64."""
+    """`CurriculumTable.update`; `settings` are momentum, mean, std and whether the estimate is counted, [4] float64."""
     validate.ids_in_range("question_ids", question_ids, pass_rates.numel(), "num_questions")
     validate.finite("pass_rates", new_rates)
     validate.within("pass_rates", new_rates, 0.0, 1.0)
@@ -190,8 +198,9 @@ def _update(
 
         _curriculum_kernels.launch_update(ids, rates, pass_rates, visits, log_weights, settings)
         return
-    momentum, mean, std = settings
+    momentum, mean, std, is_counted = settings
     ids, means = _mean_by_id(ids, rates)
+    momentum = torch.where(is_counted != 0, reference.counted_momentum(visits[ids].double(), momentum), momentum)
     smoothed = reference.smoothed_pass_rates(pass_rates[ids].double(), means, momentum).float()
     pass_rates[ids] = smoothed
     visits[ids] += 1

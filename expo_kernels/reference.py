@@ -215,9 +215,15 @@ def akl_scale(accuracy: Tensor, rho: str) -> Tensor:
     return (torch.tanh(accuracy) + 1) / 2 if rho == "tanh" else torch.ones_like(accuracy)
 
 
-def smoothed_pass_rates(pass_rates: Tensor, new_rates: Tensor, momentum: float) -> Tensor:
+def smoothed_pass_rates(pass_rates: Tensor, new_rates: Tensor, momentum: float | Tensor) -> Tensor:
     """Eq. 6: p~ <- momentum * p~ + (1 - momentum) * the question's mean reward, [K]."""
     return momentum * pass_rates + (1 - momentum) * new_rates
+
+
+def counted_momentum(visits: Tensor, momentum: float | Tensor) -> Tensor:
+    """Ours, not the paper's: eq. 6's momentum after so many visits, [K], with which it is the running mean of the first
+    1 / (1 - momentum) visits and the moving average after them; the first visit keeps nothing of p~."""
+    return (visits / (visits + 1)).clamp(max=momentum)
 
 
 def log_curriculum_weights(pass_rates: Tensor, mean: float, std: float) -> Tensor:

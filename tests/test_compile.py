@@ -343,7 +343,7 @@ OPCHECKS = {
         OPS.update_curriculum,
         (
             torch.tensor([3, 1, 3]), torch.rand(3), torch.rand(9), torch.zeros(9, dtype=torch.int64), torch.rand(9),
-            torch.tensor([0.9, 0.5, 0.3], dtype=torch.float64),
+            torch.tensor([0.9, 0.5, 0.3, 1.0], dtype=torch.float64),
         ),
     ),
 }  # fmt: skip

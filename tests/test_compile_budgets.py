@@ -105,7 +105,7 @@ def run_scale(vocab_size, dtype):
 def run_curriculum_update():
     ids, rates = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64)
     table = torch.zeros(5), torch.zeros(5, dtype=torch.int64), torch.zeros(5)
-    _curriculum_kernels.launch_update(ids, rates, *table, torch.zeros(3, dtype=torch.float64))
+    _curriculum_kernels.launch_update(ids, rates, *table, torch.zeros(4, dtype=torch.float64))
 
 
 def run_curriculum_race():

@@ -38,6 +38,31 @@ def test_ema_and_weights_by_hand():
     assert table.effective_sample_size.item() == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-5)
 
 
+def test_a_counted_estimate_is_the_mean_of_the_visits_then_the_moving_average():
+    table = CurriculumTable(3, momentum=0.75, initial_pass_rate=0.9, estimate="counted")
+    rates = [0.25, 0.75, 0.5, 1.0]
+    for count, rate in enumerate(rates, start=1):
+        table.update(torch.tensor([1]), torch.tensor([rate]))
+        assert table.pass_rates[1].item() == pytest.approx(np.mean(rates[:count]))
+    table.update(torch.tensor([1]), torch.tensor([0.0]))
+    assert table.pass_rates.tolist() == pytest.approx([0.9, 0.75 * np.mean(rates), 0.9])
+
+
+@given(rates=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12), momentum=st.floats(0, 0.95))
+def test_a_counted_estimate_follows_its_rule_whatever_it_started_from(rates, momentum):
+    starts = (0.0, 1.0)
+    tables = [CurriculumTable(1, momentum=momentum, initial_pass_rate=s, estimate="counted") for s in starts]
+    expected = 0.0
+    for visit, rate in enumerate(rates):
+        kept = min(momentum, visit / (visit + 1))
+        expected = kept * expected + (1 - kept) * rate
+        for table in tables:
+            table.update(torch.tensor([0]), torch.tensor([rate]))
+            assert table.pass_rates.item() == pytest.approx(expected, abs=1e-6)
+            weight = np.exp(-((table.pass_rates.item() - 0.5) ** 2) / (2 * 0.35**2))
+            assert table.weights.item() == pytest.approx(weight, abs=1e-6)
+
+
 def test_the_edges_weigh_0_3604():
     assert table_with([0.0, 1.0, 0.5]).weights.tolist() == pytest.approx([0.36044778, 0.36044778, 1.0], abs=1e-6)
 
@@ -160,6 +185,20 @@ def test_state_goes_round_exactly():
     assert torch.equal(state["pass_rates"], saved)
 
 
+def test_a_counted_state_goes_round_and_an_older_state_is_of_the_moving_average():
+    table, other = (CurriculumTable(2, estimate="counted") for _ in range(2))
+    table.update(torch.tensor([1]), torch.tensor([1.0]))
+    other.load_state_dict(table.state_dict())
+    for each in (table, other):
+        each.update(torch.tensor([1]), torch.tensor([0.0]))
+        assert each.pass_rates.tolist() == [0.5, 0.5]
+    older = CurriculumTable(2).state_dict()
+    del older["estimate"]
+    CurriculumTable(2).load_state_dict(older)
+    with pytest.raises(ValueError, match="state has estimate=ema, but this table counted"):
+        table.load_state_dict(older)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -184,6 +223,7 @@ def test_a_foreign_state_is_refused(change, named):
         ({"std": 0.0}, "std is 0.0"),
         ({"momentum": 1.0}, "momentum is 1"),
         ({"initial_pass_rate": -0.1}, "initial_pass_rate is -0.1"),
+        ({"estimate": "mean"}, "estimate is 'mean'; expected one of 'ema', 'counted'"),
     ],
 )
 def test_bad_settings_are_refused(settings, named):

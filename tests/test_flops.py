@@ -62,6 +62,7 @@ def test_parameters_are_those_of_the_real_module(config, is_tied):
         ("Qwen/Qwen3-0.6B", 596_049_920),
         ("Qwen/Qwen3-1.7B", 1_720_574_976),
         ("Qwen/Qwen3-4B", 4_022_468_096),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
     ],
 )
 def test_shipped_shapes_have_the_parameters_that_their_makers_state(path, num_parameters):
@@ -97,8 +98,8 @@ def test_recipe_models_are_counted_as_transformers_builds_them():
 
 def test_every_shipped_shape_is_found_by_its_models_name():
     paths = [file.stem.replace("--", "/") for file in SHIPPED_SHAPES.glob("*.json")]
-    assert len(paths) == 7
-    assert all(find_shape(ModelSection(path=path))[0].vocab_size == 151936 for path in paths)
+    assert len(paths) == 8
+    assert {find_shape(ModelSection(path=path))[0].vocab_size for path in paths} == {49152, 151936}
 
 
 def test_lora_adapts_every_linear_map_but_the_head():

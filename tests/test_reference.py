@@ -143,3 +143,5 @@ def test_akl_scale_and_curriculum_weight():
     weights = reference.log_curriculum_weights(doubles(0.5, 0.0, 1.0), 0.5, 0.35).exp()
     assert weights.tolist() == pytest.approx([1.0, 0.36044778, 0.36044778])
     assert reference.smoothed_pass_rates(doubles(0.5), doubles(1.0), 0.9).item() == pytest.approx(0.55)
+    # the share that is kept after 0, 1, 3 and 4 visits: a running mean up to 1 / (1 - 0.75) = 4 visits
+    assert reference.counted_momentum(doubles(0, 1, 3, 4), 0.75).tolist() == pytest.approx([0, 0.5, 0.75, 0.75])

@@ -120,6 +120,31 @@ def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatc
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_run_ends_with_the_step_that_reaches_its_budget_of_reply_tokens(finished, tmp_path, monkeypatch):
+    sampled = [0] * 5
+    for reply in rows_of(finished, "completions"):
+        sampled[reply["step"]] += reply["num_tokens"]
+    config = quick(tmp_path, run__reply_tokens=sum(sampled[:3]) + 1)
+    real_row = expo.train.step_row
+
+    def row_or_die(step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return real_row(step, *rest)
+
+    monkeypatch.setattr(expo.train, "step_row", row_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    for _ in range(2):  # a checkpoint holds what was spent; a run that is over takes no further step
+        run = train(config, resume=True)
+        assert untimed(rows_of(run, "metrics")) == untimed(rows_of(finished, "metrics"))[:3]
+        assert [row["reply_tokens"] for row in rows_of(run, "evaluations")] == [0, sum(sampled[:4])]
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["steps"], summary["reply_tokens"]) == (3, sum(sampled[:4]))
+        assert checkpoints_of(run) == ["step-000002", "step-000003"]
+
+
 def test_updates_that_are_not_finite_are_skipped_counted_and_kept(tmp_path, monkeypatch):
     real, calls = DeepSpeedPolicy.update, []
 

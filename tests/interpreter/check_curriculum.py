@@ -19,10 +19,12 @@ def both(*, monkeypatch, steps, **settings):
     return tables
 
 
+@pytest.mark.parametrize("estimate", ["ema", "counted"])
 @pytest.mark.parametrize(("num_questions", "count"), [(1, 1), (5, 7), (3000, 2500)])
-def test_updates_agree_with_pytorch(monkeypatch, num_questions, count):
-    steps = [(torch.randint(0, num_questions, (count,)), torch.rand(count)) for _ in range(2)]
-    kernels, plain = both(monkeypatch=monkeypatch, steps=steps, num_questions=num_questions, std=0.2)
+def test_updates_agree_with_pytorch(monkeypatch, num_questions, count, estimate):
+    steps = [(torch.randint(0, num_questions, (count,)), torch.rand(count)) for _ in range(3)]
+    settings = {"num_questions": num_questions, "std": 0.2, "momentum": 0.6, "estimate": estimate}
+    kernels, plain = both(monkeypatch=monkeypatch, steps=steps, **settings)
     assert torch.equal(kernels.visits, plain.visits)
     assert torch.allclose(kernels.pass_rates, plain.pass_rates, rtol=2e-7)
     assert torch.allclose(kernels.weights, plain.weights, rtol=2e-6)

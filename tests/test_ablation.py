@@ -1,0 +1,237 @@
+"""The ablation: what pairs share, what the statistics say, and that the one command runs, goes on and reports."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from scipy import stats
+
+from expo.ablation.__main__ import main
+from expo.ablation.page import MARKS, tables, with_tables
+from expo.ablation.page import main as write_page
+from expo.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
+from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs
+from expo.ablation.results import (
+    MEASURES,
+    Outcome,
+    Point,
+    as_record,
+    contrasts,
+    curve_mean,
+    from_record,
+    pass_at_1_after,
+)
+from expo.config import ConfigError
+from expo.ledger.questions import is_held_out, running_totals
+from expo.ledger.skewed import crosses_a_ten, skewed_questions
+
+FACTS = {"started": "now", "versions": {"torch": "2"}, "machine": {"cpus": 2}}
+
+
+# --- pools
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_pools_are_distinct_questions_by_seed_and_none_is_held_out(pool):
+    first, again, other = (POOLS[pool](seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len({question.question for question in first}) == len(first) == len(other)
+    assert not any(is_held_out(question.question) for question in first)
+    assert all(running_totals(question.question)[-1] == int(question.answer) for question in first)
+
+
+def test_half_of_the_skewed_pool_is_trivial_or_hopeless():
+    levels = [question.level for question in skewed_questions(3)]
+    assert levels.count("steps-1") == levels.count("steps-9") + levels.count("steps-10") == len(levels) / 4
+    assert not any(crosses_a_ten(q.question) for q in skewed_questions(3) if q.level == "steps-1")
+    assert [crosses_a_ten(text) for text in ("8+1=", "8+2=", "9+1-1=", "0+9-9+9=")] == [False, True, True, False]
+
+
+# --- pairs
+
+
+def planned(out, *more, arms=ARMS):
+    return plan_runs(out, arms, list(POOLS), 2, [*SHARED, "--run.reply_tokens=1000", *more])
+
+
+def test_runs_of_a_pair_differ_in_their_arm_alone(tmp_path):
+    for pool in POOLS:
+        for seed in (0, 1):
+            pair = [run for run in planned(tmp_path) if (run.pool, run.seed) == (pool, seed)]
+            found = {}
+            for run in pair:
+                values = run.config.model_dump(mode="json")
+                del values["run"]["dir"]
+                method = values.pop("curriculum"), values.pop("kl")
+                found[run.arm] = method[0]["kind"], method[1]["rho"], method[0]["estimate"]
+                assert values == pair[0].config.model_dump(
+                    mode="json", exclude={"run": {"dir"}, "curriculum": True, "kl": True}
+                )
+            assert found == {
+                "grpo": ("uniform", "constant", "ema"),
+                "akl": ("uniform", "tanh", "ema"),
+                "gcs": ("gcs", "constant", "ema"),
+                "expo": ("gcs", "tanh", "ema"),
+                "expo-counted": ("gcs", "tanh", "counted"),
+            }
+
+
+def test_another_arm_is_any_set_of_flags(tmp_path):
+    name, flags = parse_arm("hot=--rollout.temperature=1.2,--curriculum.std=0.2")
+    runs = planned(tmp_path, arms={"grpo": ARMS["grpo"], name: flags})
+    (hot,) = [run for run in runs if (run.arm, run.pool, run.seed) == ("hot", "skewed", 1)]
+    assert (hot.config.rollout.temperature, hot.config.curriculum.std, hot.config.curriculum.kind) == (1.2, 0.2, "gcs")
+    for wrong in ("hot", "hot=1", "=--a.b=1", "a/b=--a.b=1"):
+        with pytest.raises(ConfigError, match="is not an arm"):
+            parse_arm(wrong)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    run = planned(tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(run.config.to_yaml())
+    assert planned(tmp_path)[0] == run
+    with pytest.raises(ConfigError, match=r"other settings: optimizer\.lr \(0\.0002 -> 0\.1\)"):
+        planned(tmp_path, "--optimizer.lr=0.1")
+
+
+@pytest.mark.parametrize("argument", ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x"])
+def test_bad_command_lines_exit_2_with_one_line(tmp_path, capsys, argument):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path), argument])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m expo.ablation: error: ")
+    assert error.count("\n") == 1
+
+
+# --- statistics
+
+
+@pytest.mark.parametrize("degrees", range(1, 12))
+def test_the_t_distribution_is_scipys(degrees):
+    for t in (0.0, 0.3, 2.7, 40.0, math.inf):
+        assert t_inside(t, degrees) == pytest.approx(1 - 2 * stats.t.sf(t, degrees), abs=1e-12)
+    assert t_quantile(0.95, degrees) == pytest.approx(stats.t.ppf(0.975, degrees))
+
+
+def test_a_paired_difference_is_scipys_paired_t_test():
+    values, baseline = [0.71, 0.69, 0.74, 0.70], [0.70, 0.69, 0.71, 0.69]
+    found, theirs = paired_difference(values, baseline), stats.ttest_rel(values, baseline)
+    interval = theirs.confidence_interval(0.95)
+    assert found == pytest.approx((0.0125, 0.0125 / theirs.statistic, interval.low, interval.high, theirs.pvalue))
+    assert paired_difference(values, values) == (0, 0, 0, 0, 1)
+    assert paired_difference([2.0, 3.0], [1.0, 2.0]) == (1, 0, 1, 1, 0)
+
+
+def test_means_by_hand():
+    assert mean_over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
+
+
+def test_holms_correction_by_hand():
+    # 0.05 / 4 = 0.0125 lets 0.01 through, 0.05 / 3 = 0.0167 stops at 0.02 and all that are larger
+    assert holm([0.04, 0.01, 0.02, 0.03]) == [False, True, False, False]
+    assert holm([0.04, 0.01, 0.015, 0.02]) == [True, True, True, True]
+    assert holm([]) == []
+
+
+# --- results
+
+
+def outcome(arm, seed, curve, pool="balanced"):
+    points = tuple(Point(step, 10 * step, value, 0.9) for step, value in curve)
+    return Outcome(pool, arm, seed, curve[-1][0], points[-1].reply_tokens, 1.0, "abc", points)
+
+
+def test_curves_by_hand():
+    curve = outcome("grpo", 0, [(0, 0.2), (10, 0.6), (40, 0.4)]).curve
+    assert curve_mean(curve) == pytest.approx((10 * 0.4 + 30 * 0.5) / 40)
+    assert [pass_at_1_after(curve, tokens) for tokens in (0, 50, 100, 250, 400)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.5, 0.4]
+    )
+
+
+def made_outcomes(*, gain, num_seeds=5):
+    """Arm "better" has `gain` over the baseline, arm "same" none; each seed has its own level, each run its noise."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for seed in range(num_seeds):
+        level = 0.5 + 0.1 * float(torch.randn((), generator=generator))
+        for arm, more in (("grpo", 0.0), ("better", gain), ("same", 0.0)):
+            noise = 0.003 * torch.randn(2, generator=generator)
+            made.append(
+                outcome(
+                    arm, seed, [(0, level), (10, level + more + float(noise[0])), (20, level + more + float(noise[1]))]
+                )
+            )
+    return made
+
+
+def test_a_planted_difference_is_found_and_an_absent_one_is_not():
+    found = {(contrast.arm, contrast.measure): contrast for contrast in contrasts(made_outcomes(gain=0.05))}
+    assert len(found) == 2 * len(MEASURES)
+    planted, absent = found["better", "pass@1, at the end"], found["same", "pass@1, at the end"]
+    assert planted.is_beyond_noise
+    assert planted.difference.low < 0.05 < planted.difference.high
+    assert not absent.is_beyond_noise
+    assert not any(contrast.is_beyond_noise for contrast in contrasts(made_outcomes(gain=0.0)))
+
+
+def test_tables_come_from_results_json_alone():
+    outcomes = made_outcomes(gain=0.05)
+    settings = {"reply_tokens": 200, "seeds": 5, "pools": ["balanced"], "arms": {"grpo": [], "better": [], "same": []}}
+    record = json.loads(json.dumps(as_record(outcomes, settings, FACTS)))
+    assert from_record(record) == outcomes
+    text = tables(record)
+    (found,) = [c for c in contrasts(outcomes) if (c.arm, c.measure) == ("better", "pass@1, at the end")]
+    row = next(line for line in text.splitlines() if line.startswith("| balanced | better | pass@1, at the end |"))
+    assert f"| {found.difference.mean:+.3f} ± {found.difference.error:.3f} |" in row
+    assert row.endswith("| beyond noise |")
+    assert "Of 6 differences to grpo, 2 are beyond noise" in text
+
+
+def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    text = with_tables(page, "new\n")
+    assert text == f"before\n{MARKS[0]}\n\nnew\n\n{MARKS[1]}\nafter\n"
+    page.write_text(text)
+    assert with_tables(page, "new\n") == text
+    page.write_text("no marks")
+    with pytest.raises(ConfigError, match="put them where the tables are to stand"):
+        with_tables(page, "new\n")
+
+
+# --- the command
+
+
+@pytest.mark.slow
+def test_one_command_runs_all_goes_on_and_reports(tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"question": f"{n}+5=", "answer": n + 5}) + "\n" for n in (2, 3)))
+    argv = [
+        "--out", str(tmp_path / "out"), "--seeds=2", "--pools", "skewed", "--arms", "grpo", "expo", "--tokens=300",
+        "--rollout.questions_per_step=4", "--rollout.group_size=4", "--evaluation.num_samples=9",
+        f"--evaluation.sets={{held_out: {few}}}",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--jobs=1", "--model.path=nowhere"])
+    assert stop.value.code == 1
+    assert "grpo, seed 0 ended with exit code 2 before its end" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out/runs")  # what was begun was begun with another model
+    assert main(argv) == 0
+    runs = sorted((tmp_path / "out/runs").glob("*/*/*/metrics.jsonl"))
+    assert len(runs) == 4
+    made = [path.stat().st_mtime_ns for path in runs]
+    assert main(argv) == 0  # all there: nothing runs again
+    assert [path.stat().st_mtime_ns for path in runs] == made
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("\n".join(MARKS))
+    assert write_page([str(tmp_path / "out"), str(page)]) == 0
+    assert (tmp_path / "out/results.md").read_text() in page.read_text()
+    assert {path.name for path in (page.parent / "ablation").iterdir()} == {
+        "results.json", "curves.png", "differences.png",
+    }  # fmt: skip
