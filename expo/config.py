@@ -109,6 +109,9 @@ class RolloutSection(_Section):
     """Longest reply in tokens (paper: 3,072); a reply cut there is counted as truncated and graded as it stands."""
     batch_size: Count = 256
     """Replies generated at once; memory grows with it, results do not depend on it."""
+    keep_replies: bool = True
+    """Keep replies in rollouts/ of the run's folder, 12 bytes a token and their text, until the next checkpoint: a run
+    that died after sampling takes them up with --resume in place of sampling again."""
     sync_tolerance: Positive | None = None
     """Largest |policy - engine| log-prob of the probe after a weight sync, nats; left out: by dtype (expo/sync.py)."""
 
