@@ -327,10 +327,10 @@ class RunConfig(_Section):
 
     def _rewards(self) -> None:
         reward, longest = self.reward, self.rollout.max_new_tokens
-        if reward.overlong_buffer > longest:
+        if reward.overlong_buffer >= longest:
             raise ValueError(
-                f"reward.overlong_buffer = {reward.overlong_buffer} leaves no reply without a penalty, since "
-                f"rollout.max_new_tokens = {longest}; lower it to less"
+                f"reward.overlong_buffer = {reward.overlong_buffer} leaves no reply without a penalty; lower it below "
+                f"rollout.max_new_tokens = {longest}"
             )
         taken = {"overlong"}
         for name in reward.functions:

@@ -9,6 +9,7 @@ import io
 import pickle
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from expo.files import remove_leftovers, write_bytes_whole
 from expo.ranks import Ranks
 from expo.rollout import Reply
 
-# nats, on the probe; both sides are the policy's own, through one path: a run resumed on as many ranks is at 0, one on
-# another number, in float32, within 2e-5
+# nats, on the probe, in bfloat16 too: both sides are the policy's own, through one path, so that the same weights are
+# at 0 on the same machine; where other ranks or kernels round otherwise by more, replies are sampled again
 SAME_WEIGHTS = 1e-4
 # what a file that was cut, changed or written by something else raises
 UNREADABLE = (
@@ -77,7 +78,8 @@ class ReplyCache:
         remove_leftovers(self._folder)
         for path in self._folder.glob("step-*-round-*.gz"):
             if int(path.name.split("-")[1]) <= step:
-                path.unlink()
+                with suppress(OSError):  # the next checkpoint tries again
+                    path.unlink()
 
     def _read(self, path: Path, facts: Mapping[str, Any], probe: Tensor) -> list[list[Reply]] | None:
         if not path.exists():
