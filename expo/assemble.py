@@ -22,6 +22,7 @@ from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path, empty_copy
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.ranks import Ranks, join_ranks
+from expo.reply_cache import ReplyCache
 from expo.rewards import Verifier, check_answers
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
@@ -45,6 +46,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.completions_per_step",
     "run.max_bad_updates",
     "run.trackers",
+    "rollout.keep_replies",
 )
 
 
@@ -66,6 +68,7 @@ class Parts:
     policy: Policy
     engine: SharedEngine
     sync: WeightSync
+    cache: ReplyCache
     verifier: SharedVerifier
     shaping: Shaping
     curriculum: CurriculumTable
@@ -230,13 +233,22 @@ def _build_parts(
     )
     engine = SharedEngine(_engine(config, policy, ranks, display), ranks, switch)
     probe = make_probe([prompted.prompt_ids for prompted in train_set], _max_tokens(config))
+    sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
         config=config,
         ranks=ranks,
         policy=policy,
         engine=engine,
-        sync=WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance),
+        sync=sync,
+        cache=ReplyCache(
+            folder.path / "rollouts",
+            ranks,
+            settings,
+            sync.policy_logps,
+            display.line,
+            is_on=config.rollout.keep_replies,
+        ),
         verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
         shaping=Shaping(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
         curriculum=_curriculum(config, len(train_set)),

@@ -111,6 +111,9 @@ class RolloutSection(_Section):
     """Longest reply in tokens (paper: 3,072); a reply cut there is counted as truncated and graded as it stands."""
     batch_size: Count = 256
     """Replies generated at once; memory grows with it, results do not depend on it."""
+    keep_replies: bool = True
+    """Keep replies in rollouts/ of the run's folder, 12 bytes a token and their text, until the next checkpoint: a run
+    that died after sampling takes them up with --resume in place of sampling again."""
     sync_tolerance: Positive | None = None
     """Largest |policy - engine| log-prob of the probe after a weight sync, nats; left out: by dtype (expo/sync.py)."""
 
@@ -328,10 +331,10 @@ class RunConfig(_Section):
 
     def _rewards(self) -> None:
         reward, longest = self.reward, self.rollout.max_new_tokens
-        if reward.overlong_buffer > longest:
+        if reward.overlong_buffer >= longest:
             raise ValueError(
-                f"reward.overlong_buffer = {reward.overlong_buffer} leaves no reply without a penalty, since "
-                f"rollout.max_new_tokens = {longest}; lower it to less"
+                f"reward.overlong_buffer = {reward.overlong_buffer} leaves no reply without a penalty; lower it below "
+                f"rollout.max_new_tokens = {longest}"
             )
         taken = {"overlong"}
         for name in reward.functions:

@@ -21,6 +21,7 @@ FLOAT32 = 4  # bytes
 REDUCE_BUCKET = 200_000_000  # elements; as policy.py sets it, gradients on their way to other ranks
 LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_live_parameters
 PREFETCH_BUCKET = 50_000_000  # elements; DeepSpeed's default of stage3_prefetch_bucket_size
+REPLY_TOKEN_BYTES = 4 + 8  # id and log-prob of a token in rollouts/; the text is smaller
 RUNTIME_BYTES = 2 * GIB  # assumed for the CUDA context, NCCL and fragmentation
 FEWER = "a lower policy.micro_batch_tokens"
 SAMPLING_BUFFERS = 4  # of [batch, V]: logits, over the temperature, probabilities, their sums
@@ -284,6 +285,13 @@ class Footprint:
     def export_bytes(self) -> float:
         """The Hugging Face folder's weights, adapters merged."""
         return float(self.itemsize * self.shape.num_parameters)
+
+    def replies_bytes(self) -> float:
+        """On disk, what `rollout.keep_replies` holds from one checkpoint to the next if every reply is longest."""
+        run, rollout = self.config.run, self.config.rollout
+        steps = min(run.checkpoint_every or run.steps, run.steps) if rollout.keep_replies else 0
+        replies = rollout.questions_per_step * (1 + rollout.max_resamples) * rollout.group_size
+        return float(REPLY_TOKEN_BYTES * steps * replies * rollout.max_new_tokens)
 
 
 def _total(parts: Sequence[Part]) -> float:

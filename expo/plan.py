@@ -256,13 +256,14 @@ def _disk_rows(footprint: Footprint) -> _Rows:
     run, evaluation = footprint.config.run, footprint.config.evaluation
     keeps_best = run.keep_best and bool(evaluation.sets) and evaluation.every > 0
     num_kept = run.keep_checkpoints + keeps_best + 1
-    checkpoint, export = footprint.checkpoint_bytes(), footprint.export_bytes()
+    checkpoint, export, replies = footprint.checkpoint_bytes(), footprint.export_bytes(), footprint.replies_bytes()
     kept = f"newest {run.keep_checkpoints}{', the best' if keeps_best else ''} and one being written"
     return [
         ("one checkpoint", _gib(checkpoint), "of all ranks"),
         (f"{num_kept} checkpoints", _gib(num_kept * checkpoint), kept),
         ("export", _gib(export), "safetensors"),
-        ("in all", _gib(num_kept * checkpoint + export), "logs apart"),
+        ("replies", _gib(replies), "at most, between two checkpoints"),
+        ("in all", _gib(num_kept * checkpoint + export + replies), "logs apart"),
     ]
 
 

@@ -91,10 +91,17 @@ class WeightSync:
         self._engine.load_weights(self._policy.named_weights())
         return self.difference() if self._engine.holds_weights else None
 
+    def policy_logps(self) -> torch.Tensor:
+        """The probe's log-probs under the policy as it stands, [sequences, scored tokens], nats, on the CPU; all ranks
+        call it.
+        """
+        mask = self._batch.completion_mask
+        return self._policy.logps(self._batch)[mask].view(len(mask), -1).cpu()
+
     def difference(self) -> float:
         """The comparison alone. Raises: as `run`."""
         theirs = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
-        ours = self._policy.logps(self._batch)[self._batch.completion_mask].view_as(theirs).cpu()
+        ours = self.policy_logps()
         apart = (ours - theirs).abs().nan_to_num(nan=torch.inf)
         (largest,) = self._ranks.maximum([float(apart.max())])
         if largest > self._tolerance:

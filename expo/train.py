@@ -127,7 +127,7 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
     while missing and len(drawn) and len(rollouts.rounds) <= section.max_resamples:
         questions, drawn = drawn[:missing], drawn[missing:]
         with timer.phase("rollout"):
-            asked, replies = sample_replies(parts, step, questions)
+            asked, replies = sample_replies(parts, step, len(rollouts.rounds), questions)
         with timer.phase("reward"):
             graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
@@ -135,8 +135,13 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
     return rollouts
 
 
-def sample_replies(parts: Parts, step: int, drawn: Tensor) -> tuple[list[Prompted], list[list[Reply]]]:
-    """Drawn questions and group_size replies to each; seeds follow from run, step, question and sample alone."""
+def sample_replies(
+    parts: Parts, step: int, round_index: int, drawn: Tensor
+) -> tuple[list[Prompted], list[list[Reply]]]:
+    """Drawn questions and group_size replies to each; seeds follow from run, step, question and sample alone.
+
+    What the run had sampled in this very place before it died is not sampled again.
+    """
     config = parts.config
     asked = [parts.train_set[index] for index in drawn.tolist()]
     requests = []
@@ -145,7 +150,8 @@ def sample_replies(parts: Parts, step: int, drawn: Tensor) -> tuple[list[Prompte
         seeds = [request_seed(*key, sample) for sample in range(config.rollout.group_size)]
         requests.append(Request(prompted.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-    return asked, parts.engine.generate(requests, sampling)
+    ids = [prompted.question.id for prompted in asked]
+    return asked, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
 
 
 def training_samples(graded: Graded, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
@@ -257,11 +263,14 @@ def position_after(parts: Parts, step: int, bad_updates: int = 0, reply_tokens: 
 
 
 def save(parts: Parts, position: Position, score: float | None = None, *, must: bool = False) -> None:
-    """Writes a checkpoint and deletes those that need not be kept; unless it `must`, a failure is only reported."""
+    """Writes a checkpoint and deletes those that need not be kept, and the replies before it; unless it `must`, a
+    failure is only reported.
+    """
     with parts.guard("save"):
         try:
             parts.checkpoints.save(position, parts.policy, score)
             parts.checkpoints.retain(parts.config.run.keep_checkpoints, best=parts.config.run.keep_best)
+            parts.cache.drop(position.step)
         except CheckpointError as error:
             if must:
                 raise
@@ -282,6 +291,7 @@ def take_up(parts: Parts, resume: bool) -> Position:
                 f"going on after step {position.step} of {parts.config.run.steps} in {parts.folder.path}"
             )
         parts.folder.rewind(position.step)
+        parts.cache.drop(position.step)
     with parts.guard("sync"):
         parts.sync.run()
     return position

@@ -90,7 +90,7 @@ def test_config_is_frozen():
         ("--policy.updates_per_step=3", "256 replies do not split"),
         ("--policy.micro_batch_tokens=40", "raise it to 64"),
         ("--objective.rollout_correction=batch", "objective.rollout_correction = 'batch': input should be 'token'"),
-        ("--reward.overlong_buffer=33", "reward.overlong_buffer = 33 leaves no reply without a penalty"),
+        ("--reward.overlong_buffer=32", "reward.overlong_buffer = 32 leaves no reply without a penalty"),
         ("--reward.functions={length: 1}", "names 'length'; expected package.module:function"),
         ("--reward.functions={a:f: 1, b:f: 1}", "b:f would be logged as reward/f, as another is"),
         ("--reward.functions={a:overlong: 1}", "would be logged as reward/overlong"),

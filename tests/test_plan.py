@@ -88,7 +88,8 @@ def test_the_printed_numbers_are_the_formulas():
         "one checkpoint": run.checkpoint_bytes(),
         "3 checkpoints": 3 * run.checkpoint_bytes(),
         "export": run.export_bytes(),
-        "in all": 3 * run.checkpoint_bytes() + run.export_bytes(),
+        "replies": 50 * 2048 * 3072 * 12,
+        "in all": 3 * run.checkpoint_bytes() + run.export_bytes() + run.replies_bytes(),
     }
     assert {name: found[name] for name in expected} == {name: f"{value / GIB:.2f}" for name, value in expected.items()}
     assert (found["head"], found["parameters"]) == (str(151936 * 4096), str(run.shape.num_parameters))

@@ -99,7 +99,7 @@ def test_the_exported_policy_is_the_last_checkpoints(finished):
 
 
 def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatch):
-    config = quick(tmp_path)
+    config = quick(tmp_path, rollout__keep_replies=False)
     real_row = expo.train.step_row
 
     def row_or_die(step, *rest):

@@ -42,6 +42,8 @@ def assert_in_step(rows):
         # the trained model's logits reach 30 nats, where float32 has steps of 2e-6
         assert 0 < row["sync_max_abs_dlogp"] < 5e-5
         assert row["rollout_logp_difference_max"] < 5e-5
+        assert abs(row["rollout_ratio_median"] - 1) < 1e-5
+        assert row["rollout_effective_sample_fraction"] > 1 - 1e-8
 
 
 def test_a_run_with_vllm_is_quiet_and_in_step(alone):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ranks.running import argv, facts, life, lived
+from tests.ranks.running import argv, facts, life, lived, said
 
 pytestmark = pytest.mark.slow
 
@@ -10,10 +10,11 @@ pytestmark = pytest.mark.slow
 def test_a_run_killed_in_mid_step_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
     plan, stages = [], (0, 1, 2, 3)
     for stage in stages:
-        # with groups that are replaced, and rewards of which rank 0 alone makes a part
+        # with groups that are replaced, rewards of which rank 0 alone makes a part, replies that are kept or not
         options = {
             "policy__zero_stage": stage,
             "rollout__max_resamples": stage,
+            "rollout__keep_replies": stage < 2,
             "reward__functions": "{expo.formats:boxed: 0.5}",
         }
         plan.append(life(f"whole-{stage}", argv(tmp_path, f"whole-{stage}", **options)))
@@ -23,6 +24,7 @@ def test_a_run_killed_in_mid_step_ends_with_the_bits_of_an_undisturbed_one(tmp_p
     codes = lived(tmp_path, plan)
     for stage in stages:
         assert codes[f"killed-{stage}"] == [-9, -9]
+        assert ("step 4: replies taken from" in said(tmp_path, f"resumed-{stage}")) == (stage < 2)
         assert codes[f"whole-{stage}"] == codes[f"resumed-{stage}"] == [0, 0]
         whole, resumed = facts(tmp_path / f"whole-{stage}"), facts(tmp_path / f"killed-{stage}")
         assert [row["step"] for row in whole["evaluations"]] == [0, 2, 4, 6]
