@@ -61,7 +61,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	else \
 		$(PIP) torch==$(TORCH); \
 	fi
-	$(PIP) --constraint constraints.txt --editable '.[train,lora,dev]'
+	$(PIP) --constraint constraints.txt --editable '.[train,lora,trl,dev]'
 	@touch $(READY)
 
 clean:
