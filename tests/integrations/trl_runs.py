@@ -1,0 +1,118 @@
+"""Small real runs of TRL's GRPOTrainer on the CPU, which tests compare: same model, data, rollouts and seed."""
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig
+
+LEDGER_MODEL = Path(__file__).parents[2] / "expo" / "ledger" / "model"
+QUESTIONS = ["3+8=", "9-2=", "4+4=", "7-5=", "1+6=", "8-3=", "5+5=", "6-6="]
+GROUP_SIZE, MAX_LENGTH, STEPS = 4, 8, 5
+
+
+class Run(NamedTuple):
+    trainer: Any
+    history: list[dict[str, float]]  # what the trainer logged of each step
+    parameters: dict[str, torch.Tensor]
+
+
+def save_model(folder: Path) -> Path:
+    """A Qwen3 of two layers with random weights, and the ledger's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(LEDGER_MODEL, padding_side="left")
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + 5,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Random replies of 1 to MAX_LENGTH tokens, the same at the same step of every run."""
+    tokenizer = trainer.processing_class
+    draws = torch.Generator().manual_seed(1000 + trainer.state.global_step)
+    eos, replies = tokenizer.eos_token_id, []
+    for _ in prompts:
+        length = int(torch.randint(1, MAX_LENGTH + 1, (), generator=draws))
+        reply = torch.randint(3, len(tokenizer), (length,), generator=draws).tolist()
+        replies.append(reply if length == MAX_LENGTH else [*reply[:-1], eos])
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    logprobs = [torch.randn(len(reply), generator=draws).sub(3.0).tolist() for reply in replies]
+    return {"prompt_ids": prompt_ids, "completion_ids": replies, "logprobs": logprobs}
+
+
+def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """1 for a reply whose ids add up to an even number: half of them."""
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+
+
+def settings_of(folder: Path, **settings: Any) -> GRPOConfig:
+    plain = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": GROUP_SIZE,
+        "num_generations": GROUP_SIZE,
+        "max_completion_length": MAX_LENGTH,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return GRPOConfig(**plain | settings)
+
+
+def make_trainer(trainer_class: Any, folder: Path, *, lora: bool = False, extra: dict | None = None, **settings: Any):
+    """The trainer; `extra` goes to its constructor, `settings` to its GRPOConfig."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights="gaussian")
+    options = {"reward_funcs": score, "rollout_func": roll_out, "peft_config": adapter if lora else None}
+    return trainer_class(
+        str(folder),
+        args=settings_of(folder, **settings),
+        train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        **options | (extra or {}),
+    )
+
+
+def run(trainer: Any) -> Run:
+    """Train, and take what was logged and the parameters it ended with."""
+    trainer.train()
+    history = [copy.deepcopy(entry) for entry in trainer.state.log_history if "loss" in entry]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return Run(trainer, history, {name: value.detach().clone() for name, value in model.named_parameters()})
+
+
+def assert_same(ours: Run, theirs: Run, tolerance: float = 1e-5) -> None:
+    """Loss, KL, entropy, gradient norm of every step, and the parameters, to `tolerance`."""
+    assert len(ours.history) == len(theirs.history) > 0
+    for mine, other in zip(ours.history, theirs.history, strict=True):
+        for name in ("loss", "kl", "entropy", "grad_norm", "reward"):
+            assert (name in mine) == (name in other)
+            if name in mine:
+                assert abs(mine[name] - other[name]) <= tolerance * max(1.0, abs(other[name])), (name, mine, other)
+    for name, value in theirs.parameters.items():
+        assert (ours.parameters[name] - value).abs().max() <= tolerance, name
