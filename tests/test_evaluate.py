@@ -1,9 +1,11 @@
 """Evaluations: of a known engine within a run, and of models by `python -m expo.evaluate`."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 
@@ -222,6 +224,18 @@ def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):
 def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
     with pytest.raises(ConfigError, match=r"the prompts of \d+ questions are longer"):
         measured(questions, tmp_path / "out", "--data.max_prompt_tokens=8")
+
+
+def test_the_flags_of_the_documented_protocols_are_understood():
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    protocols = re.findall(r"`(--num-samples [^`]+)`", text)
+    assert len(protocols) == 3
+    sections = [parse_command_line(["m", "--sets", "s", *flags.split()]).config for flags in protocols]
+    assert [(c.evaluation.num_samples, c.evaluation.top_p, c.rollout.max_new_tokens) for c in sections] == [
+        (64, 0.95, 32768),
+        (32, 0.7, 20480),
+        (1, 1.0, 3000),
+    ]
 
 
 def test_sets_are_named_after_their_source():

@@ -120,14 +120,18 @@ def read_results(folder: Path) -> Results:
         ) from error
 
 
+def _labelled(a: Results, b: Results) -> dict[str, Results]:
+    return {f"A: {a.label}": a, f"B: {b.label}": b}
+
+
 def draw(a: Results, b: Results, lines: Sequence[Comparison]) -> list[Picture]:
     """pass@k over k of both, a picture for each set."""
     pictures = []
     for name in dict.fromkeys(line.set_name for line in lines):
         curves = {}
-        for letter, results in (("A", a), ("B", b)):
+        for label, results in _labelled(a, b).items():
             found = [pass_at(results.facts["sets"][name], k) for k in range(1, results.num_samples + 1)]
-            curves[f"{letter}: {results.label}"] = [estimate for estimate in found if estimate is not None]
+            curves[label] = [estimate for estimate in found if estimate is not None]
         pictures.append(draw_curves(name, curves))
     return pictures
 
@@ -139,11 +143,11 @@ def render(a: Results, b: Results, lines: Sequence[Comparison], pictures: Sequen
         "questions. Coloured: an interval that leaves out zero; of twenty such lines one is coloured by chance.</p>"
     )
     shares = {
-        f"{name}, {results.label}": ", ".join(f"{found[f'{share}_fraction']:.1%} {share}" for share in SHARES)
-        for results in (a, b)
+        f"{name}, {label}": ", ".join(f"{found[f'{share}_fraction']:.1%} {share}" for share in SHARES)
+        for label, results in _labelled(a, b).items()
         for name, found in results.facts["sets"].items()
     }
-    models = {results.label: f"{results.facts['model']}" for results in (a, b)}
+    models = {label: results.facts["model"] for label, results in _labelled(a, b).items()}
     differing = incomparable(a, b)
     notice = f'<p class="notice">They differ in more than the model: {escape(", ".join(differing))}</p>'
     body = (
