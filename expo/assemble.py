@@ -18,6 +18,7 @@ import torch
 from expo.checkpoint import Checkpoints
 from expo.config import ConfigError, RunConfig, load_config
 from expo.data import Prompted, QuestionSet, load_questions, render_prompts
+from expo.evaluation.frozen import FrozenPolicy
 from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path, empty_copy
 from expo.policy import DeepSpeedPolicy, Policy
@@ -231,8 +232,8 @@ def _build_parts(
         f"{inputs.train.source}: {len(train_set)} questions "
         f"({inputs.train.num_duplicates} duplicates and {num_long} with too long a prompt left out)"
     )
-    engine = SharedEngine(_engine(config, policy, ranks, display), ranks, switch)
-    probe = make_probe([prompted.prompt_ids for prompted in train_set], _max_tokens(config))
+    engine = SharedEngine(build_engine(config, policy, ranks, display), ranks, switch)
+    probe = make_probe([prompted.prompt_ids for prompted in train_set], max_tokens(config))
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
@@ -269,7 +270,10 @@ def _build_parts(
     )
 
 
-def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: Display) -> RolloutEngine:
+def build_engine(
+    config: RunConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display
+) -> RolloutEngine:
+    """This rank's rollout engine, on the policy's own weights or on a copy that is yet to be synced."""
     if config.rollout.engine == "vllm":
         warning = version_warning()
         if warning is not None:
@@ -282,7 +286,7 @@ def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: D
             dtype=policy.dtype,
             device=ranks.device,
             num_replies=config.rollout.batch_size,
-            max_tokens=_max_tokens(config),
+            max_tokens=max_tokens(config),
             num_ranks=ranks.size,
         )
     model = policy.model if policy.is_whole else empty_copy(policy.model, policy.dtype, ranks.device)
@@ -291,8 +295,8 @@ def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: D
     )
 
 
-def _max_tokens(config: RunConfig) -> int:
-    """Of a prompt and its reply."""
+def max_tokens(config: RunConfig) -> int:
+    """The longest sequence, a prompt and its reply."""
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 

@@ -54,10 +54,11 @@ class Checkpoints:
     Args:
         folder: where they lie, shared by all ranks.
         ranks: the processes of the run; every method is called by all of them.
-        config_hash: digest of the settings that make the run what it is; one of another run is not taken up.
+        config_hash: digest of the settings that make the run what it is; one of another run is not taken up. None: of
+            whatever run, for reading alone.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, config_hash: str) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, config_hash: str | None) -> None:
         self.folder, self._ranks, self._config_hash = folder, ranks, config_hash
 
     def save(self, position: Position, policy: Policy, score: float | None = None) -> Path:
@@ -194,10 +195,24 @@ class Checkpoints:
             )
         return None
 
+    def whole(self, step: int) -> Path:
+        """The checkpoint after `step`.
+
+        Raises: CheckpointError if there is none, or it does not agree with its manifest.
+        """
+        every = self._ranks.from_first({_step(path): path for path in self.list()})
+        if step not in every:
+            known = ", ".join(map(str, every)) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
+        problems = [problem for problem in self._ranks.gather(self._problem(every[step])) if problem]
+        if problems:
+            raise CheckpointError(f"checkpoint {every[step]} is not whole ({problems[0]}); take another step")
+        return every[step]
+
     def _problem(self, path: Path) -> str | None:
         try:
             facts = _facts(path)
-            if facts["config_hash"] != self._config_hash:
+            if self._config_hash not in (None, facts["config_hash"]):
                 return "it belongs to a run of other settings"
             for name in self._ranks.share(sorted(facts["files"])):
                 size, crc = facts["files"][name]

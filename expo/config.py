@@ -248,7 +248,7 @@ class DeadlineSection(_Section):
     sync: Positive = 1800
     """Bringing the policy's weights to the rollout engine."""
     evaluation: Positive = 14400
-    """One evaluation of all sets."""
+    """One evaluation of all sets within a run; of expo.evaluate, the replies that are written down together."""
     save: Positive = 1800
     """Writing or reading one checkpoint, exporting the model."""
 
@@ -277,10 +277,21 @@ class EvaluationSection(_Section):
     """Name to question file (as data.train); evaluated before the first and after the last step."""
     num_samples: Count = 64
     """n, replies per question; pass@k is reported for 1, 8 and 32 where k < n, or k = n = 1."""
-    temperature: Positive = 1.0
-    """Sampling temperature of evaluations."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of evaluations; 0: always the likeliest token, then num_samples is 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Evaluations draw from the likeliest tokens that together have this probability; 1: from all, as training does."""
     every: Index = 0
     """Steps between evaluations during the run; 0: only before and after."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "EvaluationSection":
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(
+                f"evaluation.num_samples = {self.num_samples} replies at evaluation.temperature = 0 would all be the "
+                f"same one; take 1, or a temperature above 0"
+            )
+        return self
 
 
 class RunConfig(_Section):
@@ -400,7 +411,14 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
         values do not fit together.
     """
     source = path or DEFAULT_RECIPE
-    values = _read_recipe(source)
+    return config_of(_read_recipe(source), overrides, f"{source.name}: " if path else "")
+
+
+def config_of(values: dict[str, Any], overrides: Sequence[tuple[str, Any]] = (), where: str = "") -> RunConfig:
+    """The configuration that sections and their fields make, with dotted overrides applied.
+
+    Raises: ConfigError, its message beginning with `where`, as `load_config`.
+    """
     for dotted, value in overrides:
         section, _, field = dotted.partition(".")
         values = _laid_over(values, {section: {field: value}})
@@ -408,7 +426,7 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
         return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_explain(item) for item in error.errors())
-        raise ConfigError(f"{source.name}: {problems}" if path else problems) from error
+        raise ConfigError(f"{where}{problems}") from error
 
 
 def _read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
@@ -460,7 +478,7 @@ def _explain(item: ErrorDetails) -> str:
     """One line for one of pydantic's findings."""
     dotted = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {dotted}{_nearest(dotted, field_names() + [name for name, _ in _sections()])}"
+        return f"unknown key {dotted}{nearest(dotted, field_names() + [name for name, _ in _sections()])}"
     if item["type"] == "missing":
         return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
     if not dotted:
@@ -469,7 +487,8 @@ def _explain(item: ErrorDetails) -> str:
     return f"{dotted} = {item['input']!r}: {message}"
 
 
-def _nearest(given: str, known: Sequence[str]) -> str:
+def nearest(given: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is unknown: the known one that it looks most like."""
     matches = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else "; --help lists the known ones"
 
@@ -493,11 +512,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     for name, model in _sections():
         group = parser.add_argument_group(name, model.__doc__)
-        for field, info in model.model_fields.items():
-            default = "required" if info.is_required() else f"default: {info.get_default()}"
-            text = f"{info.description} ({default})".replace("%", "%%")
-            group.add_argument(f"--{name}.{field}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+        for field in model.model_fields:
+            add_field(group, f"{name}.{field}")
     return parser
+
+
+def add_field(group: Any, name: str, *aliases: str) -> None:
+    """Puts the flag of `section.field` among an argument parser's, under other names too, with the field's own text."""
+    section, field = name.split(".")
+    info = dict(_sections())[section].model_fields[field]
+    default = "required" if info.is_required() else f"default: {info.get_default()}"
+    text = f"{info.description} ({default})".replace("%", "%%")
+    group.add_argument(*aliases, f"--{name}", dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
 def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") -> Invocation:
@@ -514,8 +540,8 @@ def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") 
     try:
         if unknown:
             flag = unknown[0].split("=")[0]
-            raise ConfigError(f"unknown argument {unknown[0]}{_nearest(flag, ['--' + name for name in field_names()])}")
-        config = load_config(path, [(name, _parse_value(name, text)) for name, text in given.items()])
+            raise ConfigError(f"unknown argument {unknown[0]}{nearest(flag, ['--' + name for name in field_names()])}")
+        config = load_config(path, [(name, parse_value(name, text)) for name, text in given.items()])
         invocation = _invocation(config, about_run)
     except ConfigError as error:
         fail(prog, error)
@@ -537,7 +563,8 @@ def _invocation(config: RunConfig, options: dict[str, Any]) -> Invocation:
         raise ConfigError(problems) from error
 
 
-def _parse_value(name: str, text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
+    """What a flag's text says, read as YAML. Raises: ConfigError if it is none."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -1,45 +1,67 @@
-"""Pass@k on questions that are not trained on, with intervals.
+"""pass@k on questions that are not trained on, with intervals: within a run, and of any model on any sets.
 
-Source: the unbiased estimator of Chen et al. (arXiv 2107.03374, eq. 1), pass@k = 1 - C(n - c, k) / C(n, k).
+    python -m expo.evaluate MODEL --sets [NAME=]SOURCE ... --num-samples 64 --temperature 0.6 --out DIR
+    python -m expo.evaluate compare A B
+
+Replies are seeded by question and sample number alone: two evaluations use the same random numbers, and the order in
+which questions are asked, or where an evaluation was interrupted, changes nothing.
 """
 
-import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from expo.config import EvaluationSection
+from expo.checkpoint import CheckpointError
+from expo.config import ConfigError, EvaluationSection, fail
 from expo.data import Prompted
+from expo.evaluation import compare
+from expo.evaluation.options import PROGRAM, Asked, parse_command_line
+from expo.evaluation.parts import Evaluation, open_evaluation
+from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
+from expo.evaluation.tables import scores_table
 from expo.graded import Graded, Grader, grade
+from expo.metrics import describe_environment
+from expo.ranks import leave_ranks
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
+from expo.scores import (
+    by_question,
+    majority_scores,
+    mean_with_interval,
+    num_correct,
+    pass_at_k,
+    powers_of_two,
+    score_set,
+)
+from expo.stopping import StopRequested
+from expo.sync import SyncError
 
-KS = (1, 8, 32)
-NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then move by under 5 % of its width
+__all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]
+
+KS = (1, 8, 32)  # of evaluations within a run
+CHUNK_BATCHES = 4  # batches of replies between two writes: what an evaluation that dies has to make again, at most
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k replies, drawn without replacement from n of which c are correct, is correct.
-
-    Source: arXiv 2107.03374, eq. 1, as a running product: exact counts overflow no float.
-
-    Raises: ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass_at_k got n = {n}, c = {c}, k = {k}; expected 0 <= c <= n and 1 <= k <= n")
-    if n - c < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
-
-
-def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over questions and the 95 % percentile-bootstrap interval of it, as mean, low, high."""
-    data = torch.tensor(values, dtype=torch.float64)
-    draws = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    means = data[draws].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": float(data.mean()), "low": low, "high": high}
+def ask(
+    engine: RolloutEngine,
+    verifier: Grader,
+    asked: Sequence[Prompted],
+    config: EvaluationSection,
+    max_new_tokens: int,
+    seed: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Graded:
+    """evaluation.num_samples graded replies to each question."""
+    requests = [
+        Request(
+            prompted.prompt_ids,
+            [request_seed(seed, "evaluate", prompted.question.id, i) for i in range(config.num_samples)],
+        )
+        for prompted in asked
+    ]
+    sampling = Sampling(config.temperature, max_new_tokens, config.top_p)
+    return grade(verifier, asked, engine.generate(requests, sampling, on_progress))
 
 
 def evaluate(
@@ -53,43 +75,131 @@ def evaluate(
 ) -> dict[str, Any]:
     """pass@k for k = 1, 8, 32 (where n allows) of every set, as a whole and by level, and what was not answered.
 
-    Replies are seeded by question and sample number alone, so two evaluations in a run use the same random numbers
-    and their difference is the policies'.
+    Replies are seeded as `ask` does, so the difference of two evaluations in a run is the policies'.
     """
     started = time.perf_counter()
-    sampling, n = Sampling(config.temperature, max_new_tokens), config.num_samples
+    n = config.num_samples
+    ks = [k for k in KS if k < n or k == n == 1]
     results = {}
     for name, asked in sets.items():
-        requests = [
-            Request(
-                prompted.prompt_ids,
-                [request_seed(seed, "evaluate", prompted.question.id, i) for i in range(n)],
-            )
-            for prompted in asked
-        ]
-        graded = grade(verifier, asked, engine.generate(requests, sampling, on_progress))
-        results[name] = _summarise_set(graded, n)
+        graded = ask(engine, verifier, asked, config, max_new_tokens, seed, on_progress)
+        results[name] = score_set(graded.rows(), n, ks, ks)
     return {
         "seconds": time.perf_counter() - started,
         "num_samples": n,
         "temperature": config.temperature,
+        "top_p": config.top_p,
         "sets": results,
     }
 
 
-def _summarise_set(graded: Graded, n: int) -> dict[str, Any]:
-    correct = [sum(verdict.kind == "correct" for verdict in group) for group in graded.verdicts]
-    by_level: dict[str, list[int]] = {}
-    for prompted, count in zip(graded.asked, correct, strict=True):
-        by_level.setdefault(prompted.question.level, []).append(count)
+def measure(asked: Asked) -> Path:
+    """Evaluates a model, from where an earlier attempt stopped, and returns the folder of results.
+
+    Every rank calls it; each samples and grades its share of the replies.
+
+    Raises:
+        ConfigError: if the evaluation cannot be, or the folder holds another.
+        CheckpointError: if the checkpoint asked for is not there or not whole.
+        SyncError: if the rollout engine's weights turned out not to be the model's.
+        StopRequested: if it was asked to stop; all whole questions are kept.
+    """
+    started = time.perf_counter()
+    with open_evaluation(asked) as parts:
+        left = list(chunks_left(parts))
+        if left:
+            sample(parts, left)
+        if parts.ranks.is_first:
+            finish(parts, time.perf_counter() - started)
+        return parts.folder.path
+
+
+def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompted]]]) -> None:
+    """Writes down the replies to what is left, portion by portion."""
+    config, n = parts.config, parts.config.evaluation.num_samples
+    with parts.watchdog.phase("start", config.deadline.start):
+        engine = parts.start_engine()
+    total = n * sum(len(prompts) for prompts in parts.sets.values())
+    with parts.display.bar("replies", total, done=n * sum(parts.done.values())) as bar:
+        for name, chunk in left:
+            with parts.watchdog.phase("evaluation", config.deadline.evaluation):
+                graded = ask(
+                    engine,
+                    parts.verifier,
+                    chunk,
+                    config.evaluation,
+                    config.rollout.max_new_tokens,
+                    config.run.seed,
+                    on_progress=bar.advance,
+                )
+            rows = enumerate(graded.rows())
+            parts.folder.append(REPLIES, *({"set": name, "sample": index % n, **row} for index, row in rows))
+
+
+def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompted]]]:
+    """Set by set the questions that have no replies yet, in portions that are written down together."""
+    replies = CHUNK_BATCHES * parts.config.rollout.batch_size * parts.ranks.size
+    size = max(replies // parts.config.evaluation.num_samples, parts.ranks.size)
+    for name, prompts in parts.sets.items():
+        for start in range(parts.done.get(name, 0), len(prompts), size):
+            yield name, prompts[start : start + size]
+
+
+def finish(parts: Evaluation, seconds: float) -> None:
+    """Writes results.json, the same bytes for two equal evaluations, and environment.json, which differs; a table."""
+    n = parts.config.evaluation.num_samples
+    replies = read_replies(parts.folder.path / f"{REPLIES}.jsonl", list(parts.sets))
+    scores = {name: summarise(rows, n, parts) for name, rows in replies.items()}
+    parts.folder.write_json(RESULTS, {**parts.facts, "sets": scores})
+    parts.folder.write_json(
+        "environment.json", {**describe_environment(), "ranks": parts.ranks.size, "seconds": seconds}
+    )
+    parts.display.line(scores_table(scores, n))
+    parts.display.line(f"results: {parts.folder.path / RESULTS}")
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], n: int, parts: Evaluation) -> dict[str, Any]:
+    """All that results.json says of a set: pass@k for every k up to n, the majority's score, lengths, each question."""
+    groups = list(by_question(rows, n))
+    majority = majority_scores(groups, parts.agree)
+    found = score_set(rows, n, range(1, n + 1), powers_of_two(n))
     return {
-        **_pass_at(correct, n),
-        **graded.fractions(),
-        "by_level": {level: _pass_at(counts, n) for level, counts in sorted(by_level.items()) if level},
+        **found,
+        "mean_at_n": found["pass_at"]["1"],
+        "maj_at_n": mean_with_interval(majority),
+        "mean_length": sum(row["num_tokens"] for row in rows) / len(rows),
+        "questions": [
+            {
+                "id": group[0]["question_id"],
+                "level": group[0]["level"],
+                "correct": num_correct(group),
+                "majority": score,
+            }
+            for group, score in zip(groups, majority, strict=True)
+        ],
     }
 
 
-def _pass_at(correct: Sequence[int], n: int) -> dict[str, Any]:
-    ks = [k for k in KS if k < n or k == n == 1]
-    estimates = {str(k): mean_with_interval([pass_at_k(n, c, k) for c in correct]) for k in ks}
-    return {"num_questions": len(correct), "pass_at": estimates}
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when the evaluation is done, 1 when it was stopped or could not go on, 2 when it cannot be.
+
+    What is wrong is one line on stderr. 75 is the exit code of a phase that outlasted its deadline.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["compare"]:
+        return compare.main(given[1:])
+    asked = parse_command_line(given)
+    try:
+        measure(asked)
+    except ConfigError as error:
+        fail(PROGRAM, error)
+    except (CheckpointError, SyncError) as error:
+        fail(PROGRAM, error, code=1)
+    except StopRequested as request:
+        fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"), code=1)
+    leave_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -67,23 +67,18 @@ class Graded:
     def fractions(self) -> dict[str, float]:
         """Shares of all replies in which no answer was found, that could not be graded in time, that were cut."""
         kinds = [verdict.kind for group in self.verdicts for verdict in group]
-        cut = [reply.is_truncated for group in self.replies for reply in group]
-        return {
-            "unparsed_fraction": kinds.count("unparsed") / len(kinds),
-            "timeout_fraction": kinds.count("timeout") / len(kinds),
-            "truncated_fraction": cut.count(True) / len(cut),
-        }
+        return fractions(kinds, [reply.is_truncated for group in self.replies for reply in group])
 
-    def rows(self, step: int) -> list[dict[str, Any]]:
-        """One line of completions.jsonl for every reply."""
+    def rows(self) -> list[dict[str, Any]]:
+        """Every reply as it is written down, question after question."""
         return [
             {
-                "step": step,
                 "question_id": prompted.question.id,
                 "level": prompted.question.level,
                 "question": prompted.question.text,
                 "answer": prompted.question.answer,
                 "reply": reply.text,
+                "stated": verdict.answer,
                 "verdict": verdict.kind,
                 "reward": verdict.reward,
                 "shaped_reward": reward,
@@ -93,6 +88,15 @@ class Graded:
             for prompted, *columns in zip(self.asked, self.replies, self.verdicts, self.rewards.tolist(), strict=True)
             for reply, verdict, reward in zip(*columns, strict=True)
         ]
+
+
+def fractions(kinds: Sequence[str], cut: Sequence[bool]) -> dict[str, float]:
+    """Shares of replies in which no answer was found, that could not be graded in time, that were cut."""
+    return {
+        "unparsed_fraction": kinds.count("unparsed") / len(kinds),
+        "timeout_fraction": kinds.count("timeout") / len(kinds),
+        "truncated_fraction": cut.count(True) / len(cut),
+    }
 
 
 def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequence[Reply]]) -> Graded:

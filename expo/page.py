@@ -105,21 +105,27 @@ def render_page(run: Run, pictures: list[Picture]) -> str:
         _headline(run),
         _notices(run),
         _facts(run),
-        _section("Before and after", _results(run)),
-        _section("Pictures", f'<div class="grid">{"".join(_figure(p) for p in pictures)}</div>'),
-        _section("Replies", _replies(run)),
-        _section("How it was run", _provenance(run)),
+        section("Before and after", _results(run)),
+        section("Pictures", f'<div class="grid">{"".join(figure(p) for p in pictures)}</div>'),
+        section("Replies", _replies(run)),
+        section("How it was run", _provenance(run)),
     )
+    return document(f"{run.folder.name} · EXPO run", body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page of the house's style, as HTML text; `title` is plain text."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(run.folder.name)} · EXPO run</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
     )
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A part of a page under its title."""
     return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n"
 
 
@@ -153,7 +159,7 @@ def _verdict(run: Run) -> str:
     """The one sentence that the run comes down to."""
     before, after = run.records.before, run.records.after
     name = main_set(before | after)
-    lines = [line for line in compare(before, after) if line.set_name == name and line.k == 1]
+    lines = [line for line in compare(before, after) if line.set_name == name and line.metric == "pass@1"]
     if not lines:
         return "Nothing evaluated yet"
     words, first, last, gain = _words(name or ""), lines[0].before, lines[0].after, lines[0].change
@@ -227,9 +233,9 @@ def _results(run: Run) -> str:
     lines = compare(run.records.before, run.records.after)
     if not lines:
         return '<p class="missing">Nothing evaluated yet.</p>'
-    table = _table(lines, "Set")
+    table = comparison_table(lines, "Set")
     by_level = _level_lines(run.records)
-    levels = _folded("The same by level", _table(by_level, "Level")) if by_level else ""
+    levels = _folded("The same by level", comparison_table(by_level, "Level")) if by_level else ""
     return f"{table}\n{_reading_guide(run.records)}\n{levels}"
 
 
@@ -253,14 +259,16 @@ def _level_lines(records: Records) -> list[Comparison]:
     return lines
 
 
-def _table(lines: Sequence[Comparison], what: str) -> str:
+def comparison_table(
+    lines: Sequence[Comparison], what: str, names: Sequence[str] = ("Metric", "Before", "After", "Change")
+) -> str:
+    """Lines as a table; `what` heads their sets, `names` the other columns."""
     rows, shown = [], None
     for line in lines:
         is_first = line.set_name != shown
         shown = line.set_name
         rows.append(_row(line, is_first=is_first))
-    names = ("Metric", "Before", "After", "Change")
-    heads = f'<th>{what}</th><th class="num">Questions</th>' + "".join(f"<th>{name}</th>" for name in names)
+    heads = f'<th>{what}</th><th class="num">Questions</th>' + "".join(f"<th>{escape(name)}</th>" for name in names)
     body = f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody>"
     return f'<div class="wide"><table>\n{body}</table></div>'
 
@@ -289,7 +297,8 @@ def _split(interval: str) -> str:
     return f"{mean}<small>{rest}</small>" if rest else "–"
 
 
-def _figure(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """A picture with its title and what to look at in it."""
     if picture.png is None:
         content = '<p class="missing">Nothing recorded for this picture yet.</p>'
     else:
@@ -351,14 +360,15 @@ def _provenance(run: Run) -> str:
     }
     versions = environment.get("versions") or {}
     return (
-        _pairs({name: value for name, value in facts.items() if value})
+        pairs({name: value for name, value in facts.items() if value})
         + _folded("Configuration", f"<pre>{escape(run.config_text)}</pre>")
-        + (_folded("Versions", _pairs(versions)) if versions else "")
+        + (_folded("Versions", pairs(versions)) if versions else "")
     )
 
 
-def _pairs(pairs: Record) -> str:
-    rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in pairs.items())
+def pairs(facts: Record) -> str:
+    """Facts by name, as a table."""
+    rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     return f'<div class="wide"><table class="pairs"><tbody>{rows}</tbody></table></div>' if rows else ""
 
 

@@ -183,12 +183,35 @@ def draw_pass_at_k(records: Records) -> "Figure | None":
         axes.set_title(name.replace("_", " "))
         for scores, label, colour in _both(records):
             _pass_at_line(axes, scores.get(name, {}), label, colour)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("k (replies allowed per question)")
+        _k_axis(axes)
     _share_axis(panels[0], "pass@k", full=True)
     _legend(figure)
     return figure
+
+
+def draw_curves(title: str, curves: Mapping[str, Sequence[Estimate]]) -> Picture:
+    """pass@k over k with bands, one curve a model.
+
+    Args:
+        title: of the picture, which is named after it.
+        curves: label: estimates for k = 1, 2, ... in order; at most two.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels()
+        for (label, estimates), colour in zip(curves.items(), (BEFORE, AFTER), strict=False):
+            ks = range(1, len(estimates) + 1)
+            axes.plot(ks, [e.mean for e in estimates], color=colour, label=label, marker="o" if len(ks) == 1 else None)
+            axes.fill_between(
+                ks, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.18, linewidth=0
+            )
+        _k_axis(axes)
+        _share_axis(axes, "pass@k", full=True)
+        _legend(figure)
+        png = _render(figure)
+    sentence = "Bands are the 95 % intervals of each model alone; whether the two differ, the table says."
+    return Picture(f"pass_at_k-{title}", title, sentence, False, png)
 
 
 def draw_levels(records: Records) -> "Figure | None":
@@ -467,6 +490,12 @@ def _step_axis(axes: "Axes") -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("step")
+
+
+def _k_axis(axes: "Axes") -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("k (replies allowed per question)")
 
 
 def _share_axis(axes: "Axes", label: str, *, full: bool = False) -> None:

@@ -6,7 +6,7 @@ left out.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +37,11 @@ class Run:
 
 
 class Comparison(NamedTuple):
-    """One line of the table: pass@k of one set, before and after."""
+    """One line of a table: one metric of one set, before and after."""
 
     set_name: str
     num_questions: int | None
-    k: int
+    metric: str
     before: Estimate | None
     after: Estimate | None
     change: Estimate | None
@@ -56,7 +56,7 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
         for k in TABLE_KS:
             a, b = pass_at(old, k), pass_at(new, k)
             if a or b:
-                lines.append(Comparison(name, num_questions, k, a, b, change(a, b)))
+                lines.append(Comparison(name, num_questions, f"pass@{k}", a, b, change(a, b)))
     return lines
 
 
@@ -82,7 +82,12 @@ def results_table(before: Scores, after: Scores) -> str:
         after: the sets of the last one; `{}` while there is none.
     """
     heads = ("set", "n", "metric", "before [95 %]", "after [95 %]", "change [95 %]")
-    rows = [heads, *(table_cells(line) for line in compare(before, after))]
+    return text_table(heads, [table_cells(line) for line in compare(before, after)])
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells under their heads, in columns."""
+    rows = [heads, *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -93,7 +98,7 @@ def table_cells(line: Comparison) -> tuple[str, ...]:
     """Set, number of questions, metric, before, after and change as text."""
     num_questions = "-" if line.num_questions is None else str(line.num_questions)
     estimates = (interval_text(line.before), interval_text(line.after), interval_text(line.change, "+"))
-    return (line.set_name, num_questions, f"pass@{line.k}", *estimates)
+    return (line.set_name, num_questions, line.metric, *estimates)
 
 
 def interval_text(estimate: Estimate | None, sign: str = "") -> str:

@@ -119,6 +119,18 @@ class Verifier:
             Verdict("unparsed" if pair is None else known[pair], text) for pair, text in zip(pairs, stated, strict=True)
         ]
 
+    def agree(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the two stated answers of each pair are the same answer.
+
+        False too where one of them is no mathematics, or the comparison takes too long: such answers stand alone.
+        """
+        keys = [(normalise(one), normalise(other)) for one, other in pairs]
+        same = {key: judge_exactly(*key) for key in keys}
+        with self._lock:
+            outcomes = self._pool.run([key for key, is_same in same.items() if is_same is None])
+        same |= {key: outcome == _grading.CORRECT for key, outcome in outcomes.items()}
+        return [bool(same[key]) for key in keys]
+
     def _unusable(self, golds: Sequence[str]) -> list[str]:
         """Those of some normalised gold answers that the algebra cannot take."""
         with self._lock:

@@ -4,14 +4,14 @@ After every sync, engine and policy say the log-probs of the same few tokens, an
 engine left behind, a cache of old weights or a layer that was not brought over shows here, before it is trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from expo.batch import collate
-from expo.policy import DeepSpeedPolicy
+from expo.batch import Batch, collate
 from expo.ranks import Ranks
 from expo.rollout import RolloutEngine
 
@@ -25,6 +25,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.0}
 
 class SyncError(Exception):
     """Policy and rollout engine do not agree after a sync."""
+
+
+class Source(Protocol):
+    """A policy, as far as weights leave it."""
+
+    dtype: torch.dtype
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Every weight, whole, under its name in the model."""
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the reply tokens of a batch, nats."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class WeightSync:
     def __init__(
         self,
         engine: RolloutEngine,
-        policy: DeepSpeedPolicy,
+        policy: Source,
         ranks: Ranks,
         probe: Probe,
         temperature: float,

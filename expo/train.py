@@ -214,7 +214,8 @@ def update_policy(
 
 def record(parts: Parts, step: int, graded: Graded, row: Mapping[str, Any]) -> None:
     """Writes down a step: its metrics, some of its replies, and where the curriculum stands."""
-    parts.folder.append("completions", *graded.rows(step)[: parts.config.run.completions_per_step])
+    kept = graded.rows()[: parts.config.run.completions_per_step]
+    parts.folder.append("completions", *({"step": step, **row} for row in kept))
     parts.folder.append("curriculum", curriculum_row(step, parts.curriculum))
     parts.folder.append("metrics", row)
     for tracker in parts.trackers:

@@ -24,10 +24,11 @@ class Watchdog:
 
     Args:
         rank: number that reports carry.
+        go_on: what to do after the deadline was raised.
     """
 
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
+    def __init__(self, rank: int = 0, go_on: str = "go on with --resume") -> None:
+        self.rank, self._go_on = rank, go_on
         self.siblings: Sequence[int] = ()  # process ids of the ranks on this machine
         self.folder: Path | None = None  # where stacks are written besides stderr
         self._phases: list[tuple[str, float, float]] = []  # name, seconds allowed, time of expiry
@@ -73,7 +74,7 @@ class Watchdog:
     def _expire(self, name: str, seconds: float) -> None:
         headline = (
             f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank ends now. "
-            f"Where every thread stands is below; raise the deadline if this was only slow, then go on with --resume"
+            f"Where every thread stands is below; raise the deadline if this was only slow, then {self._go_on}"
         )
         # by a thread of its own: a reader of stderr that has died or a disk that does not answer must not keep us here
         report = threading.Thread(target=self._report, args=(headline,), daemon=True)

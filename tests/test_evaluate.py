@@ -1,44 +1,24 @@
-"""pass@k against enumeration, intervals, and the evaluation of a known engine."""
+"""Evaluations: of a known engine within a run, and of models by `python -m expo.evaluate`."""
 
-import itertools
+import json
+import re
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 
-from expo.config import EvaluationSection
+from expo import ledger
+from expo.config import ConfigError, EvaluationSection
 from expo.data import Prompted, Question
-from expo.evaluate import evaluate, mean_with_interval, pass_at_k
+from expo.evaluate import evaluate, measure, pass_at_k
+from expo.evaluation.options import PROGRAM, name_sets, parse_command_line
 from expo.rewards import Verifier
 from expo.rollout import Reply
+from expo.sharing import SharedEngine
 
-
-@pytest.mark.parametrize("n", range(1, 13))
-def test_pass_at_k_equals_enumeration(n):
-    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-        draws = list(itertools.combinations(range(n), k))
-        expected = sum(any(index < c for index in draw) for draw in draws) / len(draws)
-        assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
-
-
-def test_pass_at_k_survives_large_counts():
-    assert pass_at_k(10**6, 0, 10**5) == 0.0
-    assert pass_at_k(100_000, 1, 50_000) == pytest.approx(0.5)
-    assert pass_at_k(64, 64, 64) == 1.0
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
-def test_pass_at_k_refuses_impossible_counts(n, c, k):
-    with pytest.raises(ValueError, match=f"k = {k}"):
-        pass_at_k(n, c, k)
-
-
-def test_interval_holds_the_mean_and_shrinks_with_questions():
-    few, many = mean_with_interval([0.0, 1.0] * 10), mean_with_interval([0.0, 1.0] * 1000)
-    for interval in (few, many):
-        assert interval["low"] < interval["mean"] == 0.5 < interval["high"]
-    # half-width of a mean of n fair coins: 1.96 * 0.5 / sqrt(n)
-    assert few["high"] - 0.5 == pytest.approx(0.219, abs=0.04)
-    assert many["high"] - 0.5 == pytest.approx(0.0219, abs=0.003)
-    assert mean_with_interval([1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 
 
 class KnownEngine:
@@ -67,3 +47,228 @@ def test_evaluation_reports_each_set_and_level():
         "hard": 1,
     }
     assert found["by_level"]["hard"]["pass_at"]["1"]["mean"] == pytest.approx(0.2)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A file of held-out ledgers."""
+    path = tmp_path_factory.mktemp("questions") / "sums.jsonl"
+    return write_questions(path, ledger.held_out_questions()[::12])
+
+
+def write_questions(path, questions):
+    rows = [{"question": q.question, "answer": q.answer, "level": q.level} for q in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def argv(questions, out, *more):
+    return ["ledger", "--sets", str(questions), "--num-samples", str(NUM_SAMPLES), "--out", str(out), *more]
+
+
+def measured(questions, out, *more):
+    folder = measure(parse_command_line(argv(questions, out, *more)))
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(questions, tmp_path_factory):
+    """The folder of an evaluation that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    measured(questions, out)
+    return out
+
+
+def replies_of(folder):
+    return [json.loads(line) for line in (folder / "replies.jsonl").read_text().splitlines()]
+
+
+def assert_same_bytes(one, other):
+    for name in ("results.json", "replies.jsonl", "protocol.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_results_follow_from_the_saved_replies(whole):
+    results, replies = json.loads((whole / "results.json").read_text()), replies_of(whole)
+    found = results["sets"]["sums"]
+    groups = [(key, list(group)) for key, group in groupby(replies, key=lambda row: row["question_id"])]
+    assert [len(group) for _, group in groups] == [NUM_SAMPLES] * NUM_QUESTIONS
+    correct = [sum(row["verdict"] == "correct" for row in group) for _, group in groups]
+    assert [(key, c) for (key, _), c in zip(groups, correct, strict=True)] == [
+        (question["id"], question["correct"]) for question in found["questions"]
+    ]
+    assert 0.2 < found["pass_at"]["1"]["mean"] < 0.7  # 0.44 on all 240 with 64 samples
+    for k in range(1, NUM_SAMPLES + 1):
+        mean = sum(pass_at_k(NUM_SAMPLES, c, k) for c in correct) / NUM_QUESTIONS
+        assert found["pass_at"][str(k)]["mean"] == pytest.approx(mean)
+    assert found["mean_at_n"] == found["pass_at"]["1"]
+    assert found["mean_length"] == pytest.approx(sum(row["num_tokens"] for row in replies) / len(replies))
+    assert found["maj_at_n"]["mean"] == pytest.approx(sum(q["majority"] for q in found["questions"]) / NUM_QUESTIONS)
+
+
+def test_the_protocol_is_in_the_results(whole):
+    results = json.loads((whole / "results.json").read_text())
+    protocol = results["protocol"]
+    assert (protocol["num_samples"], protocol["temperature"], protocol["top_p"]) == (NUM_SAMPLES, 1.0, 1.0)
+    assert (protocol["max_new_tokens"], protocol["seed"], protocol["prompt"]) == (32, 0, "plain")
+    assert results["model"]["path"] == "ledger"
+    assert len(results["model"]["weights_sha256"]) == len(results["questions"]["sums"]["questions_sha256"]) == 64
+    assert results["questions"]["sums"]["first_prompt"].endswith("=")
+    assert results["software"]["versions"]["torch"]
+    assert not {"seconds", "started"} & set(results)
+
+
+def test_two_evaluations_give_equal_bytes_whatever_the_batch(whole, questions, tmp_path):
+    measured(questions, tmp_path / "again", "--rollout.batch_size=24")
+    assert_same_bytes(tmp_path / "again", whole)
+
+
+KILLED = """
+import json, os, signal, sys
+from expo.evaluate import main
+from expo.metrics import RunFolder
+
+append, calls = RunFolder.append, []
+
+def cut(folder, name, *rows):
+    calls.append(name)
+    if len(calls) < 3:
+        return append(folder, name, *rows)
+    text = "".join(json.dumps(row) + chr(10) for row in rows)
+    with (folder.path / "replies.jsonl").open("a") as file:
+        file.write(text[: len(text) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+RunFolder.append = cut
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same_bytes(
+    whole, questions, tmp_path, monkeypatch
+):
+    out, small = tmp_path / "out", "--rollout.batch_size=8"
+    done = subprocess.run([sys.executable, "-c", KILLED, *argv(questions, out, small)], check=False)
+    assert done.returncode == -9
+    kept = (out / "replies.jsonl").read_text()
+    assert not kept.endswith("\n")
+    assert not (out / "results.json").exists()
+
+    asked = []
+    generate = SharedEngine.generate
+
+    def counted(engine, requests, *rest):
+        asked.extend(requests)
+        return generate(engine, requests, *rest)
+
+    monkeypatch.setattr(SharedEngine, "generate", counted)
+    measured(questions, out, small)
+    num_whole = kept.count("\n") // NUM_SAMPLES
+    assert num_whole > 8, "two portions of four questions were whole, and the third in part"
+    assert len(asked) == NUM_QUESTIONS - num_whole
+    assert_same_bytes(out, whole)
+    measured(questions, out)
+    assert len(asked) == NUM_QUESTIONS - num_whole, "a finished evaluation asks nothing"
+    assert_same_bytes(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--temperature", "0.5"], "protocol.temperature (1.0 -> 0.5)"),
+        (["--top-p", "0.9", "--seed=1"], "protocol.top_p (1.0 -> 0.9), protocol.seed (0 -> 1)"),
+    ],
+)
+def test_a_folder_of_another_protocol_is_refused_with_the_difference(whole, questions, more, expected):
+    before = (whole / "results.json").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        measured(questions, whole, *more)
+    assert expected in str(error.value)
+    assert (whole / "results.json").read_bytes() == before
+
+
+def test_a_folder_of_other_questions_or_of_something_else_is_refused(whole, questions, tmp_path):
+    other = write_questions(tmp_path / "sums.jsonl", ledger.held_out_questions()[1::12])
+    with pytest.raises(ConfigError, match=r"questions\.sums\.source .* questions\.sums\.questions_sha256"):
+        measured(other, whole)
+    with pytest.raises(ConfigError, match="holds something else than an evaluation"):
+        measured(questions, other.parent)
+
+
+def test_a_file_that_repeats_its_questions_is_reduced_and_reported(tmp_path, capsys):
+    some = ledger.held_out_questions()[:6]
+    path = tmp_path / "aime.jsonl"
+    # as BytedTsinghua-SIA/AIME-2024: 32 rows a question, each with an id of its own
+    rows = [
+        {"id": f"{r}-{i}", "question": q.question, "answer": q.answer} for r in range(32) for i, q in enumerate(some)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = measured(path, tmp_path / "out", "--num-samples=2")
+    assert results["questions"]["aime"]["num_questions"] == results["sets"]["aime"]["num_questions"] == 6
+    assert results["questions"]["aime"]["num_duplicates"] == 186
+    assert len(replies_of(tmp_path / "out")) == 12
+    assert "warning: aime: the 192 rows" in capsys.readouterr().out
+
+
+def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):
+    sharp = measured(questions, tmp_path / "sharp", "--num-samples=4", "--top-p=0.01")
+    greedy = measured(questions, tmp_path / "greedy", "--num-samples=1", "--temperature=0")
+    texts = [row["reply"] for row in replies_of(tmp_path / "greedy")]
+    assert [row["reply"] for row in replies_of(tmp_path / "sharp")] == [text for text in texts for _ in range(4)]
+    assert sharp["sets"]["sums"]["pass_at"]["4"] == greedy["sets"]["sums"]["pass_at"]["1"]
+
+
+def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
+    with pytest.raises(ConfigError, match=r"the prompts of \d+ questions are longer"):
+        measured(questions, tmp_path / "out", "--data.max_prompt_tokens=8")
+
+
+def test_the_flags_of_the_documented_protocols_are_understood():
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    protocols = re.findall(r"`(--num-samples [^`]+)`", text)
+    assert len(protocols) == 3
+    sections = [parse_command_line(["m", "--sets", "s", *flags.split()]).config for flags in protocols]
+    assert [(c.evaluation.num_samples, c.evaluation.top_p, c.rollout.max_new_tokens) for c in sections] == [
+        (64, 0.95, 32768),
+        (32, 0.7, 20480),
+        (1, 1.0, 3000),
+    ]
+
+
+def test_sets_are_named_after_their_source():
+    given = ["aime-2024", "org/name", "x=a/b.jsonl", "some/file.parquet", "ledger:held_out"]
+    assert name_sets(given) == {
+        "aime-2024": "aime-2024",
+        "name": "org/name",
+        "x": "a/b.jsonl",
+        "file": "some/file.parquet",
+        "held_out": "ledger:held_out",
+    }
+    with pytest.raises(ConfigError, match=r"two sets of the name b; .*NAME=d/b\.jsonl"):
+        name_sets(["a/b.jsonl", "d/b.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ledger", "--num-sample=3"], "did you mean --num-samples?"),
+        (["ledger", "--run.steps=3"], "unknown argument --run.steps=3"),
+        (["ledger", "--temperature=-1"], "evaluation.temperature = -1"),
+        (["ledger", "--top-p=0"], "evaluation.top_p = 0"),
+        (["ledger", "--temperature=0"], "would all be the same one"),
+        (["ledger", "--engine=vlm"], "rollout.engine = 'vlm'"),
+        (["ledger", "--step=5"], "MODEL = ledger is no run folder"),
+        (["some/model"], "give --sets"),
+    ],
+)
+def test_bad_command_lines_exit_2_with_one_line(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{PROGRAM}: error: ")
+    assert expected in said
+    assert said.count("\n") == 1

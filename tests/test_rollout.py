@@ -76,7 +76,7 @@ def test_generation_leaves_the_training_mode_as_it_was(engine, ledger_model):
 def test_draws_follow_the_tempered_softmax():
     logits = torch.tensor([[1.0, -1.0, 0.5, -torch.inf, 2.0]])
     uniforms = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-    drawn, logps = _draw(logits.expand(len(uniforms), -1), uniforms, temperature=0.7)
+    drawn, logps = _draw(logits.expand(len(uniforms), -1), uniforms, Sampling(0.7, 1))
     expected = torch.softmax(logits[0] / 0.7, 0)
     counts = torch.bincount(drawn, minlength=5)
     used = expected > 0
@@ -90,10 +90,39 @@ def test_the_largest_uniform_number_draws_a_possible_token():
     logits = torch.full((1, 1003), -torch.inf)
     logits[0, :7] = torch.linspace(-3, 3, 7)
     almost_one = torch.nextafter(torch.ones(1), torch.zeros(1))
-    drawn, _ = _draw(logits, almost_one, temperature=1.0)
+    drawn, _ = _draw(logits, almost_one, SAMPLING)
     assert drawn.item() == 6
-    drawn, _ = _draw(logits, torch.zeros(1), temperature=1.0)
+    drawn, _ = _draw(logits, torch.zeros(1), SAMPLING)
     assert drawn.item() == 0
+
+
+def test_top_p_draws_from_the_likeliest_tokens_in_proportion():
+    # at temperature 0.5 the weights are 16, 1, 4, 9: 0.8 of the mass is reached by the two largest, not before
+    logits = torch.tensor([[4.0, 1.0, 2.0, 3.0]]).log()
+    uniforms = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    drawn, logps = _draw(logits.expand(len(uniforms), -1), uniforms, Sampling(0.5, 1, top_p=0.8))
+    expected = torch.tensor([16 / 25, 0.0, 0.0, 9 / 25])
+    shares = torch.bincount(drawn, minlength=4) / 1e5
+    assert (shares - expected).abs().max() < 0.005  # three standard deviations
+    torch.testing.assert_close(logps, expected.log()[drawn])
+
+
+def test_top_p_keeps_one_token_however_small_it_is_and_all_at_one():
+    logits = torch.zeros(1, 5)
+    assert {int(_draw(logits, torch.tensor([u]), Sampling(1.0, 1, 1e-6))[0]) for u in (0.0, 0.5, 0.99)} == {0}
+    assert {int(_draw(logits, torch.tensor([u]), Sampling(1.0, 1, 1.0))[0]) for u in (0.1, 0.3, 0.5, 0.7, 0.9)} == set(
+        range(5)
+    )
+
+
+def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed(engine, ledger_model):
+    asked = requests(ledger_model[1], samples=3)
+    for request, group in zip(asked, engine.generate(asked, Sampling(0.0, 24)), strict=True):
+        assert len({tuple(reply.token_ids) for reply in group}) == 1
+        ids = torch.tensor([[*request.prompt_ids, *group[0].token_ids]])
+        with torch.no_grad():
+            logits = ledger_model[0](ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        assert logits.argmax(dim=-1).tolist() == group[0].token_ids
 
 
 def test_seeds_differ_in_every_part():

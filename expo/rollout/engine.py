@@ -10,10 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn: temperature > 0, and the most tokens a reply may have."""
+    """How replies are drawn: temperature (0: always the likeliest token), and the most tokens a reply may have.
+
+    top_p: only the likeliest tokens that together have this probability are drawn. Below 1, and at temperature 0, the
+    log-probs of replies are those of what was drawn from, not the policy's: such replies are not for training.
+    """
 
     temperature: float
     max_new_tokens: int
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)

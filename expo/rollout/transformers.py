@@ -124,7 +124,7 @@ class TransformersEngine:
         logps: list[list[float]] = [[] for _ in seeds]
         rows = torch.arange(len(seeds), device=state.logits.device)
         for position in range(sampling.max_new_tokens):
-            drawn, drawn_logps = _draw(state.logits, uniforms[rows, position], sampling.temperature)
+            drawn, drawn_logps = _draw(state.logits, uniforms[rows, position], sampling)
             for row, token, logp in zip(rows.tolist(), drawn.tolist(), drawn_logps.tolist(), strict=True):
                 if not (tokens[row] and tokens[row][-1] in self._end_ids):
                     tokens[row].append(token)
@@ -212,11 +212,27 @@ def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack([torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds])
 
 
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """One token per row of logits [B, V] by inverse distribution function, and its log-probability in nats."""
+    temperature = sampling.temperature
+    if temperature == 0:
+        return logits.argmax(dim=-1), torch.zeros_like(uniforms)
+    if sampling.top_p < 1:
+        logits = _nucleus(logits.float(), sampling)
     cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
     # a float32 sum of probabilities need not end at 1, and rounding must not reach past its end
     total = cumulative[:, -1:]
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, threshold, right=True)
     return drawn[:, 0], token_logps(logits[:, None], drawn, temperature=temperature)[:, 0]
+
+
+def _nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The logits [B, V], -inf where a token is not among the likeliest that together have probability `top_p`.
+
+    Source: Holtzman et al., arXiv 1904.09751, section 3.1; the token that reaches top_p is still among them.
+    """
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    likeliest, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    is_left_out = likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p  # by what comes before it
+    return logits.masked_fill(is_left_out.scatter(-1, order, is_left_out), -torch.inf)

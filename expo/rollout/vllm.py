@@ -1,8 +1,8 @@
 """Generation by vLLM in the trainer's own process, on weights of its own that follow the policy's.
 
-Log-probs are those of the distribution sampled from (`processed_logprobs`): after the temperature, with no top-p, top-k
-or penalty, whatever the model's own generation config says. Weights start at random and come from the policy alone, so
-one that was never brought over shows in the probe of `expo.sync`.
+Log-probs are those of the distribution sampled from (`processed_logprobs`): after the temperature, with no top-k or
+penalty, and no top-p but an evaluation's, whatever the model's own generation config says. Weights start at random and
+come from the policy alone, so one that was never brought over shows in the probe of `expo.sync`.
 """
 
 import atexit
@@ -111,6 +111,7 @@ class VllmEngine:
         params = [
             self._vllm.SamplingParams(
                 temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 seed=seed,
                 logprobs=0,  # of the sampled token alone

@@ -1,0 +1,183 @@
+"""The command line of `python -m expo.evaluate`: a run's configuration, of which an evaluation reads a part.
+
+Where MODEL is a run, that run's own configuration is what is not given; else the defaults of `expo/config.py` are.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expo.config import (
+    ConfigError,
+    RunConfig,
+    VllmSection,
+    add_field,
+    config_of,
+    fail,
+    load_config,
+    nearest,
+    parse_value,
+)
+
+PROGRAM = "python -m expo.evaluate"
+FOLDER = Path("evaluations")
+EXPORT = "export"
+SHORT = {
+    "evaluation.num_samples": "--num-samples",
+    "evaluation.temperature": "--temperature",
+    "evaluation.top_p": "--top-p",
+    "rollout.max_new_tokens": "--max-new-tokens",
+    "rollout.engine": "--engine",
+    "data.prompt": "--prompt",
+    "run.seed": "--seed",
+    "run.dir": "--out",
+}
+"""Fields with a name of their own here."""
+READ = (
+    *SHORT,
+    "model.attention",
+    "data.chat_template",
+    "data.max_prompt_tokens",
+    "rollout.batch_size",
+    "rollout.sync_tolerance",
+    *(f"vllm.{field}" for field in VllmSection.model_fields),
+    "reward.workers",
+    "reward.timeout_s",
+    "policy.dtype",
+    "run.threads",
+    "run.device",
+    "deadline.start",
+    "deadline.evaluation",
+)
+"""Every field that an evaluation reads; any other would be ignored, and is refused."""
+UNTRAINED = (("data.train", "none"), ("policy.micro_batch_tokens", 2**31))
+"""What a configuration must say of training, where there is none."""
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An evaluation as asked for.
+
+    model: as given; config: model.path is what is loaded, run.dir where results go; run: the run folder whose
+    checkpoint is to be read, or None; step: of that checkpoint, None for the newest one.
+    """
+
+    model: str
+    config: RunConfig
+    run: Path | None = None
+    step: int | None = None
+
+
+def parse_command_line(argv: Sequence[str]) -> Asked:
+    """The evaluation that a command line asks for.
+
+    Exits: 0 after --help; 2 with one line on stderr if the command line is wrong.
+    """
+    parser = _parser()
+    known, unknown = parser.parse_known_args(list(argv))
+    given = vars(known)
+    model, sets, step = given.pop("model"), given.pop("sets"), given.pop("step")
+    del given["local_rank"]
+    try:
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            options = ["--sets", "--step", *SHORT.values(), *(f"--{name}" for name in READ)]
+            raise ConfigError(f"unknown argument {unknown[0]}{nearest(flag, options)}")
+        overrides = [(name, parse_value(name, text)) for name, text in given.items()]
+        if sets is not None:
+            overrides.append(("evaluation.sets", name_sets(sets)))
+        return resolve(model, None if step is None else _step_number(step), overrides)
+    except ConfigError as error:
+        fail(PROGRAM, error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [--num-samples N] [--out DIR] [...]\n"
+        "       %(prog)s compare A B [...]",
+        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 %% intervals. Where such an "
+        "evaluation stopped, the same command goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="transformers folder or hub id, run folder, checkpoint folder, or ledger"
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        metavar="[NAME=]SOURCE",
+        help="question sets, as data.train (default: evaluation.sets of the run)",
+    )
+    parser.add_argument("--step", metavar="N", help="this checkpoint of a run (default: its export, else the newest)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    for name in READ:
+        add_field(parser, name, *([SHORT[name]] if name in SHORT else []))
+    return parser
+
+
+def _step_number(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"--step = {text!r}; expected the number of a checkpoint's step, such as 50")
+    return int(text)
+
+
+def name_sets(given: Sequence[str]) -> dict[str, str]:
+    """Sources by name; one given without a name is named after the last part of its path.
+
+    Raises: ConfigError if two have one name.
+    """
+    sets: dict[str, str] = {}
+    for text in given:
+        named = re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text)
+        name, source = named.groups() if named else (_last_part(text), text)
+        if name in sets:
+            raise ConfigError(f"--sets has two sets of the name {name}; give one of them another: NAME={source}")
+        sets[name] = source
+    return sets
+
+
+def _last_part(source: str) -> str:
+    name = re.split(r"[/:]", source.rstrip("/"))[-1]
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def resolve(model: str, step: int | None, overrides: Sequence[tuple[str, Any]]) -> Asked:
+    """What MODEL stands for, and the whole configuration.
+
+    Raises: ConfigError if --step does not fit MODEL, or a value is wrong.
+    """
+    path, name = Path(model), _last_part(model)
+    checkpoint = re.fullmatch(r"step-(\d+)", path.name)
+    if checkpoint and (path.parent.parent / "config.yaml").is_file():
+        if step not in (None, int(checkpoint[1])):
+            raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
+        path, step = path.parent.parent, int(checkpoint[1])
+        name = path.name
+    elif path.name == EXPORT and (path.parent / "config.yaml").is_file():
+        path = path.parent
+        name = path.name
+    run = path if (path / "config.yaml").is_file() else None
+    if run is None and step is not None:
+        raise ConfigError(f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder")
+    name += "" if step is None else f"-step-{step}"
+    config = _configured(model, run, [("run.dir", str(FOLDER / name)), *overrides])
+    if not config.evaluation.sets:
+        raise ConfigError("no questions; give --sets [NAME=]SOURCE ...")
+    if run is not None and step is None and (run / EXPORT / "config.json").is_file():
+        at_export = config.model.model_copy(update={"path": str(run / EXPORT)})
+        return Asked(model, config.model_copy(update={"model": at_export}))
+    return Asked(model, config, run, step)
+
+
+def _configured(model: str, run: Path | None, overrides: Sequence[tuple[str, Any]]) -> RunConfig:
+    settings = [*UNTRAINED, *overrides]
+    if run is not None or model == "ledger":
+        return load_config(run and run / "config.yaml", settings)
+    return config_of({"model": {"path": model}}, settings)

@@ -1,0 +1,204 @@
+"""An evaluation put together from what was asked for: questions, model, engine, verifier and the folder of results."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expo.assemble import build_engine, max_tokens
+from expo.checkpoint import CheckpointError, Checkpoints
+from expo.config import ConfigError, RunConfig
+from expo.data import Prompted, Question, QuestionSet, load_questions, question_id, render_prompts
+from expo.evaluation.frozen import FrozenPolicy
+from expo.evaluation.options import Asked
+from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
+from expo.files import remove_leftovers
+from expo.metrics import Display, RunFolder, describe_environment
+from expo.model import check_model_path
+from expo.ranks import Ranks, join_ranks
+from expo.rewards import Verifier, check_answers
+from expo.rollout.vllm import check_vllm
+from expo.scores import Agree
+from expo.sharing import SharedEngine, SharedVerifier
+from expo.stopping import StopSwitch
+from expo.sync import WeightSync, make_probe
+from expo.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objects of an evaluation.
+
+    sets: the questions of each set with their prompts; facts: what results.json says of how they came about; done: how
+    many questions of each set have all their replies in the folder.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    policy: FrozenPolicy
+    verifier: SharedVerifier
+    agree: Agree  # by this rank's own verifier
+    sets: dict[str, list[Prompted]]
+    facts: dict[str, Any]
+    done: dict[str, int]
+    folder: RunFolder
+    display: Display
+    watchdog: Watchdog
+    switch: StopSwitch
+
+    def start_engine(self) -> SharedEngine:
+        """The rollout engine, with the weights that it must have.
+
+        Raises: SyncError if they turn out to be others.
+        """
+        engine = SharedEngine(build_engine(self.config, self.policy, self.ranks, self.display), self.ranks, self.switch)
+        probe = make_probe([p.prompt_ids for asked in self.sets.values() for p in asked], max_tokens(self.config))
+        WeightSync(engine, self.policy, self.ranks, probe, 1.0, self.config.rollout.sync_tolerance).run()
+        return engine
+
+
+@contextmanager
+def open_evaluation(asked: Asked) -> Iterator[Evaluation]:
+    """An evaluation's parts; inside, signals to stop are noted, and every wait has its deadline.
+
+    Raises:
+        ConfigError: if it cannot be, found before the model loads where that is possible.
+        CheckpointError: if the checkpoint asked for is not there or not whole.
+    """
+    config = asked.config
+    watchdog, switch = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again"), StopSwitch()
+    with ExitStack() as stack:
+        with watchdog.phase("start", config.deadline.start):
+            ranks = join_ranks(config.run.device, max(config.deadline.start, config.deadline.evaluation))
+            stack.enter_context(switch.listening())
+            if config.run.threads is not None:
+                torch.set_num_threads(config.run.threads)
+            display = Display(is_shown=ranks.is_first)
+            questions = ranks.together(lambda: _load_sets(config, display))
+            checkpoint = _checkpoint(asked, ranks)
+            # an engine with weights of its own needs the memory of the device
+            device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
+            policy = ranks.together(lambda: FrozenPolicy(config, device, checkpoint))
+            sets = ranks.together(lambda: _render_sets(config, questions, policy.tokenizer))
+            facts = ranks.on_first(lambda: _facts(asked, checkpoint, questions, sets, policy))
+            folder = RunFolder(config.run.dir or Path(), is_writer=ranks.is_first)
+            stack.callback(folder.release)
+            ranks.together(folder.take)
+            done = ranks.on_first(lambda: _take_up(folder, facts))
+            verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
+        yield Evaluation(
+            config=config,
+            ranks=ranks,
+            policy=policy,
+            verifier=SharedVerifier(verifier, ranks),
+            agree=verifier.agree,
+            sets=sets,
+            facts=facts,
+            done=done,
+            folder=folder,
+            display=display,
+            watchdog=watchdog,
+            switch=switch,
+        )
+
+
+def _load_sets(config: RunConfig, display: Display) -> dict[str, QuestionSet]:
+    check_model_path(config.model)
+    if config.rollout.engine == "vllm":
+        check_vllm()
+    return {name: _load_set(name, source, display) for name, source in config.evaluation.sets.items()}
+
+
+def _load_set(name: str, source: str, display: Display) -> QuestionSet:
+    """The questions of a set, each once: one that repeats would weigh more than the others, and its n would be false.
+
+    An AIME file of 960 rows, for one, is 30 questions 32 times.
+    """
+    loaded = load_questions(source)
+    try:
+        check_answers([question.answer for question in loaded.questions])
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    by_text: dict[str, Question] = {}
+    for question in loaded.questions:
+        by_text.setdefault(question_id(question.text), question)
+    num_duplicates = loaded.num_duplicates + len(loaded.questions) - len(by_text)
+    questions = replace(loaded, questions=tuple(by_text.values()), num_duplicates=num_duplicates)
+    if num_duplicates:
+        num_rows = len(by_text) + num_duplicates
+        display.line(
+            f"warning: {name}: the {num_rows} rows of {source} are {len(by_text)} questions; each is asked once, and "
+            f"--num-samples says how many replies it gets"
+        )
+    return questions
+
+
+def _checkpoint(asked: Asked, ranks: Ranks) -> Path | None:
+    if asked.run is None:
+        return None
+    checkpoints = Checkpoints(asked.run / "checkpoints", ranks, config_hash=None)
+    found = checkpoints.newest_whole() if asked.step is None else checkpoints.whole(asked.step)
+    if found is None:
+        raise CheckpointError(f"the run {asked.run} has neither an export nor a checkpoint yet")
+    return found
+
+
+def _render_sets(config: RunConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompted]]:
+    """Raises: ConfigError if a prompt is too long: a set with questions left out is another set."""
+    rendered = {name: render_prompts(found.questions, config.data, tokenizer) for name, found in sets.items()}
+    for name, asked in rendered.items():
+        num_long = len(sets[name].questions) - len(asked)
+        if num_long:
+            raise ConfigError(
+                f"{name}: the prompts of {num_long} questions are longer than data.max_prompt_tokens = "
+                f"{config.data.max_prompt_tokens}, and without them the score would be another set's; raise it"
+            )
+    return rendered
+
+
+def _facts(
+    asked: Asked,
+    checkpoint: Path | None,
+    questions: dict[str, QuestionSet],
+    sets: dict[str, list[Prompted]],
+    policy: FrozenPolicy,
+) -> dict[str, Any]:
+    environment = describe_environment()
+    return {
+        "model": {
+            "path": asked.model,
+            "checkpoint": checkpoint and checkpoint.name,
+            "hub_commit": getattr(policy.model.config, "_commit_hash", None),
+            "weights_sha256": policy.checksum(),
+        },
+        "protocol": protocol_of(asked.config),
+        "questions": {
+            name: facts_of_questions(found, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids))
+            for name, found in questions.items()
+        },
+        "software": {"commit": environment["commit"], "versions": environment["versions"]},
+    }
+
+
+def _take_up(folder: RunFolder, facts: dict[str, Any]) -> dict[str, int]:
+    """What is done already in the folder, or a new folder.
+
+    Raises: ConfigError if it holds an evaluation that was made in another way.
+    """
+    remove_leftovers(folder.path)
+    if (folder.path / PROTOCOL).exists():
+        differing = differences(folder.read_json(PROTOCOL), facts)
+        if differing:
+            raise ConfigError(
+                f"--out = {folder.path} holds another evaluation: {', '.join(differing)}; leave these as they were, or "
+                f"give another folder"
+            )
+    elif any(path.name != ".lock" for path in folder.path.iterdir()):
+        raise ConfigError(f"--out = {folder.path} holds something else than an evaluation; give another folder")
+    else:
+        folder.write_json(PROTOCOL, facts)
+    return take_up(folder.path / f"{REPLIES}.jsonl", facts["protocol"]["num_samples"])
