@@ -61,9 +61,8 @@ def jobs(machine: Machine, *, tiny: bool) -> dict[str, Callable[[], object]]:
 def _shapes(kind: str, *, tiny: bool) -> tuple[Shape, ...]:
     """Those of the published table, the largest left out: a regression shows at the others, in less time."""
     shapes = shapes_for(kind, tiny=tiny)
-    most = max(shape.num_tokens * shape.vocab_size * shape.hidden_size for shape in shapes)
-    kept = [shape for shape in shapes if shape.num_tokens * shape.vocab_size * shape.hidden_size < most]
-    return tuple(kept or shapes)
+    largest = max(shapes, key=lambda shape: shape.num_tokens * shape.hidden_size * shape.vocab_size)
+    return tuple(shape for shape in shapes if shape != largest) or shapes
 
 
 def serve(machine: Machine, *, tiny: bool) -> None:
@@ -108,9 +107,8 @@ class Worker:
 
 
 @contextmanager
-def checked_out(commit: str, parent: Path) -> Iterator[Path]:
-    """A folder with a commit's tree, but this tree's benchmarks."""
-    folder = parent / commit.replace("/", "-")
+def checked_out(commit: str, folder: Path) -> Iterator[Path]:
+    """`folder` with a commit's tree, but this tree's benchmarks."""
     _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
     try:
         shutil.rmtree(folder / "benchmarks", ignore_errors=True)
@@ -153,10 +151,8 @@ def main() -> int:
     arguments = ["--device", options.device, *["--tiny"] * options.tiny]
     with ExitStack() as stack:
         parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folders = [
-            stack.enter_context(checked_out(*pair))
-            for pair in ((options.base, parent / "base"), (options.head, parent / "head"))
-        ]
+        commits = {"base": options.base, "head": options.head}
+        folders = [stack.enter_context(checked_out(commit, parent / name)) for name, commit in commits.items()]
         workers = [Worker(folder, arguments) for folder in folders]
         for worker in workers:
             stack.callback(worker.close)

@@ -24,17 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tiny", action="store_true", help="tiny sizes: whether everything runs, in seconds")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: meaningful on a GPU only")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--device") == "cpu":
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
 @pytest.fixture(scope="session")
 def machine(pytestconfig: pytest.Config) -> Machine:
     if pytestconfig.getoption("--threads"):

@@ -1,4 +1,4 @@
-"""Named shapes of the loss: N tokens in sequences of T, hidden size H, vocabulary V, G rollouts per question."""
+"""Named shapes of the loss: N tokens in sequences of T, hidden size H, vocabulary V."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,14 +13,10 @@ class Shape:
     length: int
     hidden_size: int
     vocab_size: int
-    group_size: int = 4
 
     @property
     def num_tokens(self) -> int:
         return self.num_sequences * self.length
-
-    def __str__(self) -> str:
-        return f"N = {self.num_tokens:,}, H = {self.hidden_size:,}, V = {self.vocab_size:,}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Case:
         return ", ".join([self.shape.name, self.dtype, *marks])
 
 
-TINY = Shape("tiny", num_sequences=4, length=16, hidden_size=32, vocab_size=512, group_size=2)
+TINY = Shape("tiny", num_sequences=4, length=16, hidden_size=32, vocab_size=512)
 
 SMALL = Shape("small", num_sequences=4, length=128, hidden_size=512, vocab_size=32_768)
 LARGE = Shape("large", num_sequences=8, length=128, hidden_size=1024, vocab_size=65_536)

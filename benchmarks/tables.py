@@ -200,7 +200,7 @@ def growth_table(rows: Sequence[Row]) -> str:
             times = [least(row) for row in points]
             memory = [row["extra_peak_mib"] for row in points]
             lines.append([f"{name}, along {series}", _span(sizes), _span(times), number(slope(sizes, times))])
-            if None not in memory:
+            if all(memory):
                 beyond = [mib - row["grad_hidden_mib"] for mib, row in zip(memory, points, strict=True)]
                 lines[-1] += [_span(memory), number(slope(sizes, memory)), _span(beyond)]
     return markdown(["", "from ... to", "ms", "slope", "MiB", "slope", "MiB beyond dHidden"], lines)

@@ -6,10 +6,11 @@ weights, a mean per sequence, advantages over the group's standard deviation. Qu
 constant: GRPO, since TRL has no curriculum and no accuracy-conditioned KL.
 """
 
+import io
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from unittest import mock
 import torch
 
 import expo.train
-from expo.config import RunConfig
+from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.model import check_model_path
 from expo.rewards import Verifier
@@ -63,37 +64,48 @@ def our_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step
 
     with mock.patch.object(expo.train, "record", clocked):
         expo.train.train(our_config(folder, steps, questions))
-    return [{**step, "step": end - start} for step, start, end in zip(found[1:], ends, ends[1:], strict=False)]
+    return steps_between(found, ends)
+
+
+def steps_between(phases: list[Step], ends: list[float]) -> list[Step]:
+    """Every step but the first, with the seconds since the one before it ended."""
+    return [{**taken, "step": end - start} for taken, start, end in zip(phases[1:], ends[:-1], ends[1:], strict=True)]
 
 
 def trl_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
     """Seconds of each of TRL's steps but the first."""
     from datasets import Dataset
-    from transformers import TrainerCallback, set_seed
-    from trl import GRPOConfig
+    from transformers import set_seed
 
     rows = [
         {"prompt": PROMPTS["plain"].format(question=question.text), "answer": question.answer}
         for question in load_questions("ledger:train").questions
     ]
-    found: list[Step] = []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.last = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            now = time.perf_counter()
-            found.append({**trainer.take_phases(), "step": now - self.last})
-            self.last = now
-
     set_seed(0)
-    micro_batch = min(MICRO_BATCH, questions * GROUP_SIZE)
-    arguments = GRPOConfig(
+    with _quiet(), Verifier() as verifier:
+
+        def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+            return [verdict.reward for verdict in verifier.grade(completions, answer)]
+
+        trainer = _timed_trainer()(
+            model=check_model_path(ModelSection(path="ledger")),
+            reward_funcs=reward,
+            args=_trl_arguments(folder, steps, questions * GROUP_SIZE),
+            train_dataset=Dataset.from_list(rows),
+        )
+        trainer.train()
+    return steps_between(trainer.steps[:steps], trainer.ends[:steps])
+
+
+def _trl_arguments(folder: Path, steps: int, num_replies: int) -> Any:
+    from trl import GRPOConfig
+
+    micro_batch = min(MICRO_BATCH, num_replies)
+    return GRPOConfig(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=questions * GROUP_SIZE // micro_batch,
+        gradient_accumulation_steps=num_replies // micro_batch,
         num_generations=GROUP_SIZE,
         max_completion_length=MAX_NEW_TOKENS,
         temperature=1.0,
@@ -116,33 +128,17 @@ def trl_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step
         save_strategy="no",
         disable_tqdm=True,
     )
-    with _quiet(), Verifier() as verifier:
-
-        def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-            return [verdict.reward for verdict in verifier.grade(completions, answer)]
-
-        trainer = _timed_trainer()(
-            model=_model_folder(),
-            reward_funcs=reward,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return found[1:]
-
-
-def _model_folder() -> str:
-    return check_model_path(our_config(Path(), 1).model)
 
 
 def _timed_trainer() -> type:
-    """GRPOTrainer, noting what its phases take."""
+    """GRPOTrainer, noting what its phases take, and when each step has been logged."""
     from trl import GRPOTrainer
 
     class TimedTrainer(GRPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.phases: Step = {}
+            self.steps: list[Step] = []
+            self.ends: list[float] = []
             super().__init__(*args, **kwargs)
 
         @contextmanager
@@ -150,10 +146,6 @@ def _timed_trainer() -> type:
             started = time.perf_counter()
             yield
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - started
-
-        def take_phases(self) -> Step:
-            taken, self.phases = self.phases, {}
-            return taken
 
         def _generate(self, *args: Any, **kwargs: Any) -> Any:
             with self.phase("rollout"):
@@ -171,8 +163,13 @@ def _timed_trainer() -> type:
             with self.phase("reference"):
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            pass  # the lines that it would print for every step
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            # called once a step, and with a summary after the last
+            with redirect_stdout(io.StringIO()):
+                super().log(*args, **kwargs)
+            self.steps.append(self.phases)
+            self.ends.append(time.perf_counter())
+            self.phases = {}
 
     return TimedTrainer
 
