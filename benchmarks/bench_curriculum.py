@@ -4,6 +4,7 @@ import numpy
 import pytest
 import torch
 
+from benchmarks.contenders import OURS
 from benchmarks.floors import device_copy
 from benchmarks.machine import Pairs, whole
 from expo_kernels import CurriculumTable
@@ -44,7 +45,7 @@ def numpy_choice(table: CurriculumTable):
 
 
 DRAWS = {
-    "expo_kernels": (lambda table: lambda: table.sample(DRAWN), max(QUESTIONS)),
+    OURS: (lambda table: lambda: table.sample(DRAWN), max(QUESTIONS)),
     "torch.multinomial": (multinomial, MULTINOMIAL_LIMIT),
     "numpy Generator.choice": (numpy_choice, NUMPY_LIMIT),
 }
@@ -83,4 +84,4 @@ def test_update(num_questions, machine, table, tables, rounds):
     assert torch.equal(ours.visits[ids], before + 1)
     pairs = Pairs(machine, device_copy(ours.pass_rates))
     measured = rounds(pairs, whole(pairs, lambda: ours.update(ids, rates)))
-    table.append({"case": "update", "questions": num_questions, "contender": "expo_kernels", **measured})
+    table.append({"case": "update", "questions": num_questions, "contender": OURS, **measured})

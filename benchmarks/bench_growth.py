@@ -1,16 +1,12 @@
 """How time and memory of the loss grow with the number of tokens and with the vocabulary, all else equal."""
 
-from dataclasses import asdict
-
 import pytest
 
 from benchmarks.contenders import OURS, contender
-from benchmarks.floors import three_products
 from benchmarks.inputs import make_inputs
-from benchmarks.machine import Pairs, forward_and_backward
-from benchmarks.peak import extra_peak_mib
+from benchmarks.measured_loss import loss_row
 from benchmarks.shapes import Case, Shape, dtype_for
-from benchmarks.truth import checked_errors, truth_of
+from benchmarks.truth import truth_of
 
 # (tokens, vocabulary) of the point that both series share, hidden size, and the factors of each series
 MIDDLE = {"cpu": ((1024, 16_384), 128), "cuda": ((8192, 65_536), 2048)}
@@ -37,15 +33,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_growth(series, shape, name, machine, table, rounds):
-    case = Case(shape, dtype_for(machine.device.type))
-    inputs = make_inputs(case, machine.device)
-    errors = checked_errors(contender(name), inputs, truth_of(inputs))
-    run = contender(name).prepare(inputs)
-    pairs = Pairs(machine, three_products(inputs))
-    measured = rounds(pairs, forward_and_backward(pairs, run, inputs))
-    inputs.clear()
-    on_gpu = machine.is_gpu
-    peak = machine.extra_peak_mib(lambda: run().backward()) if on_gpu else extra_peak_mib(name, case)
-    named = {"case": series, "settings": asdict(case), "contender": name}
-    hidden_mib = inputs.hidden.numel() * inputs.hidden.element_size() / 2**20
-    table.append({**named, **measured, "extra_peak_mib": peak, "grad_hidden_mib": hidden_mib, "errors": errors})
+    inputs = make_inputs(Case(shape, dtype_for(machine.device.type)), machine.device)
+    table.append({"case": series, **loss_row(contender(name), inputs, truth_of(inputs), machine, rounds)})

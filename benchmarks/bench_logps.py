@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import OURS, contender, logps_and_entropies
+from benchmarks.floors import one_product
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import Pairs, whole
 from benchmarks.truth import LOGPS_BOUND, largest_error, truth_of
@@ -15,7 +16,6 @@ from expo_kernels import linear_token_logps
 
 WITH_LOGPS = [OURS, "eager log_softmax", "eager logsumexp", "Liger fused linear", "TRL chunked", "Apple CCE"]
 WITH_ENTROPIES = [OURS, "eager log_softmax", "TRL chunked"]
-FLOOR = "the logits' product alone"
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,9 @@ def logps_of(name: str, inputs: Inputs) -> torch.Tensor:
 def row(name: str, what: str, run: Callable[[], Any], errors: dict[str, float], inputs: Inputs, rounds, machine):
     """One row: `run` timed beside the product that makes the logits."""
     assert max(errors.values()) <= LOGPS_BOUND[inputs.case.dtype]
-    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
-    pairs = Pairs(machine, lambda: hidden @ weight.T)
+    pairs = Pairs(machine, one_product(inputs))
     measured = rounds(pairs, whole(pairs, run))
-    named = {"case": f"{inputs.case}, {what}", "settings": asdict(inputs.case), "contender": name, "floor": FLOOR}
+    named = {"case": f"{inputs.case}, {what}", "settings": asdict(inputs.case), "contender": name}
     return {**named, **measured, "errors": errors}
 
 

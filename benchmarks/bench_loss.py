@@ -1,17 +1,13 @@
 """The policy loss with its gradients: time forward, backward and both, extra peak memory, and error against float64."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
 from benchmarks.contenders import CONTENDERS, OURS, Contender, contender
-from benchmarks.floors import three_products
 from benchmarks.inputs import Inputs, make_inputs
-from benchmarks.machine import Pairs, forward_and_backward
-from benchmarks.peak import extra_peak_mib
+from benchmarks.measured_loss import loss_row
 from benchmarks.shapes import Case, dtype_for, shapes_for, side_shape
-from benchmarks.truth import checked_errors, truth_of
+from benchmarks.truth import truth_of
 
 SIDES = ({"active_share": 0.5}, {"active_share": 0.25}, {"frozen_head": True}, {"ratio": "sequence"})
 SIDE_CONTENDERS = (OURS, "eager log_softmax", "Liger fused linear")
@@ -54,27 +50,13 @@ def test_loss(case, found, machine, table, rounds, inputs_of):
     if obstacle is not None:
         table.append({"case": str(case), "contender": found.name, "note": obstacle})
         pytest.skip(f"{found.name}: {obstacle}")
-    named = {"case": str(case), "settings": asdict(case), "contender": found.name, "computes": found.computes}
     inputs, truths = inputs_of(case)
     if found.loss_of not in truths:
         truths[found.loss_of] = truth_of(inputs, found.loss_of)
     try:
-        errors = checked_errors(found, inputs, truths[found.loss_of])
-        run = found.prepare(inputs)
-        pairs = Pairs(machine, three_products(inputs))
-        measured = rounds(pairs, forward_and_backward(pairs, run, inputs))
+        table.append({"case": str(case), **loss_row(found, inputs, truths[found.loss_of], machine, rounds)})
     except torch.OutOfMemoryError:
         inputs.clear()
+        torch.cuda.empty_cache()
         table.append({"case": str(case), "contender": found.name, "note": f"out of memory on {case}"})
         pytest.skip(f"{found.name}: out of memory")
-    inputs.clear()
-    on_gpu = machine.is_gpu
-    peak = machine.extra_peak_mib(lambda: run().backward()) if on_gpu else extra_peak_mib(found.name, case)
-    memory = {"extra_peak_mib": peak, "gradients_mib": gradients_mib(inputs)}
-    table.append({**named, **measured, **memory, "errors": errors})
-
-
-def gradients_mib(inputs: Inputs) -> float:
-    """MiB of the gradients themselves, which every contender hands out."""
-    tensors = [tensor for tensor in (inputs.hidden, inputs.weight) if tensor.requires_grad]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20

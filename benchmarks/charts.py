@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.tables import OURS, Row, bandwidth, by_case, copy_bandwidth, least, measured, paired
+from benchmarks.contenders import OURS
+from benchmarks.tables import Row, bandwidth, by_case, copy_bandwidth, least, measured, paired
 from expo.pictures import BLUE, GREY, STYLE, VERMILION
 
 if TYPE_CHECKING:

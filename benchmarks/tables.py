@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.contenders import OURS
+
 Row = dict[str, Any]
-OURS = "expo_kernels"
 CLEARLY = 1.02  # a peer's number counts as better where ours is more than this many times it
 
 
@@ -88,7 +89,7 @@ def loss_table(rows: Sequence[Row]) -> str:
             ]
         )
     table = markdown([*header, "log-prob", "dHidden", "dWeight"], lines)
-    return f"{table}\n\nOf the memory {number(ours['gradients_mib'])} MiB are the gradients themselves."
+    return f"{table}\n\nOf the memory {number(sum(ours['gradients_mib'].values()))} MiB are the gradients themselves."
 
 
 def ratio(ours: float | None, other: float | None) -> str:
@@ -201,7 +202,7 @@ def growth_table(rows: Sequence[Row]) -> str:
             memory = [row["extra_peak_mib"] for row in points]
             lines.append([f"{name}, along {series}", _span(sizes), _span(times), number(slope(sizes, times))])
             if all(memory):
-                beyond = [mib - row["grad_hidden_mib"] for mib, row in zip(memory, points, strict=True)]
+                beyond = [mib - row["gradients_mib"]["hidden"] for mib, row in zip(memory, points, strict=True)]
                 lines[-1] += [_span(memory), number(slope(sizes, memory)), _span(beyond)]
     return markdown(["", "from ... to", "ms", "slope", "MiB", "slope", "MiB beyond dHidden"], lines)
 
