@@ -18,7 +18,7 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.contenders import OURS, contender, our_linear_loss
+from benchmarks.contenders import OURS, contender
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import Machine
 from benchmarks.shapes import Case, Shape, dtype_for, shapes_for, side_shape
@@ -35,23 +35,23 @@ def jobs(machine: Machine, *, tiny: bool) -> dict[str, Callable[[], object]]:
     dtype, one_shape = dtype_for(kind), side_shape(kind, tiny=tiny)
     made: dict[str, Callable[[], object]] = {}
 
-    def add_loss(label: str, case: Case) -> Inputs:
+    def add_loss(label: str, case: Case, name: str = OURS) -> Inputs:
         inputs = make_inputs(case, machine.device)
+        loss = contender(name).prepare(inputs)
 
         def run() -> None:
             inputs.clear()
-            our_linear_loss(inputs).loss.backward()
+            loss().backward()
 
         made[f"loss: {label}"] = run
         return inputs
 
     for shape in _shapes(kind, tiny=tiny):
-        inputs = add_loss(shape.name, Case(shape, dtype))
+        add_loss(shape.name, Case(shape, dtype))
     add_loss("frozen head", Case(one_shape, dtype, frozen_head=True))
     add_loss("half active", Case(one_shape, dtype, active_share=0.5))
     add_loss("ratio per sequence", Case(one_shape, dtype, ratio="sequence"))
-    on_logits = contender(f"{OURS} on logits").prepare(inputs)
-    made["loss on logits"] = lambda: on_logits().backward()
+    inputs = add_loss("on logits", Case(one_shape, dtype), f"{OURS} on logits")
     made["log-probs"] = lambda: linear_token_logps(inputs.hidden.detach(), inputs.weight.detach(), inputs.ids)
     table = CurriculumTable(SMALL_TABLE, device=machine.device)
     made["curriculum draw"] = lambda: table.sample(256)
