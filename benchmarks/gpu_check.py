@@ -2,22 +2,18 @@
 
 Makes its own small inputs. Checks the kernels against float64 on the device, that a thousand changing steps compile
 nothing, that nothing waits for the device, that a captured graph replays with a new beta, and that torch.compile
-changes no bit; then times the loss against its three products alone, eager PyTorch, torch.compile and, where installed,
-Liger. Exit code 1 if a check is off. Results go to `benchmarks/results/`.
+changes no bit. Exit code 1 if a check is off. Results go to `benchmarks/results/`; times are `make gpu-bench`'s.
 """
 
-import argparse
-import importlib.util
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.stamp import RESULTS, provenance, write_results
+from benchmarks.stamp import RESULTS, stamp, write_results
 from expo_kernels import Objective, expo_loss, linear_expo_loss, linear_token_logps, reference, token_logps
 
 LOGP_BOUND = 2e-5  # nats
@@ -31,7 +27,6 @@ OBJECTIVES = {
     "sequence": Objective(ratio="sequence"),
 }
 SHAPES = [(4, 1, 64, 2), (4, 33, 64, 17), (4, 33, 128, 1003), (2, 70, 64, 151_936)]  # B, T, H, V
-TIMED = [(tokens, hidden, 151_936) for hidden in (4096, 1536) for tokens in (2048, 8192, 32_768)]
 
 
 def make_inputs(B: int, T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
@@ -172,128 +167,6 @@ def check_compiled() -> tuple[str, float, float]:
     return "torch.compile(fullgraph=True) differs by", difference, 0.0
 
 
-def timings(tokens: int, hidden_size: int, vocab_size: int) -> dict[str, Any]:
-    """Milliseconds and peak MiB of forward and backward, for us and for what we are measured against."""
-    B, T = 8, tokens // 8
-    inputs = make_inputs(B, T, hidden_size, vocab_size, torch.bfloat16)
-    inputs["completion_mask"] = torch.ones(B, T, dtype=torch.bool, device="cuda")
-    inputs["hidden"] = torch.randn(B, T, hidden_size, device="cuda").bfloat16().requires_grad_()
-    inputs["completion_ids"] = inputs["completion_ids"].clamp(min=0)
-    hidden, weight = inputs["hidden"].detach().view(-1, hidden_size), inputs["weight"].detach()
-    rows = 1024
-
-    def products() -> None:
-        for start in range(0, tokens, rows):
-            part = hidden[start : start + rows]
-            logits = part @ weight.T
-            logits @ weight
-            logits.T @ part
-
-    def eager() -> None:
-        logps = reference.token_logps((inputs["hidden"] @ inputs["weight"].T).float(), inputs["completion_ids"], 1.0)
-        _loss_of(logps, inputs).backward()
-
-    def ours() -> None:
-        linear_expo_loss(**inputs).loss.backward()
-
-    def ours_frozen_head() -> None:
-        linear_expo_loss(**{**inputs, "weight": weight}).loss.backward()
-
-    def logps_only() -> None:
-        with torch.no_grad():
-            linear_token_logps(inputs["hidden"], weight, inputs["completion_ids"])
-
-    contenders: dict[str, Callable[[], None]] = {
-        "three products": products,
-        "linear_expo_loss": ours,
-        "linear_expo_loss, frozen head": ours_frozen_head,
-        "linear_token_logps": logps_only,
-        "eager": eager,
-        "torch.compile": torch.compile(eager),
-    }
-    if importlib.util.find_spec("liger_kernel") is not None:
-        contenders["Liger fused linear GRPO"] = _liger(inputs)
-    return {name: _measure(run, inputs) for name, run in contenders.items()}
-
-
-def row_kernel_bandwidth(tokens: int = 4096, vocab_size: int = 151_936) -> dict[str, float]:
-    """GB/s of the loss on ready bfloat16 logits, counting two reads and one write, and of a copy."""
-    logits = torch.randn(8, tokens // 8, vocab_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    inputs = make_inputs(8, tokens // 8, 8, vocab_size, torch.bfloat16)
-    del inputs["hidden"], inputs["weight"]
-    inputs["completion_mask"] = torch.ones_like(inputs["completion_mask"])
-    inputs["completion_ids"] = inputs["completion_ids"].clamp(min=0)
-    target = torch.empty_like(logits)
-    num_bytes = logits.numel() * logits.element_size()
-    loss_ms = _median_ms(lambda: expo_loss(logits, **inputs))
-    copy_ms = _median_ms(lambda: target.copy_(logits.detach()))
-    return {"expo_loss GB/s": 3e-6 * num_bytes / loss_ms, "copy GB/s": 2e-6 * num_bytes / copy_ms}
-
-
-def _loss_of(logps: Tensor, inputs: dict[str, Any]) -> Tensor:
-    advantages = reference.group_advantages(inputs["rewards"], inputs["group_size"], "group", 1e-6)
-    return reference.expo_loss_from_logps(
-        logps,
-        inputs["completion_mask"],
-        advantages=advantages,
-        old_logps=inputs["old_logps"],
-        ref_logps=inputs["ref_logps"],
-        rollout_logps=None,
-        beta=torch.full((), 0.02, device="cuda"),
-        objective=Objective(),
-    )
-
-
-def _liger(inputs: dict[str, Any]) -> Callable[[], None]:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    loss_function = LigerFusedLinearGRPOLoss(beta=0.02, loss_type="grpo")
-    advantages = reference.group_advantages(inputs["rewards"], inputs["group_size"], "group", 1e-6)
-
-    def run() -> None:
-        loss, _ = loss_function(
-            inputs["hidden"],
-            inputs["weight"],
-            inputs["completion_ids"],
-            inputs["completion_mask"],
-            advantages,
-            ref_per_token_logps=inputs["ref_logps"],
-            old_per_token_logps=inputs["old_logps"],
-        )
-        loss.backward()
-
-    return run
-
-
-def _measure(run: Callable[[], None], inputs: dict[str, Any]) -> dict[str, float] | str:
-    try:
-        for name in ("hidden", "weight"):
-            inputs[name].grad = None
-        torch.cuda.empty_cache()
-        run()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        milliseconds = _median_ms(run)
-        return {"ms": milliseconds, "extra peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
-    except torch.OutOfMemoryError:
-        return "out of memory"
-
-
-def _median_ms(run: Callable[[], Any], repeats: int = 10) -> float:
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    run()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2]
-
-
 def _gradients(loss: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, (inputs["hidden"], inputs["weight"]))
 
@@ -306,23 +179,12 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _provenance() -> dict[str, Any]:
-    return {
-        **provenance(("torch", "triton", "liger-kernel")),
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": str(torch.version.cuda or torch.version.hip),
-    }
-
-
 def main() -> int:
-    """Run all checks, then the timings; write the results; 1 if a check is off, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-timings", action="store_true", help="checks only")
-    arguments = parser.parse_args()
+    """Run all checks and write the results; 1 if a check is off, else 0, 2 without a GPU."""
     if not torch.cuda.is_available():
         print("no GPU here: gpu_check needs a CUDA or HIP device that PyTorch can see (torch.cuda.is_available())")
         return 2
-    results: dict[str, Any] = {"provenance": _provenance(), "checks": []}
+    results: dict[str, Any] = {"stamp": stamp(torch.device("cuda")), "checks": []}
     num_off = 0
     single_checks = (check_compilations, check_synchronizations, check_graph, check_compiled)
     for name, error, bound in (*numeric_checks(), *(check() for check in single_checks)):
@@ -330,15 +192,7 @@ def main() -> int:
         num_off += not is_right
         results["checks"].append({"name": name, "error": error, "bound": bound, "ok": is_right})
         print(f"{'ok ' if is_right else 'OFF'}  {name}: {error:.2e}, bound {bound:.0e}")
-    if not arguments.no_timings:
-        results["bandwidth"] = row_kernel_bandwidth()
-        print(results["bandwidth"])
-        results["timings"] = []
-        for shape in TIMED:
-            made = timings(*shape)
-            results["timings"].append({"N, H, V": shape, "results": made})
-            print(shape, json.dumps(made, indent=2))
-    name = results["provenance"]["gpu"].replace(" ", "-").replace("/", "-")
+    name = results["stamp"]["machine"].replace(" ", "-").replace("/", "-")
     path = RESULTS / f"gpu_check_{name}.json"
     write_results(path, results)
     print(f"{'all checks hold' if num_off == 0 else f'{num_off} checks are off'}; written to {path}")

@@ -1,6 +1,7 @@
-"""Named shapes of the loss: N tokens in sequences of T, hidden size H, vocabulary V, G rollouts per question."""
+"""Named shapes of the loss: N tokens in sequences of T, hidden size H, vocabulary V."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,14 +13,56 @@ class Shape:
     length: int
     hidden_size: int
     vocab_size: int
-    group_size: int = 4
 
     @property
     def num_tokens(self) -> int:
         return self.num_sequences * self.length
 
 
-CPU_SHAPES = (
-    Shape("small", num_sequences=4, length=128, hidden_size=512, vocab_size=32_768),
-    Shape("large", num_sequences=8, length=128, hidden_size=1024, vocab_size=65_536),
+@dataclass(frozen=True)
+class Case:
+    """What one call computes: a shape, and in what it differs from the plain float32 loss of all its tokens."""
+
+    shape: Shape
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    active_share: float = 1.0  # share of tokens that the mask lets count
+    frozen_head: bool = False
+    ratio: Literal["token", "sequence"] = "token"
+
+    def __str__(self) -> str:
+        marks = [] if self.active_share == 1 else [f"{self.active_share:.0%} active"]
+        marks += ["frozen head"] * self.frozen_head + ["ratio per sequence"] * (self.ratio == "sequence")
+        return ", ".join([self.shape.name, self.dtype, *marks])
+
+
+TINY = Shape("tiny", num_sequences=4, length=16, hidden_size=32, vocab_size=512)
+
+SMALL = Shape("small", num_sequences=4, length=128, hidden_size=512, vocab_size=32_768)
+LARGE = Shape("large", num_sequences=8, length=128, hidden_size=1024, vocab_size=65_536)
+LONG = Shape("long", num_sequences=8, length=512, hidden_size=256, vocab_size=32_768)
+CPU_SHAPES = (SMALL, LARGE, LONG)
+
+# the head of Qwen3-8B, and that of Qwen2.5-1.5B
+GPU_SHAPES = tuple(
+    Shape(f"{name}, {tokens:,} tokens", num_sequences=8, length=tokens // 8, hidden_size=hidden, vocab_size=151_936)
+    for name, hidden in (("8B head", 4096), ("1.5B head", 1536))
+    for tokens in (2048, 8192, 32_768)
 )
+
+
+def shapes_for(device: str, *, tiny: bool = False) -> tuple[Shape, ...]:
+    """The shapes that a table has on "cpu" or "cuda"; `tiny`: one alone, for tests."""
+    if tiny:
+        return (TINY,)
+    return GPU_SHAPES if device == "cuda" else CPU_SHAPES
+
+
+def side_shape(device: str, *, tiny: bool = False) -> Shape:
+    """The one shape at which all else is varied."""
+    shapes = shapes_for(device, tiny=tiny)
+    return shapes[1] if shapes == GPU_SHAPES else shapes[0]
+
+
+def dtype_for(device: str) -> Literal["float32", "bfloat16"]:
+    """What models are trained in on such a device."""
+    return "bfloat16" if device == "cuda" else "float32"

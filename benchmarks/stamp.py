@@ -1,27 +1,67 @@
-"""Where a result comes from: every file of results carries commit, date and versions, and is written whole."""
+"""Where a result comes from: every file of results carries commit, date, machine and versions, and is written whole."""
 
 import json
+import os
+import platform
 import subprocess
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expo.files import write_bytes_whole
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    *("torch", "triton", "transformers", "deepspeed", "math-verify"),
+    *("liger-kernel", "trl", "cut-cross-entropy", "quack-kernels"),
+)
 
 
-def provenance(packages: Sequence[str]) -> dict[str, Any]:
-    """Commit (with -dirty if the tree has changes), date, and the versions of `packages`, None where missing."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit or "unknown",
+def stamp(device: torch.device) -> dict[str, Any]:
+    """Commit, date, device, driver, versions (None where missing), threads, and the load before anything ran."""
+    made = {
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: installed_version(name) for name in packages},
+        "device": device.type,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
+    if device.type == "cuda":
+        made |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": driver()}
+    return made
+
+
+def commit() -> str:
+    """Commit of the tree, with -dirty if anything but the results differs from it; "unknown" without git."""
+    found = _git("rev-parse", "--short=9", "HEAD")
+    if found is None:
+        return "unknown"
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return f"{found}-dirty" if changed else found
+
+
+def cpu_name() -> str:
+    """Model of the CPU."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def driver() -> str:
+    """Version of the GPU's driver; "unknown" if no tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def installed_version(package: str) -> str | None:
@@ -35,4 +75,12 @@ def installed_version(package: str) -> str | None:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Writes one JSON file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_whole(path, (json.dumps(results, indent=2) + "\n").encode("utf-8"))
+    write_bytes_whole(path, (json.dumps(results, indent=1) + "\n").encode("utf-8"))
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

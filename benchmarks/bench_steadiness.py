@@ -1,0 +1,137 @@
+"""What 100 steps cost beside their arithmetic when beta changes at each, as accuracy-conditioned KL makes it.
+
+Counted are graphs that torch.compile makes, Triton binaries, and waits for the device (both on a GPU only); the first
+step, which compiles whatever is needed once, is counted apart.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import (
+    OURS,
+    contender,
+    liger_linear_loss,
+    liger_triton_loss,
+    log_softmax_logps,
+    one_position_more,
+    our_linear_loss,
+)
+from benchmarks.inputs import Inputs, make_inputs, policy_loss
+from benchmarks.shapes import TINY, Case
+from expo_kernels import linear_expo_loss
+
+NUM_STEPS = 100
+Step = Callable[[Inputs, Tensor], Tensor]  # inputs and a beta [] on the device to the loss
+
+
+@dataclass
+class Counts:
+    """What happened so far."""
+
+    graphs: int = 0
+    binaries: int = 0
+    waits: int = 0
+
+
+@contextmanager
+def counted(device: torch.device) -> Iterator[Counts]:
+    """Counts what happens inside the block."""
+    counts, before = Counts(), _num_graphs()
+    with warnings.catch_warnings(record=True) as said, _counted_binaries(counts):
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield counts
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            counts.graphs = _num_graphs() - before
+            counts.waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
+
+
+def _num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@contextmanager
+def _counted_binaries(counts: Counts) -> Iterator[None]:
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton import knobs
+
+    def count(**_: Any) -> None:
+        counts.binaries += 1
+
+    knobs.runtime.jit_post_compile_hook = count
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+
+
+def compiled_eager() -> Step:
+    compiled = torch.compile(lambda inputs, beta: policy_loss(log_softmax_logps(inputs), inputs, beta))
+    return lambda inputs, beta: compiled(inputs, float(beta))
+
+
+def ours_compiled() -> Step:
+    compiled = torch.compile(linear_expo_loss, fullgraph=True)
+    return lambda inputs, beta: our_linear_loss(inputs, beta, compiled).loss
+
+
+# what makes a step; the contender whose obstacles it shares
+STEPS: dict[str, tuple[Callable[[], Step], str]] = {
+    OURS: (lambda: lambda inputs, beta: our_linear_loss(inputs, beta).loss, OURS),
+    f"{OURS} under torch.compile": (ours_compiled, OURS),
+    "eager under torch.compile": (compiled_eager, "torch.compile"),
+    "Liger fused linear, compiled": (
+        lambda: lambda inputs, beta: liger_linear_loss(inputs, compiled=True, beta=float(beta)),
+        "Liger fused linear, compiled",
+    ),
+    "Liger Triton": (
+        lambda: lambda inputs, beta: liger_triton_loss(one_position_more(inputs), inputs, float(beta)),
+        "Liger Triton",
+    ),
+}
+VARYING = {"beta": (16,), "beta and length": (16, 13, 11, 7)}  # lengths T that follow each other
+
+
+@pytest.mark.parametrize("varying", VARYING)
+@pytest.mark.parametrize("name", STEPS)
+def test_steadiness(name, varying, machine, table, is_tiny):
+    make_step, like = STEPS[name]
+    obstacle = contender(like).obstacle(machine.device)
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    torch._dynamo.reset()
+    step, inputs = make_step(), make_inputs(Case(TINY), machine.device)
+    parts = [first_positions(inputs, length) for length in VARYING[varying]]
+    with counted(machine.device) as first:
+        step(parts[0], torch.full((), 0.01, device=machine.device)).backward()
+    num_steps = 4 if is_tiny else NUM_STEPS
+    betas = torch.linspace(0.01, 0.02, num_steps, device=machine.device)
+    with counted(machine.device) as later:
+        for index in range(num_steps):
+            step(parts[index % len(parts)], betas[index]).backward()
+    on_gpu = {"binaries": later.binaries, "waits": later.waits} if machine.is_gpu else {}
+    table.append(
+        {"case": varying, "contender": name, "steps": num_steps, "first_graphs": first.graphs, "graphs": later.graphs}
+        | on_gpu
+    )
+
+
+def first_positions(inputs: Inputs, length: int) -> Inputs:
+    """The same sequences, cut to `length` positions."""
+    cut = {name: getattr(inputs, name)[:, :length].contiguous() for name in ("ids", "mask", "old_logps", "ref_logps")}
+    hidden = inputs.hidden.detach()[:, :length].contiguous().requires_grad_()
+    return Inputs(inputs.case, hidden, inputs.weight, advantages=inputs.advantages, **cut)

@@ -1,0 +1,170 @@
+"""Two commits side by side: `python -m benchmarks.compare BASE [--head HEAD]`, or `make bench-compare BASE=...`.
+
+Each commit's expo_kernels is checked out into a folder of its own and runs in a process of its own, with this tree's
+benchmarks. Rounds go turn by turn, so that what else the machine does falls on both; a round's ratio is HEAD's time
+over BASE's. Printed are the median of the ratios, their quartiles, and whether those leave out 1.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+from benchmarks.contenders import OURS, contender
+from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.machine import Machine
+from benchmarks.shapes import Case, Shape, dtype_for, shapes_for, side_shape
+from benchmarks.stamp import ROOT
+from expo_kernels import CurriculumTable, linear_token_logps
+
+ROUNDS = 15
+SMALL_TABLE = 10**6  # questions
+
+
+def jobs(machine: Machine, *, tiny: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; inputs are made here."""
+    kind = machine.device.type
+    dtype, one_shape = dtype_for(kind), side_shape(kind, tiny=tiny)
+    made: dict[str, Callable[[], object]] = {}
+
+    def add_loss(label: str, case: Case, name: str = OURS) -> Inputs:
+        inputs = make_inputs(case, machine.device)
+        loss = contender(name).prepare(inputs)
+
+        def run() -> None:
+            inputs.clear()
+            loss().backward()
+
+        made[f"loss: {label}"] = run
+        return inputs
+
+    for shape in _shapes(kind, tiny=tiny):
+        add_loss(shape.name, Case(shape, dtype))
+    add_loss("frozen head", Case(one_shape, dtype, frozen_head=True))
+    add_loss("half active", Case(one_shape, dtype, active_share=0.5))
+    add_loss("ratio per sequence", Case(one_shape, dtype, ratio="sequence"))
+    inputs = add_loss("on logits", Case(one_shape, dtype), f"{OURS} on logits")
+    made["log-probs"] = lambda: linear_token_logps(inputs.hidden.detach(), inputs.weight.detach(), inputs.ids)
+    table = CurriculumTable(SMALL_TABLE, device=machine.device)
+    made["curriculum draw"] = lambda: table.sample(256)
+    return made
+
+
+def _shapes(kind: str, *, tiny: bool) -> tuple[Shape, ...]:
+    """Those of the published table, the largest left out: a regression shows at the others, in less time."""
+    shapes = shapes_for(kind, tiny=tiny)
+    largest = max(shapes, key=lambda shape: shape.num_tokens * shape.hidden_size * shape.vocab_size)
+    return tuple(shape for shape in shapes if shape != largest) or shapes
+
+
+def serve(machine: Machine, *, tiny: bool) -> None:
+    """A worker: prints the names of its jobs, then milliseconds for each name that it reads."""
+    made = jobs(machine, tiny=tiny)
+    for run in made.values():
+        run()
+    print("\t".join(made), flush=True)
+    for line in sys.stdin:
+        print(machine.time(made[line.rstrip("\n")]), flush=True)
+
+
+class Worker:
+    """A commit's code in a process of its own."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.compare", "--serve", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self.names = self._read().split("\t")
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().rstrip("\n")
+        if not line:
+            raise SystemExit(f"a worker ended with code {self._process.wait()}; its error stands above")
+        return line
+
+    def ms(self, name: str) -> float:
+        """Milliseconds of one round of a job."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{name}\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def checked_out(commit: str, folder: Path) -> Iterator[Path]:
+    """`folder` with a commit's tree, but this tree's benchmarks."""
+    _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
+    try:
+        shutil.rmtree(folder / "benchmarks", ignore_errors=True)
+        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
+        yield folder
+    finally:
+        _git("worktree", "remove", "--force", str(folder))
+
+
+def _git(*arguments: str) -> None:
+    if subprocess.run(["git", *arguments], cwd=ROOT, check=False).returncode:
+        raise SystemExit(f"git {' '.join(arguments)} failed; give two commits of this repository")
+
+
+def ratios(base: Worker, head: Worker, name: str, rounds: int) -> list[float]:
+    """HEAD's time over BASE's, round by round; who goes first changes at every round."""
+    found = []
+    for index in range(rounds):
+        first, second = (base, head) if index % 2 == 0 else (head, base)
+        times = {first: first.ms(name), second: second.ms(name)}
+        found.append(times[head] / times[base])
+    return found
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?", help="the commit to compare with")
+    parser.add_argument("--head", default="HEAD", help="the other commit; what is not committed is not compared")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, for tests")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(Machine(torch.device(options.device)), tiny=options.tiny)
+        return 0
+    if options.base is None:
+        parser.error("give the commit to compare with: make bench-compare BASE=<commit>")
+    arguments = ["--device", options.device, *["--tiny"] * options.tiny]
+    with ExitStack() as stack:
+        parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        commits = {"base": options.base, "head": options.head}
+        folders = [stack.enter_context(checked_out(commit, parent / name)) for name, commit in commits.items()]
+        workers = [Worker(folder, arguments) for folder in folders]
+        for worker in workers:
+            stack.callback(worker.close)
+        base, head = workers
+        print(f"{options.head} over {options.base}: median of {options.rounds} paired rounds [quartiles]")
+        for name in base.names:
+            values = ratios(base, head, name, options.rounds)
+            low, _, high = quantiles(values, n=4)
+            verdict = "slower" if low > 1 else "faster" if high < 1 else ""
+            print(f"{name:32} {median(values):.3f} [{low:.3f}, {high:.3f}] {verdict}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

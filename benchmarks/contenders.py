@@ -1,0 +1,305 @@
+"""Everything that is measured against each other, behind one interface: inputs in, a callable that makes the loss out.
+
+A contender says in a line what it computes and in what it differs, and where it cannot run it says why. Peers are
+imported when they are first prepared, so that this file costs nothing and needs none of them.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from benchmarks.inputs import BETA, CLIP, Inputs, cross_entropy, policy_loss
+from expo_kernels import LossOutput, Objective, expo_loss, linear_expo_loss, linear_token_logps
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to the loss and its gradients.
+
+    prepare: inputs to a callable that gives the loss, ready for backward; everything that is done once is done here.
+    logps: inputs to log-probs [B, T] as this contender makes them, nats; None where it tells none.
+    computes: what it does, and in what it differs from the others.
+    package: what it needs installed; None: nothing.
+    loss_of: the loss that it is checked against.
+    is_everywhere: whether it is measured at every shape; if not, at one.
+    """
+
+    name: str
+    computes: str
+    prepare: Callable[[Inputs], Run]
+    logps: Callable[[Inputs], Tensor] | None = None
+    package: str | None = None
+    needs_gpu: bool = False
+    loss_of: Callable[[Tensor, Inputs], Tensor] = policy_loss
+    is_everywhere: bool = True
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if self.needs_gpu and device.type != "cuda":
+            return "runs on GPUs only"
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return None
+
+
+# --- ours
+
+
+def our_linear_loss(inputs: Inputs, beta: float | Tensor = BETA, function: Any = linear_expo_loss) -> LossOutput:
+    """Ours from hidden states; `function`: a compiled linear_expo_loss in its place."""
+    request = {**_request(inputs), "beta": beta, "objective": _objective(inputs)}
+    return function(inputs.hidden, inputs.weight, inputs.ids, inputs.mask, **request)
+
+
+def _on_logits(inputs: Inputs) -> LossOutput:
+    return _loss_on(inputs.hidden @ inputs.weight.T, inputs, inplace=True)
+
+
+def _loss_on(logits: Tensor, inputs: Inputs, *, inplace: bool) -> LossOutput:
+    request, objective = _request(inputs), _objective(inputs)
+    return expo_loss(logits, inputs.ids, inputs.mask, **request, objective=objective, inplace=inplace)
+
+
+def our_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
+    """The loss of logits [B, T, V] that a model has made; they stay as they are."""
+    return _loss_on(logits, inputs, inplace=False).loss
+
+
+def _request(inputs: Inputs) -> dict[str, Tensor | float]:
+    return {
+        "advantages": inputs.advantages,
+        "old_logps": inputs.old_logps,
+        "ref_logps": inputs.ref_logps,
+        "beta": BETA,
+    }
+
+
+def _objective(inputs: Inputs) -> Objective:
+    return Objective(clip_low=CLIP, clip_high=CLIP, aggregation="sequence", ratio=inputs.case.ratio)
+
+
+# --- plain PyTorch
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _logsumexp(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _compiled(inputs: Inputs) -> Run:
+    # one graph for one shape: what its users would get after a warm-up, and the fastest it can be
+    torch._dynamo.reset()
+    logps_of = torch.compile(_log_softmax, dynamic=False)
+    return lambda: policy_loss(logps_of(inputs.hidden, inputs.weight, inputs.ids), inputs)
+
+
+def _from_logps(logps_of: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Run]:
+    return lambda inputs: lambda: policy_loss(logps_of(inputs), inputs)
+
+
+def log_softmax_logps(inputs: Inputs) -> Tensor:
+    """Log-probs [B, T] in eager PyTorch, all logits at once."""
+    return _log_softmax(inputs.hidden, inputs.weight, inputs.ids)
+
+
+def _logsumexp_logps(inputs: Inputs) -> Tensor:
+    return _logsumexp(inputs.hidden, inputs.weight, inputs.ids)
+
+
+# --- peers
+
+
+def _liger_linear(inputs: Inputs, *, compiled: bool) -> Run:
+    torch._dynamo.reset()
+    return lambda: liger_linear_loss(inputs, compiled=compiled)
+
+
+def liger_linear_loss(inputs: Inputs, *, compiled: bool, beta: float = BETA) -> Tensor:
+    """Liger's fused loss; beta is an argument of its constructor, and a Python number."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=beta,
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+        loss_type="grpo",
+        importance_sampling_level=inputs.case.ratio,
+        compiled=compiled,
+    )
+    others = {"ref_per_token_logps": inputs.ref_logps, "old_per_token_logps": inputs.old_logps}
+    return loss(inputs.hidden, inputs.weight, inputs.ids, inputs.mask, inputs.advantages, **others)[0]
+
+
+def _liger_triton(inputs: Inputs) -> Run:
+    return lambda: liger_triton_loss(one_position_more(inputs), inputs)
+
+
+def one_position_more(inputs: Inputs) -> Tensor:
+    """Logits [B, T + 1, V], as Liger's Triton loss takes them; it drops the last position."""
+    return pad(inputs.hidden, (0, 0, 0, 1)) @ inputs.weight.T
+
+
+def liger_triton_loss(logits: Tensor, inputs: Inputs, beta: float = BETA) -> Tensor:
+    """Liger's loss of logits [B, T + 1, V]; its backward writes the gradient over them."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    return triton_grpo_loss(
+        logits,
+        inputs.old_logps,
+        inputs.ref_logps,
+        inputs.ids,
+        inputs.advantages,
+        inputs.mask.int(),
+        temperature=1.0,
+        beta=beta,
+        eps_low=CLIP,
+        eps_high=CLIP,
+        loss_type="grpo",
+        importance_sampling_level=inputs.case.ratio,
+        reduce=True,
+    )[0]
+
+
+def _liger_logps(inputs: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    return LigerFusedLinearPPOBase.chunk_forward(inputs.hidden, inputs.weight, inputs.ids)
+
+
+def _trl(inputs: Inputs, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    hidden, ids = inputs.hidden.flatten(0, 1), inputs.ids.flatten()
+    if hidden.device.type == "cuda":  # as trl does it: elsewhere every position is scored
+        hidden, ids = hidden[inputs.mask.flatten()], ids[inputs.mask.flatten()]
+    made = ChunkedLogProbFunction.apply(
+        hidden, inputs.weight, None, ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
+    )
+    return tuple(None if values is None else _spread(values, inputs) for values in made[:2])
+
+
+def _spread(values: Tensor, inputs: Inputs) -> Tensor:
+    if len(values) == inputs.mask.numel():
+        return values.view(inputs.mask.shape)
+    return values.new_zeros(inputs.mask.shape).masked_scatter(inputs.mask, values)
+
+
+def _trl_logps(inputs: Inputs) -> Tensor:
+    return _trl(inputs, ())[0]
+
+
+def _cce_logps(inputs: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(inputs.hidden, inputs.weight, inputs.ids_or_ignored, reduction="none")
+
+
+def _quack(inputs: Inputs) -> Run:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    hidden, ids = inputs.hidden.flatten(0, 1), inputs.ids_or_ignored.flatten()
+    return lambda: chunked_linear_cross_entropy(hidden, inputs.weight, ids, reduction="mean")
+
+
+OURS = "expo_kernels"
+CONTENDERS = (
+    Contender(
+        OURS,
+        "linear_expo_loss: loss and gradients in one pass over chunks of tokens, 6NHV; valid tokens only",
+        lambda inputs: lambda: our_linear_loss(inputs).loss,
+        lambda inputs: our_linear_loss(inputs).logps,
+    ),
+    Contender(
+        "expo_kernels on logits",
+        "expo_loss(inplace=True) on logits made by PyTorch: for trainers that have them; holds them all",
+        lambda inputs: lambda: _on_logits(inputs).loss,
+        lambda inputs: _on_logits(inputs).logps,
+        is_everywhere=False,
+    ),
+    Contender(
+        "eager log_softmax", "float32 log_softmax of all logits", _from_logps(log_softmax_logps), log_softmax_logps
+    ),
+    Contender(
+        "eager logsumexp",
+        "chosen logit minus logsumexp, as TRL's selective_log_softmax",
+        _from_logps(_logsumexp_logps),
+        _logsumexp_logps,
+        is_everywhere=False,
+    ),
+    Contender("torch.compile", "eager log_softmax compiled for this one shape by Inductor", _compiled),
+    Contender(
+        "Liger fused linear",
+        "LigerFusedLinearGRPOLoss(compiled=False): vocabulary slices, makes the logits twice, 8NHV",
+        lambda inputs: _liger_linear(inputs, compiled=False),
+        _liger_logps,
+        package="liger_kernel",
+    ),
+    Contender(
+        "Liger fused linear, compiled",
+        "the same with compiled=True, its default: the loss of the log-probs through torch.compile",
+        lambda inputs: _liger_linear(inputs, compiled=True),
+        _liger_logps,
+        package="liger_kernel",
+        is_everywhere=False,
+    ),
+    Contender(
+        "Liger Triton",
+        "triton_grpo_loss on a model's logits, gradient written over them; holds them all",
+        _liger_triton,
+        package="liger_kernel",
+        needs_gpu=True,
+    ),
+    Contender(
+        "TRL chunked",
+        "TRL's ChunkedLogProbFunction, then the loss in eager: makes the logits twice, 8NHV",
+        _from_logps(_trl_logps),
+        _trl_logps,
+        package="trl",
+    ),
+    Contender(
+        "Apple CCE",
+        "cut_cross_entropy (reduction none), then the loss in eager: drops small gradients by its default filter",
+        _from_logps(_cce_logps),
+        _cce_logps,
+        package="cut_cross_entropy",
+        needs_gpu=True,
+    ),
+    Contender(
+        "quack",
+        "chunked_linear_cross_entropy: a mean cross-entropy and no policy loss, which needs a weight per token",
+        _quack,
+        package="quack",
+        needs_gpu=True,
+        loss_of=cross_entropy,
+    ),
+)
+
+
+def contender(name: str) -> Contender:
+    """The contender of that name."""
+    return next(found for found in CONTENDERS if found.name == name)
+
+
+def logps_and_entropies(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [B, T], nats, without gradients, of those contenders that have both."""
+    with torch.no_grad():
+        if name == OURS:
+            return linear_token_logps(inputs.hidden, inputs.weight, inputs.ids, mask=inputs.mask, return_entropy=True)
+        if name == "TRL chunked":
+            return _trl(inputs, ("entropy",))
+        log_softmax = (inputs.hidden @ inputs.weight.T).float().log_softmax(-1)
+        logps = log_softmax.gather(-1, inputs.ids.unsqueeze(-1)).squeeze(-1)
+        return logps, -(log_softmax.exp() * log_softmax).sum(-1)

@@ -1,0 +1,106 @@
+"""What float64 says of a case, and how far a contender is from it: nothing is timed that is not right.
+
+Truth is eager PyTorch in float64 on the same numbers, one sequence at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import Contender
+from benchmarks.inputs import Inputs, policy_loss
+
+# relative, of loss and gradients: a contender further off computes something else. Bfloat16 rounds every logit of most
+# peers to 8 bits, which is their own error and is published, not refused
+BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
+LOGPS_BOUND = {"float32": 1e-3, "bfloat16": 0.5}  # nats, likewise
+
+Loss = Callable[[Tensor, Inputs], Tensor]
+
+
+class WrongResultError(Exception):
+    """A contender's loss or gradients are not those of float64."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What float64 gives: the losses, log-probs and entropies [B, T], and the gradients of the policy loss."""
+
+    loss: float
+    logps: Tensor
+    entropies: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor | None
+
+
+def truth_of(inputs: Inputs, loss_of: Loss = policy_loss) -> Truth:
+    """The eager loss in float64 on the same numbers, one sequence at a time: logits of all would not fit."""
+    weight = inputs.weight.detach().double().requires_grad_(not inputs.case.frozen_head)
+    parts = []
+    for row in range(len(inputs.ids)):
+        part = _one_sequence(inputs, row, weight)
+        logits = part.hidden @ weight.T
+        log_softmax = logits.log_softmax(-1)
+        logps = log_softmax.gather(-1, part.ids.unsqueeze(-1)).squeeze(-1)
+        share = _share(inputs, row, loss_of)
+        loss = share * loss_of(logps, part)
+        loss.backward()
+        with torch.no_grad():
+            entropies = -(log_softmax.exp() * log_softmax).sum(-1)
+        parts.append((loss.detach(), logps.detach(), entropies, part.hidden.grad))
+    losses, logps, entropies, gradients = zip(*parts, strict=True)
+    return Truth(float(sum(losses)), torch.cat(logps), torch.cat(entropies), torch.cat(gradients), weight.grad)
+
+
+def _one_sequence(inputs: Inputs, row: int, weight: Tensor) -> Inputs:
+    def taken(tensor: Tensor) -> Tensor:
+        part = tensor.detach()[row : row + 1]
+        return part.double() if part.is_floating_point() else part
+
+    names = ("ids", "mask", "advantages", "old_logps", "ref_logps")
+    hidden = taken(inputs.hidden).requires_grad_()
+    return Inputs(inputs.case, hidden, weight, **{name: taken(getattr(inputs, name)) for name in names})
+
+
+def _share(inputs: Inputs, row: int, loss_of: Loss) -> float:
+    """What one sequence's own mean weighs in the loss of all."""
+    if loss_of is policy_loss:
+        return 1 / len(inputs.ids)
+    return float(inputs.mask[row].sum() / inputs.mask.sum())
+
+
+def checked_errors(contender: Contender, inputs: Inputs, truth: Truth) -> dict[str, float]:
+    """How far one contender's run is from `truth`: gradients by relative Frobenius norm, log-probs in nats.
+
+    Raises: WrongResultError if it computes something else.
+    """
+    inputs.clear()
+    loss = contender.prepare(inputs)()
+    loss.backward()
+    errors = {
+        "loss": abs(float(loss.detach()) - truth.loss) / max(abs(truth.loss), 1e-3),
+        "grad_hidden": relative_error(inputs.hidden.grad, truth.grad_hidden),
+    }
+    if truth.grad_weight is not None:
+        errors["grad_weight"] = relative_error(inputs.weight.grad, truth.grad_weight)
+    bound = BOUND[inputs.case.dtype]
+    if not all(error <= bound for error in errors.values()):
+        raise WrongResultError(f"{contender.name} on {inputs.case}: {errors}; each must be at most {bound}")
+    if contender.logps is not None:
+        with torch.no_grad():
+            errors["logps"] = largest_error(contender.logps(inputs), truth.logps, inputs.mask)
+    inputs.clear()
+    return errors
+
+
+def relative_error(found: Any, truth: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def largest_error(found: Tensor, truth: Tensor, mask: Tensor) -> float:
+    """Largest difference among the tokens that count, in the unit of `truth`."""
+    return float((found.double() - truth)[mask].abs().max())
