@@ -29,7 +29,7 @@ from expo.ledger.questions import is_held_out, running_totals
 from expo.ledger.skewed import crosses_a_ten, skewed_questions
 
 DOCS = Path(__file__).parent.parent / "docs"
-FACTS = {"started": "now", "versions": {"torch": "2"}, "machine": {"cpus": 2}}
+FACTS = {"versions": {"torch": "2"}}
 
 
 # --- pools
@@ -99,7 +99,10 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         planned(tmp_path, "--optimizer.lr=0.1")
 
 
-@pytest.mark.parametrize("argument", ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x"])
+@pytest.mark.parametrize(
+    "argument",
+    ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x", "--evaluation.num_samples=8"],
+)
 def test_bad_command_lines_exit_2_with_one_line(tmp_path, capsys, argument):
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(tmp_path), argument])

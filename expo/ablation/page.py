@@ -80,13 +80,11 @@ def with_section(page: Path, text: str) -> str:
 
 
 def _provenance(record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
-    settings, machine = record["settings"], record["environment"]["machine"]
-    hours = sum(outcome.seconds for outcome in outcomes) / 3600
-    versions = record["environment"]["versions"]
+    settings, versions = record["settings"], record["environment"]["versions"]
     return (
         f"{len(outcomes)} runs = {len(settings['arms'])} arms x {len(settings['pools'])} pools x {settings['seeds']} "
-        f"seeds; {settings['reply_tokens']:,} reply tokens each; {hours:.1f} hours of runs on one core each "
-        f"({machine['cpus']} cores), torch {versions['torch']}, commit {', '.join(record['commits'])}."
+        f"seeds; {settings['reply_tokens']:,} reply tokens each; torch {versions['torch']}, commit "
+        f"{', '.join(record['commits'])}."
     )
 
 
@@ -110,7 +108,7 @@ def _verdict(found: Sequence[Contrast]) -> str:
         f"{'is' if len(beyond) < 2 else 'are'} beyond noise (t tests on pairs, Holm's correction for all "
         f"{len(found)}, 5 % for any false claim)"
     )
-    return said + (":" if beyond else ".") + "; ".join(f" {_sentence(contrast)}" for contrast in beyond)
+    return said + (":" if beyond else "") + ";".join(f" {_sentence(contrast)}" for contrast in beyond) + "."
 
 
 def _sentence(contrast: Contrast) -> str:
