@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
 from expo.ablation.__main__ import main
-from expo.ablation.page import MARKS, tables, with_tables
+from expo.ablation.page import MARKS, section, tables, with_section
 from expo.ablation.page import main as write_page
 from expo.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
 from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs
@@ -27,7 +28,8 @@ from expo.config import ConfigError
 from expo.ledger.questions import is_held_out, running_totals
 from expo.ledger.skewed import crosses_a_ten, skewed_questions
 
-FACTS = {"started": "now", "versions": {"torch": "2"}, "machine": {"cpus": 2}}
+DOCS = Path(__file__).parent.parent / "docs"
+FACTS = {"versions": {"torch": "2"}}
 
 
 # --- pools
@@ -97,7 +99,10 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         planned(tmp_path, "--optimizer.lr=0.1")
 
 
-@pytest.mark.parametrize("argument", ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x"])
+@pytest.mark.parametrize(
+    "argument",
+    ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x", "--evaluation.num_samples=8"],
+)
 def test_bad_command_lines_exit_2_with_one_line(tmp_path, capsys, argument):
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(tmp_path), argument])
@@ -195,13 +200,26 @@ def test_tables_come_from_results_json_alone():
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    text = with_tables(page, "new\n")
+    text = with_section(page, "new\n")
     assert text == f"before\n{MARKS[0]}\n\nnew\n\n{MARKS[1]}\nafter\n"
     page.write_text(text)
-    assert with_tables(page, "new\n") == text
+    assert with_section(page, "new\n") == text
     page.write_text("no marks")
     with pytest.raises(ConfigError, match="put them where the tables are to stand"):
-        with_tables(page, "new\n")
+        with_section(page, "new\n")
+
+
+def assert_page_shows_its_results(page):
+    record = json.loads((page.parent / "ablation/results.json").read_text(encoding="utf-8"))
+    assert section(record) in page.read_text(encoding="utf-8")
+    assert all((page.parent / f"ablation/{name}.png").stat().st_size > 0 for name in ("curves", "differences"))
+
+
+def test_the_docs_show_the_results_they_hold():
+    if (DOCS / "ablation/results.json").exists():
+        assert_page_shows_its_results(DOCS / "experiment.md")
+    else:
+        assert "What we saw" not in (DOCS / "experiment.md").read_text(encoding="utf-8")
 
 
 # --- the command
@@ -232,6 +250,7 @@ def test_one_command_runs_all_goes_on_and_reports(tmp_path, capsys):
     page.write_text("\n".join(MARKS))
     assert write_page([str(tmp_path / "out"), str(page)]) == 0
     assert (tmp_path / "out/results.md").read_text() in page.read_text()
+    assert_page_shows_its_results(page)
     assert {path.name for path in (page.parent / "ablation").iterdir()} == {
         "results.json", "curves.png", "differences.png",
     }  # fmt: skip

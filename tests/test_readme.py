@@ -34,7 +34,14 @@ def test_the_yaml_example_is_a_whole_config():
     assert RunConfig.model_validate(yaml.safe_load(example)).rollout.group_size == 8
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/multi-node.md"])
+def test_the_estimated_cost_is_what_its_code_prints(capsys):
+    page = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
+    (code, printed) = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, flags=re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/multi-node.md", "docs/experiment.md"])
 def test_named_options_exist(name):
     named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", (ROOT / name).read_text(encoding="utf-8")))
     assert named

@@ -22,7 +22,7 @@ from expo.config import ConfigError, fail
 from expo.files import write_bytes_whole
 from expo.metrics import Display
 
-REPLY_TOKENS = 225_000  # 77 steps of the default pool: half of the default run
+REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +50,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when all runs have ended well, 1 when one has not, 2 when what is asked for cannot be."""
     options, flags = _parser().parse_known_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are asked to save and end then too
     try:
         settings, runs = _plan(options, flags)
         display = Display()
@@ -97,4 +96,5 @@ def _write_results(runs: Sequence[Run], settings: dict[str, Any], out: Path) -> 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are asked to save and end then too
     sys.exit(main())

@@ -2,7 +2,7 @@
 
     python -m expo.ablation.page DIR docs/experiment.md
 
-puts the tables of DIR/results.json between the page's two marks, and results.json and the pictures into a folder
+puts what DIR/results.json shows between the page's two marks, and results.json and the pictures into a folder
 `ablation` beside the page.
 """
 
@@ -52,7 +52,22 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
         write_bytes_whole(folder / f"{name}.png", png)
 
 
-def with_tables(page: Path, text: str) -> str:
+def section(record: Mapping[str, Any]) -> str:
+    """A page's section of it: a heading, the tables, and the pictures in the folder `ablation` beside the page."""
+    return f"""## What we saw
+
+{tables(record)}
+Lines are means over seeds, bands their standard errors. pass@1 on held-out questions:
+
+![pass@1 of every arm along the budget](ablation/curves.png)
+
+Paired differences to {BASELINE}:
+
+![paired differences along the budget](ablation/differences.png)
+"""
+
+
+def with_section(page: Path, text: str) -> str:
     """The page's text with what stands between its two marks replaced.
 
     Raises: ConfigError if it lacks the marks.
@@ -65,13 +80,11 @@ def with_tables(page: Path, text: str) -> str:
 
 
 def _provenance(record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
-    settings, machine = record["settings"], record["environment"]["machine"]
-    hours = sum(outcome.seconds for outcome in outcomes) / 3600
-    versions = record["environment"]["versions"]
+    settings, versions = record["settings"], record["environment"]["versions"]
     return (
         f"{len(outcomes)} runs = {len(settings['arms'])} arms x {len(settings['pools'])} pools x {settings['seeds']} "
-        f"seeds; {settings['reply_tokens']:,} reply tokens each; {hours:.1f} hours of runs on one core each "
-        f"({machine['cpus']} cores), torch {versions['torch']}, commit {', '.join(record['commits'])}."
+        f"seeds; {settings['reply_tokens']:,} reply tokens each; torch {versions['torch']}, commit "
+        f"{', '.join(record['commits'])}."
     )
 
 
@@ -95,7 +108,7 @@ def _verdict(found: Sequence[Contrast]) -> str:
         f"{'is' if len(beyond) < 2 else 'are'} beyond noise (t tests on pairs, Holm's correction for all "
         f"{len(found)}, 5 % for any false claim)"
     )
-    return said + (":" if beyond else ".") + "; ".join(f" {_sentence(contrast)}" for contrast in beyond)
+    return said + (":" if beyond else "") + ";".join(f" {_sentence(contrast)}" for contrast in beyond) + "."
 
 
 def _sentence(contrast: Contrast) -> str:
@@ -124,13 +137,13 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 if the page or the results are not as expected."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Put an ablation's tables into a Markdown page.")
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Put an ablation's results into a Markdown page.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="the --out of the ablation")
     parser.add_argument("page", type=Path, metavar="PAGE.md", help=f"with the lines {MARKS[0]} and {MARKS[1]}")
     options = parser.parse_args(argv)
     try:
         record = json.loads((options.dir / "results.json").read_text(encoding="utf-8"))
-        write_bytes_whole(options.page, with_tables(options.page, tables(record)).encode())
+        write_bytes_whole(options.page, with_section(options.page, section(record)).encode())
         write_record(options.page.parent / "ablation", record)
     except (ConfigError, OSError) as error:
         fail(PROGRAM, error)

@@ -98,7 +98,8 @@ def plan_runs(
         num_seeds: seeds are 0, 1, ...
         shared: flags of every run; an arm's own come after them and win.
 
-    Raises: ConfigError if a folder holds a run with other settings. Exits like `expo.train` if a flag is wrong.
+    Raises: ConfigError if a folder holds a run with other settings, or runs would not be measured. Exits like
+        `expo.train` if a flag is wrong.
     """
     runs = []
     for seed in range(num_seeds):
@@ -110,6 +111,7 @@ def plan_runs(
                 config = parse_command_line([*shared, *flags, *own], PROGRAM).config
                 runs.append(Run(pool, arm, seed, config))
                 _require_same(runs[-1])
+                _require_measurable(config)
     return runs
 
 
@@ -129,6 +131,15 @@ def _require_same(run: Run) -> None:
         raise ConfigError(
             f"{run.folder} was run with other settings: {', '.join(differing)}; leave them as they were, or choose "
             f"another --out"
+        )
+
+
+def _require_measurable(config: RunConfig) -> None:
+    evaluation = config.evaluation
+    if EVALUATED not in evaluation.sets or evaluation.num_samples <= 8:
+        raise ConfigError(
+            f"evaluation.sets = {evaluation.sets} and evaluation.num_samples = {evaluation.num_samples} give no pass@8 "
+            f"of a set {EVALUATED}, by which runs are compared; name one so, and take more than 8 samples"
         )
 
 

@@ -55,6 +55,7 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through us, as a request to save and end
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
