@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import expo.train
 from expo.config import ConfigError, RewardSection
 from expo.data import Prompted, Question
 from expo.formats import boxed, think_then_answer
@@ -118,7 +119,8 @@ def test_formats():
     assert found == [1.0] * len(kept) + [0.0] * len(broken)
 
 
-def test_shaping_moves_advantages_and_neither_accuracy_nor_beta_nor_pass_rates(tmp_path):
+def test_shaping_moves_advantages_and_neither_accuracy_nor_beta_nor_pass_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(expo.train, "write_report", lambda _: "left out here")
     plain = train(quick(tmp_path, run__steps=1, optimizer__warmup_steps=0))
     options = {"reward__functions": {"expo.formats:boxed": 0.5}, "reward__overlong_buffer": 20}
     run = train(quick(tmp_path, "shaped", run__steps=1, optimizer__warmup_steps=0, **options))
