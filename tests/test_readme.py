@@ -34,7 +34,7 @@ def test_the_yaml_example_is_a_whole_config():
     assert RunConfig.model_validate(yaml.safe_load(example)).rollout.group_size == 8
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/multi-node.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/multi-node.md"])
 def test_named_options_exist(name):
     named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", (ROOT / name).read_text(encoding="utf-8")))
     assert named
