@@ -17,7 +17,7 @@ from expo.checkpoint import CheckpointError
 from expo.config import ConfigError, EvaluationSection, fail
 from expo.data import Prompted
 from expo.evaluation import compare
-from expo.evaluation.options import PROGRAM, Asked, parse_command_line
+from expo.evaluation.options import PROGRAM, Invocation, parse_command_line
 from expo.evaluation.parts import Evaluation, open_evaluation
 from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
 from expo.evaluation.tables import scores_table
@@ -93,7 +93,7 @@ def evaluate(
     }
 
 
-def measure(asked: Asked) -> Path:
+def measure(invocation: Invocation) -> Path:
     """Evaluates a model, from where an earlier attempt stopped, and returns the folder of results.
 
     Every rank calls it; each samples and grades its share of the replies.
@@ -104,18 +104,18 @@ def measure(asked: Asked) -> Path:
         SyncError: if the rollout engine's weights turned out not to be the model's.
         StopRequested: if it was asked to stop; all whole questions are kept.
     """
-    started = time.perf_counter()
-    with open_evaluation(asked) as parts:
+    with open_evaluation(invocation) as parts:
         left = list(chunks_left(parts))
         if left:
             sample(parts, left)
         if parts.ranks.is_first:
-            finish(parts, time.perf_counter() - started)
+            finish(parts)
         return parts.folder.path
 
 
 def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompted]]]) -> None:
-    """Writes down the replies to what is left, portion by portion."""
+    """Writes down the replies to what is left, portion by portion, and then where and how long that took."""
+    started = time.perf_counter()
     config, n = parts.config, parts.config.evaluation.num_samples
     with parts.watchdog.phase("start", config.deadline.start):
         engine = parts.start_engine()
@@ -134,6 +134,8 @@ def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompted]]]) ->
                 )
             rows = enumerate(graded.rows())
             parts.folder.append(REPLIES, *({"set": name, "sample": index % n, **row} for index, row in rows))
+    took = {"ranks": parts.ranks.size, "seconds": time.perf_counter() - started}
+    parts.folder.write_json("environment.json", {**describe_environment(), **took})
 
 
 def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompted]]]:
@@ -145,15 +147,12 @@ def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompted]]]:
             yield name, prompts[start : start + size]
 
 
-def finish(parts: Evaluation, seconds: float) -> None:
-    """Writes results.json, the same bytes for two equal evaluations, and environment.json, which differs; a table."""
+def finish(parts: Evaluation) -> None:
+    """Writes results.json, the same bytes for two equal evaluations, and prints its table."""
     n = parts.config.evaluation.num_samples
     replies = read_replies(parts.folder.path / f"{REPLIES}.jsonl", list(parts.sets))
     scores = {name: summarise(rows, n, parts) for name, rows in replies.items()}
     parts.folder.write_json(RESULTS, {**parts.facts, "sets": scores})
-    parts.folder.write_json(
-        "environment.json", {**describe_environment(), "ranks": parts.ranks.size, "seconds": seconds}
-    )
     parts.display.line(scores_table(scores, n))
     parts.display.line(f"results: {parts.folder.path / RESULTS}")
 
@@ -188,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["compare"]:
         return compare.main(given[1:])
-    asked = parse_command_line(given)
+    invocation = parse_command_line(given)
     try:
-        measure(asked)
+        measure(invocation)
     except ConfigError as error:
         fail(PROGRAM, error)
     except (CheckpointError, SyncError) as error:

@@ -23,7 +23,6 @@ from expo.records import Comparison, table_cells, text_table
 from expo.scores import mean_with_interval, pass_at_k, powers_of_two
 
 PROGRAM = "python -m expo.evaluate compare"
-FREE = ("protocol.seed",)  # facts of a protocol in which two evaluations may differ: other replies of the same kind
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,17 @@ def compare(a: Results, b: Results, *, anyway: bool = False) -> list[Comparison]
 
 
 def incomparable(a: Results, b: Results) -> list[str]:
-    """What the two differ in beside the model: settings, sets, and questions by their checksums."""
+    """What the two differ in beside the model: settings, sets, and questions by their checksums.
+
+    The seed may differ: other replies of the same kind.
+    """
 
     def comparable(results: Results) -> dict[str, Any]:
         questions = {name: found["questions_sha256"] for name, found in results.facts["questions"].items()}
-        return {"protocol": results.facts["protocol"], "questions_sha256": questions}
+        protocol = {name: value for name, value in results.facts["protocol"].items() if name != "seed"}
+        return {"protocol": protocol, "questions_sha256": questions}
 
-    found = differences(comparable(a), comparable(b))
-    return [text for text in found if not text.startswith(tuple(f"{name} " for name in FREE))]
+    return differences(comparable(a), comparable(b))
 
 
 def _compare_set(a: Results, b: Results, name: str) -> list[Comparison]:

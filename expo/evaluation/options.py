@@ -60,8 +60,8 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An evaluation as asked for.
+class Invocation:
+    """A command line of `python -m expo.evaluate`, understood.
 
     model: as given; config: model.path is what is loaded, run.dir where results go; run: the run folder whose
     checkpoint is to be read, or None; step: of that checkpoint, None for the newest one.
@@ -73,7 +73,7 @@ class Asked:
     step: int | None = None
 
 
-def parse_command_line(argv: Sequence[str]) -> Asked:
+def parse_command_line(argv: Sequence[str]) -> Invocation:
     """The evaluation that a command line asks for.
 
     Exits: 0 after --help; 2 with one line on stderr if the command line is wrong.
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [--num-samples N] [--out DIR] [...]\n"
         "       %(prog)s compare A B [...]",
-        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 %% intervals. Where such an "
+        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals. Where such an "
         "evaluation stopped, the same command goes on.",
         allow_abbrev=False,
     )
@@ -149,32 +149,41 @@ def _last_part(source: str) -> str:
     return name
 
 
-def resolve(model: str, step: int | None, overrides: Sequence[tuple[str, Any]]) -> Asked:
+def resolve(model: str, step: int | None, overrides: Sequence[tuple[str, Any]]) -> Invocation:
     """What MODEL stands for, and the whole configuration.
 
     Raises: ConfigError if --step does not fit MODEL, or a value is wrong.
     """
-    path, name = Path(model), _last_part(model)
-    checkpoint = re.fullmatch(r"step-(\d+)", path.name)
-    if checkpoint and (path.parent.parent / "config.yaml").is_file():
-        if step not in (None, int(checkpoint[1])):
-            raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
-        path, step = path.parent.parent, int(checkpoint[1])
-        name = path.name
-    elif path.name == EXPORT and (path.parent / "config.yaml").is_file():
-        path = path.parent
-        name = path.name
-    run = path if (path / "config.yaml").is_file() else None
-    if run is None and step is not None:
-        raise ConfigError(f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder")
-    name += "" if step is None else f"-step-{step}"
+    run, step = _run_of(model, step)
+    name = _last_part(str(run or model)) + ("" if step is None else f"-step-{step}")
     config = _configured(model, run, [("run.dir", str(FOLDER / name)), *overrides])
     if not config.evaluation.sets:
         raise ConfigError("no questions; give --sets [NAME=]SOURCE ...")
     if run is not None and step is None and (run / EXPORT / "config.json").is_file():
         at_export = config.model.model_copy(update={"path": str(run / EXPORT)})
-        return Asked(model, config.model_copy(update={"model": at_export}))
-    return Asked(model, config, run, step)
+        return Invocation(model, config.model_copy(update={"model": at_export}))
+    return Invocation(model, config, run, step)
+
+
+def _run_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
+    """The run folder that MODEL is or lies in, None if there is none, and the step of the checkpoint asked for."""
+    path = Path(model)
+    checkpoint = re.fullmatch(r"step-(\d+)", path.name)
+    if checkpoint and _is_run(path.parent.parent):
+        if step not in (None, int(checkpoint[1])):
+            raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
+        return path.parent.parent, int(checkpoint[1])
+    if path.name == EXPORT and _is_run(path.parent):
+        path = path.parent
+    if _is_run(path):
+        return path, step
+    if step is not None:
+        raise ConfigError(f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder")
+    return None, None
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
 
 
 def _configured(model: str, run: Path | None, overrides: Sequence[tuple[str, Any]]) -> RunConfig:

@@ -15,7 +15,7 @@ from expo.config import ConfigError, RunConfig
 from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_prompts
 from expo.data.record import set_lines
 from expo.evaluation.frozen import FrozenPolicy
-from expo.evaluation.options import Asked
+from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
 from expo.files import remove_leftovers
 from expo.metrics import Display, RunFolder, describe_environment
@@ -63,14 +63,15 @@ class Evaluation:
 
 
 @contextmanager
-def open_evaluation(asked: Asked) -> Iterator[Evaluation]:
+def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
     """An evaluation's parts; inside, signals to stop are noted, and every wait has its deadline.
 
     Raises:
         ConfigError: if it cannot be, found before the model loads where that is possible.
         CheckpointError: if the checkpoint asked for is not there or not whole.
     """
-    config = asked.config
+    config = invocation.config
+    assert config.run.dir is not None
     watchdog, switch = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again"), StopSwitch()
     with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
@@ -80,13 +81,13 @@ def open_evaluation(asked: Asked) -> Iterator[Evaluation]:
                 torch.set_num_threads(config.run.threads)
             display = Display(is_shown=ranks.is_first)
             questions = ranks.together(lambda: _load_sets(config, display))
-            checkpoint = _checkpoint(asked, ranks)
+            checkpoint = _checkpoint(invocation, ranks)
             # an engine with weights of its own needs the memory of the device
             device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
             policy = ranks.together(lambda: FrozenPolicy(config, device, checkpoint))
             sets = ranks.together(lambda: _render_sets(config, questions, policy.tokenizer))
-            facts = ranks.on_first(lambda: _facts(asked, checkpoint, questions, sets, policy))
-            folder = RunFolder(config.run.dir or Path(), is_writer=ranks.is_first)
+            facts = ranks.on_first(lambda: _facts(invocation, checkpoint, questions, sets, policy))
+            folder = RunFolder(config.run.dir, is_writer=ranks.is_first)
             stack.callback(folder.release)
             ranks.together(folder.take)
             done = ranks.on_first(lambda: _take_up(folder, facts))
@@ -122,13 +123,13 @@ def _load_set(name: str, source: str, config: RunConfig, display: Display) -> Qu
     return loaded
 
 
-def _checkpoint(asked: Asked, ranks: Ranks) -> Path | None:
-    if asked.run is None:
+def _checkpoint(invocation: Invocation, ranks: Ranks) -> Path | None:
+    if invocation.run is None:
         return None
-    checkpoints = Checkpoints(asked.run / "checkpoints", ranks, config_hash=None)
-    found = checkpoints.newest_whole() if asked.step is None else checkpoints.whole(asked.step)
+    checkpoints = Checkpoints(invocation.run / "checkpoints", ranks, config_hash=None)
+    found = checkpoints.newest_whole() if invocation.step is None else checkpoints.whole(invocation.step)
     if found is None:
-        raise CheckpointError(f"the run {asked.run} has neither an export nor a checkpoint yet")
+        raise CheckpointError(f"the run {invocation.run} has neither an export nor a checkpoint yet")
     return found
 
 
@@ -146,7 +147,7 @@ def _render_sets(config: RunConfig, sets: dict[str, QuestionSet], tokenizer: Any
 
 
 def _facts(
-    asked: Asked,
+    invocation: Invocation,
     checkpoint: Path | None,
     questions: dict[str, QuestionSet],
     sets: dict[str, list[Prompted]],
@@ -155,12 +156,12 @@ def _facts(
     environment = describe_environment()
     return {
         "model": {
-            "path": asked.model,
+            "path": invocation.model,
             "checkpoint": checkpoint and checkpoint.name,
             "hub_commit": getattr(policy.model.config, "_commit_hash", None),
             "weights_sha256": policy.checksum(),
         },
-        "protocol": protocol_of(asked.config),
+        "protocol": protocol_of(invocation.config),
         "questions": {
             name: facts_of_questions(found, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids))
             for name, found in questions.items()

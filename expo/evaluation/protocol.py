@@ -14,6 +14,7 @@ from expo.data.record import left_out
 PROTOCOL = "protocol.json"  # the facts, written before the first reply
 REPLIES = "replies"  # .jsonl: every reply, those of a question side by side
 RESULTS = "results.json"  # the facts and the scores
+MAX_SHOWN = 40  # characters of a value in a message; prompts and checksums are longer
 
 
 def protocol_of(config: RunConfig) -> dict[str, Any]:
@@ -50,7 +51,13 @@ def facts_of_questions(questions: QuestionSet, asked: Sequence[Prompted], first_
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two records of facts do not have in common, as "protocol.seed (0 -> 1)"."""
     old, new = dict(_flat(before)), dict(_flat(now))
-    return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in old | new if old.get(name) != new.get(name)]
+    differing = [name for name in old | new if old.get(name) != new.get(name)]
+    return [f"{name} ({_short(old.get(name))} -> {_short(new.get(name))})" for name in differing]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The scores of an evaluation, and of two, as text tables."""
+"""The scores of an evaluation as a text table."""
 
 from collections.abc import Mapping
 from typing import Any
