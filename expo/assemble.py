@@ -17,14 +17,15 @@ import torch
 
 from expo.checkpoint import Checkpoints
 from expo.config import ConfigError, RunConfig, load_config
-from expo.data import Prompted, QuestionSet, load_questions, render_prompts
+from expo.data import Overlap, Prompted, QuestionSet, find_overlap, load_questions, only_gradable, render_prompts
+from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
 from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path, empty_copy
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.ranks import Ranks, join_ranks
 from expo.reply_cache import ReplyCache
-from expo.rewards import Verifier, check_answers
+from expo.rewards import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm import VllmEngine, check_vllm, version_warning
@@ -53,10 +54,13 @@ MAY_CHANGE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before any model loads: the training questions, the evaluation sets and reward functions by name."""
+    """What is read before any model loads: training questions, evaluation sets and reward functions by name, and what
+    the questions of both share.
+    """
 
     train: QuestionSet
     evaluation: dict[str, QuestionSet]
+    overlap: Overlap
     reward_functions: dict[str, RewardFunction]
 
 
@@ -134,15 +138,13 @@ def load_inputs(config: RunConfig) -> Inputs:
     check_trackers(config.run.trackers)
     if config.rollout.engine == "vllm":
         check_vllm()
-    train_set = load_questions(config.data.train)
-    evaluation = {name: load_questions(source) for name, source in config.evaluation.sets.items()}
-    for questions in (train_set, *evaluation.values()):
-        try:
-            check_answers([question.answer for question in questions.questions])
-        except ValueError as error:
-            raise ConfigError(f"{questions.source}: {error}") from error
+    skip = config.data.skip_bad_answers
+    train_set = only_gradable(load_questions(config.data.train), skip)
+    evaluation = {name: only_gradable(load_questions(source), skip) for name, source in config.evaluation.sets.items()}
+    overlap = find_overlap(train_set, evaluation)
+    train_set = overlap.drop_from(train_set, config.data.drop_overlap)
     _require_enough(config, len(train_set.questions))
-    return Inputs(train_set, evaluation, load_reward_functions(config.reward.functions))
+    return Inputs(train_set, evaluation, overlap, load_reward_functions(config.reward.functions))
 
 
 def _require_enough(config: RunConfig, num_questions: int) -> None:
@@ -227,11 +229,11 @@ def _build_parts(
     policy = DeepSpeedPolicy(config, ranks)
     train_set = render_prompts(inputs.train.questions, config.data, policy.tokenizer)
     _require_enough(config, len(train_set))
-    num_long = len(inputs.train.questions) - len(train_set)
-    display.line(
-        f"{inputs.train.source}: {len(train_set)} questions "
-        f"({inputs.train.num_duplicates} duplicates and {num_long} with too long a prompt left out)"
-    )
+    evaluation_sets = {
+        name: render_prompts(source.questions, config.data, policy.tokenizer)
+        for name, source in inputs.evaluation.items()
+    }
+    _record_data(inputs, train_set, evaluation_sets, folder, ranks, display)
     engine = SharedEngine(build_engine(config, policy, ranks, display), ranks, switch)
     probe = make_probe([prompted.prompt_ids for prompted in train_set], max_tokens(config))
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
@@ -255,10 +257,7 @@ def _build_parts(
         curriculum=_curriculum(config, len(train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
         train_set=train_set,
-        evaluation_sets={
-            name: render_prompts(source.questions, config.data, policy.tokenizer)
-            for name, source in inputs.evaluation.items()
-        },
+        evaluation_sets=evaluation_sets,
         tokenizer=policy.tokenizer,
         folder=folder,
         checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings),
@@ -268,6 +267,32 @@ def _build_parts(
         watchdog=watchdog,
         switch=switch,
     )
+
+
+def _record_data(
+    inputs: Inputs,
+    train_set: list[Prompted],
+    evaluation_sets: dict[str, list[Prompted]],
+    folder: RunFolder,
+    ranks: Ranks,
+    display: Display,
+) -> None:
+    """Shows the sets, and writes data.json.
+
+    Raises: ConfigError if the run began with other questions.
+    """
+    sets = [("train", inputs.train, train_set)]
+    sets += [(f"evaluation.{name}", loaded, evaluation_sets[name]) for name, loaded in inputs.evaluation.items()]
+    records = {}
+    for name, loaded, asked in sets:
+        num_long = len(loaded.questions) - len(asked)
+        records[name] = set_record(loaded, num_long)
+        for line in set_lines(loaded, num_long):
+            display.line(line)
+    for line in inputs.overlap.lines():
+        display.line(line)
+    ranks.on_first(lambda: require_same_questions(folder.path / "data.json", records))
+    folder.write_json("data.json", {"sets": records, "overlap": inputs.overlap.to_json()})
 
 
 def build_engine(

@@ -84,7 +84,14 @@ class DataSection(_Section):
     """Questions and how they become prompts."""
 
     train: str
-    """JSON-lines file with `question`, `answer`, optional `id` and `level`; or a built-in set, as "ledger:train"."""
+    """JSON-lines or Parquet file or a folder of them, "owner/name[/configuration][:split][@revision]" on the Hugging
+    Face hub, a set's name such as dapo-17k, "reasoning-gym:FAMILY?level=1&size=500&seed=0", or a built-in one such as
+    "ledger:train" (docs/data.md)."""
+    drop_overlap: Literal["none", "exact", "near"] = "none"
+    """Leave out training questions that evaluation.sets hold: with the same text, or nearly so as well; none: only
+    report them, so that what is trained on is the paper's set and does not depend on what is evaluated."""
+    skip_bad_answers: bool = False
+    """Leave out and count questions whose gold answer the verifier cannot parse; false: refuse their set."""
     prompt: Literal["plain", "boxed", "dapo"] = "dapo"
     """Template around a question: plain (the text alone), boxed (asks for \\boxed{}), dapo (asks for Answer:)."""
     chat_template: bool = True
@@ -274,7 +281,7 @@ class EvaluationSection(_Section):
     """Pass@k on questions that are not trained on, before, during and after the run."""
 
     sets: dict[str, str] = {}
-    """Name to question file (as data.train); evaluated before the first and after the last step."""
+    """Name to source of questions (as data.train); evaluated before the first and after the last step."""
     num_samples: Count = 64
     """n, replies per question; pass@k is reported for 1, 8 and 32 where k < n, or k = n = 1."""
     temperature: NonNegative = 1.0

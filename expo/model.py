@@ -31,6 +31,20 @@ def check_model_path(config: ModelSection) -> str:
     raise ConfigError(f'model.path = {config.path} {what}; give a transformers folder, a hub id, or "ledger"')
 
 
+def load_tokenizer(config: ModelSection) -> Any:
+    """The tokenizer that `model.path` names, without its model.
+
+    Raises: ConfigError if there is none.
+    """
+    path = check_model_path(config)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"model.path = {config.path} has no tokenizer that loads: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
     """The causal language model, with float32 parameters, and the tokenizer that `model.path` names.
 
@@ -38,8 +52,8 @@ def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
     """
     path = check_model_path(config)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its bars would break into ours
+    tokenizer = load_tokenizer(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
         chosen = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **chosen)
     except (OSError, ValueError, ImportError) as error:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from expo.config import RECIPES, ConfigError, Invocation, ModelSection, RunConfig
-from expo.data import BUILT_IN, load_questions
+from expo.data import count_questions
 from expo.flops import ModelShape
 from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.model import check_model_path
@@ -246,9 +246,9 @@ def _step_rows(footprint: Footprint) -> _Rows:
 
 def _epochs(config: RunConfig) -> tuple[str, str]:
     source, drawn = config.data.train, config.run.steps * config.rollout.questions_per_step
-    if source not in BUILT_IN and not Path(source).exists():
+    num_questions = count_questions(source)
+    if num_questions is None:
         return "?", f"{drawn:,} questions drawn; {source} is not here to be counted"
-    num_questions = len(load_questions(source).questions)
     return f"{drawn / num_questions:.1f}", f"{drawn:,} questions drawn from {num_questions:,}"
 
 

@@ -159,19 +159,19 @@ class Verifier:
         return known
 
 
-def check_answers(answers: Iterable[str], timeout_s: float = 30.0) -> None:
-    """Makes sure, once at load, that every gold answer can be graded against.
+def ungradable_answers(answers: Iterable[str], timeout_s: float = 30.0) -> list[str]:
+    r"""Those gold answers that replies cannot be graded against, each once.
+
+    They are empty, not mathematics, take longer than `timeout_s`, or are judged wrong when a reply boxes them.
 
     Args:
         answers: Gold answers as the data set has them. Numbers and words cost nothing; formulas take workers.
         timeout_s: Seconds of wall clock for one answer.
-
-    Raises:
-        ValueError: Some answers are empty, not mathematics, or take longer than `timeout_s`; they are named.
     """
     bad = []
     formulas: dict[str, str] = {}
-    for answer in dict.fromkeys(answers):
+    distinct = list(dict.fromkeys(answers))
+    for answer in distinct:
         if not isinstance(answer, str):
             raise TypeError(f"answer {answer!r} is of type {type(answer).__name__}; give answers as strings")
         gold = normalise_gold(answer)
@@ -181,6 +181,18 @@ def check_answers(answers: Iterable[str], timeout_s: float = 30.0) -> None:
             formulas[gold] = answer
     with Verifier(timeout_s=timeout_s) as verifier:
         bad += [formulas[gold] for gold in verifier._unusable(list(formulas))]
+        rest = [answer for answer in distinct if answer not in set(bad)]
+        verdicts = verifier.grade([rf"\boxed{{{normalise_gold(answer)}}}" for answer in rest], rest)
+    return bad + [answer for answer, verdict in zip(rest, verdicts, strict=True) if verdict.kind != "correct"]
+
+
+def check_answers(answers: Iterable[str], timeout_s: float = 30.0) -> None:
+    """Makes sure, once at load, that every gold answer can be graded against.
+
+    Raises:
+        ValueError: Some answers cannot (see `ungradable_answers`); they are named.
+    """
+    bad = ungradable_answers(answers, timeout_s)
     if bad:
         named = ", ".join(repr(answer) for answer in bad[:10]) + (", ..." if len(bad) > 10 else "")
         raise ValueError(f"{len(bad)} gold answers cannot be parsed: {named}; correct or drop these rows")

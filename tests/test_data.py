@@ -1,12 +1,15 @@
-"""Questions: files, duplicates, prompts, and errors that name the line."""
+"""Questions: what becomes of rows that repeat or disagree, answers that cannot be graded, prompts."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from expo.config import ConfigError, DataSection
-from expo.data import PROMPTS, Question, load_questions, question_id, render_prompt, render_prompts
+from expo.assemble import load_inputs
+from expo.config import ConfigError, DataSection, ModelSection, load_config
+from expo.data import PROMPTS, Question, load_questions, only_gradable, question_id, render_prompt, render_prompts
 from expo.model import load_model
+from expo.train import train
 
 
 def write(path, *rows):
@@ -34,10 +37,13 @@ def test_a_repeated_file_gives_each_question_once(tmp_path):
     loaded = load_questions(write(tmp_path / "q.jsonl", *(rows * 100)))
     assert [question.answer for question in loaded.questions] == ["1", "2", "3", "4", "5"]
     assert loaded.num_duplicates == 495
+    (note,) = loaded.notes
+    assert "500 rows hold 5 questions, each 100 times" in note
 
 
 def test_ids_depend_on_the_text_alone():
     assert question_id("What  is\n1+1? ") == question_id("What is 1+1?")
+    assert question_id("Poincare\u0301's") == question_id("Poincar\u00e9's")
     assert question_id("1+1") != question_id("1+2")
 
 
@@ -46,15 +52,39 @@ def test_given_ids_and_levels_are_kept(tmp_path):
     assert loaded.questions == (Question("7", "a", "b", "hard"),)
 
 
+def test_equal_texts_are_one_question_whatever_their_ids(tmp_path):
+    rows = [{"question": "1 + 1", "answer": "2", "id": name} for name in ("a", "b")]
+    loaded = load_questions(write(tmp_path / "q.jsonl", *rows))
+    assert ([question.id for question in loaded.questions], loaded.num_duplicates) == (["a"], 1)
+
+
+def test_questions_whose_rows_disagree_are_left_out(tmp_path):
+    rows = [
+        {"question": "1+1", "answer": "2"},
+        {"question": "1+2", "answer": "3"},
+        {"question": "1 + 3", "answer": "4"},
+        {"question": "1+2", "answer": "5"},
+        {"question": "1  +  3", "answer": "4.0"},
+    ]
+    loaded = load_questions(write(tmp_path / "q.jsonl", *rows))
+    assert [question.text for question in loaded.questions] == ["1+1", "1 + 3"]
+    assert (loaded.num_duplicates, loaded.num_conflicts) == (2, 1)
+    assert question_id("1+2") in loaded.notes[-1]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "holds no questions"),
         ('{"question": "a", "answer": "b"}\n{"question": ', "q.jsonl:2 is not JSON"),
-        ('{"quest": "a", "answer": "b"}', "q.jsonl:1 has no `question`"),
-        ('{"question": "a"}', "q.jsonl:1 has no `answer`"),
-        ('{"question": "a", "answer": true}', "q.jsonl:1 has no `answer`"),
-        ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": "2"}', "comes twice"),
+        ("[1]", "q.jsonl:1 is no object"),
+        ('{"quest": "a", "answer": "b"}', "q.jsonl:1 has the columns quest, answer; expected one of: "),
+        ('{"question": "a"}', "q.jsonl:1 has the columns question; expected one of: "),
+        ('{"question": "a", "answer": "b"}\n{"question": "c"}', "q.jsonl:2 has no usable `answer`"),
+        ('{"question": " ", "answer": "b"}', "q.jsonl:1 has no usable `question`"),
+        ('{"question": "a", "answer": true}', "q.jsonl:1 has no usable `answer`"),
+        ('{"question": "a", "answer": "1", "id": 1}\n{"question": "b", "answer": "1", "id": 1}', "q.jsonl:2: the id 1"),
+        ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": "2"}', "no questions with one answer each"),
     ],
 )
 def test_bad_files_name_the_line(tmp_path, text, expected):
@@ -65,8 +95,8 @@ def test_bad_files_name_the_line(tmp_path, text, expected):
     assert expected in str(error.value)
 
 
-def test_a_missing_file_names_the_built_in_sets():
-    with pytest.raises(ConfigError, match="ledger:train"):
+def test_a_missing_file_names_the_nearest_set():
+    with pytest.raises(ConfigError, match="did you mean ledger:train"):
         load_questions("ledger:trian")
 
 
@@ -74,6 +104,73 @@ def test_built_in_sets_share_no_question():
     sets = [{q.id for q in load_questions(f"ledger:{name}").questions} for name in ("train", "held_out", "beyond")]
     assert len(sets[0]) >= 1000
     assert sum(len(ids) for ids in sets) == len(set.union(*sets))
+
+
+def test_answers_that_cannot_be_parsed_are_refused_or_left_out_by_name(tmp_path):
+    rows = [
+        {"question": "one", "answer": r"\frac{1}{2}", "id": "fine"},
+        {"question": "two", "answer": r"\frac{1}{", "id": "broken"},
+    ]
+    loaded = load_questions(write(tmp_path / "q.jsonl", *rows))
+    with pytest.raises(ConfigError, match=r"broken .*skip_bad_answers=true"):
+        only_gradable(loaded, skip_bad_answers=False)
+    kept = only_gradable(loaded, skip_bad_answers=True)
+    assert ([question.id for question in kept.questions], kept.num_bad_answers) == (["fine"], 1)
+    assert "broken" in kept.notes[-1]
+
+
+@pytest.fixture(scope="module")
+def run_on_repeated_questions(tmp_path_factory):
+    """One step on a file of 6 questions, 100 times each; one of them is evaluated, another is too long."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"question": text, "answer": "5"} for text in ("2+3=", "9-4=", "1+4=", "7-2=", "8-3=", "6-1+9-9" * 9)]
+    values = {
+        "data.train": write(folder / "train.jsonl", *(rows * 100)),
+        "data.drop_overlap": "exact",
+        "evaluation.sets": {"few": write(folder / "few.jsonl", {"question": "2 + 3 =", "answer": "5"})},
+        "evaluation.num_samples": 1,
+        "rollout.questions_per_step": 2,
+        "rollout.group_size": 2,
+        "run.steps": 1,
+        "run.dir": str(folder / "run"),
+        "optimizer.warmup_steps": 0,
+    }
+    config = load_config(None, list(values.items()))
+    return config, train(config)
+
+
+def test_the_curriculum_holds_unique_questions(run_on_repeated_questions):
+    _, run = run_on_repeated_questions
+    (row,) = [json.loads(line) for line in (run / "curriculum.jsonl").read_text().splitlines()]
+    assert row["num_questions"] == 4
+
+
+def test_the_run_folder_records_what_was_left_out(run_on_repeated_questions):
+    _, run = run_on_repeated_questions
+    record = json.loads((run / "data.json").read_text())
+    assert set(record["sets"]) == {"train", "evaluation.few"}
+    left_out = record["sets"]["train"]["left_out"]
+    assert {reason: count for reason, count in left_out.items() if count} == {
+        "duplicate rows": 594, "that overlap with evaluation": 1, "with too long a prompt": 1,
+    }  # fmt: skip
+    (match,) = record["overlap"]
+    assert (match["set"], match["kind"], match["training_id"]) == ("few", "exact", question_id("2+3="))
+
+
+def test_a_run_does_not_go_on_with_other_questions(run_on_repeated_questions):
+    config, _ = run_on_repeated_questions
+    with Path(config.data.train).open("a") as file:
+        file.write('{"question": "3+3=", "answer": "6"}\n')
+    with pytest.raises(ConfigError, match="the questions of train are not those"):
+        train(config, resume=True)
+
+
+def test_overlap_is_only_reported_unless_asked(run_on_repeated_questions):
+    config, _ = run_on_repeated_questions
+    section = config.data.model_copy(update={"drop_overlap": "none"})
+    inputs = load_inputs(config.model_copy(update={"data": section}))
+    assert question_id("2+3=") in {question.id for question in inputs.train.questions}
+    assert len(inputs.overlap.matches) == 1
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -105,7 +202,5 @@ def test_a_missing_chat_template_is_an_error(ledger_model):
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "lost"])
 def test_a_missing_model_folder_is_an_error_before_loading(path):
-    from expo.config import ModelSection
-
     with pytest.raises(ConfigError, match="does not exist"):
         load_model(ModelSection(path=path), None)

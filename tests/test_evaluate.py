@@ -208,9 +208,44 @@ def test_a_file_that_repeats_its_questions_is_reduced_and_reported(tmp_path, cap
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = measured(path, tmp_path / "out", "--num-samples=2")
     assert results["questions"]["aime"]["num_questions"] == results["sets"]["aime"]["num_questions"] == 6
-    assert results["questions"]["aime"]["num_duplicates"] == 186
+    assert results["questions"]["aime"]["left_out"]["duplicate rows"] == 186
     assert len(replies_of(tmp_path / "out")) == 12
-    assert "warning: aime: the 192 rows" in capsys.readouterr().out
+    assert "192 rows hold 6 questions, each 32 times" in capsys.readouterr().out
+
+
+LAYOUTS = sorted(path for path in (Path(__file__).parent / "questions").glob("*.jsonl") if "dapo" not in path.name)
+"""Rows with the columns of each published benchmark."""
+
+
+def in_layout(like, question, index):
+    """A row with the columns and types of another, that asks a ledger."""
+    row = dict(like)
+    for key, value in like.items():
+        if key.lower() in ("problem", "question"):
+            row[key] = question.question
+        elif key.lower() in ("answer", "final_answer"):
+            row[key] = [question.answer] if isinstance(value, list) else type(value)(question.answer)
+        elif key.lower() in ("id", "unique_id"):
+            row[key] = type(value)(index)
+    return row
+
+
+def test_a_file_in_the_columns_of_any_benchmark_gives_the_same_pass_at_1(whole, tmp_path):
+    sets = []
+    for path in LAYOUTS:
+        like = json.loads(path.read_text().splitlines()[0])
+        rows = [in_layout(like, q, index) for index, q in enumerate(ledger.held_out_questions()[::12])]
+        (tmp_path / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets.append(str(tmp_path / path.name))
+    options = ["--num-samples", str(NUM_SAMPLES), "--out", str(tmp_path / "out")]
+    folder = measure(parse_command_line(["ledger", "--sets", *sets, *options]))
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["sets"]) == 10
+    expected = json.loads((whole / "results.json").read_text())["sets"]["sums"]["pass_at"]["1"]
+    for name, found in results["sets"].items():
+        assert found["num_questions"] == NUM_QUESTIONS, name
+        assert found["unparsed_fraction"] < 0.05, name
+        assert expected["low"] < found["pass_at"]["1"]["mean"] < expected["high"], name
 
 
 def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):

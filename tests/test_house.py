@@ -20,9 +20,12 @@ KERNEL_ROOMS = {
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}
 ONLY_IN = {
     "vllm": {"expo/rollout/vllm.py"},
+    "datasets": {"expo/data/hub.py"},
     "deepspeed": {"expo/policy.py", "expo/evaluation/saved_weights.py"},
     "math_verify": {"expo/_grading.py"},
     "matplotlib": {"expo/pictures.py"},
+    "pyarrow": {"expo/data/files.py"},
+    "reasoning_gym": {"expo/data/reasoning.py"},
     "trackio": {"expo/trackers.py"},
     "wandb": {"expo/trackers.py"},
 }

@@ -114,7 +114,9 @@ def test_epochs_are_counted_where_the_questions_are(tmp_path):
     questions.write_text("\n".join([*lines, lines[0]]))
     config = recipe(PAPERS[0], ("data.train", str(questions)))
     assert numbers(describe(footprint_of(config), A100, ""))["epochs"] == "2039.0"
-    assert numbers(describe(footprint_of(recipe(PAPERS[0])), A100, ""))["epochs"] == "?"
+    assert numbers(describe(footprint_of(recipe(PAPERS[0])), A100, ""))["epochs"] == "30.0"
+    elsewhere = recipe(PAPERS[0], ("data.train", "someone/elses:train"))
+    assert numbers(describe(footprint_of(elsewhere), A100, ""))["epochs"] == "?"
 
 
 def test_the_best_checkpoint_is_kept_besides_where_there_is_one():

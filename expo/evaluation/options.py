@@ -41,6 +41,7 @@ READ = (
     "model.attention",
     "data.chat_template",
     "data.max_prompt_tokens",
+    "data.skip_bad_answers",
     "rollout.batch_size",
     "rollout.sync_tolerance",
     *(f"vllm.{field}" for field in VllmSection.model_fields),

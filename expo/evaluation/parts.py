@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from expo.assemble import build_engine, max_tokens
 from expo.checkpoint import CheckpointError, Checkpoints
 from expo.config import ConfigError, RunConfig
-from expo.data import Prompted, Question, QuestionSet, load_questions, question_id, render_prompts
+from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_prompts
+from expo.data.record import set_lines
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
@@ -20,7 +21,7 @@ from expo.files import remove_leftovers
 from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path
 from expo.ranks import Ranks, join_ranks
-from expo.rewards import Verifier, check_answers
+from expo.rewards import Verifier
 from expo.rollout.vllm import check_vllm
 from expo.scores import Agree
 from expo.sharing import SharedEngine, SharedVerifier
@@ -111,31 +112,15 @@ def _load_sets(config: RunConfig, display: Display) -> dict[str, QuestionSet]:
     check_model_path(config.model)
     if config.rollout.engine == "vllm":
         check_vllm()
-    return {name: _load_set(name, source, display) for name, source in config.evaluation.sets.items()}
+    return {name: _load_set(name, source, config, display) for name, source in config.evaluation.sets.items()}
 
 
-def _load_set(name: str, source: str, display: Display) -> QuestionSet:
-    """The questions of a set, each once: one that repeats would weigh more than the others, and its n would be false.
-
-    An AIME file of 960 rows, for one, is 30 questions 32 times.
-    """
-    loaded = load_questions(source)
-    try:
-        check_answers([question.answer for question in loaded.questions])
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    by_text: dict[str, Question] = {}
-    for question in loaded.questions:
-        by_text.setdefault(question_id(question.text), question)
-    num_duplicates = loaded.num_duplicates + len(loaded.questions) - len(by_text)
-    questions = replace(loaded, questions=tuple(by_text.values()), num_duplicates=num_duplicates)
-    if num_duplicates:
-        num_rows = len(by_text) + num_duplicates
-        display.line(
-            f"warning: {name}: the {num_rows} rows of {source} are {len(by_text)} questions; each is asked once, and "
-            f"--num-samples says how many replies it gets"
-        )
-    return questions
+def _load_set(name: str, source: str, config: RunConfig, display: Display) -> QuestionSet:
+    """The questions of a set, each once, and a word on what was left out: an AIME file of 960 rows is 30 questions."""
+    loaded = only_gradable(load_questions(source), config.data.skip_bad_answers)
+    for line in set_lines(loaded):
+        display.line(f"{name}: {line}")
+    return loaded
 
 
 def _checkpoint(invocation: Invocation, ranks: Ranks) -> Path | None:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from expo.config import RunConfig
 from expo.data import Prompted, QuestionSet
+from expo.data.record import left_out
 
 PROTOCOL = "protocol.json"  # the facts, written before the first reply
 REPLIES = "replies"  # .jsonl: every reply, those of a question side by side
@@ -37,22 +38,14 @@ def protocol_of(config: RunConfig) -> dict[str, Any]:
 
 def facts_of_questions(questions: QuestionSet, asked: Sequence[Prompted], first_prompt: str) -> dict[str, Any]:
     """Where a set comes from, checksums of its questions and of their prompts' tokens, and one prompt as text."""
-    rows = ([question.id, question.text, question.answer] for question in questions.questions)
     return {
         "source": questions.source,
         "num_questions": len(questions.questions),
-        "num_duplicates": questions.num_duplicates,
-        "questions_sha256": _digest(rows),
-        "prompts_sha256": _digest(list(prompted.prompt_ids) for prompted in asked),
+        "left_out": left_out(questions, 0),
+        "questions_sha256": questions.digest,
+        "prompts_sha256": hashlib.sha256(repr([list(prompted.prompt_ids) for prompted in asked]).encode()).hexdigest(),
         "first_prompt": first_prompt,
     }
-
-
-def _digest(rows: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

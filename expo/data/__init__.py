@@ -1,0 +1,24 @@
+"""Questions with checkable answers, from files, the Hugging Face hub or a generator, and the prompts made of them."""
+
+from expo.data.gradable import bad_questions, only_gradable
+from expo.data.overlap import Overlap, find_overlap
+from expo.data.prompts import PROMPTS, Prompted, render_prompt, render_prompts
+from expo.data.questions import Question, QuestionSet, question_id
+from expo.data.sources import BUILT_IN, count_questions, load_questions
+
+__all__ = [
+    "BUILT_IN",
+    "PROMPTS",
+    "Overlap",
+    "Prompted",
+    "Question",
+    "QuestionSet",
+    "bad_questions",
+    "count_questions",
+    "find_overlap",
+    "load_questions",
+    "only_gradable",
+    "question_id",
+    "render_prompt",
+    "render_prompts",
+]

@@ -1,0 +1,111 @@
+"""`python -m expo.data show | check SOURCE`: questions as the model sees them, and what is wrong with a set."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from expo.answers import normalise_gold
+from expo.config import ConfigError, DataSection, ModelSection, fail
+from expo.data import sources
+from expo.data.gradable import bad_questions
+from expo.data.overlap import find_overlap
+from expo.data.prompts import PROMPTS, render_prompt
+from expo.data.questions import QuestionSet
+from expo.data.record import set_lines
+from expo.data.sources import load_questions
+
+PROGRAM = "python -m expo.data"
+NUM_LONGEST = 3
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Prints some prompts exactly as the model gets them, special tokens included, with their gold answers."""
+    loaded = load_questions(arguments.source)
+    section, tokenizer = _section(arguments), _tokenizer(arguments.model)
+    for number, question in enumerate(loaded.questions[: arguments.n], 1):
+        prompt_ids = render_prompt(question, section, tokenizer)
+        text = tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        level = f", level {question.level}" if question.level else ""
+        print(f"question {number} of {len(loaded.questions)}: id {question.id}{level}, {len(prompt_ids)} tokens")
+        print("-" * 80, text, "-" * 80, sep="\n")
+        print(f"gold answer: {question.answer}    graded as: {normalise_gold(question.answer)}\n")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Prints rows, duplicates, answers that cannot be graded, longest prompts and overlaps; 1 if answers are bad."""
+    loaded = load_questions(arguments.source)
+    print(f"{_num_rows(loaded):,} rows")
+    print(*set_lines(loaded), sep="\n")
+    _print_longest(loaded, arguments)
+    for against in arguments.against:
+        lines = find_overlap(loaded, {against: load_questions(against)}).lines()
+        print(*(lines or [f"overlap: none with {against}"]), sep="\n")
+    bad = bad_questions(loaded)
+    print(f"{len(bad):,} gold answers cannot be graded" + (":" if bad else ""))
+    for question in bad:
+        print(f"  {question.id}  {question.answer!r}")
+    return 1 if bad else 0
+
+
+def _num_rows(loaded: QuestionSet) -> int:
+    return len(loaded.questions) + loaded.num_duplicates + loaded.num_conflicts
+
+
+def _print_longest(loaded: QuestionSet, arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        unit, lengths = "characters (give --model for tokens)", {q.id: len(q.text) for q in loaded.questions}
+    else:
+        section, tokenizer = _section(arguments), _tokenizer(arguments.model)
+        unit = "tokens"
+        lengths = {question.id: len(render_prompt(question, section, tokenizer)) for question in loaded.questions}
+    longest = sorted(lengths, key=lambda key: -lengths[key])[:NUM_LONGEST]
+    print(f"longest prompts, {unit}: {', '.join(f'{key} {lengths[key]:,}' for key in longest)}")
+
+
+def _section(arguments: argparse.Namespace) -> DataSection:
+    return DataSection(train=arguments.source, prompt=arguments.prompt, chat_template=arguments.chat_template)
+
+
+def _tokenizer(path: str) -> Any:
+    from expo.model import load_tokenizer  # brings PyTorch and transformers, which a check without --model can spare
+
+    return load_tokenizer(ModelSection(path=path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="show | check")
+    for run, summary in ((show, "print a few prompts"), (check, "report what a set holds and what is wrong with it")):
+        command = commands.add_parser(
+            run.__name__, help=summary, description=run.__doc__, epilog=sources.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        command.set_defaults(run=run)
+        command.add_argument("source", metavar="SOURCE", help="as data.train")
+        command.add_argument(
+            "--model", required=run is show, metavar="PATH", help="whose tokenizer to use: as model.path"
+        )
+        command.add_argument("--prompt", choices=list(PROMPTS), default=DataSection.model_fields["prompt"].default)
+        command.add_argument(
+            "--chat-template", action=argparse.BooleanOptionalAction, default=True, help="as data.chat_template"
+        )
+    commands.choices["show"].add_argument("-n", type=int, default=3, metavar="N", help="how many (default: 3)")
+    commands.choices["check"].add_argument(
+        "--against", nargs="+", default=[], metavar="SOURCE", help="evaluation sets to search for the same questions"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0; 1 if a check finds answers that cannot be graded; 2 with one line if a source is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        fail(PROGRAM, error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

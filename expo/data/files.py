@@ -1,0 +1,64 @@
+"""Local tables of questions: JSON lines, Parquet, or a folder of them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from expo.config import ConfigError
+from expo.data.layouts import Record, Table, choose_layout, columns_of
+
+SUFFIXES = (".jsonl", ".parquet")
+ROWS_AT_ONCE = 10_000  # of a Parquet file: some 10 MB of questions
+
+
+def local_tables(path: Path) -> Iterator[Table]:
+    """The table in a file, or the tables of a folder's files by name.
+
+    Raises: ConfigError if a folder has no such files.
+    """
+    paths = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not paths:
+        raise ConfigError(f"the folder {path} holds no {' or '.join(SUFFIXES)} files; give one that does, or a file")
+    for file in paths:
+        records = _parquet_records(file) if file.suffix == ".parquet" else _json_records(file)
+        yield Table(str(file), records, keeps_ids=True)
+
+
+def _json_records(path: Path) -> Iterator[tuple[int, Record]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse(f"{path}:{number}", line)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"cannot read the question file {path}: {reason}; give JSON lines or Parquet") from error
+
+
+def _parse(where: str, line: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON ({error.msg}); expected one object a line") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f'{where} is no object; expected {{"question": "...", "answer": "..."}}')
+    return record
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[int, Record]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(f"{path} needs pyarrow to be read; install expo-rl[train]") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = [name for name in columns_of(choose_layout(str(path), names)) if name in names]
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"cannot read the question file {path}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,38 @@
+"""Questions whose gold answers the verifier can grade against."""
+
+from dataclasses import replace
+
+from expo.config import ConfigError
+from expo.data.questions import Question, QuestionSet, name_some
+from expo.rewards import ungradable_answers
+
+
+def bad_questions(loaded: QuestionSet) -> list[Question]:
+    r"""The questions whose gold answer cannot be parsed, or does not verify when a reply boxes it."""
+    bad = set(ungradable_answers([question.answer for question in loaded.questions]))
+    return [question for question in loaded.questions if question.answer in bad]
+
+
+def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
+    """The set, without the questions that cannot be graded if those may be skipped.
+
+    Raises: ConfigError that names them if they may not, or if no question is left.
+    """
+    bad = bad_questions(loaded)
+    if not bad:
+        return loaded
+    named = name_some([f"{question.id} ({question.answer!r})" for question in bad])
+    if not skip_bad_answers:
+        raise ConfigError(
+            f"{loaded.source}: {len(bad)} gold answers cannot be parsed: {named}; correct these rows, or leave them "
+            f"out with --data.skip_bad_answers=true"
+        )
+    if len(bad) == len(loaded.questions):
+        raise ConfigError(f"{loaded.source}: no gold answer can be parsed: {named}; give another file")
+    left_out = {question.id for question in bad}
+    return replace(
+        loaded,
+        questions=tuple(question for question in loaded.questions if question.id not in left_out),
+        num_bad_answers=len(bad),
+        notes=(*loaded.notes, f"{len(bad)} questions with gold answers that cannot be parsed are left out: {named}"),
+    )

@@ -1,0 +1,118 @@
+"""Questions from the Hugging Face hub, by id or by the name of a set that the paper uses."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from expo.config import ConfigError
+from expo.data.layouts import Record, Table, choose_layout, columns_of
+
+ROWS_AT_ONCE = 10_000
+SYNTAX = "owner/name[/configuration][:split][@revision]"
+
+_SOURCE = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<configuration>[\w.-]+))?(?::(?P<split>[^@]+))?(?:@(?P<revision>.+))?"
+)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a data set on the hub; None: its only one, and the newest revision."""
+
+    id: str
+    configuration: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        marked = (("/", self.configuration), (":", self.split), ("@", self.revision))
+        return self.id + "".join(f"{mark}{part}" for mark, part in marked if part)
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A set of the paper, on the hub, with the numbers that its name promises."""
+
+    source: HubSource
+    num_rows: int
+    num_distinct: int
+    """Questions of different text."""
+
+
+def _named(source: str, num_rows: int, num_distinct: int | None = None) -> NamedSet:
+    parsed = parse_hub_source(source)
+    assert parsed is not None
+    return NamedSet(parsed, num_rows, num_distinct or num_rows)
+
+
+def parse_hub_source(source: str) -> HubSource | None:
+    """What "owner/name[/configuration][:split][@revision]" means; None for a text of another form."""
+    match = _SOURCE.fullmatch(source)
+    return HubSource(**match.groupdict()) if match and not source.startswith(".") else None
+
+
+NAMED = {
+    # open-r1's copy of the next: each text once
+    "dapo-17k": _named("open-r1/DAPO-Math-17k-Processed/all:train", 17_398),
+    # as its authors published it (arXiv 2503.14476)
+    "dapo-17k-raw": _named("BytedTsinghua-SIA/DAPO-Math-17k:train", 1_791_700, 17_398),
+    "aime-2024": _named("HuggingFaceH4/aime_2024:train", 30),
+    "aime-2025": _named("math-ai/aime25:test", 30),
+    "math-500": _named("HuggingFaceH4/MATH-500:test", 500),
+    "minerva": _named("math-ai/minervamath:test", 272),
+    "olympiadbench": _named("math-ai/olympiadbench:test", 674),
+    "amc": _named("math-ai/amc23:test", 40),
+    "amc-83": _named("AI-MO/aimo-validation-amc:train", 83),
+}
+"""The paper's training set and benchmarks by short name. AMC is reported on either of two sets."""
+
+
+def find_named(source: str) -> NamedSet | None:
+    """The set behind a short name, or a short name and "@revision"; None for any other text."""
+    name, _, revision = source.partition("@")
+    named = NAMED.get(name)
+    return replace(named, source=replace(named.source, revision=revision)) if named and revision else named
+
+
+def hub_table(source: HubSource) -> Table:
+    """The rows of a split, downloaded or from the hub library's cache; only the columns that are read.
+
+    Raises: ConfigError if it cannot be had, has several splits and none was named, or its columns fit no layout.
+    """
+    split = _load_split(source)
+    names = list(split.column_names)
+    wanted = [name for name in columns_of(choose_layout(str(source), names)) if name in names]
+    return Table(str(source), _records(split.select_columns(wanted)))
+
+
+def _records(split: Any) -> Iterator[tuple[int, Record]]:
+    number = 0
+    for batch in split.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        for record in batch.to_pylist():
+            number += 1
+            yield number, record
+
+
+def _load_split(source: HubSource) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{source} is on the Hugging Face hub, which needs datasets; install expo-rl[train]"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(source.id, source.configuration, split=source.split, revision=source.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"cannot load {source} from the Hugging Face hub: {reason}; check {SYNTAX} and the network, or give a "
+            f"downloaded JSON-lines or Parquet file"
+        ) from error
+    if source.split is not None:
+        return loaded
+    if len(loaded) != 1:
+        raise ConfigError(
+            f"{source} has the splits {', '.join(loaded)}; say which, as in {source.id}:{next(iter(loaded))}"
+        )
+    return next(iter(loaded.values()))

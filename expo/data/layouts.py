@@ -1,0 +1,114 @@
+"""Where the published data sets keep their questions and answers: one table of column layouts.
+
+A layout is chosen by the columns of a table's first row. Column names and traps were taken from the data sets' pages on
+the Hugging Face hub; `sources.NAMED` lists the sets.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from expo.answers import normalise_gold
+from expo.config import ConfigError
+from expo.data.prompts import PROMPTS
+from expo.data.questions import Row
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the same columns: records with their numbers, and the file or set that errors name."""
+
+    name: str
+    records: Iterable[tuple[int, Record]]
+    keeps_ids: bool = False
+    """Whether a column `id` names the question; else its text does."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a question and of its answer, and how each is read; a reader returns "" for what it cannot."""
+
+    question: str
+    answer: str
+    read_question: Callable[[Any], str]
+    read_answer: Callable[[Any], str]
+
+
+def _text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _asked(value: Any) -> str:
+    """The problem in a text or in messages of one user, without DAPO's instructions: a prompt template adds its own."""
+    if not isinstance(value, str):
+        messages = value if isinstance(value, list) else []
+        roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+        value = messages[0].get("content") if roles == ["user"] else None
+    before, after = PROMPTS["dapo"].split("{question}")
+    return _text(value).removeprefix(before.strip()).removesuffix(after.strip()).strip()
+
+
+def _answer(value: Any) -> str:
+    """A gold answer that `\\boxed{}` can hold: 142.0 as "142.0", a list, or a list written as text, by commas."""
+    if isinstance(value, list):
+        return ", ".join(_answer(member) for member in value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    text = str(value).strip()
+    return normalise_gold(text) if text.startswith("[") else text
+
+
+def _ground_truth(value: Any) -> str:
+    return _answer(value.get("ground_truth")) if isinstance(value, Mapping) else ""
+
+
+LAYOUTS = (
+    Layout("prompt", "reward_model", _asked, _ground_truth),  # DAPO-17K as published, and other sets for verl
+    Layout("prompt", "solution", _asked, _answer),  # open-r1's copy of it: `solution` is the bare answer
+    Layout("question", "final_answer", _text, _answer),  # OlympiadBench: a list
+    Layout("question", "answer", _text, _answer),  # ours; Minerva, AMC 2023
+    Layout("problem", "answer", _text, _answer),  # AIME, MATH-500; AMC of AIMO has 142.0 for 142
+    Layout("Problem", "Answer", _text, _answer),  # Maxwell-Jia/AIME_2024
+)
+"""Tried in this order: what has `final_answer` or `answer` may have a `solution` too, a worked one."""
+
+
+def columns_of(layout: Layout) -> list[str]:
+    """Every column that reading a row looks at."""
+    return [layout.question, layout.answer, "id", "level"]
+
+
+def choose_layout(name: str, columns: Iterable[str]) -> Layout:
+    """The first layout whose columns are there.
+
+    Raises: ConfigError that names the columns if there is none.
+    """
+    found = list(columns)
+    for layout in LAYOUTS:
+        if layout.question in found and layout.answer in found:
+            return layout
+    known = ", ".join(f"{layout.question} + {layout.answer}" for layout in LAYOUTS)
+    raise ConfigError(f"{name} has the columns {', '.join(found) or '(none)'}; expected one of: {known}")
+
+
+def read_table(table: Table) -> Iterator[Row]:
+    """The rows of a table.
+
+    Raises: ConfigError if no layout fits its first record, or a record has no question or answer; it is named.
+    """
+    layout = None
+    for number, record in table.records:
+        layout = layout or choose_layout(f"{table.name}:{number}", record)
+        yield _read_record(table, number, record, layout)
+
+
+def _read_record(table: Table, number: int, record: Record, layout: Layout) -> Row:
+    where = f"{table.name}:{number}"
+    text, answer = layout.read_question(record.get(layout.question)), layout.read_answer(record.get(layout.answer))
+    for column, value in ((layout.question, text), (layout.answer, answer)):
+        if not value:
+            raise ConfigError(f"{where} has no usable `{column}`: {str(record.get(column))[:80]!r}; correct or drop it")
+    given_id, level = record.get("id") if table.keeps_ids else None, record.get("level")
+    return Row(where, text, answer, None if given_id is None else str(given_id), "" if level is None else str(level))

@@ -1,0 +1,57 @@
+"""The prompts made of questions: a template by name, then the tokenizer's chat template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expo.config import ConfigError, DataSection
+from expo.data.questions import Question
+
+PROMPTS = {
+    "plain": "{question}",
+    "boxed": "{question}\nReason step by step, and put your final answer within \\boxed{{}}.",
+    "dapo": (
+        "Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
+    ),
+}
+"""Templates by name; `dapo` is the wording of DAPO-17K (arXiv 2503.14476)."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A question and the token ids that ask it."""
+
+    question: Question
+    prompt_ids: list[int]
+
+
+def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> list[int]:
+    """Token ids of what the model is asked, ending where its reply begins.
+
+    Raises: ConfigError if the tokenizer has no chat template though one is asked for.
+    """
+    text = PROMPTS[config.prompt].format(question=question.text)
+    if not config.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("data.chat_template is true, but the tokenizer has none; set --data.chat_template=false")
+    message = [{"role": "user", "content": text}]
+    encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompted]:
+    """The questions whose prompts fit data.max_prompt_tokens, with those prompts.
+
+    Raises: ConfigError if the tokenizer has no chat template though one is asked for, or no prompt fits.
+    """
+    rendered = [Prompted(question, render_prompt(question, config, tokenizer)) for question in questions]
+    fitting = [prompted for prompted in rendered if len(prompted.prompt_ids) <= config.max_prompt_tokens]
+    if not fitting:
+        shortest = min(len(prompted.prompt_ids) for prompted in rendered)
+        raise ConfigError(
+            f"no prompt fits data.max_prompt_tokens = {config.max_prompt_tokens}; the shortest has {shortest} tokens"
+        )
+    return fitting

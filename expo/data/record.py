@@ -1,0 +1,54 @@
+"""What is shown and written down of a run's questions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expo.config import ConfigError
+from expo.data.questions import QuestionSet
+
+
+def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:
+    """What was left out, by reason.
+
+    Args:
+        num_long: questions whose prompts exceed data.max_prompt_tokens.
+    """
+    return {
+        "duplicate rows": loaded.num_duplicates,
+        "with different answers": loaded.num_conflicts,
+        "with answers that cannot be parsed": loaded.num_bad_answers,
+        "that overlap with evaluation": loaded.num_overlapping,
+        "with too long a prompt": num_long,
+    }
+
+
+def set_lines(loaded: QuestionSet, num_long: int = 0) -> list[str]:
+    """A set's size and what was left out of it, then its notes."""
+    parts = [f"{count:,} {reason}" for reason, count in left_out(loaded, num_long).items() if count]
+    reasons = f"; left out: {', '.join(parts)}" if parts else ""
+    size = f"{loaded.source}: {len(loaded.questions) - num_long:,} questions{reasons}"
+    return [size, *(f"{loaded.source}: {note}" for note in loaded.notes)]
+
+
+def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
+    """The same for data.json, with the digest of the questions as they were loaded."""
+    return {
+        "source": loaded.source,
+        "questions": len(loaded.questions) - num_long,
+        "digest": loaded.digest,
+        "left_out": left_out(loaded, num_long),
+        "notes": list(loaded.notes),
+    }
+
+
+def require_same_questions(saved: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises: ConfigError if `saved`, a data.json, exists and holds other questions than `records`, sets by name."""
+    before = json.loads(saved.read_text(encoding="utf-8"))["sets"] if saved.exists() else records
+    differing = [name for name, record in records.items() if record["digest"] != before[name]["digest"]]
+    if differing:
+        raise ConfigError(
+            f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} began with; "
+            f"restore them, or start another run"
+        )

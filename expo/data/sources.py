@@ -1,0 +1,93 @@
+"""The one door for questions: what a source's name stands for.
+
+questions.jsonl, questions.parquet     a local file; `layouts.py` knows the columns
+some/folder                            all such files of a folder
+owner/name[/configuration][:split][@revision]     the Hugging Face hub
+dapo-17k, aime-2024, math-500, ...     a set of the paper on the hub (`hub.NAMED`); its number of rows is checked
+reasoning-gym:chain_sum?level=1&size=500&seed=0   made on the spot
+ledger:train, ledger:held_out, ledger:beyond      the embedded task
+arithmetic:train, arithmetic:held_out             one-digit sums and differences
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from expo import arithmetic, ledger
+from expo.config import ConfigError
+from expo.data.files import SUFFIXES, local_tables
+from expo.data.hub import NAMED, NamedSet, find_named, hub_table, parse_hub_source
+from expo.data.layouts import Table, read_table
+from expo.data.questions import QuestionSet, Row, merge_rows
+from expo.data.reasoning import PREFIX, reasoning_rows
+
+BUILT_IN: dict[str, Callable[[], list[ledger.LedgerQuestion]]] = {
+    "ledger:train": partial(ledger.train_questions, seed=0),
+    "ledger:held_out": ledger.held_out_questions,
+    "ledger:beyond": ledger.beyond_questions,
+    "arithmetic:train": arithmetic.train_questions,
+    "arithmetic:held_out": arithmetic.held_out_questions,
+}
+"""Question sets that need no file, by name."""
+
+
+def load_questions(source: str) -> QuestionSet:
+    """The distinct questions of a source.
+
+    Raises: ConfigError if there is no such source, it cannot be read, is empty, or a row is not a question (the row is
+        named), or a named set has another number of rows than its name promises.
+    """
+    named = find_named(source)
+    if named is not None:
+        return _load_named(source, named)
+    return merge_rows(source, _rows_of(source))
+
+
+def count_questions(source: str) -> int | None:
+    """Questions that loading would give, if that can be told without a download; else None."""
+    named = find_named(source)
+    if named is not None:
+        return named.num_distinct
+    if source in BUILT_IN or source.startswith(PREFIX) or Path(source).exists():
+        return len(load_questions(source).questions)
+    return None
+
+
+def _load_named(source: str, named: NamedSet) -> QuestionSet:
+    loaded = merge_rows(source, read_table(hub_table(named.source)))
+    num_distinct = len(loaded.questions) + loaded.num_conflicts
+    num_rows = num_distinct + loaded.num_duplicates
+    if num_rows != named.num_rows:
+        raise ConfigError(
+            f"{source} is {named.source} with {named.num_rows:,} rows, but {num_rows:,} were found: it is another set "
+            f"now; to take it as it is, name it {named.source}"
+        )
+    if num_distinct == named.num_distinct:
+        return loaded
+    note = f"{num_distinct:,} questions of different text were found, {named.num_distinct:,} expected"
+    return replace(loaded, notes=(*loaded.notes, note))
+
+
+def _rows_of(source: str) -> Iterator[Row]:
+    if source in BUILT_IN:
+        return (Row(source, q.question, q.answer, level=q.level) for q in BUILT_IN[source]())
+    if source.startswith(PREFIX):
+        return reasoning_rows(source)
+    if Path(source).exists() or source.endswith(SUFFIXES):
+        return _rows_of_tables(local_tables(Path(source)))
+    on_hub = parse_hub_source(source)
+    if on_hub is not None:
+        return read_table(hub_table(on_hub))
+    names = [*BUILT_IN, *NAMED]
+    near = difflib.get_close_matches(source, names, n=1)
+    raise ConfigError(
+        f"there is no file or folder {source}{f'; did you mean {near[0]}?' if near else ''}; give JSON lines or "
+        f"Parquet, a folder of them, a hub id, {PREFIX}FAMILY, or one of {', '.join(names)}"
+    )
+
+
+def _rows_of_tables(tables: Iterable[Table]) -> Iterator[Row]:
+    for table in tables:
+        yield from read_table(table)
