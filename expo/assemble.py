@@ -63,6 +63,11 @@ class Inputs:
     overlap: Overlap
     reward_functions: dict[str, RewardFunction]
 
+    @property
+    def sets(self) -> dict[str, QuestionSet]:
+        """All of them by the field that names them."""
+        return {"data.train": self.train, **{f"evaluation.sets.{name}": q for name, q in self.evaluation.items()}}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -111,6 +116,7 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
             inputs = ranks.together(lambda: load_inputs(config))
             folder = open_folder(config, resume, ranks)
             watchdog.folder = folder.path
+            ranks.on_first(lambda: require_same_questions(folder.path / "data.json", inputs.sets))
             parts = _build_parts(config, inputs, folder, ranks, watchdog, switch, resume)
         try:
             yield parts
@@ -233,7 +239,7 @@ def _build_parts(
         name: render_prompts(source.questions, config.data, policy.tokenizer)
         for name, source in inputs.evaluation.items()
     }
-    _record_data(inputs, train_set, evaluation_sets, folder, ranks, display)
+    _record_data(inputs, train_set, evaluation_sets, folder, display)
     engine = SharedEngine(build_engine(config, policy, ranks, display), ranks, switch)
     probe = make_probe([prompted.prompt_ids for prompted in train_set], max_tokens(config))
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
@@ -274,24 +280,17 @@ def _record_data(
     train_set: list[Prompted],
     evaluation_sets: dict[str, list[Prompted]],
     folder: RunFolder,
-    ranks: Ranks,
     display: Display,
 ) -> None:
-    """Shows the sets, and writes data.json.
-
-    Raises: ConfigError if the run began with other questions.
-    """
-    sets = [("train", inputs.train, train_set)]
-    sets += [(f"evaluation.{name}", loaded, evaluation_sets[name]) for name, loaded in inputs.evaluation.items()]
+    """Shows what the sets hold and what was left out of them, and writes it to data.json."""
     records = {}
-    for name, loaded, asked in sets:
+    for (name, loaded), asked in zip(inputs.sets.items(), [train_set, *evaluation_sets.values()], strict=True):
         num_long = len(loaded.questions) - len(asked)
         records[name] = set_record(loaded, num_long)
         for line in set_lines(loaded, num_long):
             display.line(line)
     for line in inputs.overlap.lines():
         display.line(line)
-    ranks.on_first(lambda: require_same_questions(folder.path / "data.json", records))
     folder.write_json("data.json", {"sets": records, "overlap": inputs.overlap.to_json()})
 
 

@@ -168,7 +168,7 @@ def ungradable_answers(answers: Iterable[str], timeout_s: float = 30.0) -> list[
         answers: Gold answers as the data set has them. Numbers and words cost nothing; formulas take workers.
         timeout_s: Seconds of wall clock for one answer.
     """
-    bad = []
+    bad: dict[str, None] = {}  # a set that keeps its order
     formulas: dict[str, str] = {}
     distinct = list(dict.fromkeys(answers))
     for answer in distinct:
@@ -176,14 +176,14 @@ def ungradable_answers(answers: Iterable[str], timeout_s: float = 30.0) -> list[
             raise TypeError(f"answer {answer!r} is of type {type(answer).__name__}; give answers as strings")
         gold = normalise_gold(answer)
         if not gold:
-            bad.append(answer)
+            bad[answer] = None
         elif canonical_number(gold) is None and words_of(gold) is None:
             formulas[gold] = answer
     with Verifier(timeout_s=timeout_s) as verifier:
-        bad += [formulas[gold] for gold in verifier._unusable(list(formulas))]
-        rest = [answer for answer in distinct if answer not in set(bad)]
+        bad |= {formulas[gold]: None for gold in verifier._unusable(list(formulas))}
+        rest = [answer for answer in distinct if answer not in bad]
         verdicts = verifier.grade([rf"\boxed{{{normalise_gold(answer)}}}" for answer in rest], rest)
-    return bad + [answer for answer, verdict in zip(rest, verdicts, strict=True) if verdict.kind != "correct"]
+    return [*bad, *(answer for answer, verdict in zip(rest, verdicts, strict=True) if verdict.kind != "correct")]
 
 
 def check_answers(answers: Iterable[str], timeout_s: float = 30.0) -> None:

@@ -148,8 +148,8 @@ def test_the_curriculum_holds_unique_questions(run_on_repeated_questions):
 def test_the_run_folder_records_what_was_left_out(run_on_repeated_questions):
     _, run = run_on_repeated_questions
     record = json.loads((run / "data.json").read_text())
-    assert set(record["sets"]) == {"train", "evaluation.few"}
-    left_out = record["sets"]["train"]["left_out"]
+    assert set(record["sets"]) == {"data.train", "evaluation.sets.few"}
+    left_out = record["sets"]["data.train"]["left_out"]
     assert {reason: count for reason, count in left_out.items() if count} == {
         "duplicate rows": 594, "that overlap with evaluation": 1, "with too long a prompt": 1,
     }  # fmt: skip
@@ -161,7 +161,7 @@ def test_a_run_does_not_go_on_with_other_questions(run_on_repeated_questions):
     config, _ = run_on_repeated_questions
     with Path(config.data.train).open("a") as file:
         file.write('{"question": "3+3=", "answer": "6"}\n')
-    with pytest.raises(ConfigError, match="the questions of train are not those"):
+    with pytest.raises(ConfigError, match=r"the questions of data\.train are not those"):
         train(config, resume=True)
 
 

@@ -13,7 +13,6 @@ from expo.data.overlap import find_overlap
 from expo.data.prompts import PROMPTS, render_prompt
 from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
-from expo.data.sources import load_questions
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -21,7 +20,7 @@ NUM_LONGEST = 3
 
 def show(arguments: argparse.Namespace) -> int:
     """Prints some prompts exactly as the model gets them, special tokens included, with their gold answers."""
-    loaded = load_questions(arguments.source)
+    loaded = sources.load_questions(arguments.source)
     section, tokenizer = _section(arguments), _tokenizer(arguments.model)
     for number, question in enumerate(loaded.questions[: arguments.n], 1):
         prompt_ids = render_prompt(question, section, tokenizer)
@@ -35,22 +34,18 @@ def show(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Prints rows, duplicates, answers that cannot be graded, longest prompts and overlaps; 1 if answers are bad."""
-    loaded = load_questions(arguments.source)
-    print(f"{_num_rows(loaded):,} rows")
+    loaded = sources.load_questions(arguments.source)
+    print(f"{loaded.num_rows:,} rows")
     print(*set_lines(loaded), sep="\n")
     _print_longest(loaded, arguments)
     for against in arguments.against:
-        lines = find_overlap(loaded, {against: load_questions(against)}).lines()
+        lines = find_overlap(loaded, {against: sources.load_questions(against)}).lines()
         print(*(lines or [f"overlap: none with {against}"]), sep="\n")
     bad = bad_questions(loaded)
     print(f"{len(bad):,} gold answers cannot be graded" + (":" if bad else ""))
     for question in bad:
         print(f"  {question.id}  {question.answer!r}")
     return 1 if bad else 0
-
-
-def _num_rows(loaded: QuestionSet) -> int:
-    return len(loaded.questions) + loaded.num_duplicates + loaded.num_conflicts
 
 
 def _print_longest(loaded: QuestionSet, arguments: argparse.Namespace) -> None:
@@ -69,7 +64,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
 
 
 def _tokenizer(path: str) -> Any:
-    from expo.model import load_tokenizer  # brings PyTorch and transformers, which a check without --model can spare
+    from expo.model import load_tokenizer  # brings transformers, which a check without --model can spare
 
     return load_tokenizer(ModelSection(path=path))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from expo.config import ConfigError
-from expo.data.layouts import Record, Table, choose_layout, columns_of
+from expo.data.layouts import Record, Table, columns_to_read
 
 SUFFIXES = (".jsonl", ".parquet")
 ROWS_AT_ONCE = 10_000  # of a Parquet file: some 10 MB of questions
@@ -53,12 +53,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Record]]:
         raise ConfigError(f"{path} needs pyarrow to be read; install expo-rl[train]") from error
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = [name for name in columns_of(choose_layout(str(path), names)) if name in names]
-            number = 0
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
+            wanted = columns_to_read(str(path), file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted)
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(f"cannot read the question file {path}: {str(error).splitlines()[0]}") from error

@@ -1,12 +1,11 @@
 """Questions from the Hugging Face hub, by id or by the name of a set that the paper uses."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from expo.config import ConfigError
-from expo.data.layouts import Record, Table, choose_layout, columns_of
+from expo.data.layouts import Table, columns_to_read
 
 ROWS_AT_ONCE = 10_000
 SYNTAX = "owner/name[/configuration][:split][@revision]"
@@ -81,17 +80,9 @@ def hub_table(source: HubSource) -> Table:
     Raises: ConfigError if it cannot be had, has several splits and none was named, or its columns fit no layout.
     """
     split = _load_split(source)
-    names = list(split.column_names)
-    wanted = [name for name in columns_of(choose_layout(str(source), names)) if name in names]
-    return Table(str(source), _records(split.select_columns(wanted)))
-
-
-def _records(split: Any) -> Iterator[tuple[int, Record]]:
-    number = 0
-    for batch in split.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-        for record in batch.to_pylist():
-            number += 1
-            yield number, record
+    wanted = split.select_columns(columns_to_read(str(source), split.column_names))
+    batches = wanted.with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
+    return Table(str(source), enumerate((record for batch in batches for record in batch.to_pylist()), 1))
 
 
 def _load_split(source: HubSource) -> Any:

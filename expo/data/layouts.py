@@ -1,7 +1,7 @@
 """Where the published data sets keep their questions and answers: one table of column layouts.
 
 A layout is chosen by the columns of a table's first row. Column names and traps were taken from the data sets' pages on
-the Hugging Face hub; `sources.NAMED` lists the sets.
+the Hugging Face hub; `hub.NAMED` lists the sets.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,7 +53,8 @@ def _asked(value: Any) -> str:
 def _answer(value: Any) -> str:
     """A gold answer that `\\boxed{}` can hold: 142.0 as "142.0", a list, or a list written as text, by commas."""
     if isinstance(value, list):
-        return ", ".join(_answer(member) for member in value)
+        members = [_answer(member) for member in value]
+        return ", ".join(members) if all(members) else ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
     text = str(value).strip()
@@ -75,11 +76,6 @@ LAYOUTS = (
 """Tried in this order: what has `final_answer` or `answer` may have a `solution` too, a worked one."""
 
 
-def columns_of(layout: Layout) -> list[str]:
-    """Every column that reading a row looks at."""
-    return [layout.question, layout.answer, "id", "level"]
-
-
 def choose_layout(name: str, columns: Iterable[str]) -> Layout:
     """The first layout whose columns are there.
 
@@ -91,6 +87,16 @@ def choose_layout(name: str, columns: Iterable[str]) -> Layout:
             return layout
     known = ", ".join(f"{layout.question} + {layout.answer}" for layout in LAYOUTS)
     raise ConfigError(f"{name} has the columns {', '.join(found) or '(none)'}; expected one of: {known}")
+
+
+def columns_to_read(name: str, columns: Iterable[str]) -> list[str]:
+    """Of a table's columns, those that reading its rows looks at.
+
+    Raises: ConfigError that names the columns if no layout fits.
+    """
+    found = list(columns)
+    layout = choose_layout(name, found)
+    return [column for column in (layout.question, layout.answer, "id", "level") if column in found]
 
 
 def read_table(table: Table) -> Iterator[Row]:

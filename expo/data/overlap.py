@@ -10,6 +10,7 @@ here tokens are words, numbers and single signs, and phrases that competition pr
 """
 
 import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ def _describe(name: str, matches: Sequence[Match]) -> str:
 def find_overlap(train: QuestionSet, evaluation: Mapping[str, QuestionSet]) -> Overlap:
     """Every pair of a training and an evaluation question that are the same or nearly; time grows with their number."""
     targets = [(name, question) for name, loaded in evaluation.items() for question in loaded.questions]
+    if not targets:
+        return Overlap(())
     target_tokens = [_tokens(question.text) for _, question in targets]
     training_tokens = [_tokens(question.text) for question in train.questions]
     same: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -130,7 +133,8 @@ def _index_telling_runs(
 
 def _tokens(text: str) -> tuple[str, ...]:
     plain = unicodedata.normalize("NFKC", text).casefold()
-    return tuple(_TOKEN.findall(_DRESSING.sub(" ", plain)))
+    # interned: a set of questions has few different tokens
+    return tuple(map(sys.intern, _TOKEN.findall(_DRESSING.sub(" ", plain))))
 
 
 def _runs(tokens: tuple[str, ...]) -> set[tuple[str, ...]]:

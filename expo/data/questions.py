@@ -8,6 +8,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from expo.answers import normalise_gold
 from expo.config import ConfigError
@@ -43,6 +44,12 @@ class QuestionSet:
     """One line each."""
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the source, those left out included."""
+        left_out = self.num_conflicts + self.num_bad_answers + self.num_overlapping
+        return len(self.questions) + left_out + self.num_duplicates
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over every question and answer, in order: equal for equal sets, wherever they came from."""
         hashed = hashlib.sha256()

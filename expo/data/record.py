@@ -43,10 +43,12 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
     }
 
 
-def require_same_questions(saved: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises: ConfigError if `saved`, a data.json, exists and holds other questions than `records`, sets by name."""
-    before = json.loads(saved.read_text(encoding="utf-8"))["sets"] if saved.exists() else records
-    differing = [name for name, record in records.items() if record["digest"] != before[name]["digest"]]
+def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None:
+    """Raises: ConfigError if `saved`, the data.json of a run, exists and is of other questions."""
+    if not saved.exists():
+        return
+    before = json.loads(saved.read_text(encoding="utf-8"))["sets"]
+    differing = [name for name, loaded in sets.items() if loaded.digest != before[name]["digest"]]
     if differing:
         raise ConfigError(
             f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} began with; "

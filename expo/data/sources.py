@@ -1,12 +1,12 @@
 """The one door for questions: what a source's name stands for.
 
-questions.jsonl, questions.parquet     a local file; `layouts.py` knows the columns
-some/folder                            all such files of a folder
-owner/name[/configuration][:split][@revision]     the Hugging Face hub
-dapo-17k, aime-2024, math-500, ...     a set of the paper on the hub (`hub.NAMED`); its number of rows is checked
-reasoning-gym:chain_sum?level=1&size=500&seed=0   made on the spot
-ledger:train, ledger:held_out, ledger:beyond      the embedded task
-arithmetic:train, arithmetic:held_out             one-digit sums and differences
+- questions.jsonl, questions.parquet: a local file; `layouts.py` knows the columns
+- some/folder: all such files of a folder
+- owner/name[/configuration][:split][@revision]: the Hugging Face hub
+- dapo-17k, aime-2024, math-500, ...: a set of the paper on the hub (`hub.NAMED`); its number of rows is checked
+- reasoning-gym:chain_sum?level=1&size=500&seed=0: made on the spot
+- ledger:train, ledger:held_out, ledger:beyond: the embedded task
+- arithmetic:train, arithmetic:held_out: one-digit sums and differences
 """
 
 import difflib
@@ -57,13 +57,12 @@ def count_questions(source: str) -> int | None:
 
 def _load_named(source: str, named: NamedSet) -> QuestionSet:
     loaded = merge_rows(source, read_table(hub_table(named.source)))
-    num_distinct = len(loaded.questions) + loaded.num_conflicts
-    num_rows = num_distinct + loaded.num_duplicates
-    if num_rows != named.num_rows:
+    if loaded.num_rows != named.num_rows:
         raise ConfigError(
-            f"{source} is {named.source} with {named.num_rows:,} rows, but {num_rows:,} were found: it is another set "
-            f"now; to take it as it is, name it {named.source}"
+            f"{source} is {named.source} with {named.num_rows:,} rows, but {loaded.num_rows:,} were found: it is "
+            f"another set now; to take it as it is, name it {named.source}"
         )
+    num_distinct = loaded.num_rows - loaded.num_duplicates
     if num_distinct == named.num_distinct:
         return loaded
     note = f"{num_distinct:,} questions of different text were found, {named.num_distinct:,} expected"
