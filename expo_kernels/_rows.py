@@ -32,6 +32,7 @@ class ChunkRead(NamedTuple):
     probs: Tensor  # [n, V], each row too large by the factor sums
     sums: Tensor  # [n], >= 1
     softcap_slopes: Tensor | None  # [n, V]: d capped / d raw
+    entropies: Tensor | None  # [n], nats, where asked for
 
 
 class RowSource(Protocol):
@@ -241,6 +242,8 @@ def read_chunk(
     buffers: ChunkBuffers,
     temperature: float,
     logit_softcap: float | None,
+    *,
+    wants_entropy: bool = False,
 ) -> ChunkRead:
     """Log-probs of `chosen_ids` [n] in nats, and the probabilities they came from, left in the buffers."""
     n = rows.stop - rows.start
@@ -258,14 +261,14 @@ def read_chunk(
     probs = logits.exp_()
     # sum() adds pairwise; log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144
     sums = probs.sum(dim=-1)
-    return ChunkRead(chosen - sums.log(), probs, sums, cap_slopes)
+    entropies = _entropy_sums(probs) / sums + sums.log() if wants_entropy else None
+    return ChunkRead(chosen - sums.log(), probs, sums, cap_slopes, entropies)
 
 
-def chunk_entropies(read: ChunkRead) -> Tensor:
-    """Entropy of each row of the chunk, [n], nats; a logit of -inf counts as probability 0."""
-    step = max(1, ENTROPY_BLOCK // max(read.probs.shape[1], 1))
-    parts = [torch.special.entr(block).sum(dim=-1) for block in torch.split(read.probs, step)]
-    return torch.cat(parts) / read.sums + read.sums.log()
+def _entropy_sums(probs: Tensor) -> Tensor:
+    """Sum of -p log p over each row, [n], for any scale of p; a logit of -inf counts as probability 0."""
+    step = max(1, ENTROPY_BLOCK // max(probs.shape[1], 1))
+    return torch.cat([torch.special.entr(block).sum(dim=-1) for block in torch.split(probs, step)])
 
 
 def absorb_logp_slopes(
@@ -289,7 +292,8 @@ def absorb_logp_and_entropy_slopes(
     temperature: float,
 ) -> None:
     """The same where L also depends on the entropies: dentropy/dlogit_j = -p_j (log p_j + entropy)."""
-    entropies = chunk_entropies(read).unsqueeze(1)
+    assert read.entropies is not None
+    entropies = read.entropies.unsqueeze(1)
     probs = read.probs.div_(read.sums.unsqueeze(1))
     step = max(1, ENTROPY_BLOCK // max(probs.shape[1], 1))
     for start in range(0, probs.shape[0], step):

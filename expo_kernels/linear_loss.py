@@ -37,6 +37,7 @@ def linear_expo_loss(
     beta: float | Tensor = 0.02,
     objective: Objective | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_bonus: float | Tensor = 0.0,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
 ) -> LossOutput:
@@ -63,6 +64,8 @@ def linear_expo_loss(
         objective: everything static; None: `Objective()`.
         normalizer: > 0, the denominator over all micro-batches and ranks: sequences (tokens for aggregation "token");
             None: counted from this call.
+        entropy_bonus: >= 0, nats of loss per nat: the loss less this times the entropies of the tokens' distributions,
+            aggregated as `objective.aggregation` says; a 0-dim tensor is read on its device. 0.0 costs nothing.
         cu_seqlens: [B + 1] int32, where each packed sequence starts and ends; only and always with packed input.
         return_entropy: also compute `metrics["entropy"]`, without gradient.
 
@@ -96,6 +99,7 @@ def linear_expo_loss(
         objective=objective,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
+        entropy_bonus=entropy_bonus,
     )
     return loss_of_states(
         hidden,

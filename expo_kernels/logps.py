@@ -63,10 +63,13 @@ def _token_logps(
         logps = torch.empty(source.num_rows, dtype=source.dtype, device=source.device)
         entropies = torch.empty_like(logps)
         for rows in parts:
-            read = _rows.read_chunk(source, rows, chosen_ids[rows], buffers, temperature, logit_softcap)
+            ids = chosen_ids[rows]
+            read = _rows.read_chunk(
+                source, rows, ids, buffers, temperature, logit_softcap, wants_entropy=return_entropy
+            )
             logps[rows] = read.logps
-            if return_entropy:
-                entropies[rows] = _rows.chunk_entropies(read)
+            if read.entropies is not None:
+                entropies[rows] = read.entropies
         entropies = spread(entropies, index, completion_ids.shape) if return_entropy else logps.new_empty(0)
         # empty rows would do, but then a graph would not be the same on both paths
         tops, sums = (logps.new_zeros(completion_ids.numel() if keeps_rows else 0) for _ in range(2))
@@ -126,7 +129,9 @@ def _token_logps_backward(
         entropy_slopes = None if grad_entropies is None else grad_entropies.reshape(-1).index_select(0, index)
         for rows in parts:
             ids = chosen_ids[rows]
-            read = _rows.read_chunk(source, rows, ids, buffers, temperature, logit_softcap)
+            read = _rows.read_chunk(
+                source, rows, ids, buffers, temperature, logit_softcap, wants_entropy=entropy_slopes is not None
+            )
             chunk = (source, rows, ids, read, logp_slopes[rows])
             if entropy_slopes is None:
                 _rows.absorb_logp_slopes(*chunk, temperature)

@@ -99,6 +99,9 @@ CALLS = {
         call, objective=SEQUENCE, logits_budget_mb=5 * 13 * 4 / 2**20, return_entropy=True
     ),
     "linear_expo_loss, rollout": lambda call: linear(call, objective=ROLLOUT, rollout_logps=call["rollout_logps"]),
+    "linear_expo_loss, entropy bonus": lambda call: linear(
+        call, objective=Objective(surrogate="gmpo"), entropy_bonus=0.1, logits_budget_mb=7 * 13 * 4 / 2**20
+    ),
     "linear_expo_loss, rewards": lambda call: linear(
         call, advantages=None, rewards=call["advantages"], group_size=2, normalizer=3.0
     ),
