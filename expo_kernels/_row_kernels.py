@@ -236,6 +236,7 @@ def row_loss_kernel(
     vocab_size = vocab_size * ALIGNMENT
     HAS_BONUS: tl.constexpr = entropy_bonus_ptr is not None
     temperature = tl.load(hyper_ptr + TEMPERATURE)
+    beta = tl.load(beta_ptr).to(tl.float32)
     share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + LENGTH))
     loss_sum = tl.full([], 0.0, tl.float64)
     kl_sum = loss_sum
@@ -277,6 +278,9 @@ def row_loss_kernel(
             weight = share
             if lengths_ptr is not None:
                 weight = share / tl.load(lengths_ptr + sequence).to(tl.float32)
+            if HAS_BONUS:
+                # read here, it takes no register through the loops over the row: on sm_80 there is none left
+                beta = tl.load(beta_ptr).to(tl.float32)
             loss, ratio_slope, beside, penalty, ratio, low, high = token_objective(
                 logp,
                 old_logp,
@@ -286,7 +290,7 @@ def row_loss_kernel(
                 position,
                 keep,
                 ref_logps_ptr,
-                tl.load(beta_ptr).to(tl.float32),  # here, or it takes a register through the row's loops
+                beta,
                 hyper_ptr,
                 SURROGATE,
                 HAS_DUAL_CLIP,

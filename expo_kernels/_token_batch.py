@@ -147,7 +147,7 @@ class Loop:
 
     def absorb(self, source: _rows.RowSource, rows: slice, read: _rows.ChunkRead, logp_slopes: Tensor) -> None:
         """Give the source dL/dlogits of the chunk, knowing its dL/dlogp [n]."""
-        chunk, entropy_slopes = (source, rows, self.chosen_ids[rows], read, logp_slopes), self.tokens.entropy_slopes()
+        chunk, entropy_slopes = (source, rows, read, logp_slopes), self.tokens.entropy_slopes()
         temperature = self.tokens.objective.temperature
         if entropy_slopes is None:
             _rows.absorb_logp_slopes(*chunk, temperature)

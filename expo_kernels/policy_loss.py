@@ -184,6 +184,7 @@ def loss_of_states(
     budget_mb: float | None = None,
     return_entropy: bool = False,
     in_place: bool = False,
+    vocab_group: str | None = None,
 ) -> LossOutput:
     """Loss of validated arguments: `states` are hidden states where a head `weight` is given, else logits."""
     packed = request.pack(_rows.arithmetic_dtype(states, weight, bias))
@@ -209,6 +210,7 @@ def loss_of_states(
         group_size,
         budget_mb,
         return_entropy,
+        vocab_group,
     )
     return _output(*made[:4], return_entropy=return_entropy)
 

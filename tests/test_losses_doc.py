@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from expo_kernels import Objective
+
 TEXT = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
 
 
@@ -16,6 +18,10 @@ def test_the_examples_run_as_printed(capsys):
 
 def test_every_objective_of_the_tables_can_be_made():
     tables = [line for line in TEXT.splitlines() if line.startswith("|")]
-    made = [eval(f"Objective{call}") for line in tables for call in re.findall(r"`(\([^`]*\))`", line)]
+    made = [
+        eval(f"Objective{call}", {"Objective": Objective})
+        for line in tables
+        for call in re.findall(r"`(\([^`]*\))`", line)
+    ]
     assert len(made) > 20
     assert {objective.surrogate for objective in made} == {"clip", "cispo", "sapo", "gmpo", "vespo"}
