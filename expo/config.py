@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from expo_kernels import Objective
-from expo_kernels.objective import RolloutCorrection
+from expo_kernels.objective import READ_BY, RolloutCorrection
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "ledger.yaml"
@@ -184,8 +184,10 @@ class KLSection(_Section):
 
 
 class ObjectiveSection(_Section):
-    """The clipped surrogate (paper eq. 2), with the DAPO recipe's constants."""
+    """The surrogate (paper eq. 2), with the DAPO recipe's constants; docs/losses.md names what the choices give."""
 
+    surrogate: Literal["clip", "cispo", "sapo", "gmpo", "vespo"] = "clip"
+    """What an action gains (paper: clip)."""
     clip_low: Fraction = 0.2
     """Lower clip: the ratio's gain ends at 1 - clip_low (DAPO recipe: 0.2)."""
     clip_high: NonNegative = 0.28
@@ -194,18 +196,23 @@ class ObjectiveSection(_Section):
     """With a negative advantage the loss is capped at dual_clip * |A| (DAPO recipe: 10); null: no cap."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio per token (GRPO) or per sequence (GSPO)."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """Mean over all tokens of an update (DAPO recipe), over sequences first, or by the longest reply."""
+    aggregation: Literal["token", "sequence", "sum", "constant"] = "token"
+    """Mean over all tokens of an update (DAPO recipe), over sequences of means or sums, or by the longest reply."""
+    rollout_correction: RolloutCorrection | None = None
+    """Weigh the surrogate by w = exp(old - rollout log-prob), against what the rollout engine's numerics do: per token,
+    or one w of the whole reply; w is cut at rollout_cap (truncated importance sampling), or with token_mask (IcePop)
+    and sequence_mask is 0 outside rollout_floor to rollout_cap; null: not at all."""
+    rollout_floor: NonNegative = 0.0
+    """Lower bound of that w (IcePop: 0.5)."""
+    rollout_cap: Positive = 2.0
+    """Upper bound of that w (verl's and TRL's default: 2; IcePop: 5)."""
+    entropy_bonus: NonNegative = 0.0
+    """Loss taken off per nat of entropy (paper: none)."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Advantages divided by the group's population std (paper eq. 1), the batch's, or nothing."""
     mask_truncated: bool = False
     """Replies cut at rollout.max_new_tokens give no loss and count in none of its means (DAPO's overlong filtering);
     they are graded and count in advantages, accuracy and pass rates all the same."""
-    rollout_correction: RolloutCorrection | None = None
-    """Weigh the surrogate by w = exp(old - rollout log-prob), cut at rollout_cap (truncated importance sampling),
-    against what the rollout engine's numerics do: per token, or one w of the whole reply; null: not at all."""
-    rollout_cap: Positive = 2.0
-    """Upper bound of that w (verl's and TRL's default: 2)."""
 
 
 class PolicySection(_Section):
@@ -378,17 +385,24 @@ class RunConfig(_Section):
 
     def loss_objective(self) -> Objective:
         """The static choices of the policy loss, as expo_kernels takes them."""
+        section, defaults = self.objective, ObjectiveSection()
+        given = {name: getattr(section, name) for name in ("clip_low", "clip_high", "dual_clip", "ratio")}
+        # the section's defaults are for clip; what was set though the surrogate does not read it, Objective refuses
+        read = {
+            name: value
+            for name, value in given.items()
+            if section.surrogate in READ_BY[name] or value != getattr(defaults, name)
+        }
         return Objective(
-            clip_low=self.objective.clip_low,
-            clip_high=self.objective.clip_high,
-            dual_clip=self.objective.dual_clip,
-            ratio=self.objective.ratio,
-            aggregation=self.objective.aggregation,
+            surrogate=section.surrogate,
+            aggregation=section.aggregation,
+            rollout_correction=section.rollout_correction,
+            rollout_floor=section.rollout_floor,
+            rollout_cap=section.rollout_cap,
             kl=self.kl.estimator,
             temperature=self.rollout.temperature,
-            rollout_correction=self.objective.rollout_correction,
-            rollout_cap=self.objective.rollout_cap,
-            max_completion_length=(self.rollout.max_new_tokens if self.objective.aggregation == "constant" else None),
+            max_completion_length=(self.rollout.max_new_tokens if section.aggregation == "constant" else None),
+            **read,
         )
 
     def to_yaml(self) -> str:

@@ -103,8 +103,8 @@ class PolicyModule(torch.nn.Module):
     def forward(self, batch: Batch, **loss: Any) -> Any:
         """Log-probs of `batch`'s replies in nats, 0 elsewhere; or with loss=..., (loss, metrics, detached log-probs).
 
-        `loss` holds what linear_expo_loss takes besides: advantages, beta, normalizer, old_logps, ref_logps,
-        rollout_logps. Log-probs are [B, S], or [N] for a packed batch.
+        `loss` holds what linear_expo_loss takes besides: advantages, beta, old_logps and so on. Log-probs are [B, S],
+        or [N] for a packed batch.
         """
         hidden = hidden_states(self.model, batch, self.dtype)
         weight, bias = _head(self.model, self.dtype)

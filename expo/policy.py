@@ -127,6 +127,7 @@ class DeepSpeedPolicy:
             wants_reference = config.kl.beta > 0 and section.lora_rank == 0
             reference = load_model(config.model, ranks.device)[0] if wants_reference else None
         self._objective = dataclasses.replace(config.loss_objective(), logit_softcap=logit_softcap(self.model))
+        self._entropy_bonus = config.objective.entropy_bonus
         if section.lora_rank:
             add_adapters(self.model, section.lora_rank, section.lora_alpha)
         if section.gradient_checkpointing:
@@ -284,6 +285,7 @@ class DeepSpeedPolicy:
                 ref_logps=micro.ref_logps,
                 rollout_logps=micro.rollout_logps if self._objective.rollout_correction else None,
                 beta=beta.to(self._ranks.device) if micro.ref_logps is not None else 0.0,
+                entropy_bonus=self._entropy_bonus,
                 normalizer=normalizer,
             )
             # DeepSpeed averages over ranks, and the normalizer has counted them all; a loss that is not finite makes

@@ -25,6 +25,12 @@ TAU_NEG = tl.constexpr(7)
 ROLLOUT_CAP = tl.constexpr(8)
 REWARD_EPS = tl.constexpr(9)
 LENGTH = tl.constexpr(10)
+ROLLOUT_FLOOR = tl.constexpr(11)
+ROLLOUT_KEPT = tl.constexpr(12)
+K_POS = tl.constexpr(13)
+K_NEG = tl.constexpr(14)
+DECAY_POS = tl.constexpr(15)
+DECAY_NEG = tl.constexpr(16)
 
 # what the programs sum up: loss, kl, ratio, largest ratio, clipped low, clipped high, tokens, entropy
 NUM_SUMS = tl.constexpr(8)
@@ -217,6 +223,19 @@ def _surrogate(log_ratio, logp, advantage, hyper_ptr, SURROGATE: tl.constexpr, H
         logp_slope = -clipped * advantage
         loss = logp_slope * logp
         ratio_slope = 0.0 * ratio
+    elif SURROGATE == "vespo":
+        # the sequence's weight comes with the rollout's
+        logp_slope = -advantage + 0.0 * logp
+        loss = logp_slope * logp
+        ratio_slope = 0.0 * ratio
+        low = low & False
+        high = high & False
+    elif SURROGATE == "gmpo":
+        # the mean over the sequence's clipped log-ratios is what the ratio is made of
+        loss = -ratio * advantage
+        ratio_slope = -advantage * ratio_slope
+        low = low & False
+        high = high & False
     else:
         loss = -tl.minimum(ratio * advantage, clipped * advantage, propagate_nan=tl.PropagateNan.ALL)
         is_clipped = (low & (advantage < 0)) | (high & (advantage > 0))
@@ -321,10 +340,57 @@ def group_advantage(rewards_ptr, sequence, group_size, hyper_ptr):
 
 
 @triton.jit
-def truncated_weight(difference, hyper_ptr):
-    """min(exp(difference), rollout_cap): how much the surrogate of a token counts, given what its sampler reported."""
+def token_advantages(advantages_ptr, position, keep, sequence_advantage, ADVANTAGES: tl.constexpr):
+    """Advantages at a block of positions of one sequence."""
+    if ADVANTAGES == "token":
+        return tl.load(advantages_ptr + position, mask=keep, other=0.0).to(tl.float32)
+    else:  # noqa: RET505 - a branch that is not taken must not be compiled
+        return tl.where(keep, sequence_advantage, 0.0)
+
+
+@triton.jit
+def rollout_weight_of(difference, hyper_ptr):
+    """exp(difference) within [floor, cap]: how much the surrogate of a token counts, given what its sampler reported.
+
+    Out of bounds it is the bound, times 0 where the correction masks.
+    """
     weight = tl.exp(_clamp(difference, tl.load(hyper_ptr + LOG_RATIO_CLAMP)))
-    return tl.minimum(weight, tl.load(hyper_ptr + ROLLOUT_CAP), propagate_nan=tl.PropagateNan.ALL)
+    floor = tl.load(hyper_ptr + ROLLOUT_FLOOR)
+    cap = tl.load(hyper_ptr + ROLLOUT_CAP)
+    kept = tl.load(hyper_ptr + ROLLOUT_KEPT)
+    return tl.where(weight > cap, cap * kept, tl.where(weight < floor, floor * kept, weight))
+
+
+@triton.jit
+def clipped_log_ratio(difference, advantage, hyper_ptr):
+    """GMPO: the log-ratio as it enters the sequence's mean, its slope there (1 or 0), clipped low, clipped high."""
+    bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
+    lowest = tl.log(tl.load(hyper_ptr + RATIO_LOW))
+    highest = tl.log(tl.load(hyper_ptr + RATIO_HIGH))
+    x = _clamp(difference, bound)
+    low = (x < lowest) & (advantage < 0)
+    high = (x > highest) & (advantage > 0)
+    slope = tl.where(low | high, 0.0, tl.where(tl.abs(difference) <= bound, 1.0, 0.0))
+    return tl.where(low, lowest, tl.where(high, highest, x)), slope, low, high
+
+
+@triton.jit
+def whole_log_ratio(difference, rollout_weight, hyper_ptr):
+    """VESPO: what a token adds to the log of its sequence's ratio, rollout correction included."""
+    bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
+    is_kept = rollout_weight != 0
+    correction = tl.where(is_kept, tl.log(tl.where(is_kept, rollout_weight, 1.0)), -bound)
+    return _clamp(difference, bound) + _clamp(correction, bound)
+
+
+@triton.jit
+def gamma_weight(log_ratio, advantage, hyper_ptr):
+    """VESPO: w^k exp(decay (1 - w)) of a sequence's ratio w, by the sign of the advantage."""
+    log_ratio = _clamp(log_ratio, tl.load(hyper_ptr + LOG_RATIO_CLAMP))
+    is_gain = advantage >= 0
+    k = tl.where(is_gain, tl.load(hyper_ptr + K_POS), tl.load(hyper_ptr + K_NEG))
+    decay = tl.where(is_gain, tl.load(hyper_ptr + DECAY_POS), tl.load(hyper_ptr + DECAY_NEG))
+    return tl.exp(decay + k * log_ratio - decay * tl.exp(log_ratio))
 
 
 # --- sums over programs

@@ -12,7 +12,7 @@ from torch import Tensor
 from expo_kernels import _row_launchers as launchers
 from expo_kernels._fused_rows import Chunk, Gradients, Source, make_source
 from expo_kernels._request import SUMS, Request
-from expo_kernels.objective import Objective
+from expo_kernels.objective import Objective, RolloutCorrection
 
 # --- what a call says of its tokens
 
@@ -36,12 +36,13 @@ def make_tokens(request: Request, completion_ids: Tensor | None) -> launchers.To
         meaning = "sequence" if request.advantages_are_per_sequence else "token"
     objective = request.objective
     old_logps, rollout_logps = flat(request.old_logps), flat(request.rollout_logps)
-    is_known = old_logps is not None and objective.ratio == "token" and objective.rollout_correction == "sequence"
-    if is_known and old_logps is not None and rollout_logps is not None:
+    is_alone = objective.corrects_sequences and not objective.spans_sequences
+    if is_alone and old_logps is not None and rollout_logps is not None:
         # known before any logits: each token is given its sequence's sum of differences for its own
         differences = torch.where(mask, old_logps.float() - rollout_logps.float(), 0.0)
         rollout_logps = old_logps.float() - _sequence_sums(differences, shape, starts, sequence_index)
-        objective = dataclasses.replace(objective, rollout_correction="token")
+        correction: RolloutCorrection = "token_mask" if objective.masks_rollouts else "token"
+        objective = dataclasses.replace(objective, rollout_correction=correction)
     return launchers.Tokens(
         ids=mask if completion_ids is None else completion_ids.reshape(-1).contiguous(),
         mask=mask,
@@ -60,6 +61,7 @@ def make_tokens(request: Request, completion_ids: Tensor | None) -> launchers.To
         lengths=_lengths(mask, shape, starts) if objective.aggregation == "sequence" else None,
         beta=_number(request.beta, device),
         normalizer=_normalizer(request, mask, num_sequences),
+        entropy_bonus=None if request.entropy_bonus is None else _number(request.entropy_bonus, device),
     )
 
 
@@ -121,26 +123,42 @@ def _run(
                 source.absorb(chunk, tokens.ids)
         return sums, logps
     tops, totals, slopes = (torch.zeros_like(logps) for _ in range(3))
-    entropies = torch.zeros_like(logps) if options.return_entropy else None
+    has_bonus = tokens.entropy_bonus is not None
+    entropies = torch.zeros_like(logps) if options.return_entropy or has_bonus else None
+    entropy_slopes = torch.zeros_like(logps) if has_bonus else None
 
     def read(chunk: Chunk) -> None:
         launchers.launch_row_logps(chunk.rows, tokens, logps, entropies=entropies, tops=tops, sums=totals)
 
     def absorb(chunk: Chunk) -> None:
         assert chunk.slopes is not None
-        launchers.launch_row_slopes(chunk.rows, tokens, chunk.slopes, tops=tops, sums=totals, grad_logps=slopes)
+        launchers.launch_row_slopes(
+            chunk.rows,
+            tokens,
+            chunk.slopes,
+            tops=tops,
+            sums=totals,
+            grad_logps=slopes,
+            entropies=entropies if has_bonus else None,
+            grad_entropies=entropy_slopes,
+        )
         source.absorb(chunk, tokens.ids)
+
+    def lose(sequences: range | None = None) -> None:
+        launchers.launch_sequence_loss(
+            tokens, sums, logps, slopes, entropies=entropies, entropy_slopes=entropy_slopes, sequences=sequences
+        )
 
     whole = source.sequence_chunks(tokens.num_sequences) if wants_grad else None
     if whole is not None:
         for chunk, sequences in whole:
             read(chunk)
-            launchers.launch_sequence_loss(tokens, sums, logps, slopes, entropies=entropies, sequences=sequences)
+            lose(sequences)
             absorb(chunk)
         return sums, logps
     for chunk in source.chunks():
         read(chunk)
-    launchers.launch_sequence_loss(tokens, sums, logps, slopes, entropies=entropies)
+    lose()
     if wants_grad:
         for chunk in source.chunks():
             absorb(chunk)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from expo_kernels import _launch, _rows
 from expo_kernels._request import SUMS, Request
 from expo_kernels._token_batch import Loop, gather_tokens, run_chunks
-from expo_kernels.logps import check_id_values, in_places, made_gradients, make_source, spread
+from expo_kernels.logps import in_places, join_vocab_group, made_gradients, make_source, spread
 
 # loss 0-dim, metrics [len(SUMS)], number of tokens 0-dim, log-probs like the mask, the gradients that are wanted
 _Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
@@ -32,6 +32,7 @@ def policy_loss(
     group_size: int,
     logits_budget_mb: float | None,
     return_entropy: bool,
+    vocab_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The loss, and the gradients of those of states, weight and bias that want one, made at once (see `_Made`).
 
@@ -45,6 +46,7 @@ def policy_loss(
         Request.unpack(completion_mask, packed, objective, group_size),
         budget_mb=logits_budget_mb,
         return_entropy=return_entropy,
+        vocab_group=vocab_group,
     )
 
 
@@ -158,11 +160,14 @@ def _run(
     budget_mb: float | None,
     return_entropy: bool,
     in_place: bool = False,
+    vocab_group: str | None = None,
 ) -> _Made:
     """What `policy_loss` returns, by the kernels or by PyTorch."""
-    check_id_values(states[0], states[1], completion_ids, request.completion_mask)
+    shard = join_vocab_group(
+        vocab_group, *states, completion_ids, request.completion_mask, request.objective.logit_softcap, budget_mb
+    )
     with torch.autocast(states[0].device.type, enabled=False):
-        if _launch.use_kernels(*states):
+        if shard is None and _launch.use_kernels(*states):
             from expo_kernels import _fused
 
             *made, gradients = _fused.loss_of_states(
@@ -178,7 +183,7 @@ def _run(
             return loss, metrics, num_tokens, token_logps, made_gradients(gradients, states)
         tokens = gather_tokens(request, _rows.arithmetic_dtype(*states))
         chosen_ids = completion_ids.reshape(-1).index_select(0, tokens.index).long()
-        source = make_source(*states, tokens.index, wants_grad, in_place=in_place)
+        source = make_source(*states, tokens.index, wants_grad, in_place=in_place, shard=shard)
         token_logps, entropies = run_chunks(
             source, Loop(chosen_ids, tokens, budget_mb, return_entropy), any(wants_grad)
         )

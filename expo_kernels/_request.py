@@ -33,6 +33,7 @@ class Request(NamedTuple):
     beta: float | Tensor
     normalizer: float | Tensor | None
     cu_seqlens: Tensor | None
+    entropy_bonus: float | Tensor | None  # None: 0, and no entropy is computed for it
 
     @property
     def advantages_are_per_sequence(self) -> bool:
@@ -60,12 +61,13 @@ class Request(NamedTuple):
             number(self.beta),
             number(self.normalizer),
             self.cu_seqlens,
+            number(self.entropy_bonus),
         ]
 
     @classmethod
     def unpack(cls, completion_mask: Tensor, packed: list[Tensor | None], objective: str, group_size: int) -> Self:
         """The call again, inside an op, once its values have been checked."""
-        advantages, rewards, old_logps, ref_logps, rollout_logps, beta, normalizer, cu_seqlens = packed
+        advantages, rewards, old_logps, ref_logps, rollout_logps, beta, normalizer, cu_seqlens, entropy_bonus = packed
         assert beta is not None
         request = cls(
             completion_mask,
@@ -80,8 +82,11 @@ class Request(NamedTuple):
             beta,
             normalizer,
             cu_seqlens,
+            entropy_bonus,
         )
         request._check_values(beta, normalizer)
+        if entropy_bonus is not None:
+            validate.scalar_value("entropy_bonus", entropy_bonus)
         return request
 
     def _check_values(self, beta: Tensor, normalizer: Tensor | None) -> None:
@@ -110,6 +115,7 @@ def check_request(
     objective: Objective | None,
     normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
+    entropy_bonus: float | Tensor = 0.0,
 ) -> Request:
     """The arguments of a loss call as one value, once all that needs no tensor read has been checked."""
     validate.is_tensor("completion_mask", completion_mask)
@@ -121,6 +127,7 @@ def check_request(
             validate.same_shape(name, tensor, "completion_mask", shape)
             validate.same_device(completion_mask=completion_mask, **{name: tensor})
     _check_scalars(objective, beta, normalizer)
+    validate.scalar("entropy_bonus", entropy_bonus)
     _check_options(objective, beta, ref_logps, rollout_logps)
     num_sequences = _count_sequences(shape, cu_seqlens)
     if advantages is not None:
@@ -147,6 +154,7 @@ def check_request(
         beta,
         normalizer,
         cu_seqlens,
+        entropy_bonus if isinstance(entropy_bonus, Tensor) or entropy_bonus != 0.0 else None,
     )
 
 

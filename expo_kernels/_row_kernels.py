@@ -23,13 +23,17 @@ from expo_kernels._device import (
     LOG2_E,
     TEMPERATURE,
     chosen_logit,
+    clipped_log_ratio,
+    gamma_weight,
     group_advantage,
     locate,
     publish,
     read_row,
+    rollout_weight_of,
     row_offset,
+    token_advantages,
     token_objective,
-    truncated_weight,
+    whole_log_ratio,
     write_slopes,
 )
 
@@ -69,6 +73,8 @@ _RUN_TIME = (
     "lengths_ptr",
     "beta_ptr",
     "normalizer_ptr",
+    "entropy_bonus_ptr",
+    "entropy_slopes_ptr",
     "hyper_ptr",
     "partials_ptr",
     "counter_ptr",
@@ -199,6 +205,7 @@ def row_loss_kernel(
     lengths_ptr,  # [B] valid tokens of each sequence, or None: the loss does not average over them
     beta_ptr,
     normalizer_ptr,
+    entropy_bonus_ptr,  # or None
     hyper_ptr,
     partials_ptr,
     counter_ptr,
@@ -227,6 +234,7 @@ def row_loss_kernel(
 ):
     """The whole loss of a token-level objective: log-probs, metrics and dL/dlogits in one launch."""
     vocab_size = vocab_size * ALIGNMENT
+    HAS_BONUS: tl.constexpr = entropy_bonus_ptr is not None
     temperature = tl.load(hyper_ptr + TEMPERATURE)
     beta = tl.load(beta_ptr).to(tl.float32)
     share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + LENGTH))
@@ -247,6 +255,8 @@ def row_loss_kernel(
         logp = tl.where(keep, (chosen - top) / temperature - log_total, 0.0)
         tl.store(logps_ptr + position, logp)
         logp_slope = tl.full([], 0.0, tl.float32)
+        entropy_slope = logp_slope
+        entropy = logp_slope
         if keep:
             if sequence_ptr is None:
                 sequence = position // tokens_per_sequence
@@ -264,10 +274,13 @@ def row_loss_kernel(
             rollout_weight = 1.0
             if rollout_logps_ptr is not None:
                 reported = tl.load(rollout_logps_ptr + position).to(tl.float32)
-                rollout_weight = truncated_weight(old_logp - reported, hyper_ptr)
+                rollout_weight = rollout_weight_of(old_logp - reported, hyper_ptr)
             weight = share
             if lengths_ptr is not None:
                 weight = share / tl.load(lengths_ptr + sequence).to(tl.float32)
+            if HAS_BONUS:
+                # read here, it takes no register through the loops over the row: on sm_80 there is none left
+                beta = tl.load(beta_ptr).to(tl.float32)
             loss, ratio_slope, beside, penalty, ratio, low, high = token_objective(
                 logp,
                 old_logp,
@@ -285,7 +298,7 @@ def row_loss_kernel(
                 KL_WEIGHTED,
             )
             logp_slope = weight * (ratio_slope + beside)
-            loss_sum += (weight * loss).to(tl.float64)
+            loss = weight * loss
             kl_sum += penalty.to(tl.float64)
             ratio_sum += ratio.to(tl.float64)
             ratio_max = tl.maximum(ratio_max, ratio.to(tl.float64))
@@ -293,22 +306,27 @@ def row_loss_kernel(
             high_count += high.to(tl.float64)
             num_tokens += 1.0
             if HAS_ENTROPY:
-                entropy_sum += (log_total - moment / LOG2_E / total).to(tl.float64)
+                entropy = log_total - moment / LOG2_E / total
+                entropy_sum += entropy.to(tl.float64)
+            if HAS_BONUS:
+                entropy_slope = -weight * tl.load(entropy_bonus_ptr).to(tl.float32)
+                loss += entropy_slope * entropy
+            loss_sum += loss.to(tl.float64)
         if grad_ptr is not None:
             residual = write_slopes(
                 grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),
                 row_ptr,
                 chosen_id,
                 logp_slope,
-                0.0,
-                0.0,
+                entropy_slope,
+                entropy,
                 top,
                 total,
                 keep,
                 vocab_size,
                 hyper_ptr,
                 HAS_SOFTCAP,
-                False,
+                HAS_BONUS,
                 GRAD_OVER_LOGITS,
                 BLOCK_V,
             )
@@ -335,6 +353,7 @@ def sequence_loss_kernel(
     logps_ptr,  # [M] float
     slopes_ptr,  # [M] float32, out: dL/dlogps
     entropies_ptr,  # [M] float32 or None: summed into the metrics
+    entropy_slopes_ptr,  # [M] float32, out: dL/dentropies, or None
     mask_ptr,  # [M] bool
     starts_ptr,  # [B + 1] where each sequence starts and ends; None: every tokens_per_sequence
     advantages_ptr,  # as in `row_loss_kernel`
@@ -343,6 +362,7 @@ def sequence_loss_kernel(
     rollout_logps_ptr,
     beta_ptr,
     normalizer_ptr,
+    entropy_bonus_ptr,  # or None
     hyper_ptr,
     partials_ptr,
     counter_ptr,
@@ -357,12 +377,13 @@ def sequence_loss_kernel(
     HAS_DUAL_CLIP: tl.constexpr,
     KL: tl.constexpr,
     KL_WEIGHTED: tl.constexpr,
-    SEQUENCE_RATIO: tl.constexpr,
+    MEAN_RATIO: tl.constexpr,  # of the sequence's log-ratios
     SEQUENCE_CORRECTION: tl.constexpr,
     AVERAGES_TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """The loss of some sequences given their log-probs: each program takes whole ones. Any objective, dL/dlogps."""
+    SPANS_SEQUENCES: tl.constexpr = MEAN_RATIO or SURROGATE == "vespo"
     beta = tl.load(beta_ptr).to(tl.float32)
     share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + LENGTH))
     loss_sum = tl.full([], 0.0, tl.float64)
@@ -380,6 +401,11 @@ def sequence_loss_kernel(
         else:
             first = tl.load(starts_ptr + sequence).to(tl.int64)
             num_positions = (tl.load(starts_ptr + sequence + 1).to(tl.int64) - first).to(tl.int32)
+        sequence_advantage = 0.0
+        if ADVANTAGES == "rewards":
+            sequence_advantage = group_advantage(advantages_ptr, sequence, group_size, hyper_ptr)
+        elif ADVANTAGES == "sequence":
+            sequence_advantage = tl.load(advantages_ptr + sequence).to(tl.float32)
         length = 0.0
         log_ratio_sum = 0.0
         difference_sum = 0.0
@@ -388,12 +414,22 @@ def sequence_loss_kernel(
             position = first + within
             keep = tl.load(mask_ptr + position, mask=within < num_positions, other=0) != 0
             length += tl.sum(keep.to(tl.float32), axis=0)
-            if SEQUENCE_RATIO or SEQUENCE_CORRECTION:
+            if SPANS_SEQUENCES or SEQUENCE_CORRECTION:
                 logp = tl.load(logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
                 old_logp = logp
                 if old_logps_ptr is not None:
                     old_logp = tl.load(old_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
-                log_ratio_sum += tl.sum(logp - old_logp, axis=0)
+                difference = logp - old_logp
+                if SURROGATE == "gmpo":
+                    advantage = token_advantages(advantages_ptr, position, keep, sequence_advantage, ADVANTAGES)
+                    difference, _, _, _ = clipped_log_ratio(difference, advantage, hyper_ptr)
+                elif SURROGATE == "vespo":
+                    rollout_weight = 1.0 + 0.0 * logp
+                    if rollout_logps_ptr is not None:
+                        reported = tl.load(rollout_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
+                        rollout_weight = rollout_weight_of(old_logp - reported, hyper_ptr)
+                    difference = tl.where(keep, whole_log_ratio(difference, rollout_weight, hyper_ptr), 0.0)
+                log_ratio_sum += tl.sum(difference, axis=0)
                 if SEQUENCE_CORRECTION:
                     reported = tl.load(rollout_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
                     difference_sum += tl.sum(old_logp - reported, axis=0)
@@ -401,11 +437,6 @@ def sequence_loss_kernel(
         weight = share
         if AVERAGES_TOKENS:
             weight = share / length
-        sequence_advantage = 0.0
-        if ADVANTAGES == "rewards":
-            sequence_advantage = group_advantage(advantages_ptr, sequence, group_size, hyper_ptr)
-        elif ADVANTAGES == "sequence":
-            sequence_advantage = tl.load(advantages_ptr + sequence).to(tl.float32)
         shared_slope = 0.0
         for start in range(0, num_positions, BLOCK_T):
             within = start + tl.arange(0, BLOCK_T)
@@ -416,18 +447,17 @@ def sequence_loss_kernel(
             if old_logps_ptr is not None:
                 old_logp = tl.load(old_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
             log_ratio = logp - old_logp
-            if SEQUENCE_RATIO:
+            if MEAN_RATIO:
                 log_ratio = log_ratio_sum / length + 0.0 * logp
+            advantage = token_advantages(advantages_ptr, position, keep, sequence_advantage, ADVANTAGES)
             rollout_weight = 1.0
-            if SEQUENCE_CORRECTION:
-                rollout_weight = truncated_weight(difference_sum, hyper_ptr)
+            if SURROGATE == "vespo":
+                rollout_weight = gamma_weight(log_ratio_sum, advantage, hyper_ptr)
+            elif SEQUENCE_CORRECTION:
+                rollout_weight = rollout_weight_of(difference_sum, hyper_ptr)
             elif rollout_logps_ptr is not None:
                 reported = tl.load(rollout_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
-                rollout_weight = truncated_weight(old_logp - reported, hyper_ptr)
-            if ADVANTAGES == "token":
-                advantage = tl.load(advantages_ptr + position, mask=keep, other=0.0).to(tl.float32)
-            else:
-                advantage = sequence_advantage + 0.0 * logp
+                rollout_weight = rollout_weight_of(old_logp - reported, hyper_ptr)
             loss, ratio_slope, beside, penalty, ratio, low, high = token_objective(
                 logp,
                 old_logp,
@@ -444,9 +474,11 @@ def sequence_loss_kernel(
                 KL,
                 KL_WEIGHTED,
             )
+            if SURROGATE == "gmpo":
+                _, _, low, high = clipped_log_ratio(logp - old_logp, advantage, hyper_ptr)
             ratio_slope = tl.where(keep, weight * ratio_slope, 0.0)
             slope = tl.where(keep, weight * beside, 0.0)
-            if SEQUENCE_RATIO:
+            if MEAN_RATIO:
                 shared_slope += tl.sum(ratio_slope, axis=0)
             else:
                 slope += ratio_slope
@@ -459,15 +491,29 @@ def sequence_loss_kernel(
             high_count += tl.sum((high & keep).to(tl.float64), axis=0)
             num_tokens += tl.sum(keep.to(tl.float64), axis=0)
             if entropies_ptr is not None:
-                entropy_sum += tl.sum(tl.load(entropies_ptr + position, mask=keep, other=0.0).to(tl.float64), axis=0)
-        if SEQUENCE_RATIO:
+                entropy = tl.load(entropies_ptr + position, mask=keep, other=0.0)
+                entropy_sum += tl.sum(entropy.to(tl.float64), axis=0)
+                if entropy_bonus_ptr is not None:
+                    entropy_slope = tl.where(keep, -weight * tl.load(entropy_bonus_ptr).to(tl.float32), 0.0)
+                    loss_sum += tl.sum((entropy_slope * entropy).to(tl.float64), axis=0)
+                    tl.store(entropy_slopes_ptr + position, entropy_slope, mask=within < num_positions)
+        if MEAN_RATIO:
             # each token moves the sequence's mean log-ratio, and with it every token's loss
             for start in range(0, num_positions, BLOCK_T):
                 within = start + tl.arange(0, BLOCK_T)
                 position = first + within
                 keep = tl.load(mask_ptr + position, mask=within < num_positions, other=0) != 0
                 slope = tl.load(slopes_ptr + position, mask=keep, other=0.0)
-                tl.store(slopes_ptr + position, slope + shared_slope / length, mask=keep)
+                mean_slope = shared_slope / length
+                if SURROGATE == "gmpo":
+                    advantage = token_advantages(advantages_ptr, position, keep, sequence_advantage, ADVANTAGES)
+                    difference = tl.zeros([BLOCK_T], tl.float32)
+                    if old_logps_ptr is not None:
+                        difference = tl.load(logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
+                        difference -= tl.load(old_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
+                    _, own_slope, _, _ = clipped_log_ratio(difference, advantage, hyper_ptr)
+                    mean_slope *= own_slope
+                tl.store(slopes_ptr + position, slope + mean_slope, mask=keep)
     publish(
         partials_ptr,
         counter_ptr,

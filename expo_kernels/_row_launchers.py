@@ -67,11 +67,12 @@ class Tokens:
     lengths: Tensor | None = None  # [B], with aggregation "sequence"
     beta: Tensor | None = None  # one number
     normalizer: Tensor | None = None  # one number
+    entropy_bonus: Tensor | None = None  # one number
 
     @property
     def needs_whole_sequences(self) -> bool:
         """Whether a token's gradient depends on the log-probs of its whole sequence."""
-        return "sequence" in (self.objective.ratio, self.objective.rollout_correction)
+        return self.objective.spans_sequences or self.objective.corrects_sequences
 
     @property
     def family(self) -> dict[str, Any]:
@@ -103,6 +104,12 @@ def _hyper_parameters(objective: Objective, device: torch.device) -> tuple[Tenso
             objective.rollout_cap,
             REWARD_SCALE_EPS,
             number(objective.max_completion_length),
+            objective.rollout_floor,
+            0.0 if objective.masks_rollouts else 1.0,
+            objective.vespo_k_pos,
+            objective.vespo_k_neg,
+            objective.vespo_lambda_pos,
+            objective.vespo_lambda_neg,
         ],
         dtype=torch.float32,
         pin_memory=device.type == "cuda",
@@ -235,6 +242,7 @@ def launch_row_loss(
             tokens.lengths,
             tokens.beta,
             tokens.normalizer,
+            tokens.entropy_bonus,
             tokens.hyper,
             *sums,
             rows.first_row,
@@ -249,7 +257,7 @@ def launch_row_loss(
             tokens.group_size,
             **tokens.family,
             HAS_SOFTCAP=tokens.objective.logit_softcap is not None,
-            HAS_ENTROPY=return_entropy,
+            HAS_ENTROPY=return_entropy or tokens.entropy_bonus is not None,
             GRAD_OVER_LOGITS=slopes is not None and _overlap(rows.logits, slopes.grad),
             ALIGNMENT=alignment,
             BLOCK_V=tile.block,
@@ -265,9 +273,11 @@ def launch_sequence_loss(
     slopes: Tensor,
     *,
     entropies: Tensor | None = None,
+    entropy_slopes: Tensor | None = None,
     sequences: range | None = None,
 ) -> None:
-    """Add the loss and metrics of these sequences, or of all, to `sums`; write dL/dlogps at their positions of [M]."""
+    """Add the loss and metrics of these sequences, or of all, to `sums`; write dL/dlogps, and dL/dentropies where there
+    is a bonus, at their positions of [M]."""
     sequences = range(tokens.num_sequences) if sequences is None else sequences
     tile = _launch.sequence_tile()
     with _launch.current(logps.device):
@@ -275,6 +285,7 @@ def launch_sequence_loss(
             logps,
             slopes,
             entropies,
+            entropy_slopes,
             tokens.mask,
             tokens.starts,
             tokens.advantages,
@@ -283,6 +294,7 @@ def launch_sequence_loss(
             tokens.rollout_logps,
             tokens.beta,
             tokens.normalizer,
+            tokens.entropy_bonus,
             tokens.hyper,
             *sums,
             sequences.start,
@@ -290,8 +302,8 @@ def launch_sequence_loss(
             tokens.tokens_per_sequence,
             tokens.group_size,
             **tokens.family,
-            SEQUENCE_RATIO=tokens.objective.ratio == "sequence",
-            SEQUENCE_CORRECTION=tokens.objective.rollout_correction == "sequence",
+            MEAN_RATIO=tokens.objective.ratio == "sequence" or tokens.objective.surrogate == "gmpo",
+            SEQUENCE_CORRECTION=tokens.objective.corrects_sequences,
             AVERAGES_TOKENS=tokens.objective.aggregation == "sequence",
             BLOCK_T=tile.block,
             num_warps=tile.num_warps,

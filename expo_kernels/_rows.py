@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expo_kernels import _launch, _products
+from expo_kernels._vocab_group import VocabShard
 
 ENTROPY_BLOCK = 2**18  # elements handled at once where a second [n, V] buffer would be needed
 
@@ -29,9 +30,12 @@ class ChunkRead(NamedTuple):
     """What one chunk of n rows says; `probs` and `softcap_slopes` are views of the buffers."""
 
     logps: Tensor  # [n] of the chosen ids, nats
+    columns: Tensor  # [n, 1] int64: where the chosen ids stand
+    is_here: Tensor | None  # [n] bool: whether they do on this rank, of a head that is shared
     probs: Tensor  # [n, V], each row too large by the factor sums
     sums: Tensor  # [n], >= 1
     softcap_slopes: Tensor | None  # [n, V]: d capped / d raw
+    entropies: Tensor | None  # [n], nats, where asked for
 
 
 class RowSource(Protocol):
@@ -42,6 +46,8 @@ class RowSource(Protocol):
     num_rows: int
     dtype: torch.dtype
     device: torch.device
+    shard: VocabShard | None
+    """Where the columns are those of this rank alone."""
 
     def write(self, rows: slice, out: Tensor, scale: float) -> None:
         """Write scale * the raw logits of `rows` to `out` [n, V]."""
@@ -69,6 +75,7 @@ class LogitRows:
         self.logits, self.index, self.in_place = logits.detach(), index, in_place
         self.vocab_size, self.hidden_size, self.num_rows = logits.shape[-1], 0, index.numel()
         self.dtype, self.device = dtype, logits.device
+        self.shard: VocabShard | None = None
         self._grad: Tensor | None = None
 
     def write(self, rows: slice, out: Tensor, scale: float) -> None:
@@ -116,12 +123,13 @@ class LinearRows:
         index: Tensor,
         dtype: torch.dtype,
         wants_grad: tuple[bool, bool, bool] = (False, False, False),
+        shard: VocabShard | None = None,
     ) -> None:
         self.hidden, self.weight = hidden.detach(), weight.detach()
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.index, self.wants_grad = index, wants_grad
         (self.vocab_size, self.hidden_size), self.num_rows = weight.shape, index.numel()
-        self.dtype, self.device = dtype, hidden.device
+        self.dtype, self.device, self.shard = dtype, hidden.device, shard
         self._grad_hidden: Tensor | None = None
         self._grad_weight: Tensor | None = None
         self._grad_bias: Tensor | None = None
@@ -153,7 +161,10 @@ class LinearRows:
             self._grad_bias.addmv_(slopes.T, row_scale)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden, weight and bias (None where not wanted), not yet in the inputs' dtypes."""
+        """Gradients of hidden, weight and bias (None where not wanted), not yet in the inputs' dtypes.
+
+        Of a head that is shared, that of hidden is summed over the ranks.
+        """
         given = (self.hidden, self.weight, self.bias)
         made = (self._grad_hidden, self._grad_weight, self._grad_bias)
         zeros = (
@@ -163,6 +174,8 @@ class LinearRows:
         grad_hidden, grad_weight, grad_bias = (
             zero if grad is None else grad for grad, zero in zip(made, zeros, strict=True)
         )
+        if self.shard is not None and grad_hidden is not None:
+            self.shard.add_up(grad_hidden)
         return grad_hidden, grad_weight, grad_bias
 
     def _chunk(self, rows: slice) -> Tensor:
@@ -217,14 +230,32 @@ def sequence_chunks(
 
 
 def _most_rows(source: RowSource, logit_softcap: float | None, budget_mb: float | None) -> int:
+    if source.shard is not None:
+        return source.shard.most_rows
     return _launch.most_rows(
         source.vocab_size,
         itemsize=source.dtype.itemsize,
-        buffers=1 if logit_softcap is None else 2,
+        buffers=_buffers(logit_softcap),
         budget_mb=budget_mb,
         device=source.device,
         hidden_size=source.hidden_size,
     )
+
+
+def most_rows(weight: Tensor, dtype: torch.dtype, logit_softcap: float | None, budget_mb: float | None) -> int:
+    """Rows of a chunk of the logits that this head makes."""
+    return _launch.most_rows(
+        weight.shape[0],
+        itemsize=dtype.itemsize,
+        buffers=_buffers(logit_softcap),
+        budget_mb=budget_mb,
+        device=weight.device,
+        hidden_size=weight.shape[1],
+    )
+
+
+def _buffers(logit_softcap: float | None) -> int:
+    return 1 if logit_softcap is None else 2
 
 
 def make_buffers(source: RowSource, parts: list[slice], logit_softcap: float | None) -> ChunkBuffers:
@@ -241,6 +272,8 @@ def read_chunk(
     buffers: ChunkBuffers,
     temperature: float,
     logit_softcap: float | None,
+    *,
+    wants_entropy: bool = False,
 ) -> ChunkRead:
     """Log-probs of `chosen_ids` [n] in nats, and the probabilities they came from, left in the buffers."""
     n = rows.stop - rows.start
@@ -253,43 +286,62 @@ def read_chunk(
         logits.tanh_()
         cap_slopes = torch.mul(logits, logits, out=buffers.softcap_slopes[:n]).neg_().add_(1.0)
         logits.mul_(logit_softcap / temperature)
-    logits.sub_(logits.amax(dim=-1, keepdim=True))
-    chosen = logits.gather(1, chosen_ids.unsqueeze(1)).squeeze(1)
+    tops, columns, is_here = logits.amax(dim=-1, keepdim=True), chosen_ids, None
+    if source.shard is not None:
+        source.shard.take_maximum(tops)
+        columns, is_here = source.shard.columns(chosen_ids)
+    columns = columns.unsqueeze(1)
+    logits.sub_(tops)
+    chosen = logits.gather(1, columns).squeeze(1)
     probs = logits.exp_()
     # sum() adds pairwise; log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144
     sums = probs.sum(dim=-1)
-    return ChunkRead(chosen - sums.log(), probs, sums, cap_slopes)
+    entropy_sums = _entropy_sums(probs) if wants_entropy else None
+    if source.shard is not None:
+        assert is_here is not None
+        # a row's sums in one reduction; its chosen logit is on one rank alone
+        parts = [torch.where(is_here, chosen, 0.0), sums]
+        reduced = torch.stack(parts if entropy_sums is None else [*parts, entropy_sums])
+        source.shard.add_up(reduced)
+        chosen, sums = reduced[0], reduced[1]
+        entropy_sums = None if entropy_sums is None else reduced[2]
+    entropies = None if entropy_sums is None else entropy_sums / sums + sums.log()
+    return ChunkRead(chosen - sums.log(), columns, is_here, probs, sums, cap_slopes, entropies)
 
 
-def chunk_entropies(read: ChunkRead) -> Tensor:
-    """Entropy of each row of the chunk, [n], nats; a logit of -inf counts as probability 0."""
-    step = max(1, ENTROPY_BLOCK // max(read.probs.shape[1], 1))
-    parts = [torch.special.entr(block).sum(dim=-1) for block in torch.split(read.probs, step)]
-    return torch.cat(parts) / read.sums + read.sums.log()
+def _entropy_sums(probs: Tensor) -> Tensor:
+    """Sum of -p log p over each row, [n], for any scale of p; a logit of -inf counts as probability 0."""
+    step = max(1, ENTROPY_BLOCK // max(probs.shape[1], 1))
+    return torch.cat([torch.special.entr(block).sum(dim=-1) for block in torch.split(probs, step)])
 
 
 def absorb_logp_slopes(
-    source: RowSource, rows: slice, chosen_ids: Tensor, read: ChunkRead, logp_slopes: Tensor, temperature: float
+    source: RowSource, rows: slice, read: ChunkRead, logp_slopes: Tensor, temperature: float
 ) -> None:
     """Give the source dL/dlogits, knowing dL/dlogp [n] of the chunk: dlogp/dlogits = (onehot - probs) / T."""
     slopes = read.probs
-    slopes.scatter_add_(1, chosen_ids.unsqueeze(1), -read.sums.unsqueeze(1))
+    slopes.scatter_add_(1, read.columns, _where_here(read, -read.sums))
     if read.softcap_slopes is not None:
         slopes.mul_(read.softcap_slopes)
     source.absorb(rows, slopes, -logp_slopes / (read.sums * temperature))
 
 
+def _where_here(read: ChunkRead, values: Tensor) -> Tensor:
+    """Values [n] of the chosen columns, [n, 1], 0 for those of other ranks."""
+    return (values if read.is_here is None else torch.where(read.is_here, values, 0.0)).unsqueeze(1)
+
+
 def absorb_logp_and_entropy_slopes(
     source: RowSource,
     rows: slice,
-    chosen_ids: Tensor,
     read: ChunkRead,
     logp_slopes: Tensor,
     entropy_slopes: Tensor,
     temperature: float,
 ) -> None:
     """The same where L also depends on the entropies: dentropy/dlogit_j = -p_j (log p_j + entropy)."""
-    entropies = chunk_entropies(read).unsqueeze(1)
+    assert read.entropies is not None
+    entropies = read.entropies.unsqueeze(1)
     probs = read.probs.div_(read.sums.unsqueeze(1))
     step = max(1, ENTROPY_BLOCK // max(probs.shape[1], 1))
     for start in range(0, probs.shape[0], step):
@@ -297,7 +349,7 @@ def absorb_logp_and_entropy_slopes(
         p = probs[block]
         of_entropy = torch.xlogy(p, p).add_(p * entropies[block]).mul_(-entropy_slopes[block].unsqueeze(1))
         p.mul_(-logp_slopes[block].unsqueeze(1)).add_(of_entropy)
-    probs.scatter_add_(1, chosen_ids.unsqueeze(1), logp_slopes.unsqueeze(1))
+    probs.scatter_add_(1, read.columns, _where_here(read, logp_slopes))
     if read.softcap_slopes is not None:
         probs.mul_(read.softcap_slopes)
     source.absorb(rows, probs, torch.full_like(read.sums, 1.0 / temperature))

@@ -36,6 +36,7 @@ class TokenBatch:
     corrections: Tensor | None  # [N], where it does not
     weights: Tensor  # [N]: share of each token's loss in the whole
     beta: Tensor  # 0-dim
+    entropy_bonus: Tensor | None  # 0-dim
     objective: Objective
 
     def rows(self, rows: slice) -> Self:
@@ -55,14 +56,15 @@ class TokenBatch:
             part(self.corrections),
             self.weights[rows],
             self.beta,
+            self.entropy_bonus,
             self.objective,
         )
 
     @property
     def needs_whole_sequences(self) -> bool:
         """Whether a token's gradient depends on the log-probs of its whole sequence."""
-        corrects_sequences = self.objective.rollout_correction == "sequence" and self.corrections is None
-        return self.objective.ratio == "sequence" or corrects_sequences
+        corrects_sequences = self.objective.corrects_sequences and self.corrections is None
+        return self.objective.spans_sequences or corrects_sequences
 
     def terms(self, logps: Tensor) -> reference.TokenTerms:
         """The objective's terms of each token, given its log-prob."""
@@ -80,7 +82,7 @@ class TokenBatch:
         )
 
     def loss(self, logps: Tensor) -> Tensor:
-        """The whole loss, 0-dim."""
+        """The whole loss without the entropy bonus, 0-dim."""
         return (self.terms(logps).losses * self.weights).sum()
 
     def logp_slopes(self, logps: Tensor) -> Tensor:
@@ -94,10 +96,18 @@ class TokenBatch:
             (slopes,) = torch.autograd.grad(self.loss(leaf), leaf)
         return slopes
 
+    def entropy_slopes(self) -> Tensor | None:
+        """dL/dentropy of each token, [N]; None without a bonus."""
+        return None if self.entropy_bonus is None else -self.entropy_bonus * self.weights
+
     def summary(self, logps: Tensor, entropies: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The whole loss 0-dim, the metrics [len(SUMS)] in that order, and the number of tokens."""
         terms = self.terms(logps)
         loss, total = (terms.losses * self.weights).sum(), logps.numel()
+        entropy_slopes = self.entropy_slopes()
+        if entropy_slopes is not None:
+            assert entropies is not None
+            loss = loss + (entropy_slopes * entropies).sum()
         num_tokens = torch.full((), total, dtype=torch.int64, device=logps.device)
         # a ratio is > 0, so the 0 shows only where there is no token
         ratios = torch.cat([terms.ratios, terms.ratios.new_zeros(1)])
@@ -122,11 +132,32 @@ class Loop:
     budget_mb: float | None
     return_entropy: bool
 
+    def read(self, source: _rows.RowSource, rows: slice, buffers: _rows.ChunkBuffers) -> _rows.ChunkRead:
+        """Log-probs of one chunk, and its entropies where they are returned or earn a bonus."""
+        objective, wants_entropy = self.tokens.objective, self.return_entropy or self.tokens.entropy_bonus is not None
+        return _rows.read_chunk(
+            source,
+            rows,
+            self.chosen_ids[rows],
+            buffers,
+            objective.temperature,
+            objective.logit_softcap,
+            wants_entropy=wants_entropy,
+        )
+
+    def absorb(self, source: _rows.RowSource, rows: slice, read: _rows.ChunkRead, logp_slopes: Tensor) -> None:
+        """Give the source dL/dlogits of the chunk, knowing its dL/dlogp [n]."""
+        chunk, entropy_slopes = (source, rows, read, logp_slopes), self.tokens.entropy_slopes()
+        temperature = self.tokens.objective.temperature
+        if entropy_slopes is None:
+            _rows.absorb_logp_slopes(*chunk, temperature)
+        else:
+            _rows.absorb_logp_and_entropy_slopes(*chunk, entropy_slopes[rows], temperature)
+
 
 def run_chunks(source: _rows.RowSource, loop: Loop, wants_grad: bool) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [N] of all rows; where gradients are wanted, the source takes them in."""
     tokens, softcap = loop.tokens, loop.tokens.objective.logit_softcap
-    temperature = tokens.objective.temperature
     parts, reads_twice = _rows.chunks(source, softcap, loop.budget_mb), False
     if wants_grad and tokens.needs_whole_sequences and len(parts) > 1:
         whole = _rows.sequence_chunks(source, tokens.sequence_index, tokens.num_sequences, softcap, loop.budget_mb)
@@ -135,20 +166,16 @@ def run_chunks(source: _rows.RowSource, loop: Loop, wants_grad: bool) -> tuple[T
     token_logps = torch.empty(source.num_rows, dtype=source.dtype, device=source.device)
     entropies = torch.zeros_like(token_logps)
     for rows in parts:
-        ids = loop.chosen_ids[rows]
-        read = _rows.read_chunk(source, rows, ids, buffers, temperature, softcap)
+        read = loop.read(source, rows, buffers)
         token_logps[rows] = read.logps
-        if loop.return_entropy:
-            entropies[rows] = _rows.chunk_entropies(read)
+        if read.entropies is not None:
+            entropies[rows] = read.entropies
         if wants_grad and not reads_twice:
-            slopes = tokens.rows(rows).logp_slopes(read.logps)
-            _rows.absorb_logp_slopes(source, rows, ids, read, slopes, temperature)
+            loop.absorb(source, rows, read, tokens.rows(rows).logp_slopes(read.logps))
     if reads_twice:
         slopes = tokens.logp_slopes(token_logps)
         for rows in parts:
-            ids = loop.chosen_ids[rows]
-            read = _rows.read_chunk(source, rows, ids, buffers, temperature, softcap)
-            _rows.absorb_logp_slopes(source, rows, ids, read, slopes[rows], temperature)
+            loop.absorb(source, rows, loop.read(source, rows, buffers), slopes[rows])
     return token_logps, entropies
 
 
@@ -161,6 +188,9 @@ def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
     def valid(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().reshape(-1).index_select(0, index).to(dtype)
 
+    def number(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=dtype, device=device).detach()
+
     advantages = request.advantages
     if advantages is None:
         assert request.rewards is not None
@@ -169,9 +199,7 @@ def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
         token_advantages = advantages.detach().index_select(0, sequence_index).to(dtype)
     else:
         token_advantages = advantages.detach().reshape(-1).index_select(0, index).to(dtype)
-    normalizer = request.normalizer
-    if normalizer is not None:
-        normalizer = torch.as_tensor(normalizer, dtype=dtype, device=device).detach()
+    normalizer = None if request.normalizer is None else number(request.normalizer)
     old_logps, rollout_logps, corrections = valid(request.old_logps), valid(request.rollout_logps), None
     if old_logps is not None and rollout_logps is not None:
         corrections = reference.rollout_weights(
@@ -190,7 +218,8 @@ def gather_tokens(request: Request, dtype: torch.dtype) -> TokenBatch:
         weights=reference.token_weights(
             sequence_index, request.num_sequences, normalizer, token_advantages, request.objective
         ),
-        beta=torch.as_tensor(request.beta, dtype=dtype, device=device).detach(),
+        beta=number(request.beta),
+        entropy_bonus=None if request.entropy_bonus is None else number(request.entropy_bonus),
         objective=request.objective,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
 from expo_kernels._request import check_request
+from expo_kernels._vocab_group import local_head
 from expo_kernels.logps import check_ids_and_mask
 from expo_kernels.objective import Objective
 from expo_kernels.policy_loss import LossOutput, loss_of_states
@@ -37,6 +38,7 @@ def linear_expo_loss(
     beta: float | Tensor = 0.02,
     objective: Objective | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_bonus: float | Tensor = 0.0,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
 ) -> LossOutput:
@@ -52,7 +54,12 @@ def linear_expo_loss(
         completion_mask: [B, T] or [N], bool or 0/1: where the token counts.
         bias: [V], or None.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
-        vocab_group: process group over which `weight` is sharded by vocabulary; not available yet.
+        vocab_group: process group whose ranks share the head by vocabulary (tensor parallelism): `weight` is [V_r, H]
+            and `bias` [V_r], the rows of the vocabulary in order of the ranks, as many on each as it likes (at least
+            one); all else is the same on every rank. Loss, metrics, log-probs and dHidden, already summed over the
+            group, are then those of one process on every rank, dWeight and dBias those of its rows. Two small
+            reductions a chunk. Runs in PyTorch on every device. A DTensor with placements (Shard(0),) says the same of
+            itself.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
         group_size: G, rollouts per question, adjacent.
@@ -63,6 +70,8 @@ def linear_expo_loss(
         objective: everything static; None: `Objective()`.
         normalizer: > 0, the denominator over all micro-batches and ranks: sequences (tokens for aggregation "token");
             None: counted from this call.
+        entropy_bonus: >= 0, nats of loss per nat: the loss less this times the entropies of the tokens' distributions,
+            aggregated as `objective.aggregation` says; a 0-dim tensor is read on its device. 0.0 costs nothing.
         cu_seqlens: [B + 1] int32, where each packed sequence starts and ends; only and always with packed input.
         return_entropy: also compute `metrics["entropy"]`, without gradient.
 
@@ -72,12 +81,8 @@ def linear_expo_loss(
     Raises:
         ValueError: shapes that do not fit, values out of range, options that contradict each other.
         TypeError: an argument of the wrong type or dtype.
-        NotImplementedError: `vocab_group` is given.
     """
-    if vocab_group is not None:
-        raise NotImplementedError(
-            "vocab_group is not available yet: gather the vocabulary shards of weight and leave vocab_group out"
-        )
+    weight, bias, group_name = local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)
     validate.dimensions("hidden", hidden, "BTH" if cu_seqlens is None else "NH")
     check_ids_and_mask("hidden", hidden, completion_ids, "completion_mask", completion_mask)
@@ -96,6 +101,7 @@ def linear_expo_loss(
         objective=objective,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
+        entropy_bonus=entropy_bonus,
     )
     return loss_of_states(
         hidden,
@@ -105,6 +111,7 @@ def linear_expo_loss(
         request,
         budget_mb=logits_budget_mb,
         return_entropy=return_entropy,
+        vocab_group=group_name,
     )
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expo_kernels import _launch, _rows
+from expo_kernels import _launch, _rows, _vocab_group
 from expo_kernels import _validate as validate
+from expo_kernels._vocab_group import VocabShard
 from expo_kernels.objective import Objective
 
 
@@ -24,12 +25,36 @@ def make_source(
     wants_grad: tuple[bool, bool, bool] = (False, False, False),
     *,
     in_place: bool = False,
+    shard: VocabShard | None = None,
 ) -> _rows.RowSource:
     """Rows of `states`: hidden states where a head `weight` is given, else logits."""
     dtype = _rows.arithmetic_dtype(states, weight, bias)
     if weight is None:
         return _rows.LogitRows(states, index, dtype, in_place=in_place)
-    return _rows.LinearRows(states, weight, bias, index, dtype, wants_grad)
+    return _rows.LinearRows(states, weight, bias, index, dtype, wants_grad, shard)
+
+
+def join_vocab_group(
+    name: str | None,
+    states: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    logit_softcap: float | None,
+    budget_mb: float | None,
+) -> VocabShard | None:
+    """This rank's part of a head that is shared; None where it is whole. Checks the ids."""
+    shard, valid_ids = None, ids
+    if mask is not None and (name is not None or validate.may_read(ids)):
+        valid_ids = ids[mask != 0]
+    if name is not None:
+        assert weight is not None
+        dtype = _rows.arithmetic_dtype(states, weight, bias)
+        most_rows = _rows.most_rows(weight, dtype, logit_softcap, budget_mb)
+        shard = _vocab_group.join(name, weight, valid_ids.reshape(-1), most_rows)
+    check_id_values(states, weight, valid_ids, shard)
+    return shard
 
 
 @torch.library.custom_op("expo_kernels::token_logps", mutates_args=())
@@ -44,29 +69,33 @@ def _token_logps(
     logits_budget_mb: float | None,
     return_entropy: bool,
     keeps_rows: bool,
+    vocab_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs and entropies like the ids (an empty tensor without `return_entropy`), and, where `keeps_rows`, what
     the kernels' backward reads of each row: its largest logit and its sum, [M] each."""
-    check_id_values(states, weight, completion_ids, mask)
     given = (states, weight, bias, completion_ids, mask)
+    shard = join_vocab_group(vocab_group, *given, logit_softcap, logits_budget_mb)
     with torch.autocast(states.device.type, enabled=False):
-        if _launch.use_kernels(states, weight, bias):
+        if shard is None and _launch.use_kernels(states, weight, bias):
             from expo_kernels import _fused
 
             objective = Objective(temperature=temperature, logit_softcap=logit_softcap)
             return _fused.logps_of_states(*given, objective, logits_budget_mb, return_entropy, keeps_rows)
         index = valid_index(mask, completion_ids)
         chosen_ids = completion_ids.reshape(-1).index_select(0, index).long()
-        source = make_source(states, weight, bias, index)
+        source = make_source(states, weight, bias, index, shard=shard)
         parts = _rows.chunks(source, logit_softcap, logits_budget_mb)
         buffers = _rows.make_buffers(source, parts, logit_softcap)
         logps = torch.empty(source.num_rows, dtype=source.dtype, device=source.device)
         entropies = torch.empty_like(logps)
         for rows in parts:
-            read = _rows.read_chunk(source, rows, chosen_ids[rows], buffers, temperature, logit_softcap)
+            ids = chosen_ids[rows]
+            read = _rows.read_chunk(
+                source, rows, ids, buffers, temperature, logit_softcap, wants_entropy=return_entropy
+            )
             logps[rows] = read.logps
-            if return_entropy:
-                entropies[rows] = _rows.chunk_entropies(read)
+            if read.entropies is not None:
+                entropies[rows] = read.entropies
         entropies = spread(entropies, index, completion_ids.shape) if return_entropy else logps.new_empty(0)
         # empty rows would do, but then a graph would not be the same on both paths
         tops, sums = (logps.new_zeros(completion_ids.numel() if keeps_rows else 0) for _ in range(2))
@@ -77,7 +106,7 @@ def _token_logps(
 def _(
     states: Tensor, weight: Tensor | None, bias: Tensor | None, completion_ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, return_entropy, keeps_rows = options
+    *_, return_entropy, keeps_rows, _ = options
 
     def made(*shape: int) -> Tensor:
         return states.new_empty(shape, dtype=_rows.arithmetic_dtype(states, weight, bias))
@@ -101,6 +130,7 @@ def _token_logps_backward(
     logit_softcap: float | None,
     logits_budget_mb: float | None,
     wants_grad: list[bool],
+    vocab_group: str | None,
 ) -> list[Tensor]:
     """Gradients of those of states, weight and bias that want one, in their dtypes.
 
@@ -108,26 +138,29 @@ def _token_logps_backward(
     """
     of_states, of_weight, of_bias = wants_grad
     wanted = (of_states, of_weight, of_bias)
+    given = (states, weight, bias, completion_ids, mask)
+    shard = join_vocab_group(vocab_group, *given, logit_softcap, logits_budget_mb)
     with torch.autocast(states.device.type, enabled=False):
-        if _launch.use_kernels(states, weight, bias):
+        if shard is None and _launch.use_kernels(states, weight, bias):
             from expo_kernels import _fused
 
             objective = Objective(temperature=temperature, logit_softcap=logit_softcap)
-            given = (states, weight, bias, completion_ids, mask)
             slopes = (grad_logps, grad_entropies)
             made = _fused.logps_backward(*given, objective, logits_budget_mb, wanted, kept_rows, *slopes)
             return made_gradients(made, (states, weight, bias), in_input_dtypes=True)
         index = valid_index(mask, completion_ids)
         chosen_ids = completion_ids.reshape(-1).index_select(0, index).long()
-        source = make_source(states, weight, bias, index, wanted)
+        source = make_source(states, weight, bias, index, wanted, shard=shard)
         parts = _rows.chunks(source, logit_softcap, logits_budget_mb)
         buffers = _rows.make_buffers(source, parts, logit_softcap)
         logp_slopes = grad_logps.reshape(-1).index_select(0, index)
         entropy_slopes = None if grad_entropies is None else grad_entropies.reshape(-1).index_select(0, index)
         for rows in parts:
             ids = chosen_ids[rows]
-            read = _rows.read_chunk(source, rows, ids, buffers, temperature, logit_softcap)
-            chunk = (source, rows, ids, read, logp_slopes[rows])
+            read = _rows.read_chunk(
+                source, rows, ids, buffers, temperature, logit_softcap, wants_entropy=entropy_slopes is not None
+            )
+            chunk = (source, rows, read, logp_slopes[rows])
             if entropy_slopes is None:
                 _rows.absorb_logp_slopes(*chunk, temperature)
             else:
@@ -139,12 +172,12 @@ def _token_logps_backward(
 def _(
     _: Tensor, __: Tensor | None, states: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
 ) -> list[Tensor]:
-    given = zip((states, weight, bias), options[-1], strict=True)
+    given = zip((states, weight, bias), options[-2], strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, wanted in given if wanted and tensor is not None]
 
 
 def _setup_token_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    states, weight, bias, completion_ids, mask, *ctx.settings, return_entropy, _ = inputs
+    states, weight, bias, completion_ids, mask, *ctx.settings, return_entropy, _, ctx.vocab_group = inputs
     _, entropies, tops, sums = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(tops, sums, *(() if return_entropy else (entropies,)))
@@ -158,11 +191,12 @@ def _backward_token_logps(
     *given, entropies, tops, sums = ctx.saved_tensors
     if grad_logps is None:
         if grad_entropies is None:
-            return (None,) * 10
+            return (None,) * 11
         grad_logps = torch.zeros_like(grad_entropies)
     wants_grad = list(ctx.needs_input_grad[:3])
-    made = _token_logps_backward(grad_logps, grad_entropies, *given, [entropies, tops, sums], *ctx.settings, wants_grad)
-    return *in_places(made, wants_grad), *(None,) * 7
+    kept = [entropies, tops, sums]
+    made = _token_logps_backward(grad_logps, grad_entropies, *given, kept, *ctx.settings, wants_grad, ctx.vocab_group)
+    return *in_places(made, wants_grad), *(None,) * 8
 
 
 _token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)
@@ -207,12 +241,12 @@ def check_ids_and_mask(states_name: str, states: Tensor, ids: Tensor, mask_name:
     validate.same_device(**{states_name: states, "completion_ids": ids, mask_name: mask})
 
 
-def check_id_values(states: Tensor, weight: Tensor | None, ids: Tensor, mask: Tensor | None) -> None:
+def check_id_values(states: Tensor, weight: Tensor | None, valid_ids: Tensor, shard: VocabShard | None) -> None:
     """The ids of valid tokens are in the vocabulary, where reading them is free."""
-    if validate.may_read(ids):
-        valid_ids = ids if mask is None else ids[mask != 0]
-        size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")
-        validate.ids_in_range("completion_ids", valid_ids, size, size_name)
+    size, size_name = (states.shape[-1], "V of logits") if weight is None else (weight.shape[0], "V of weight")
+    if shard is not None:
+        size, size_name = shard.vocab_size, "V of weight on all ranks"
+    validate.ids_in_range("completion_ids", valid_ids, size, size_name)
 
 
 def _masked_token_logps(
@@ -225,6 +259,7 @@ def _masked_token_logps(
     logit_softcap: float | None,
     return_entropy: bool,
     budget_mb: float | None,
+    vocab_group: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
@@ -233,7 +268,7 @@ def _masked_token_logps(
         tensor is not None and tensor.requires_grad for tensor in (states, weight, bias)
     )
     logps, entropies, _, _ = _token_logps(
-        states, weight, bias, ids, mask, temperature, logit_softcap, budget_mb, return_entropy, keeps_rows
+        states, weight, bias, ids, mask, temperature, logit_softcap, budget_mb, return_entropy, keeps_rows, vocab_group
     )
     return (logps, entropies) if return_entropy else logps
 
@@ -305,6 +340,7 @@ def linear_token_logps(
     logit_softcap: float | None = None,
     return_entropy: Literal[False] = False,
     logits_budget_mb: float | None = None,
+    vocab_group: Any = None,
 ) -> Tensor: ...
 @overload
 def linear_token_logps(
@@ -318,6 +354,7 @@ def linear_token_logps(
     logit_softcap: float | None = None,
     return_entropy: Literal[True],
     logits_budget_mb: float | None = None,
+    vocab_group: Any = None,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
     hidden: Tensor,
@@ -330,6 +367,7 @@ def linear_token_logps(
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     logits_budget_mb: float | None = None,
+    vocab_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability in nats of each chosen token, [B, T] float32, 0 where masked, without [tokens, V] logits.
 
@@ -345,6 +383,8 @@ def linear_token_logps(
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
         return_entropy: also return the entropies of the distributions, in nats, with their gradient.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
+        vocab_group: process group whose ranks share the head by vocabulary: see `linear_expo_loss`. Backward reduces
+            too, so every rank must run it.
 
     Returns:
         Log-probs like `completion_ids` (float64 for float64 inputs), or the pair (log-probs, entropies).
@@ -353,6 +393,7 @@ def linear_token_logps(
         ValueError: shapes that do not fit, ids out of range (read on CPU), a temperature that is not > 0.
         TypeError: an argument of the wrong type or dtype.
     """
+    weight, bias, group_name = _vocab_group.local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)
     validate.dimensions("hidden", hidden, "NH" if hidden.dim() == 2 else "BTH")
     check_ids_and_mask("hidden", hidden, completion_ids, "mask", mask)
@@ -369,4 +410,5 @@ def linear_token_logps(
         logit_softcap,
         return_entropy,
         logits_budget_mb,
+        group_name,
     )

@@ -7,10 +7,24 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 RatioLevel = Literal["token", "sequence"]
-Surrogate = Literal["clip", "cispo", "sapo"]
+Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo"]
 KlEstimator = Literal["k1", "k2", "k3"]
-Aggregation = Literal["sequence", "token", "constant"]
-RolloutCorrection = Literal["token", "sequence"]
+Aggregation = Literal["sequence", "sum", "token", "constant"]
+RolloutCorrection = Literal["token", "sequence", "token_mask", "sequence_mask"]
+
+# the surrogates that read a setting; elsewhere only its default is taken, since any other value would be ignored
+READ_BY: dict[str, tuple[Surrogate, ...]] = {
+    "clip_low": ("clip", "cispo", "gmpo"),
+    "clip_high": ("clip", "cispo", "gmpo"),
+    "dual_clip": ("clip",),
+    "ratio": ("clip", "cispo", "sapo"),
+    "sapo_tau_pos": ("sapo",),
+    "sapo_tau_neg": ("sapo",),
+    "vespo_k_pos": ("vespo",),
+    "vespo_k_neg": ("vespo",),
+    "vespo_lambda_pos": ("vespo",),
+    "vespo_lambda_neg": ("vespo",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +50,7 @@ class Objective:
 
     ratio: RatioLevel = "token"
     """"token": exp(logp - old); "sequence": exp of its mean over the sequence's tokens (GSPO, arXiv
-    2507.18071)."""
+    2507.18071). "gmpo" and "vespo" form a sequence's ratio of their own."""
 
     log_ratio_clamp: float = 20.0
     """Log-ratios are held in +-log_ratio_clamp nats before exp, so that no log-prob can overflow; beyond it
@@ -44,13 +58,27 @@ class Objective:
 
     surrogate: Surrogate = "clip"
     """"clip": PPO; "cispo": clipped ratio as a constant weight (arXiv 2506.13585); "sapo": a smooth gate
-    (arXiv 2511.20347), which has no clip range."""
+    (arXiv 2511.20347); "gmpo": geometric mean of the sequence's clipped token ratios (arXiv 2507.20673); "vespo": a
+    smooth constant weight of the sequence's whole ratio (arXiv 2602.10693). "sapo" and "vespo" have no clip range."""
 
     sapo_tau_pos: float = 1.0
     """Sharpness of SAPO's gate where A > 0. No unit, > 0. Default: the SAPO paper."""
 
     sapo_tau_neg: float = 1.05
     """Sharpness of SAPO's gate where A <= 0. No unit, > 0. Default: the SAPO paper."""
+
+    vespo_k_pos: float = 2.0
+    """Power of the sequence's ratio in VESPO's weight where A >= 0: how fast small ratios fade. No unit, > 0. Default,
+    as of the next three: TRL's."""
+
+    vespo_lambda_pos: float = 3.0
+    """Decay of VESPO's weight where A >= 0: how fast large ratios fade. No unit, > 0."""
+
+    vespo_k_neg: float = 3.0
+    """The power where A < 0. No unit, > 0."""
+
+    vespo_lambda_neg: float = 2.0
+    """The decay where A < 0. No unit, > 0."""
 
     kl: KlEstimator = "k3"
     """Penalty per token in nats, with x = ref - logp: "k1" -x, "k2" x^2 / 2, "k3" exp(x) - x - 1 (Schulman's
@@ -60,8 +88,9 @@ class Objective:
     """Multiply the penalty by the token's ratio, gradient included (DeepSeek-V3.2, arXiv 2512.02556)."""
 
     aggregation: Aggregation = "sequence"
-    """"sequence": mean over sequences of the mean over tokens (GRPO); "token": mean over all tokens (DAPO);
-    "constant": sum over tokens / (sequences * max_completion_length) (Dr. GRPO, arXiv 2503.20783)."""
+    """"sequence": mean over sequences of the mean over tokens (GRPO); "sum": mean over sequences of the sum over tokens
+    (LUSPO, arXiv 2602.05261); "token": mean over all tokens (DAPO); "constant": sum over tokens / (sequences *
+    max_completion_length) (Dr. GRPO, arXiv 2503.20783)."""
 
     max_completion_length: int | None = None
     """Tokens, > 0: the divisor of aggregation "constant", and only of that."""
@@ -73,11 +102,15 @@ class Objective:
     """Logits become cap * tanh(logits / cap) before the temperature. > 0; None: no cap. Gemma 2 uses 30."""
 
     rollout_correction: RolloutCorrection | None = None
-    """Weigh the surrogate, as a constant, by min(exp(old - rollout), rollout_cap) per token or, with the sum
-    over the sequence in the exponent, per "sequence". Truncated importance sampling (TIS)."""
+    """Weigh the surrogate, as a constant, by exp(old - rollout) per token or, with the sum over the sequence in the
+    exponent, per "sequence", kept within [rollout_floor, rollout_cap] (truncated importance sampling). "token_mask"
+    (IcePop, arXiv 2510.18855) and "sequence_mask": the weight is 0 outside these bounds instead."""
+
+    rollout_floor: float = 0.0
+    """Lower bound of that weight. No unit, in [0, rollout_cap]. IcePop uses 0.5."""
 
     rollout_cap: float = 2.0
-    """Upper bound of that weight. No unit, > 0. Default: verl's and TRL's."""
+    """Upper bound of that weight. No unit, > 0. Default: verl's. IcePop uses 5."""
 
     def __post_init__(self) -> None:
         _one_of("ratio", self.ratio, get_args(RatioLevel))
@@ -89,8 +122,9 @@ class Objective:
         _in_range("clip_low", self.clip_low, 0.0, 1.0)
         _in_range("clip_high", self.clip_high, 0.0, math.inf)
         _in_range("log_ratio_clamp", self.log_ratio_clamp, 0.0, 80.0, above=True)
-        for name in ("sapo_tau_pos", "sapo_tau_neg", "temperature", "rollout_cap"):
+        for name in ("temperature", "rollout_cap", *(name for name in READ_BY if name.startswith(("sapo", "vespo")))):
             _in_range(name, getattr(self, name), 0.0, math.inf, above=True)
+        _in_range("rollout_floor", self.rollout_floor, 0.0, self.rollout_cap)
         if self.logit_softcap is not None:
             _in_range("logit_softcap", self.logit_softcap, 0.0, math.inf, above=True)
         if self.dual_clip is not None:
@@ -116,12 +150,44 @@ class Objective:
         names = (field.name for field in fields(Objective))
         return Objective(**dict(zip(names, ast.literal_eval(text), strict=True)))
 
+    @property
+    def spans_sequences(self) -> bool:
+        """Whether the surrogate of a token depends on the current log-probs of its whole sequence."""
+        return self.ratio == "sequence" or self.surrogate in ("gmpo", "vespo")
+
+    @property
+    def corrects_sequences(self) -> bool:
+        """Whether the rollout correction is one number per sequence."""
+        return self.rollout_correction in ("sequence", "sequence_mask")
+
+    @property
+    def masks_rollouts(self) -> bool:
+        """Whether a rollout correction out of bounds is 0 rather than the bound."""
+        return self.rollout_correction in ("token_mask", "sequence_mask")
+
     def _check_combinations(self) -> None:
-        if self.dual_clip is not None and self.surrogate != "clip":
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, surrogates in READ_BY.items():
+            if self.surrogate not in surrogates and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} has no effect with surrogate "{self.surrogate}"; '
+                    f"use surrogate={' or '.join(map(repr, surrogates))} or leave {name} out"
+                )
+        if self.rollout_correction is None:
+            for name in ("rollout_floor", "rollout_cap"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no effect without rollout_correction; set it or leave "
+                        f"{name} out"
+                    )
+        if self.surrogate == "vespo" and self.corrects_sequences:
             raise ValueError(
-                f'dual_clip={self.dual_clip} has no effect with surrogate "{self.surrogate}"; '
-                'use surrogate="clip" or leave dual_clip out'
+                f'rollout_correction="{self.rollout_correction}" does not go with surrogate "vespo", '
+                'whose weight takes the correction of each token in; use "token" or "token_mask"'
             )
+        self._check_length()
+
+    def _check_length(self) -> None:
         length = self.max_completion_length
         if self.aggregation == "constant":
             if length is None:

@@ -28,9 +28,9 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
     """0-dim tensors on the device, detached; means over valid tokens (0 where there are none):
     `kl` nats of the chosen estimator, importance weight included where it is on; 0 without `ref_logps`;
-    `ratio_mean`, `ratio_max` of pi_theta / pi_old, of the token or of its sequence;
+    `ratio_mean`, `ratio_max` of pi_theta / pi_old, of the token or of its sequence ("gmpo": of the sequence, clipped);
     `clip_low_fraction`, `clip_high_fraction` share of valid tokens for which the surrogate's lower or upper clipped
-    term was chosen (the dual clip's cap counts as upper; always 0 for "sapo");
+    term was chosen (the dual clip's cap counts as upper; always 0 for "sapo" and "vespo");
     `tokens` number of valid tokens; `entropy` nats, only with `return_entropy`."""
 
     logps: Tensor
@@ -51,6 +51,7 @@ def expo_loss(
     beta: float | Tensor = 0.02,
     objective: Objective | None = None,
     normalizer: float | Tensor | None = None,
+    entropy_bonus: float | Tensor = 0.0,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
     inplace: bool = False,
@@ -76,6 +77,8 @@ def expo_loss(
         objective: everything static; None: `Objective()`.
         normalizer: > 0, the denominator over all micro-batches and ranks: sequences (tokens for aggregation "token");
             None: counted from this call.
+        entropy_bonus: >= 0, nats of loss per nat: the loss less this times the entropies of the tokens' distributions,
+            aggregated as `objective.aggregation` says; a 0-dim tensor is read on its device. 0.0 costs nothing.
         cu_seqlens: [B + 1] int32, where each packed sequence starts and ends; only and always with packed input.
         return_entropy: also compute `metrics["entropy"]`.
         inplace: write the gradient over `logits`, which then hold it instead of logits.
@@ -102,6 +105,7 @@ def expo_loss(
         objective=objective,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
+        entropy_bonus=entropy_bonus,
     )
     return loss_of_states(logits, None, None, completion_ids, request, return_entropy=return_entropy, in_place=inplace)
 
@@ -180,6 +184,7 @@ def loss_of_states(
     budget_mb: float | None = None,
     return_entropy: bool = False,
     in_place: bool = False,
+    vocab_group: str | None = None,
 ) -> LossOutput:
     """Loss of validated arguments: `states` are hidden states where a head `weight` is given, else logits."""
     packed = request.pack(_rows.arithmetic_dtype(states, weight, bias))
@@ -205,6 +210,7 @@ def loss_of_states(
         group_size,
         budget_mb,
         return_entropy,
+        vocab_group,
     )
     return _output(*made[:4], return_entropy=return_entropy)
 

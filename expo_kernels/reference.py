@@ -8,6 +8,7 @@ Per-token functions take the N valid tokens only, [N], with `sequence_index` [N]
 a masked position is never read, so nothing in it can matter.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class TokenTerms(NamedTuple):
     """What the objective says of each valid token, all [N]."""
 
     losses: Tensor  # -surrogate + beta * penalty, before aggregation
-    ratios: Tensor  # pi_theta / pi_old, of the token or of its sequence
+    ratios: Tensor  # pi_theta / pi_old, of the token or of its sequence; "gmpo": of its sequence, clipped
     penalties: Tensor  # KL estimate in nats; 0 without a reference policy
     clipped_low: Tensor  # bool: the surrogate took its lower clipped term
     clipped_high: Tensor  # bool: it took its upper clipped term, or the dual clip's cap
@@ -69,9 +70,7 @@ def log_ratios(
     differences = logps - old_logps
     if objective.ratio == "sequence":
         # GSPO eq. 7: the length-normalised ratio, shared by all tokens of the sequence
-        lengths = sequence_sums(torch.ones_like(differences), sequence_index, num_sequences)
-        sums = sequence_sums(differences, sequence_index, num_sequences)
-        differences = (sums / lengths.clamp(min=1))[sequence_index]
+        differences = sequence_means(differences, sequence_index, num_sequences)
     return differences.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
 
 
@@ -80,20 +79,21 @@ def sequence_sums(values: Tensor, sequence_index: Tensor, num_sequences: int) ->
     return values.new_zeros(num_sequences).index_add(0, sequence_index, values)
 
 
-def surrogate_losses(
-    logps: Tensor, ratios: Tensor, advantages: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 2, negated: loss per token, and whether its lower or its upper clipped term was chosen; each [N]."""
-    if objective.surrogate == "sapo":
-        tau = torch.full_like(ratios, objective.sapo_tau_neg).masked_fill(advantages > 0, objective.sapo_tau_pos)
-        gates = torch.sigmoid(tau * (ratios - 1)) * 4 / tau
-        never = torch.zeros_like(ratios, dtype=torch.bool)
-        return -gates * advantages, never, never
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    clipped = ratios.clamp(low, high)
-    if objective.surrogate == "cispo":
-        return -clipped.detach() * advantages * logps, ratios < low, ratios > high
-    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+def sequence_means(values: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
+    """Mean over each token's sequence, [N] -> [N]."""
+    lengths = sequence_sums(torch.ones_like(values), sequence_index, num_sequences)
+    return (sequence_sums(values, sequence_index, num_sequences) / lengths.clamp(min=1))[sequence_index]
+
+
+def clip_bounds(objective: Objective) -> tuple[float, float]:
+    """Eq. 2: what a ratio is kept within."""
+    return 1 - objective.clip_low, 1 + objective.clip_high
+
+
+def clip_surrogate(ratios: Tensor, advantages: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 2, negated, capped as in dual-clip PPO (arXiv 1912.09729): loss, and which clipped term was chosen, [N]."""
+    low, high = clip_bounds(objective)
+    losses = -torch.minimum(ratios * advantages, ratios.clamp(low, high) * advantages)
     clipped_low = (ratios < low) & (advantages < 0)
     clipped_high = (ratios > high) & (advantages > 0)
     if objective.dual_clip is not None:
@@ -101,6 +101,56 @@ def surrogate_losses(
         clipped_high = clipped_high | ((advantages < 0) & (capped < losses))
         losses = torch.where(advantages < 0, capped, losses)
     return losses, clipped_low, clipped_high
+
+
+def cispo_surrogate(
+    logps: Tensor, ratios: Tensor, advantages: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CISPO (arXiv 2506.13585), negated: the clipped ratio weighs the log-prob, as a constant; and what was clipped."""
+    low, high = clip_bounds(objective)
+    return -ratios.clamp(low, high).detach() * advantages * logps, ratios < low, ratios > high
+
+
+def sapo_surrogate(ratios: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
+    """SAPO (arXiv 2511.20347), negated: a sigmoid around ratio 1 in the clip's place, [N]."""
+    tau = torch.full_like(ratios, objective.sapo_tau_neg).masked_fill(advantages > 0, objective.sapo_tau_pos)
+    gates = torch.sigmoid(tau * (ratios - 1)) * 4 / tau
+    return -gates * advantages
+
+
+def gmpo_ratios(
+    differences: Tensor, advantages: Tensor, sequence_index: Tensor, num_sequences: int, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GMPO (arXiv 2507.20673): geometric mean of the sequence's token ratios, each clipped on the side that its
+    advantage gains on; and which were, [N]. The loss of each token is -A times it."""
+    low, high = (math.log(bound) if bound > 0 else -math.inf for bound in clip_bounds(objective))
+    x = differences.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
+    clipped_low, clipped_high = (x < low) & (advantages < 0), (x > high) & (advantages > 0)
+    x = x.masked_fill(clipped_low, low).masked_fill(clipped_high, high)
+    return sequence_means(x, sequence_index, num_sequences).exp(), clipped_low, clipped_high
+
+
+def vespo_weights(
+    differences: Tensor,
+    corrections: Tensor | None,
+    advantages: Tensor,
+    sequence_index: Tensor,
+    num_sequences: int,
+    objective: Objective,
+) -> Tensor:
+    """VESPO (arXiv 2602.10693): w^k exp(lambda (1 - w)) of the sequence's whole ratio w, 1 at w = 1, a constant, [N].
+
+    `corrections` of its tokens are factors of w, as in TRL. The loss of each token is -A * logp times it.
+    """
+    clamp = objective.log_ratio_clamp
+    x = differences.detach().clamp(-clamp, clamp)
+    if corrections is not None:
+        x = x + corrections.log().clamp(-clamp, clamp)
+    log_w = sequence_sums(x, sequence_index, num_sequences)[sequence_index].clamp(-clamp, clamp)
+    is_gain = advantages >= 0
+    k = torch.full_like(x, objective.vespo_k_neg).masked_fill(is_gain, objective.vespo_k_pos)
+    decay = torch.full_like(x, objective.vespo_lambda_neg).masked_fill(is_gain, objective.vespo_lambda_pos)
+    return (decay + k * log_w - decay * log_w.exp()).exp()
 
 
 def kl_penalties(logps: Tensor, ref_logps: Tensor, objective: Objective) -> Tensor:
@@ -117,12 +167,45 @@ def kl_penalties(logps: Tensor, ref_logps: Tensor, objective: Objective) -> Tens
 def rollout_weights(
     old_logps: Tensor, rollout_logps: Tensor, sequence_index: Tensor, num_sequences: int, objective: Objective
 ) -> Tensor:
-    """Truncated weight of each token's surrogate for what the sampler's own numerics did, [N], a constant."""
+    """Weight of each token's surrogate for what the sampler's own numerics did, [N], a constant: truncated (TIS), or
+    0 where out of bounds (IcePop, arXiv 2510.18855)."""
     differences = (old_logps - rollout_logps).detach()
-    if objective.rollout_correction == "sequence":
+    if objective.corrects_sequences:
         differences = sequence_sums(differences, sequence_index, num_sequences)[sequence_index]
-    clamp = objective.log_ratio_clamp
-    return differences.clamp(-clamp, clamp).exp().clamp(max=objective.rollout_cap)
+    clamp, low, high = objective.log_ratio_clamp, objective.rollout_floor, objective.rollout_cap
+    weights = differences.clamp(-clamp, clamp).exp()
+    if objective.masks_rollouts:
+        return weights.masked_fill((weights < low) | (weights > high), 0.0)
+    return weights.clamp(low, high)
+
+
+def surrogate_terms(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    corrections: Tensor | None,
+    sequence_index: Tensor,
+    num_sequences: int,
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each token without the penalty, its ratio, clipped low, clipped high; each [N]."""
+    sequences = sequence_index, num_sequences, objective
+    if objective.surrogate == "gmpo":
+        ratios, clipped_low, clipped_high = gmpo_ratios(logps - old_logps, advantages, *sequences)
+        losses = -ratios * advantages
+    else:
+        ratios = log_ratios(logps, old_logps, *sequences).exp()
+        clipped_low = clipped_high = torch.zeros_like(logps, dtype=torch.bool)
+    if objective.surrogate == "clip":
+        losses, clipped_low, clipped_high = clip_surrogate(ratios, advantages, objective)
+    elif objective.surrogate == "cispo":
+        losses, clipped_low, clipped_high = cispo_surrogate(logps, ratios, advantages, objective)
+    elif objective.surrogate == "sapo":
+        losses = sapo_surrogate(ratios, advantages, objective)
+    elif objective.surrogate == "vespo":
+        weights = vespo_weights(logps - old_logps, corrections, advantages, *sequences)
+        losses, corrections = -weights * advantages * logps, None
+    return losses if corrections is None else losses * corrections, ratios, clipped_low, clipped_high
 
 
 def token_terms(
@@ -144,12 +227,10 @@ def token_terms(
     """
     # on-policy: the ratio is exactly 1, and its gradient that of logps
     old_logps = logps.detach() if old_logps is None else old_logps
-    ratios = log_ratios(logps, old_logps, sequence_index, num_sequences, objective).exp()
-    losses, clipped_low, clipped_high = surrogate_losses(logps, ratios, advantages, objective)
+    sequences = sequence_index, num_sequences, objective
     if rollout_logps is not None:
-        corrections = rollout_weights(old_logps, rollout_logps, sequence_index, num_sequences, objective)
-    if corrections is not None:
-        losses = losses * corrections
+        corrections = rollout_weights(old_logps, rollout_logps, *sequences)
+    losses, ratios, clipped_low, clipped_high = surrogate_terms(logps, old_logps, advantages, corrections, *sequences)
     penalties = torch.zeros_like(logps)
     if ref_logps is not None:
         penalties = kl_penalties(logps, ref_logps, objective)
@@ -168,6 +249,8 @@ def token_weights(
     if objective.aggregation == "token":
         return ones / (max(like.numel(), 1) if normalizer is None else normalizer)
     ones = ones / (max(num_sequences, 1) if normalizer is None else normalizer)
+    if objective.aggregation == "sum":
+        return ones
     if objective.aggregation == "sequence":
         lengths = sequence_sums(torch.ones_like(like), sequence_index, num_sequences)
         return ones / lengths[sequence_index]
@@ -186,8 +269,10 @@ def expo_loss_from_logps(
     beta: Tensor,
     objective: Objective,
     normalizer: Tensor | None = None,
+    entropies: Tensor | None = None,
+    entropy_bonus: Tensor | None = None,
 ) -> Tensor:
-    """The whole loss of a padded batch, 0-dim: logps and mask [B, T], advantages [B]."""
+    """The whole loss of a padded batch, 0-dim: logps, mask and entropies [B, T], advantages [B]."""
     sequence_index, position = completion_mask.nonzero(as_tuple=True)
 
     def valid(tensor: Tensor | None) -> Tensor | None:
@@ -207,7 +292,11 @@ def expo_loss_from_logps(
         objective=objective,
     )
     weights = token_weights(sequence_index, num_sequences, normalizer, tokens, objective)
-    return (weights * terms.losses).sum()
+    loss = (weights * terms.losses).sum()
+    entropies = valid(entropies)
+    if entropies is None or entropy_bonus is None:
+        return loss
+    return loss - entropy_bonus * (weights * entropies).sum()
 
 
 def akl_scale(accuracy: Tensor, rho: str) -> Tensor:

@@ -99,6 +99,9 @@ CALLS = {
         call, objective=SEQUENCE, logits_budget_mb=5 * 13 * 4 / 2**20, return_entropy=True
     ),
     "linear_expo_loss, rollout": lambda call: linear(call, objective=ROLLOUT, rollout_logps=call["rollout_logps"]),
+    "linear_expo_loss, entropy bonus": lambda call: linear(
+        call, objective=Objective(surrogate="gmpo"), entropy_bonus=0.1, logits_budget_mb=7 * 13 * 4 / 2**20
+    ),
     "linear_expo_loss, rewards": lambda call: linear(
         call, advantages=None, rewards=call["advantages"], group_size=2, normalizer=3.0
     ),
@@ -300,7 +303,7 @@ def loss_arguments(call, *, with_bias=True, frozen=False, return_entropy=False, 
     weight, bias = call["weight"].detach() if frozen else call["weight"], call["bias"] if with_bias else None
     wants_grad = [True, not frozen, with_bias]
     inputs = op_inputs(call, is_packed=is_packed, **options)
-    return hidden.requires_grad_(), weight, bias, wants_grad, ids, *inputs, None, return_entropy
+    return hidden.requires_grad_(), weight, bias, wants_grad, ids, *inputs, None, return_entropy, None
 
 
 OPCHECKS = {
@@ -315,11 +318,11 @@ OPCHECKS = {
     ),
     "ready logits": lambda call: (
         OPS.policy_loss,
-        (call["logits"], None, None, [True, False, False], call["completion_ids"], *op_inputs(call), None, False),
+        (call["logits"], None, None, [True, False, False], call["completion_ids"], *op_inputs(call), None, False, None),
     ),
     "without gradients": lambda call: (
         OPS.policy_loss,
-        (call["logits"].detach(), None, None, [False] * 3, call["completion_ids"], *op_inputs(call), None, False),
+        (call["logits"].detach(), None, None, [False] * 3, call["completion_ids"], *op_inputs(call), None, False, None),
     ),
     "in place": lambda call: (
         OPS.policy_loss_, (call["logits"].detach(), call["completion_ids"], *op_inputs(call), False)
@@ -330,11 +333,11 @@ OPCHECKS = {
     "ready log-probs": lambda call: (OPS.policy_loss_from_logps, (call["logps"], [True], *op_inputs(call))),
     "log-probs": lambda call: (
         OPS.token_logps,
-        (call["logits"], None, None, *positions(call), 0.7, None, None, False, True),
+        (call["logits"], None, None, *positions(call), 0.7, None, None, False, True, None),
     ),
     "log-probs and entropies": lambda call: (
         OPS.token_logps,
-        (call["hidden"], call["weight"], call["bias"], call["completion_ids"], None, 1.0, 3.0, None, True, True),
+        (call["hidden"], call["weight"], call["bias"], call["completion_ids"], None, 1.0, 3.0, None, True, True, None),
     ),
     "group advantages": lambda call: (OPS.group_advantages, (call["advantages"], 2, "group", 1e-6)),
     "accuracies": lambda call: (OPS.accuracy_sum, (call["advantages"],)),

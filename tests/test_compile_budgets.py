@@ -37,7 +37,7 @@ EVERYTHING = Objective(
 )
 
 
-def make_tokens(objective, num_sequences=4, length=8, group_size=2):
+def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=False):
     positions, shape = num_sequences * length, num_sequences
     return kernels.Tokens(
         ids=torch.zeros(positions, dtype=torch.int64),
@@ -55,6 +55,7 @@ def make_tokens(objective, num_sequences=4, length=8, group_size=2):
         lengths=torch.zeros(shape, dtype=torch.int64),
         beta=torch.zeros(()),
         normalizer=torch.zeros(()),
+        entropy_bonus=torch.zeros(()) if bonus else None,
     )
 
 
@@ -66,9 +67,9 @@ def rows_and_slopes(vocab_size, logits_dtype, grad_dtype, num_rows=2):
     return kernels.Rows(memory, torch.zeros(64, dtype=torch.int64)), kernels.Slopes(grad, torch.empty(num_rows))
 
 
-def run_loss(vocab_size, logits, grad, objective, *, entropy=False, group_size=2):
+def run_loss(vocab_size, logits, grad, objective, *, entropy=False, bonus=False, group_size=2):
     rows, slopes = rows_and_slopes(vocab_size, logits, grad or logits)
-    tokens = make_tokens(objective, group_size=group_size)
+    tokens = make_tokens(objective, group_size=group_size, bonus=bonus)
     sums = kernels.make_sums(torch.device("cpu"))
     kernels.launch_row_loss(
         rows, tokens, sums, torch.zeros(64), None if grad is None else slopes, return_entropy=entropy
@@ -112,9 +113,10 @@ def run_curriculum_race():
     _curriculum_kernels.launch_race(torch.zeros(5), torch.zeros(1, dtype=torch.int64))
 
 
-def run_sequences(objective):
-    sums = kernels.make_sums(torch.device("cpu"))
-    kernels.launch_sequence_loss(make_tokens(objective), sums, torch.zeros(64), torch.zeros(64))
+def run_sequences(objective, *, bonus=False):
+    sums, out = kernels.make_sums(torch.device("cpu")), torch.zeros(64)
+    entropies = {"entropies": out, "entropy_slopes": out} if bonus else {}
+    kernels.launch_sequence_loss(make_tokens(objective, bonus=bonus), sums, out, out, **entropies)
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -127,6 +129,8 @@ CASES = {
     "loss, bfloat16, every option": (lambda V: run_loss(V, BF16, BF16, EVERYTHING, entropy=True), (16, 16), (16,)),
     "loss, cispo": (lambda V: run_loss(V, F32, BF16, Objective(surrogate="cispo", kl="k2")), (32, 32), (16,)),
     "loss, sapo": (lambda V: run_loss(V, F32, BF16, Objective(surrogate="sapo", kl="k1")), (32, 32), (16,)),
+    "loss, entropy bonus": (lambda V: run_loss(V, F32, BF16, Objective(), bonus=True), (32, 32), (16,)),
+    "loss, every option and a bonus": (lambda V: run_loss(V, F32, BF16, EVERYTHING, bonus=True), (32, 32), (16,)),
     "loss without gradient": (lambda V: run_loss(V, F32, None, Objective()), (32,), ()),
     "logps": (lambda V: run_logps(V, F32), (32,), ()),
     "logps, bfloat16, entropies": (lambda V: run_logps(V, BF16, entropy=True), (16,), ()),
@@ -144,6 +148,8 @@ CASES = {
         (),
         (),
     ),
+    "sequences, gmpo, a bonus": (lambda _: run_sequences(Objective(surrogate="gmpo"), bonus=True), (), ()),
+    "sequences, vespo": (lambda _: run_sequences(Objective(surrogate="vespo", rollout_correction="token")), (), ()),
 }
 
 

@@ -132,3 +132,31 @@ def test_bad_files_are_explained(tmp_path, text, expected):
 def test_config_errors_come_before_torch_is_loaded():
     script = "import sys, expo.config; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo", "gmpo", "vespo"])
+def test_every_surrogate_can_be_chosen_and_written_down(surrogate):
+    config = RunConfig.model_validate({**MINIMAL, "objective": {"surrogate": surrogate}})
+    assert config.loss_objective().surrogate == surrogate
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"surrogate": "sapo", "clip_high": 0.3}, "clip_high=0.3 has no effect"),
+        ({"surrogate": "gmpo", "ratio": "sequence"}, "ratio='sequence' has no effect"),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip=3.0 has no effect"),
+        ({"surrogate": "vespo", "rollout_correction": "sequence"}, "does not go with"),
+        ({"rollout_cap": 5.0}, "rollout_cap=5.0 has no effect without rollout_correction"),
+    ],
+)
+def test_objective_fields_that_do_not_go_together_are_refused(section, named):
+    with pytest.raises(ValueError, match=named):
+        RunConfig.model_validate({**MINIMAL, "objective": section})
+
+
+def test_a_correction_needs_log_probs_of_the_trainer_s_own():
+    sections = {"objective": {"rollout_correction": "token"}, "policy": {"old_logps": "rollout"}}
+    with pytest.raises(ValueError, match="would always be 1"):
+        RunConfig.model_validate({**MINIMAL, **sections})

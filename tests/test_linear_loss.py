@@ -318,9 +318,3 @@ def test_beta_and_normalizer_may_be_tensors():
     numbers, _ = run(batch, beta=0.05, normalizer=9)
     tensors, _ = run(batch, beta=torch.tensor(0.05), normalizer=torch.tensor(9.0))
     assert torch.equal(numbers.loss, tensors.loss)
-
-
-def test_a_vocabulary_group_is_refused_for_now():
-    batch = make_batch(dtype=torch.float32)
-    with pytest.raises(NotImplementedError, match="leave vocab_group out"):
-        run(batch, vocab_group=object())

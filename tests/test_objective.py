@@ -21,6 +21,8 @@ from expo_kernels import Objective
         ({"log_ratio_clamp": 100.0}, "log_ratio_clamp"),
         ({"sapo_tau_neg": 0.0}, "sapo_tau_neg"),
         ({"rollout_cap": 0.0}, "rollout_cap"),
+        ({"rollout_floor": 3.0, "rollout_correction": "token"}, "rollout_floor is 3.0"),
+        ({"vespo_k_pos": 0.0, "surrogate": "vespo"}, "vespo_k_pos"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"dual_clip": 3.0, "surrogate": "cispo"}, "dual_clip=3.0 has no effect"),
         ({"aggregation": "constant"}, "give it"),

@@ -80,6 +80,45 @@ def test_sapo_gate():
     assert made.losses.tolist() == pytest.approx([-2.0, -positive, negative])
 
 
+def test_gmpo_is_the_geometric_mean_of_ratios_clipped_where_they_gain():
+    # ratios 4 (clipped to 2), 0.5 (not: A > 0) and 1 in one sequence: geometric mean 1; A = 3
+    logps = [math.log(4), math.log(0.5), 0.0, math.log(0.25)]
+    made = terms(
+        logps, [0.0] * 4, advantages=[3.0, 3.0, 3.0, -2.0], sequences=[0, 0, 0, 1], surrogate="gmpo", clip_low=0.5,
+        clip_high=1.0,
+    )  # fmt: skip
+    # the other sequence: 0.25 is clipped to 0.5, for A < 0
+    assert made.losses.tolist() == pytest.approx([-3.0, -3.0, -3.0, 2.0 * 0.5])
+    assert made.clipped_high.tolist() == [True, False, False, False]
+    assert made.clipped_low.tolist() == [False, False, False, True]
+
+
+def test_gmpo_gives_no_slope_to_a_clipped_token():
+    logps = doubles(math.log(4), math.log(0.5)).requires_grad_()
+    objective = Objective(surrogate="gmpo", clip_high=1.0)
+    ratios, *_ = reference.gmpo_ratios(logps, doubles(1.0, 1.0), torch.tensor([0, 0]), 1, objective)
+    (slopes,) = torch.autograd.grad(ratios.sum(), logps)
+    # sqrt(2 * 0.5) = 1 for both tokens, d/dx of exp of a mean of two: 1/2 for each
+    assert slopes.tolist() == pytest.approx([0.0, 1.0])
+
+
+def test_vespo_weighs_the_logp_by_the_whole_sequence_s_ratio():
+    # the ratios 2 and 1.5 multiply to 3; by the sign of A: w^2 exp(3 (1 - w)) and w^3 exp(2 (1 - w))
+    logps, old = [-1.0, -2.0, -1.0], [-1.0 - math.log(2), -2.0 - math.log(1.5), -1.0]
+    for advantage, weight in ((2.0, 9 * math.exp(-6)), (-2.0, 27 * math.exp(-4))):
+        made = terms(logps, old, advantages=[advantage], sequences=[0, 0, 1], surrogate="vespo")
+        assert made.losses.tolist() == pytest.approx([advantage * weight, 2 * advantage * weight, advantage])
+
+
+def test_vespo_takes_the_rollout_correction_into_its_ratio():
+    # ratio 1 twice, corrections 4 (truncated to 2) and 0.75: w = 1.5
+    made = terms(
+        [-1.0, -1.0], [-1.0, -1.0], rollout=[-1.0 - math.log(4), -1.0 - math.log(0.75)], rollout_correction="token",
+        surrogate="vespo",
+    )  # fmt: skip
+    assert made.losses.tolist() == pytest.approx([2.25 * math.exp(-1.5)] * 2)
+
+
 def test_sequence_ratio_is_the_geometric_mean():
     # ratios 2 and 8 in one sequence: geometric mean 4; alone in another: 3
     made = terms([math.log(2), math.log(8), math.log(3)], [0.0] * 3, sequences=[0, 0, 1], ratio="sequence")
@@ -111,8 +150,26 @@ def test_rollout_weight_is_truncated_and_leaves_the_kl_alone():
 
 
 @pytest.mark.parametrize(
+    ("correction", "gaps", "weights"),
+    [
+        ("token", [0.25, 1.5, 8.0], [0.5, 1.5, 5.0]),
+        ("token_mask", [0.25, 1.5, 8.0], [0.0, 1.5, 0.0]),
+        ("sequence_mask", [0.25, 1.5, 8.0], [3.0] * 3),
+        ("sequence_mask", [0.25, 1.5, 1.0], [0.0] * 3),
+        ("sequence", [0.25, 1.5, 1.0], [0.5] * 3),
+    ],
+)
+def test_rollout_weights_are_kept_within_their_bounds_or_masked(correction, gaps, weights):
+    made = terms(
+        [0.0] * 3, [0.0] * 3, rollout=[-math.log(gap) for gap in gaps], rollout_correction=correction, rollout_cap=5.0,
+        rollout_floor=0.5,
+    )  # fmt: skip
+    assert made.losses.tolist() == pytest.approx([-weight for weight in weights])
+
+
+@pytest.mark.parametrize(
     ("aggregation", "length", "expected"),
-    [("sequence", None, (2.0 + 5.0) / 3), ("token", None, 9.0 / 3), ("constant", 10, 9.0 / 30)],
+    [("sequence", None, (2.0 + 5.0) / 3), ("sum", None, 9.0 / 3), ("token", None, 9.0 / 3), ("constant", 10, 9.0 / 30)],
 )
 def test_aggregations_of_a_long_a_short_and_an_empty_sequence(aggregation, length, expected):
     # losses 1 and 3 in the first sequence, 5 in the second, none in the third

@@ -31,6 +31,7 @@ FILES = (
     "test_policy_loss.py",
     "test_linear_loss.py",
     "test_sequence_chunks.py",
+    "test_every_objective.py",
     "test_logps.py",
     "test_compile.py",
 )

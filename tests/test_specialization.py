@@ -47,6 +47,7 @@ def run_step(objective, num_sequences, length, group_size, num_rows, first_row, 
         lengths=place(torch.zeros(num_sequences, dtype=torch.int64)),
         beta=place(torch.zeros(1)),
         normalizer=place(torch.zeros(1)),
+        entropy_bonus=place(torch.zeros(1)),
     )
     order, out = place(torch.zeros(positions, dtype=torch.int64)), place(torch.zeros(positions))
     logits = torch.zeros(num_rows, VOCAB_SIZE)
@@ -56,7 +57,7 @@ def run_step(objective, num_sequences, length, group_size, num_rows, first_row, 
     kernels.launch_row_loss(rows, tokens, sums, out, slopes, return_entropy=False)
     kernels.launch_row_logps(rows, tokens, out, entropies=out, tops=out, sums=out)
     kernels.launch_row_slopes(rows, tokens, slopes, tops=out, sums=out, grad_logps=out)
-    kernels.launch_sequence_loss(tokens, sums, out, out)
+    kernels.launch_sequence_loss(tokens, sums, out, out, entropies=out, entropy_slopes=out)
 
 
 def test_a_thousand_different_steps_have_one_compile_key_each():

@@ -56,6 +56,8 @@ LOGPS = torch.zeros(B, T)
         ({"beta": -0.1, "ref_logps": LOGPS}, "beta is -0.1"),
         ({"beta": float("nan"), "ref_logps": LOGPS}, "beta is nan"),
         ({"beta": torch.zeros(1), "ref_logps": LOGPS}, "beta has shape"),
+        ({"entropy_bonus": -0.1}, "entropy_bonus is -0.1"),
+        ({"entropy_bonus": torch.tensor(-0.1)}, "entropy_bonus is -0.1"),
         ({"normalizer": 0}, "normalizer is 0"),
         ({"normalizer": torch.tensor(-1.0)}, "normalizer is -1"),
         ({"rollout_logps": LOGPS}, "rollout_logps would be ignored"),

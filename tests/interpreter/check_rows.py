@@ -231,7 +231,9 @@ TOKEN_LEVEL = {
     "k3 weighted": Objective(kl_importance_weighted=True),
     "token": Objective(aggregation="token"),
     "constant": Objective(aggregation="constant", max_completion_length=7),
-    "rollout": Objective(rollout_correction="token", rollout_cap=1.1),
+    "sum": Objective(aggregation="sum"),
+    "rollout": Objective(rollout_correction="token", rollout_cap=1.1, rollout_floor=0.9),
+    "icepop": Objective(rollout_correction="token_mask", rollout_cap=1.2, rollout_floor=0.8),
     "narrow clamp": Objective(log_ratio_clamp=0.2),
 }
 SEQUENCE_LEVEL = {
@@ -242,7 +244,15 @@ SEQUENCE_LEVEL = {
     "gspo sapo": Objective(ratio="sequence", surrogate="sapo", logit_softcap=5.0),
     "gspo rollout": Objective(ratio="sequence", rollout_correction="token"),
     "sequence rollout": Objective(rollout_correction="sequence", rollout_cap=1.2),
+    "sequence mask": Objective(rollout_correction="sequence_mask", rollout_cap=1.5, rollout_floor=0.8),
     "gspo clamp": Objective(ratio="sequence", log_ratio_clamp=0.05),
+    "luspo": Objective(ratio="sequence", aggregation="sum"),
+    "gmpo": Objective(surrogate="gmpo", clip_low=0.1, clip_high=0.15),
+    "gmpo rollout": Objective(surrogate="gmpo", clip_low=1.0, rollout_correction="sequence", aggregation="token"),
+    "gmpo clamp": Objective(surrogate="gmpo", log_ratio_clamp=0.15),
+    "vespo": Objective(surrogate="vespo"),
+    "vespo rollout": Objective(surrogate="vespo", rollout_correction="token", rollout_cap=1.1, vespo_k_neg=1.5),
+    "vespo mask": Objective(surrogate="vespo", rollout_correction="token_mask", rollout_floor=0.5, log_ratio_clamp=0.4),
 }
 
 

@@ -1,0 +1,101 @@
+"""An output head cut by vocabulary over the ranks of a process group, each holding some of its rows.
+
+Tensor parallelism as in Megatron-LM (arXiv 1909.08053, section 3): every rank has all hidden states and ids, makes the
+logits of its own columns, and what a row's softmax needs of the others is reduced: its largest logit, then its sums.
+
+Letters: V_r rows of the head on this rank, n rows of a chunk of logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns of the logits are this rank's, and how to reduce over the others."""
+
+    group: dist.ProcessGroup
+    start: int  # columns on the ranks before this one
+    size: int  # V_r
+    vocab_size: int  # on all ranks
+    most_rows: int  # of a chunk, the same on every rank: each must take part in every reduction
+
+    def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the logits of these ids [n] stand on this rank, and whether they do."""
+        local = ids - self.start
+        return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)
+
+    def take_maximum(self, values: Tensor) -> None:
+        """Replace `values` by the largest of all ranks'."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace `values` by the sum of all ranks'."""
+        dist.all_reduce(values, group=self.group)
+
+
+def join(name: str, weight: Tensor, valid_ids: Tensor, most_rows: int) -> VocabShard:
+    """The shard of this rank in the group of that name, once all ranks have told what they were given.
+
+    Raises:
+        ValueError: a rank without rows, or with other tokens; the same on every rank.
+    """
+    group = _resolve_process_group(GroupName(name))
+    places = torch.arange(1, valid_ids.numel() + 1, device=valid_ids.device)
+    facts = torch.stack([torch.full_like(places.sum(), value) for value in (weight.shape[0], most_rows)])
+    facts = torch.cat([facts, places.sum().view(1), (valid_ids.long() * places).sum().view(1)])
+    gathered = [torch.empty_like(facts) for _ in range(group.size())]
+    dist.all_gather(gathered, facts, group=group)
+    sizes, most, *tokens = torch.stack(gathered).T.tolist()
+    if min(sizes) == 0:
+        raise ValueError(f"weight has {sizes} rows on the ranks of its group; give each rank at least one")
+    if any(len(set(said)) > 1 for said in tokens):
+        raise ValueError(
+            "the ranks that share weight were given different tokens; give all the same hidden, completion_ids and "
+            "completion_mask (where ranks have their own data, gather weight instead)"
+        )
+    start = sum(sizes[: group.rank()])
+    return VocabShard(group, start, weight.shape[0], sum(sizes), min(most))
+
+
+def local_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_group: Any
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """This rank's rows of weight and bias, and the name of the group that shares them; None: they are whole.
+
+    Raises:
+        TypeError: `vocab_group` is no process group.
+        ValueError: a DTensor whose rows are not what the ranks of one group share.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if vocab_group is None:
+            return weight, bias, None
+        raise TypeError(f"vocab_group is a {type(vocab_group).__name__}, but torch.distributed is not initialized")
+    from torch.distributed.tensor import DTensor, Shard
+
+    if isinstance(weight, DTensor):
+        if vocab_group is not None:
+            raise ValueError("weight is a DTensor, which names its group itself; leave vocab_group out")
+        mesh = weight.device_mesh
+        parts = [tensor for tensor in (weight, bias) if tensor is not None]
+        for tensor in parts:
+            if not isinstance(tensor, DTensor) or tensor.placements != (Shard(0),) or tensor.device_mesh != mesh:
+                raise ValueError(
+                    f"the head is a DTensor on {mesh} with placements {weight.placements}; expected weight and bias "
+                    "with placements (Shard(0),) on one one-dimensional mesh, or call .full_tensor() on both"
+                )
+        weight, bias = weight.to_local(), None if bias is None else bias.to_local()  # type: ignore[attr-defined]
+        vocab_group = mesh.get_group()
+    if isinstance(hidden, DTensor) or isinstance(bias, DTensor):
+        raise ValueError("hidden or bias is a DTensor, but weight is not; call .to_local() or .full_tensor() on it")
+    if vocab_group is None:
+        return weight, bias, None
+    if not isinstance(vocab_group, dist.ProcessGroup):
+        kind = type(vocab_group).__name__
+        raise TypeError(f"vocab_group is a {kind}; expected a torch.distributed.ProcessGroup (mesh.get_group())")
+    return weight, bias, vocab_group.group_name

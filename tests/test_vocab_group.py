@@ -1,0 +1,141 @@
+"""A head shared by vocabulary over two and over four gloo processes gives what one process gives, to 1e-6."""
+
+import datetime
+import itertools
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from expo_kernels import Objective, linear_expo_loss, linear_token_logps
+from tests.numerics import make_batch
+
+WORLD, V = 4, 13
+SIZES = {2: [4, 9], 4: [5, 1, 4, 3]}  # rows of the head on each rank
+OBJECTIVES = [
+    Objective(),
+    Objective(ratio="sequence", temperature=0.7, logit_softcap=2.0),
+    Objective(surrogate="vespo", aggregation="token"),
+]
+FEW_ROWS = 7 * V * 4 / 2**20  # MiB: several chunks
+
+
+def leaves(batch, rows=slice(None)):
+    return [tensor.clone().requires_grad_() for tensor in (batch.hidden, batch.weight[rows], batch.bias[rows])]
+
+
+def run(batch, states, objective=None, **options):
+    return linear_expo_loss(
+        *states[:2], batch.completion_ids, batch.completion_mask, bias=states[2], objective=objective,
+        entropy_bonus=0.3, return_entropy=True, logits_budget_mb=FEW_ROWS,
+        **batch.loss_inputs(Objective() if objective is None else objective), **options,
+    )  # fmt: skip
+
+
+def assert_same_loss(batch, objective, rows, states, **options):
+    whole = leaves(batch)
+    truth, shared = run(batch, whole, objective), run(batch, states, objective, **options)
+    (3.0 * truth.loss).backward()
+    (3.0 * shared.loss).backward()
+    torch.testing.assert_close(shared.loss, truth.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shared.logps, truth.logps, rtol=1e-6, atol=1e-6)
+    for name, value in truth.metrics.items():
+        torch.testing.assert_close(shared.metrics[name], value, rtol=1e-6, atol=1e-6)
+    assert_same_gradients([state.grad for state in states], [state.grad for state in whole], rows)
+
+
+def assert_same_gradients(grads, true_grads, rows):
+    """Those of hidden, weight and bias against whole ones, of which this rank has some rows but for the first."""
+    for grad, true_grad, part in zip(grads, true_grads, (slice(None), rows, rows), strict=True):
+        local = grad.to_local() if hasattr(grad, "to_local") else grad
+        assert (local - true_grad[part]).norm() <= 1e-6 * true_grad.norm()
+
+
+def assert_same_logps(batch, rows, group):
+    outcomes = []
+    for states, vocab_group in ((leaves(batch), None), (leaves(batch, rows), group)):
+        logps, entropies = linear_token_logps(
+            *states[:2], batch.completion_ids, bias=states[2], mask=batch.completion_mask, return_entropy=True,
+            logits_budget_mb=FEW_ROWS, vocab_group=vocab_group,
+        )  # fmt: skip
+        (logps.sin() + entropies.cos()).sum().backward()
+        outcomes.append((logps.detach(), entropies.detach(), [state.grad for state in states]))
+    (logps, entropies, grads), (shared_logps, shared_entropies, shared_grads) = outcomes
+    torch.testing.assert_close(shared_logps, logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shared_entropies, entropies, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(shared_grads, grads, rows)
+
+
+def assert_two_reductions_a_chunk(batch, rows, group):
+    made, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **options: (made.append(args[0].shape), all_reduce(*args, **options))[1]
+    with torch.no_grad():
+        shared = run(batch, leaves(batch, rows), vocab_group=group)
+    dist.all_reduce = all_reduce
+    torch.testing.assert_close(shared.loss, run(batch, leaves(batch)).loss.detach(), rtol=1e-6, atol=1e-6)
+    num_tokens = int(batch.completion_mask.sum())
+    widest = max(SIZES[group.size()])
+    num_chunks = -(-num_tokens // (7 * V // widest))
+    assert len(made) == 2 * num_chunks
+
+
+def assert_refusals(batch, rows, group, rank):
+    other = make_batch(dtype=torch.float32, V=V, seed=rank)
+    with pytest.raises(ValueError, match="given different tokens"):
+        run(other, leaves(other, rows), vocab_group=group)
+    empty = slice(0, 0) if rank == 0 else rows
+    with pytest.raises(ValueError, match="give each rank at least one"):
+        run(batch, leaves(batch, empty), vocab_group=group)
+    with pytest.raises(TypeError, match="vocab_group is a str"):
+        run(batch, leaves(batch, rows), vocab_group="tp")
+    batch.completion_ids[0, 0] = V
+    with pytest.raises(ValueError, match="holds 13; expected 0 <= id < 13"):
+        run(batch, leaves(batch, rows), vocab_group=group)
+
+
+def assert_dtensors_name_their_group(batch, rank):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def cut(placement):
+        hidden, weight, bias = leaves(batch)
+        return hidden, *(distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() for t in (weight, bias))
+
+    rows = slice(4 * rank, min(4 * rank + 4, V))
+    assert_same_loss(batch, None, rows, cut(Shard(0)))
+    with pytest.raises(ValueError, match=r"call \.full_tensor\(\)"):
+        run(batch, cut(Replicate()))
+    with pytest.raises(ValueError, match="leave vocab_group out"):
+        run(batch, cut(Shard(0)), vocab_group=mesh.get_group())
+
+
+def on_one_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
+        timeout=datetime.timedelta(seconds=120),
+    )  # fmt: skip
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    for world, group in ((2, pairs[rank // 2]), (4, dist.group.WORLD)):
+        ends = [0, *itertools.accumulate(SIZES[world])]
+        rows = slice(ends[group.rank()], ends[group.rank() + 1])
+        batch = make_batch(dtype=torch.float32, V=V)
+        for objective in OBJECTIVES:
+            assert_same_loss(batch, objective, rows, leaves(batch, rows), vocab_group=group)
+        assert_same_logps(batch, rows, group)
+        assert_two_reductions_a_chunk(batch, rows, group)
+        assert_refusals(batch, rows, group, group.rank())
+    assert_dtensors_name_their_group(make_batch(dtype=torch.float32, V=V), rank)
+    dist.destroy_process_group()
+
+
+def test_ranks_that_share_a_head_get_what_one_process_gets(tmp_path):
+    multiprocessing.spawn(on_one_rank, args=(str(tmp_path),), nprocs=WORLD)
+
+
+def test_without_torch_distributed_a_group_is_refused():
+    batch = make_batch(dtype=torch.float32, V=V)
+    with pytest.raises(TypeError, match=r"torch\.distributed is not initialized"):
+        run(batch, leaves(batch), vocab_group=object())
