@@ -129,16 +129,17 @@ def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_lengt
         value = getattr(config, name)
         return float(config.clip_ratio if value is None else value)
 
+    clip_range = {"clip_low": of_config("clip_ratio_low"), "clip_high": of_config("clip_ratio_high")}
+    read_by: dict[str, dict[str, Any]] = {
+        "expo": clip_range | {"dual_clip": float(config.clip_ratio_c)},
+        "expo_sapo": {"sapo_tau_pos": float(config.tau_pos), "sapo_tau_neg": float(config.tau_neg)},
+    }
     return Objective(
-        clip_low=of_config("clip_ratio_low"),
-        clip_high=of_config("clip_ratio_high"),
-        dual_clip=float(config.clip_ratio_c) if loss_mode == "expo" else None,
         ratio=ratio,
         surrogate=surrogate,
-        sapo_tau_pos=float(config.tau_pos),
-        sapo_tau_neg=float(config.tau_neg),
         aggregation=AGGREGATIONS[loss_agg_mode],
         max_completion_length=divisors.get(loss_agg_mode),
+        **read_by.get(loss_mode, clip_range),
     )
 
 
