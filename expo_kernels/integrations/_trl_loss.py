@@ -3,6 +3,8 @@
 Source: TRL 1.16, `GRPOTrainer._compute_loss`; the equality of the two is what `tests/integrations` tests.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from expo_kernels.objective import Aggregation, Objective, RatioLevel, Surrogate
@@ -64,19 +66,21 @@ def objective_of(
             "its sequence, which is not supported; set use_bias_correction_kl=False or beta=0.0"
         )
     _check_clip_range(surrogate, epsilon_high, delta)
+    read_by: dict[str, dict[str, Any]] = {
+        "clip": {"clip_low": epsilon_low, "clip_high": epsilon_high, "dual_clip": delta},
+        "cispo": {"clip_low": 1.0, "clip_high": epsilon_high - 1.0},
+        "sapo": {"sapo_tau_pos": sapo_temperature_pos, "sapo_tau_neg": sapo_temperature_neg},
+    }
     return Objective(
-        clip_low=1.0 if surrogate == "cispo" else epsilon_low,
-        clip_high=epsilon_high - 1.0 if surrogate == "cispo" else epsilon_high,
-        dual_clip=delta,
         ratio=importance_sampling_level,
         surrogate=surrogate,
-        sapo_tau_pos=sapo_temperature_pos,
-        sapo_tau_neg=sapo_temperature_neg,
         kl_importance_weighted=corrects_kl,
         aggregation=aggregation,
-        max_completion_length=_divisor(loss_type, max_completion_length),
+        # LUSPO sums over a sequence's tokens and divides by the number of sequences alone
+        max_completion_length={"dr_grpo": max_completion_length, "luspo": 1}.get(loss_type),
         temperature=temperature,
         logit_softcap=logit_softcap,
+        **read_by[surrogate],
     )
 
 
@@ -115,8 +119,3 @@ def _check_clip_range(surrogate: Surrogate, epsilon_high: float, delta: float | 
         raise ValueError(f'delta={delta} has no effect with the surrogate "{surrogate}"; leave it out')
     if delta <= 1.0 + epsilon_high:
         raise ValueError(f"delta is {delta}; expected a bound above 1 + epsilon_high = {1.0 + epsilon_high}")
-
-
-def _divisor(loss_type: str, max_completion_length: int | None) -> int | None:
-    # LUSPO sums over a sequence's tokens and divides by the number of sequences alone
-    return {"dr_grpo": max_completion_length, "luspo": 1}.get(loss_type)

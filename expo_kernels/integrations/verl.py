@@ -96,7 +96,6 @@ def policy_loss(
         raise ValueError("config is None; expected verl's ActorConfig, which holds the clip range")
     if loss_mode == "expo_gspo" and rollout_is_weights is not None:
         raise ValueError("expo_gspo takes no rollout_is_weights: they differ from token to token; turn them off")
-    info = dict(config.global_batch_info)
     output = expo_loss_from_logps(
         log_prob,
         response_mask,
@@ -104,11 +103,15 @@ def policy_loss(
         old_logps=old_log_prob,
         beta=0.0,
         objective=objective_of(loss_mode, loss_agg_mode, config, response_mask.shape[1]),
-        normalizer=_normalizer(loss_agg_mode, response_mask, **info),
+        normalizer=_normalizer(loss_agg_mode, response_mask, **config.global_batch_info),
     )
-    metrics = {name: float(output.metrics[name]) for name in ("ratio_mean", "ratio_max")}
-    clipped = output.metrics["clip_low_fraction"] + output.metrics["clip_high_fraction"]
-    return output.loss, {"actor/pg_clipfrac": float(clipped), **{f"actor/{name}": metrics[name] for name in metrics}}
+    metrics = output.metrics
+    named = {
+        "actor/pg_clipfrac": metrics["clip_low_fraction"] + metrics["clip_high_fraction"],
+        "actor/ratio_mean": metrics["ratio_mean"],
+        "actor/ratio_max": metrics["ratio_max"],
+    }
+    return output.loss, {name: float(value) for name, value in named.items()}
 
 
 def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_length: int) -> Objective:
@@ -122,23 +125,24 @@ def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_lengt
     if loss_agg_mode not in AGGREGATIONS:
         raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}; expected one of {', '.join(AGGREGATIONS)}")
     surrogate, ratio = LOSS_MODES[loss_mode]
-    scale = dict(config.global_batch_info).get("loss_scale_factor") or response_length
+    scale = config.global_batch_info.get("loss_scale_factor") or response_length
     divisors = {"seq-mean-token-sum": 1, "seq-mean-token-sum-norm": scale}
 
     def of_config(name: str) -> float:
         value = getattr(config, name)
         return float(config.clip_ratio if value is None else value)
 
+    clip_range = {"clip_low": of_config("clip_ratio_low"), "clip_high": of_config("clip_ratio_high")}
+    read_by: dict[str, dict[str, Any]] = {
+        "expo": clip_range | {"dual_clip": float(config.clip_ratio_c)},
+        "expo_sapo": {"sapo_tau_pos": float(config.tau_pos), "sapo_tau_neg": float(config.tau_neg)},
+    }
     return Objective(
-        clip_low=of_config("clip_ratio_low"),
-        clip_high=of_config("clip_ratio_high"),
-        dual_clip=float(config.clip_ratio_c) if loss_mode == "expo" else None,
         ratio=ratio,
         surrogate=surrogate,
-        sapo_tau_pos=float(config.tau_pos),
-        sapo_tau_neg=float(config.tau_neg),
         aggregation=AGGREGATIONS[loss_agg_mode],
         max_completion_length=divisors.get(loss_agg_mode),
+        **read_by.get(loss_mode, clip_range),
     )
 
 

@@ -22,7 +22,7 @@ def test_two_ranks_give_trls_numbers_and_draw_alike(tiny_model, tmp_path, stage)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
-    ours, theirs = (Run(None, first[name]["history"], first[name]["state"]) for name in ("plain", "trl"))
+    ours, theirs = (Run(first[name]["history"], first[name]["state"]) for name in ("plain", "trl"))
     assert theirs.parameters
     assert_same(ours, theirs)
     assert torch.equal(first["table"]["pass_rates"], second["table"]["pass_rates"])
