@@ -25,7 +25,9 @@ from expo.ranks import Ranks, join_ranks
 from expo.rewards import Verifier, check_answers
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm import VllmEngine, check_vllm, version_warning
+from expo.rollout.vllm import VllmEngine
+from expo.rollout.vllm_common import check_vllm, version, version_warning
+from expo.rollout.vllm_server import ServerEngine
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.stopping import StopSwitch
 from expo.sync import WeightSync, make_probe
@@ -44,6 +46,10 @@ MAY_CHANGE_ON_RESUME = (
     "run.completions_per_step",
     "run.max_bad_updates",
     "run.trackers",
+    "vllm.servers",
+    "vllm.gpus",
+    "vllm.weights_folder",
+    "vllm.patience_s",
 )
 
 
@@ -104,6 +110,7 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
         try:
             yield parts
         finally:
+            parts.engine.close()
             parts.verifier.close()
             for tracker in parts.trackers:
                 tracker.close()
@@ -125,7 +132,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     """
     check_model_path(config.model)
     check_trackers(config.run.trackers)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
         check_vllm()
     train_set = load_questions(config.data.train)
     evaluation = {name: load_questions(source) for name, source in config.evaluation.sets.items()}
@@ -220,8 +227,8 @@ def _build_parts(
         f"{inputs.train.source}: {len(train_set)} questions "
         f"({inputs.train.num_duplicates} duplicates and {num_long} with too long a prompt left out)"
     )
-    engine = SharedEngine(_engine(config, policy, ranks, display), ranks, switch)
-    probe = make_probe([prompted.prompt_ids for prompted in train_set], _max_tokens(config))
+    engine = SharedEngine(_engine(config, policy, ranks, display, folder.path), ranks, switch)
+    probe = make_probe([prompted.prompt_ids for prompted in train_set], config.max_tokens)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
         config=config,
@@ -248,20 +255,23 @@ def _build_parts(
     )
 
 
-def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: Display) -> RolloutEngine:
+def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: Display, folder: Path) -> RolloutEngine:
+    stop_ids = end_ids(policy.model, policy.tokenizer)
+    if config.rollout.engine == "vllm-server":
+        servers = ServerEngine(config, policy.tokenizer, stop_ids, ranks, folder)
+        _warn(display, servers.version)
+        return servers
     if config.rollout.engine == "vllm":
-        warning = version_warning()
-        if warning is not None:
-            display.line(warning)
+        _warn(display, version())
         return VllmEngine(
             check_model_path(config.model),
             policy.tokenizer,
-            end_ids(policy.model, policy.tokenizer),
+            stop_ids,
             config.vllm,
             dtype=policy.dtype,
             device=ranks.device,
             num_replies=config.rollout.batch_size,
-            max_tokens=_max_tokens(config),
+            max_tokens=config.max_tokens,
             num_ranks=ranks.size,
         )
     model = policy.model if policy.is_whole else empty_copy(policy.model, policy.dtype, ranks.device)
@@ -270,9 +280,11 @@ def _engine(config: RunConfig, policy: DeepSpeedPolicy, ranks: Ranks, display: D
     )
 
 
-def _max_tokens(config: RunConfig) -> int:
-    """Of a prompt and its reply."""
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+def _warn(display: Display, found: str) -> None:
+    """Points out a vLLM that the adapters were not made for."""
+    warning = version_warning(found)
+    if warning is not None:
+        display.line(warning)
 
 
 def _curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:

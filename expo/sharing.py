@@ -67,6 +67,10 @@ class SharedEngine:
         """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
         return self._engine.score(prompts, replies, temperature)
 
+    def close(self) -> None:
+        """Ends what this rank's engine has started."""
+        self._engine.close()
+
 
 class SharedVerifier:
     """A verifier on every rank, each grading its share of the replies.

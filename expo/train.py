@@ -28,7 +28,7 @@ from expo.policy import MiniBatch, Sample
 from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report
-from expo.rollout import Reply, Request, Sampling, request_seed
+from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
 from expo.stopping import StopRequested
 from expo.sync import SyncError
 from expo_kernels import akl_beta, group_advantages
@@ -55,6 +55,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
         CheckpointError: if the run was to end and its state could not be written.
         SyncError: if the rollout engine's weights turned out not to be the policy's.
+        EngineError: if a rollout engine in another process cannot go on.
     """
     with open_run(config, resume) as parts:
         position = take_up(parts, resume)
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, SyncError) as error:
+    except (Diverged, CheckpointError, SyncError, EngineError) as error:
         fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0

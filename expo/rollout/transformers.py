@@ -93,6 +93,9 @@ class TransformersEngine:
             found.append(token_logps(logits[None], ids[:, len(prompt) :], temperature=temperature)[0].tolist())
         return found
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
         """Requests by prompt length, cut so that no batch has more than batch_size replies."""
         batches: list[list[_Job]] = []
