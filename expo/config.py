@@ -143,10 +143,8 @@ class VllmSection(_Section):
     """With vllm-server: how many the run starts, beside rank 0; the ranks are spread over them."""
     gpus: list[Index] = []
     """With vllm-server: CUDA devices of the servers that the run starts, tensor_parallel for each."""
-    transfer: Literal["files", "nccl"] = "files"
-    """With vllm-server: weights go through files in a folder that trainer and server see, or from GPU to GPU."""
     weights_folder: Path | None = None
-    """Where those files are; left out: /dev/shm, or the folder for temporary files."""
+    """With vllm-server: folder that weights go through, seen by all servers; left out: /dev/shm."""
     patience_s: Positive = 600
     """Seconds that a server may be away before the run ends; a start, or a restart, must fit in."""
 

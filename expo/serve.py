@@ -27,7 +27,7 @@ MODULES = ("vllm.entrypoints.openai.api_server",)  # what starts vLLM's HTTP ser
 
 def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -> list[str]:
     """The command line of vLLM's HTTP server for a run."""
-    settings: dict[str, Any] = {
+    settings = {
         "model": check_model_path(config.model),
         "host": host,
         "port": port,
@@ -42,8 +42,6 @@ def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -
             max_tokens=config.max_tokens,
         ),
     }
-    if config.vllm.transfer == "nccl":
-        settings["weight_transfer_config"] = '{"backend": "nccl"}'
     return [_flag(name, value) for name, value in settings.items()]
 
 

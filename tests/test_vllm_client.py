@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from expo.config import ConfigError
 from expo.rollout import EngineError
 from expo.rollout.vllm_client import Away, Crowd, Server
+from expo.rollout.vllm_keeper import Keeper, ServerProcess
 from expo.stopping import StopRequested
 from expo.train import main
 
@@ -110,6 +112,15 @@ def test_a_run_without_its_servers_says_so(capsys, tmp_path):
               f"--run.dir={tmp_path / 'run'}"])  # fmt: skip
     assert exit_info.value.code == 2
     assert f"{NOBODY} has not answered" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_shows_its_log(tmp_path):
+    process = ServerProcess(tmp_path / "missing.yaml", tmp_path / "log", tmp_path / "weights", [], None)
+    keeper = Keeper(Server(process.url), process, None, 60.0)
+    keeper.start()
+    with pytest.raises(ConfigError, match="does not start; .* cannot read the config file"):
+        keeper.wait_until_ready()
+    keeper.close()
 
 
 GUARDED = """

@@ -22,7 +22,7 @@ class WeightFiles:
     """The policy's weights as files, kept until the next ones come, so that a server can be given them again.
 
     Args:
-        parent: folder in which to make the folder; None: /dev/shm, or that for temporary files.
+        parent: folder in which to make the folder; None: /dev/shm, or where there is none, that for temporary files.
 
     Raises: ConfigError if it cannot be made there.
     """

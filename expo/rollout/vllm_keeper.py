@@ -93,11 +93,11 @@ class ServerProcess:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(2 * END_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # those too whose guard was killed
+        self._process.wait()
         self._process = None
 
     def last_words(self) -> str:

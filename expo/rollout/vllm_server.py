@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError, RunConfig
+from expo.config import ConfigError, RunConfig, VllmSection
 from expo.ranks import Ranks
 from expo.rollout.engine import EngineError, Reply, Request, Sampling
 from expo.rollout.vllm_client import Away, Crowd, Server
@@ -43,7 +43,7 @@ class ServerEngine:
         self._files: WeightFiles | None = None
         self._version: str | None = None
         if not config.vllm.servers:
-            _require_one_machine(ranks)
+            _require_room(config.vllm, ranks)
         urls, self.version = ranks.on_first(lambda: self._open(folder))
         mine = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
         self._servers = [Server(url) for url in mine or [urls[ranks.rank % len(urls)]]]
@@ -168,7 +168,13 @@ def _logp_of(choice: Any, token: int) -> float:
     return next(float(at["logprob"]) for at in position["top_logprobs"] if at["token_id"] == token)
 
 
-def _require_one_machine(ranks: Ranks) -> None:
+def _require_room(section: VllmSection, ranks: Ranks) -> None:
+    """Raises: ConfigError if servers cannot be started for these ranks."""
+    if ranks.device.type == "cuda" and not section.gpus:
+        raise ConfigError(
+            "rollout.engine = vllm-server needs GPUs of its own: name them in vllm.gpus, beside those of the ranks, or "
+            "take rollout.engine = vllm, which shares them"
+        )
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if len(hosts) > 1:
         raise ConfigError(
