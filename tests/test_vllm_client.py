@@ -118,7 +118,7 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path):
     process = ServerProcess(tmp_path / "missing.yaml", tmp_path / "log", tmp_path / "weights", [], None)
     keeper = Keeper(Server(process.url), process, None, 60.0)
     keeper.start()
-    with pytest.raises(ConfigError, match="does not start; .* cannot read the config file"):
+    with pytest.raises(ConfigError, match=r"does not start; .* cannot read the config file"):
         keeper.wait_until_ready()
     keeper.close()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from expo.config import ConfigError, RunConfig, VllmSection
 from expo.ranks import Ranks
 from expo.rollout.engine import EngineError, Reply, Request, Sampling
-from expo.rollout.vllm_client import Away, Crowd, Server
+from expo.rollout.vllm_client import Away, Crowd, Server, insist
 from expo.rollout.vllm_common import engine_settings, make_reply, reply_jobs, score_jobs
 from expo.rollout.vllm_files import WeightFiles
 from expo.rollout.vllm_keeper import Keeper, ServerProcess
@@ -185,10 +185,13 @@ def _require_room(section: VllmSection, ranks: Ranks) -> None:
 
 def require_settings(config: RunConfig, server: Server) -> str:
     """The version of a server's vLLM. Raises: ConfigError if its settings would make other replies than the run's."""
+
+    def ask(path: str) -> Any:
+        return insist(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
+
     try:
-        info = server.get("/server_info?config_format=json")
-        version = str(server.get("/version")["version"])
-    except (Away, EngineError) as error:
+        info, version = ask("/server_info?config_format=json"), str(ask("/version")["version"])
+    except EngineError as error:
         raise ConfigError(f"{error}; start it with python -m expo.serve, which sets what the run needs") from error
     parts = [part for part in info["vllm_config"].values() if isinstance(part, dict)]
     held = {name: value for part in parts for name, value in part.items()}
