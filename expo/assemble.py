@@ -28,7 +28,9 @@ from expo.reply_cache import ReplyCache
 from expo.rewards import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm import VllmEngine, check_vllm, version_warning
+from expo.rollout.vllm import VllmEngine
+from expo.rollout.vllm_common import check_vllm, version, version_warning
+from expo.rollout.vllm_server import ServerEngine
 from expo.shaping import RewardFunction, Shaping, load_reward_functions
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.stopping import StopSwitch
@@ -49,6 +51,10 @@ MAY_CHANGE_ON_RESUME = (
     "run.max_bad_updates",
     "run.trackers",
     "rollout.keep_replies",
+    "vllm.servers",
+    "vllm.gpus",
+    "vllm.weights_folder",
+    "vllm.patience_s",
 )
 
 
@@ -121,6 +127,7 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
         try:
             yield parts
         finally:
+            parts.engine.close()
             parts.verifier.close()
             for tracker in parts.trackers:
                 tracker.close()
@@ -142,7 +149,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     """
     check_model_path(config.model)
     check_trackers(config.run.trackers)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
         check_vllm()
     skip = config.data.skip_bad_answers
     train_set = only_gradable(load_questions(config.data.train), skip)
@@ -240,8 +247,8 @@ def _build_parts(
         for name, source in inputs.evaluation.items()
     }
     _record_data(inputs, train_set, evaluation_sets, folder, display)
-    engine = SharedEngine(build_engine(config, policy, ranks, display), ranks, switch)
-    probe = make_probe([prompted.prompt_ids for prompted in train_set], max_tokens(config))
+    engine = build_engine(config, policy, ranks, switch, display, folder.path)
+    probe = make_probe([prompted.prompt_ids for prompted in train_set], config.max_tokens)
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
@@ -295,22 +302,37 @@ def _record_data(
 
 
 def build_engine(
-    config: RunConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display
+    config: RunConfig,
+    policy: DeepSpeedPolicy | FrozenPolicy,
+    ranks: Ranks,
+    switch: StopSwitch,
+    display: Display,
+    folder: Path,
+) -> SharedEngine:
+    """The rollout engine of all ranks, on the policy's own weights or on copies that are yet to be synced."""
+    width = config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
+    return SharedEngine(_engine(config, policy, ranks, display, folder), ranks, switch, width)
+
+
+def _engine(
+    config: RunConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
 ) -> RolloutEngine:
-    """This rank's rollout engine, on the policy's own weights or on a copy that is yet to be synced."""
+    stop_ids = end_ids(policy.model, policy.tokenizer)
+    if config.rollout.engine == "vllm-server":
+        servers = ServerEngine(config, policy.tokenizer, stop_ids, ranks, folder)
+        _warn(display, servers.version)
+        return servers
     if config.rollout.engine == "vllm":
-        warning = version_warning()
-        if warning is not None:
-            display.line(warning)
+        _warn(display, version())
         return VllmEngine(
             check_model_path(config.model),
             policy.tokenizer,
-            end_ids(policy.model, policy.tokenizer),
+            stop_ids,
             config.vllm,
             dtype=policy.dtype,
             device=ranks.device,
             num_replies=config.rollout.batch_size,
-            max_tokens=max_tokens(config),
+            max_tokens=config.max_tokens,
             num_ranks=ranks.size,
         )
     model = policy.model if policy.is_whole else empty_copy(policy.model, policy.dtype, ranks.device)
@@ -319,9 +341,11 @@ def build_engine(
     )
 
 
-def max_tokens(config: RunConfig) -> int:
-    """The longest sequence, a prompt and its reply."""
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+def _warn(display: Display, found: str) -> None:
+    """Points out a vLLM that the adapters were not made for."""
+    warning = version_warning(found)
+    if warning is not None:
+        display.line(warning)
 
 
 def _curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:

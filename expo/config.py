@@ -8,13 +8,14 @@ demonstration overrides them in `recipes/ledger.yaml`. The text under each field
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from expo_kernels import Objective
@@ -103,8 +104,8 @@ class DataSection(_Section):
 class RolloutSection(_Section):
     """How replies are sampled."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Generation engine, in this process; transformers: on the policy's own weights; vllm: on a copy, see vllm.*."""
+    engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
+    """transformers: on the policy's own weights; vllm: on a copy, in the same process; vllm-server: in others."""
     group_size: int = Field(8, ge=2)
     """G, replies per question (paper: 8); at least 2, since one reply alone has no advantage."""
     questions_per_step: Count = 256
@@ -114,6 +115,10 @@ class RolloutSection(_Section):
     sampling; verl's recipe: up to 10 batches). Accuracy, KL coefficient and pass rates count every group sampled."""
     temperature: Positive = 1.0
     """Sampling temperature (DAPO recipe: 1.0); policy, old and reference log-probs are taken at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1 alone (DAPO recipe: 1): replies come from the whole distribution."""
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """null, 0 or -1 alone: none."""
     max_new_tokens: Count = 3072
     """Longest reply in tokens (paper: 3,072); a reply cut there is counted as truncated and graded as it stands."""
     batch_size: Count = 256
@@ -124,9 +129,19 @@ class RolloutSection(_Section):
     sync_tolerance: Positive | None = None
     """Largest |policy - engine| log-prob of the probe after a weight sync, nats; left out: by dtype (expo/sync.py)."""
 
+    @field_validator("top_p", "top_k")
+    @classmethod
+    def _whole_distribution(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value not in {"top_p": (1.0,), "top_k": (None, 0, -1)}[str(info.field_name)]:
+            raise ValueError(
+                "it samples from a part of the distribution, over which log-probs would be taken anew and bias every "
+                "ratio; leave it out, or lower rollout.temperature, which the trainer's log-probs follow"
+            )
+        return value
+
 
 class VllmSection(_Section):
-    """What rollout.engine = vllm takes, on each rank's device; rollout.batch_size is its max_num_seqs."""
+    """What rollout.engine = vllm takes, on each rank's device, and vllm-server; batch_size is max_num_seqs of each."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the GPU's memory for vLLM's weights, cache and work; the trainer needs the rest."""
@@ -134,6 +149,20 @@ class VllmSection(_Section):
     """Memory of the key-value cache in GiB; left out: on a GPU what the share above leaves, on a CPU 1."""
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs: slower to sample, faster to start; always so on a CPU."""
+    tensor_parallel: Count = 1
+    """Ranks that share one engine's weights (paper: 2); with vllm-server, GPUs of each server."""
+    sleep: bool = False
+    """With vllm on a GPU: give back weights and cache while the policy learns; the weights are brought again."""
+    servers: list[str] = []
+    """With vllm-server: [http://host:port, ...] started by `python -m expo.serve`; left out: the run starts its own."""
+    num_servers: Count = 1
+    """With vllm-server: how many the run starts, beside rank 0; the ranks are spread over them."""
+    gpus: list[Index] = []
+    """With vllm-server: CUDA devices of the servers that the run starts, tensor_parallel for each."""
+    weights_folder: Path | None = None
+    """With vllm-server: folder that weights go through, seen by all servers; left out: /dev/shm."""
+    patience_s: Positive = 600
+    """Seconds that a server may be away before the run ends; a start, or a restart, must fit in."""
 
 
 class RewardSection(_Section):
@@ -333,7 +362,7 @@ class RunConfig(_Section):
                 f"rollout.questions_per_step * rollout.group_size = {replies} replies do not split into "
                 f"policy.updates_per_step = {self.policy.updates_per_step} equal mini-batches; change one of the three"
             )
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        longest = self.max_tokens
         if self.policy.micro_batch_tokens < longest:
             raise ValueError(
                 f"policy.micro_batch_tokens = {self.policy.micro_batch_tokens} cannot hold one sequence of "
@@ -341,6 +370,7 @@ class RunConfig(_Section):
             )
         self._partitioning()
         self._rewards()
+        self._servers()
         if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of run.steps = "
@@ -382,6 +412,29 @@ class RunConfig(_Section):
             raise ValueError(
                 f"policy.offload_parameters needs policy.zero_stage = 3, not {policy.zero_stage}; change one of the two"
             )
+
+    def _servers(self) -> None:
+        """An option that would be ignored is an error."""
+        section, engine = self.vllm, self.rollout.engine
+        if section.sleep and engine != "vllm":
+            raise ValueError(f"vllm.sleep is for rollout.engine = vllm, not {engine}; turn it off or take that engine")
+        for name in ("servers", "gpus", "weights_folder"):
+            if getattr(section, name) and engine != "vllm-server":
+                raise ValueError(f"vllm.{name} is for rollout.engine = vllm-server, not {engine}; leave it out")
+        wrong = [url for url in section.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
+        if wrong:
+            raise ValueError(f"vllm.servers has {wrong[0]!r}; expected http://host:port")
+        wanted = section.num_servers * section.tensor_parallel
+        if section.gpus and not section.servers and len(section.gpus) != wanted:
+            raise ValueError(
+                f"vllm.gpus names {len(section.gpus)} devices, but vllm.num_servers * vllm.tensor_parallel = {wanted} "
+                f"are wanted; change one of the three"
+            )
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt and its longest reply."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     def loss_objective(self) -> Objective:
         """The static choices of the policy loss, as expo_kernels takes them."""
@@ -502,9 +555,10 @@ def _explain(item: ErrorDetails) -> str:
         return f"unknown key {dotted}{nearest(dotted, field_names() + [name for name, _ in _sections()])}"
     if item["type"] == "missing":
         return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
+    said = item["msg"].removeprefix("Value error, ")
     if not dotted:
-        return item["msg"].removeprefix("Value error, ")
-    message = item["msg"][0].lower() + item["msg"][1:]
+        return said
+    message = said[0].lower() + said[1:]
     return f"{dotted} = {item['input']!r}: {message}"
 
 

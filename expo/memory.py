@@ -63,7 +63,7 @@ class Footprint:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+        return self.config.max_tokens
 
     @property
     def has_reference(self) -> bool:
@@ -196,6 +196,10 @@ class Footprint:
         """Whole parameters for sampling, where stage 3 has split them."""
         is_split = self.config.policy.zero_stage == 3 and self.num_ranks > 1
         return float(self.itemsize * self.held_parameters) if is_split else 0.0
+
+    def engine_weight_bytes(self) -> float:
+        """vLLM's copy of the weights on one GPU of the vllm.tensor_parallel that share it."""
+        return float(self.itemsize * self.shape.num_parameters / self.config.vllm.tensor_parallel)
 
     def sampled_at_once(self) -> int:
         """Replies of one rank under way at once: rollout.batch_size, or a step's if they are fewer and all there is."""

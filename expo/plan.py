@@ -20,6 +20,7 @@ from expo.data import count_questions
 from expo.flops import ModelShape
 from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.model import check_model_path
+from expo.rollout.vllm_common import check_ranks
 
 SHIPPED_SHAPES = RECIPES / "models"  # <organisation>--<name>.json, as in the models' own config.json
 ASSUMED_GPU_GIB = 80.0
@@ -35,6 +36,8 @@ class Machine:
     memory_gib: float | None
     source: str
     """Where the memory's size comes from."""
+    vllm_gib: float = 0.0
+    """What vLLM takes of a rank's GPU; less is left in memory_gib, unless it sleeps while the policy learns."""
 
 
 def print_plan(invocation: Invocation) -> int:
@@ -45,6 +48,8 @@ def print_plan(invocation: Invocation) -> int:
     config = invocation.config
     machine = plan_machine(config, invocation.ranks, invocation.gpu_memory_gib)
     check_batches(config, machine.num_ranks)
+    if config.rollout.engine == "vllm":
+        check_ranks(config.vllm, machine.num_ranks)
     shape, source = find_shape(config.model)
     footprint = Footprint(config, shape, machine.num_ranks)
     if os.environ.get("RANK", "0") == "0":
@@ -56,7 +61,7 @@ def print_plan(invocation: Invocation) -> int:
 
 def plan_machine(config: RunConfig, ranks: int | None, memory_gib: float | None) -> Machine:
     """The GPUs asked for; what is not given is taken from the environment and the GPUs here, or assumed. Where vLLM
-    samples, its share of the memory is taken off.
+    samples beside the trainer, its share of the memory is taken off.
 
     Raises: ConfigError if WORLD_SIZE is set and no count.
     """
@@ -64,9 +69,11 @@ def plan_machine(config: RunConfig, ranks: int | None, memory_gib: float | None)
     if config.rollout.engine != "vllm" or machine.memory_gib is None:
         return machine
     share = config.vllm.gpu_memory_utilization
-    return replace(
-        machine, memory_gib=(1 - share) * machine.memory_gib, source=f"{machine.source}, less {share:.0%} for vLLM"
-    )
+    vllm_gib, others_gib = share * machine.memory_gib, (1 - share) * machine.memory_gib
+    if config.vllm.sleep:
+        return replace(machine, vllm_gib=vllm_gib)
+    source = f"{machine.source}, less {share:.0%} for vLLM"
+    return replace(machine, vllm_gib=vllm_gib, memory_gib=others_gib, source=source)
 
 
 def _whole_machine(config: RunConfig, ranks: int | None, memory_gib: float | None) -> Machine:
@@ -129,6 +136,8 @@ def check_batches(config: RunConfig, num_ranks: int) -> None:
 
 def check_memory(footprint: Footprint, machine: Machine) -> None:
     """Raises: ConfigError if the largest phase does not fit a GPU; it names the largest part and what lowers it."""
+    if machine.memory_gib is not None and machine.vllm_gib:
+        _check_vllm(footprint, machine.vllm_gib, machine.memory_gib)
     phase, num_bytes = footprint.peak()
     if machine.memory_gib is None or num_bytes <= machine.memory_gib * GIB:
         return
@@ -137,6 +146,22 @@ def check_memory(footprint: Footprint, machine: Machine) -> None:
         f"{phase} takes {num_bytes / GIB:.1f} GiB of the GPU's {machine.memory_gib:.1f} ({machine.source}); the "
         f"largest part is {largest.name} with {largest.num_bytes / GIB:.1f} GiB: try {largest.advice}"
     )
+
+
+def _check_vllm(footprint: Footprint, vllm_gib: float, memory_gib: float) -> None:
+    """Raises: ConfigError if vLLM's share cannot hold its weights, or not stand beside what the trainer keeps."""
+    weights = footprint.engine_weight_bytes() / GIB
+    if weights >= vllm_gib:
+        raise ConfigError(
+            f"vLLM's weights take {weights:.1f} GiB of each GPU, but its share is {vllm_gib:.1f}; raise "
+            f"vllm.gpu_memory_utilization or vllm.tensor_parallel"
+        )
+    kept = (RUNTIME_BYTES + sum(part.num_bytes for part in footprint.resident())) / GIB
+    if footprint.config.vllm.sleep and kept + vllm_gib > memory_gib:
+        raise ConfigError(
+            f"while vLLM is awake, its {vllm_gib:.1f} GiB and the {kept:.1f} that the trainer keeps are more than the "
+            f"GPU's {memory_gib:.1f}; lower vllm.gpu_memory_utilization, or raise policy.zero_stage"
+        )
 
 
 def describe(footprint: Footprint, machine: Machine, shape_source: str) -> str:

@@ -29,9 +29,9 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of `items`: every size-th, starting at its number."""
-        return list(items[self.rank :: self.size])
+    def share(self, items: Sequence[T], width: int = 1) -> list[T]:
+        """This rank's part of `items`: every size-th, starting at its number; `width` ranks on end have one part."""
+        return list(items[self.rank // width :: self.size // width])
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in their order, on every rank."""
@@ -44,7 +44,7 @@ class Ranks:
     def joined(self, shares: Sequence[Sequence[T]]) -> list[T]:
         """What `share` took apart, in its first order."""
         total = sum(len(share) for share in shares)
-        return [shares[index % self.size][index // self.size] for index in range(total)]
+        return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
 
     def from_first(self, value: T) -> T:
         """Rank 0's value, on every rank."""

@@ -17,10 +17,11 @@ class SharedEngine:
         engine: this rank's.
         ranks: the processes of the run.
         switch: looked at between batches of replies; once set on one rank, StopRequested is raised on all.
+        width: ranks on end that are one engine together, and must be asked for the same.
     """
 
-    def __init__(self, engine: RolloutEngine, ranks: Ranks, switch: StopSwitch) -> None:
-        self._engine, self._ranks, self._switch = engine, ranks, switch
+    def __init__(self, engine: RolloutEngine, ranks: Ranks, switch: StopSwitch, width: int = 1) -> None:
+        self._engine, self._ranks, self._switch, self._width = engine, ranks, switch, width
 
     @property
     def holds_weights(self) -> bool:
@@ -39,17 +40,19 @@ class SharedEngine:
         def tell(count: int) -> None:
             nonlocal left
             if on_progress is not None:
-                done = min(left, count * self._ranks.size)  # the other ranks are taken to be as fast
+                # the other ranks are taken to be as fast
+                done = min(left, count * self._ranks.size // self._width)
                 left -= done
                 on_progress(done)
-            self._switch.check()
+            if self._width == 1:  # one rank cannot leave what several make together
+                self._switch.check()
 
         mine: list[list[Reply]] | str
         try:
-            mine = self._engine.generate(self._ranks.share(requests), sampling, tell)
+            mine = self._engine.generate(self._ranks.share(requests, self._width), sampling, tell)
         except StopRequested as request:
             mine = str(request)
-        shares = self._ranks.gather(mine)
+        shares = self._ranks.gather(mine)[:: self._width]
         for share in shares:
             if isinstance(share, str):
                 raise StopRequested(share)
@@ -66,6 +69,14 @@ class SharedEngine:
     ) -> list[list[float]]:
         """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
         return self._engine.score(prompts, replies, temperature)
+
+    def rest(self) -> None:
+        """Has every rank's engine give back what memory it can, until the next `load_weights`."""
+        self._engine.rest()
+
+    def close(self) -> None:
+        """Ends what this rank's engine has started."""
+        self._engine.close()
 
 
 class SharedVerifier:

@@ -29,7 +29,7 @@ from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report
 from expo.resampling import Rollouts
-from expo.rollout import Reply, Request, Sampling, request_seed
+from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
 from expo.shaping import RewardError
 from expo.stopping import StopRequested
 from expo.sync import SyncError
@@ -58,6 +58,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         CheckpointError: if the run was to end and its state could not be written.
         RewardError: if one of reward.functions failed.
         SyncError: if the rollout engine's weights turned out not to be the policy's.
+        EngineError: if a rollout engine in another process cannot go on.
     """
     with open_run(config, resume) as parts:
         position = take_up(parts, resume)
@@ -132,6 +133,8 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
             graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
         missing = rollouts.num_missing
+    with timer.phase("rollout"):
+        parts.engine.rest()
     return rollouts
 
 
@@ -346,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, RewardError, SyncError) as error:
+    except (Diverged, CheckpointError, EngineError, RewardError, SyncError) as error:
         fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0

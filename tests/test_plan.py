@@ -24,6 +24,9 @@ def numbers(text):
     return {name: number.replace(",", "") for name, number in rows}
 
 
+IN_PYTORCH = ("rollout.engine", "transformers")
+
+
 def recipe(name, *overrides):
     return load_config(RECIPES / name, overrides)
 
@@ -69,7 +72,7 @@ def test_the_papers_recipes_have_the_papers_settings(name):
 
 
 def test_the_printed_numbers_are_the_formulas():
-    config = recipe(PAPERS[1])
+    config = recipe(PAPERS[1], IN_PYTORCH, ("rollout.batch_size", 32))
     run = footprint_of(config)
     found = numbers(describe(run, A100, "somewhere"))
     expected = {
@@ -181,7 +184,7 @@ def test_every_rank_needs_a_reply_in_each_update():
     ("overrides", "expected"),
     [
         ([("policy.zero_stage", 0)], "optimizer states with 61.0 GiB: try policy.zero_stage=1"),
-        ([("rollout.batch_size", 256)], "key-value cache with 146.0 GiB: try a lower rollout.batch_size"),
+        ([IN_PYTORCH, ("rollout.batch_size", 256)], "key-value cache with 146.0 GiB: try a lower rollout.batch_size"),
         ([("policy.gradient_checkpointing", False)], "activations with .* try policy.gradient_checkpointing=true"),
         ([("policy.micro_batch_tokens", 262144)], "activations with .* try a lower policy.micro_batch_tokens"),
     ],
@@ -197,7 +200,9 @@ def test_what_does_not_fit_names_its_largest_part_and_what_lowers_it(overrides, 
 def test_refusals_exit_2_with_one_line_after_the_plan(capsys):
     path = str(RECIPES / PAPERS[0])
     assert "fewer than the 513 ranks" in error_of(capsys, path, "--dry-run", "--ranks=513")
-    assert "try a lower rollout.batch_size" in error_of(capsys, path, "--dry-run", "--ranks=8", "--gpu-memory-gib=24")
+    small = ("--ranks=8", "--gpu-memory-gib=24", "--rollout.engine=transformers")
+    assert "try a lower rollout.batch_size" in error_of(capsys, path, "--dry-run", *small)
+    assert "vllm.tensor_parallel = 2 does not divide the 7 ranks" in error_of(capsys, path, "--dry-run", "--ranks=7")
     assert "needs policy.zero_stage >= 1" in error_of(
         capsys, path, "--dry-run", "--policy.zero_stage=0", "--policy.offload_optimizer=true"
     )
@@ -233,4 +238,24 @@ def test_vllm_has_its_share_of_the_memory_and_samples_in_it():
     machine = plan_machine(config, 8, 80.0)
     assert machine.memory_gib == 60.0
     assert "sampling" not in describe(footprint_of(config), machine, "test")
-    assert plan_machine(recipe(PAPERS[0]), 8, 80.0).memory_gib == 80.0
+    assert plan_machine(recipe(PAPERS[0], IN_PYTORCH), 8, 80.0).memory_gib == 80.0
+
+
+def test_a_vllm_that_sleeps_leaves_the_policy_the_whole_gpu_but_must_fit_beside_what_it_keeps():
+    asleep = (("rollout.engine", "vllm"), ("vllm.sleep", True))
+    config = recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.5))
+    machine = plan_machine(config, 8, 80.0)
+    assert (machine.memory_gib, machine.vllm_gib) == (80.0, 40.0)
+    check_memory(footprint_of(config), machine)
+    greedy = recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.9))
+    with pytest.raises(ConfigError, match="while vLLM is awake"):
+        check_memory(footprint_of(greedy), plan_machine(greedy, 8, 80.0))
+
+
+def test_vllms_weights_must_fit_its_share_and_are_split_over_its_gpus():
+    overrides = (("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.15))
+    config = recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 1))
+    with pytest.raises(ConfigError, match="vLLM's weights take 15"):
+        check_memory(footprint_of(config), plan_machine(config, 8, 80.0))
+    config = recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 2))
+    check_memory(footprint_of(config), plan_machine(config, 8, 80.0))

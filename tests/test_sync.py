@@ -5,12 +5,13 @@ import importlib.util
 import pytest
 import torch
 
-from expo.config import load_config
+from expo.config import ConfigError, VllmSection, load_config
 from expo.model import empty_copy
 from expo.policy import DeepSpeedPolicy
 from expo.ranks import join_ranks
-from expo.rollout import vllm
 from expo.rollout.transformers import TransformersEngine
+from expo.rollout.vllm import VllmEngine
+from expo.rollout.vllm_common import version_warning
 from expo.sync import Probe, SyncError, WeightSync, make_probe
 from expo.train import main
 
@@ -70,10 +71,20 @@ def test_without_vllm_the_command_line_says_what_to_install(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_sleep_and_ranks_left_over_are_refused_before_vllm_loads():
+    def engine(num_ranks, **section):
+        VllmEngine("m", None, frozenset(), VllmSection(**section), dtype=torch.float32, device=torch.device("cpu"),
+                   num_replies=1, max_tokens=2, num_ranks=num_ranks)  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r"vllm\.sleep = true needs a GPU"):
+        engine(1, sleep=True)
+    with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
+        engine(3, tensor_parallel=2)
+
+
 @pytest.mark.parametrize(
     ("found", "warns"),
     [("0.31.2", True), ("0.32.0", False), ("0.33.1.post1+cpu", False), ("0.34.0", True), ("?", True)],
 )
-def test_a_vllm_it_was_not_made_for_is_pointed_out(monkeypatch, found, warns):
-    monkeypatch.setattr(vllm, "version", lambda: found)
-    assert (vllm.version_warning() is not None) == warns
+def test_a_vllm_it_was_not_made_for_is_pointed_out(found, warns):
+    assert (version_warning(found) is not None) == warns

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from expo.assemble import build_engine, max_tokens
+from expo.assemble import build_engine
 from expo.checkpoint import CheckpointError, Checkpoints
 from expo.config import ConfigError, RunConfig
 from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_prompts
@@ -22,7 +22,7 @@ from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path
 from expo.ranks import Ranks, join_ranks
 from expo.rewards import Verifier
-from expo.rollout.vllm import check_vllm
+from expo.rollout.vllm_common import check_vllm
 from expo.scores import Agree
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.stopping import StopSwitch
@@ -56,8 +56,8 @@ class Evaluation:
 
         Raises: SyncError if they turn out to be others.
         """
-        engine = SharedEngine(build_engine(self.config, self.policy, self.ranks, self.display), self.ranks, self.switch)
-        probe = make_probe([p.prompt_ids for asked in self.sets.values() for p in asked], max_tokens(self.config))
+        engine = build_engine(self.config, self.policy, self.ranks, self.switch, self.display, self.folder.path)
+        probe = make_probe([p.prompt_ids for asked in self.sets.values() for p in asked], self.config.max_tokens)
         WeightSync(engine, self.policy, self.ranks, probe, 1.0, self.config.rollout.sync_tolerance).run()
         return engine
 

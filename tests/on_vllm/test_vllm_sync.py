@@ -32,7 +32,7 @@ def test_the_probe_catches_a_prefix_cache_that_was_kept(pair, monkeypatch):
 
 def test_the_probe_catches_a_tied_head_left_stale(pair, monkeypatch):
     pair.move(12)
-    monkeypatch.setattr(vllm, "_pack_tied_head", lambda model: None)
+    monkeypatch.setattr(vllm, "pack_tied_head", lambda model: None)
     with pytest.raises(SyncError):
         pair.sync.run()
 

@@ -55,8 +55,17 @@ def test_a_run_with_vllm_is_quiet_and_in_step(alone):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_zero_3_take_the_same_steps(run, alone):
-    _, rows = run(TWO_RANKS, **{"policy.zero_stage": 3})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy.zero_stage": 3},
+        {"policy.zero_stage": 3, "vllm.tensor_parallel": 2},
+        {"policy.zero_stage": 3, "rollout.engine": "vllm-server"},
+    ],
+    ids=["an engine each", "one engine together", "one server"],
+)
+def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
+    _, rows = run(TWO_RANKS, **settings)
     assert_in_step(rows)
     for row, expected in zip(rows, alone[1], strict=True):
         assert row["accuracy"] == expected["accuracy"]

@@ -1,0 +1,230 @@
+"""A vLLM server as seen from the trainer: one call, or many at once, over HTTP."""
+
+import http.client
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from expo.rollout.engine import EngineError
+
+CONNECT_S = 10.0
+POLL_S = 0.5  # how often a wait for replies looks up, to be told that it should stop
+KEEPALIVE_S = 30  # after which the system asks whether a silent server's machine is still there
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
+
+
+class Away(Exception):  # noqa: N818  # not an error: it may be back
+    """A server did not answer, or not as one that is well; asking again may help."""
+
+
+class Server:
+    """A server by its address, http://host:port."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._place = urlsplit(url)
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A new connection, on which answers may take their time. Raises: Away."""
+        connection = http.client.HTTPConnection(str(self._place.hostname), self._place.port, timeout=CONNECT_S)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise Away(f"{error}") from error
+        connection.sock.settimeout(None)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+        return connection
+
+    def get(self, path: str) -> Any:
+        """What a path holds. Raises: as `call`."""
+        return self._once("GET", path, None)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The answer to a call. Raises: as `call`."""
+        return self._once("POST", path, body)
+
+    def _once(self, method: str, path: str, body: Any) -> Any:
+        connection = self.connect()
+        try:
+            return self.call(connection, method, path, body)
+        finally:
+            connection.close()
+
+    def call(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> Any:
+        """The answer, read from JSON; None if it is empty.
+
+        Raises: Away if there is none or the server failed; EngineError if it refuses the call.
+        """
+        try:
+            connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Away(f"{error!r}") from error
+        if response.status >= 500:
+            raise Away(f"{path}: {response.status} {_shortened(answer)}")
+        if response.status >= 400:
+            raise EngineError(f"the vLLM server {self.url} refuses {path}: {response.status} {_shortened(answer)}")
+        return json.loads(answer) if answer else None
+
+
+def _shortened(answer: bytes) -> str:
+    return " ".join(answer.decode(errors="replace").split())[:300]
+
+
+class Patience:
+    """How long to go on asking a server that is away.
+
+    Args:
+        server: who is asked.
+        seconds: since it last answered.
+        check: raises what ends the wait at once.
+    """
+
+    def __init__(self, server: Server, seconds: float, check: Callable[[], None]) -> None:
+        self._server, self._seconds, self._check = server, seconds, check
+        self._since: float | None = None
+        self._pause = FIRST_PAUSE_S
+
+    def answered(self) -> None:
+        """Starts anew."""
+        self._since, self._pause = None, FIRST_PAUSE_S
+
+    def wait(self, reason: Away) -> None:
+        """Returns when it is time to ask again. Raises: EngineError if it has been away for too long."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since + self._pause > self._seconds:
+            raise EngineError(
+                f"the vLLM server {self._server.url} has not answered for vllm.patience_s = {self._seconds:g} s "
+                f"({reason}); see that it runs, then go on with --resume"
+            )
+        until = now + self._pause
+        while time.monotonic() < until:
+            self._check()
+            time.sleep(min(POLL_S, self._pause))
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+
+
+def insist(server: Server, seconds: float, check: Callable[[], None], ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, asked again while the server is away. Raises: as `Patience.wait`."""
+    patience = Patience(server, seconds, check)
+    while True:
+        try:
+            return ask()
+        except Away as reason:
+            patience.wait(reason)
+
+
+class Crowd:
+    """Many calls at once, each on a thread with a connection of its own.
+
+    Args:
+        servers: calls go to them in turn.
+        size: calls under way at once.
+        seconds: that a server may be away.
+        check: raises what ends a wait at once.
+    """
+
+    def __init__(self, servers: Sequence[Server], size: int, seconds: float, check: Callable[[], None]) -> None:
+        self._servers, self._size, self._seconds, self._check = servers, size, seconds, check
+        self._stopped = threading.Event()
+        self.connections: set[http.client.HTTPConnection] = set()
+        self._found: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+
+    def run(
+        self, path: str, bodies: Sequence[Any], read: Callable[[Any], Any], on_progress: Callable[[int], None]
+    ) -> list[Any]:
+        """What `read` makes of each answer, in order; an answer that it finds Away is asked for again.
+
+        `on_progress` is told how many were finished since it was last told. If anything is raised meanwhile, the calls
+        under way are hung up, at which a server forgets them.
+        """
+        jobs: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        for job in enumerate(bodies):
+            jobs.put(job)
+        for _ in range(min(self._size, len(bodies))):
+            threading.Thread(target=self._work, args=(path, jobs, read), daemon=True).start()
+        answers: list[Any] = [None] * len(bodies)
+        left = len(bodies)
+        try:
+            while left:
+                num_new = self._collect(answers)
+                left -= num_new
+                on_progress(num_new)
+        except BaseException:
+            self._hang_up()
+            raise
+        return answers
+
+    def _collect(self, answers: list[Any]) -> int:
+        """Waits a moment for answers, and returns how many there were."""
+        count, timeout = 0, POLL_S
+        with suppress(queue.Empty):
+            while True:
+                index, answer = self._found.get(timeout=timeout)
+                if isinstance(answer, Exception):
+                    raise answer
+                answers[index] = answer
+                count, timeout = count + 1, 0.0
+        return count
+
+    def _work(self, path: str, jobs: "queue.SimpleQueue[tuple[int, Any]]", read: Callable[[Any], Any]) -> None:
+        lines = [_Line(self, server, self._seconds) for server in self._servers]
+        with suppress(queue.Empty):
+            while not self._stopped.is_set():
+                index, body = jobs.get_nowait()
+                try:
+                    self._found.put((index, lines[index % len(lines)].ask(path, body, read)))
+                except Exception as error:
+                    self._found.put((index, error))
+        for line in lines:
+            line.close()
+
+    def check(self) -> None:
+        """Raises what ends a wait at once: that nobody waits for the answer any more, or what the owner knows."""
+        if self._stopped.is_set():
+            raise EngineError("nobody waits for this answer any more")
+        self._check()
+
+    def _hang_up(self) -> None:
+        self._stopped.set()
+        for connection in list(self.connections):
+            with suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Line:
+    """One thread's connection to one server, made anew after each failure."""
+
+    def __init__(self, crowd: Crowd, server: Server, seconds: float) -> None:
+        self._crowd, self._server = crowd, server
+        self._patience = Patience(server, seconds, crowd.check)
+        self._connection: http.client.HTTPConnection | None = None
+
+    def ask(self, path: str, body: Any, read: Callable[[Any], Any]) -> Any:
+        while True:
+            try:
+                if self._connection is None:
+                    self._connection = self._server.connect()
+                    self._crowd.connections.add(self._connection)
+                found = read(self._server.call(self._connection, "POST", path, body))
+                self._patience.answered()
+                return found
+            except Away as reason:
+                self.close()
+                self._patience.wait(reason)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._crowd.connections.discard(self._connection)
+            self._connection.close()
+            self._connection = None

@@ -1,0 +1,211 @@
+"""Generation by vLLM in processes of its own, over HTTP, on weights that follow the policy's.
+
+The ranks of a run share the servers: each sends its requests to its own of them, rank 0 alone brings the weights. Every
+reply says which weights made it, and one that older ones had a part in is asked for again: so is one whose server died.
+"""
+
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expo.config import ConfigError, RunConfig, VllmSection
+from expo.ranks import Ranks
+from expo.rollout.engine import EngineError, Reply, Request, Sampling
+from expo.rollout.vllm_client import Away, Crowd, Server, insist
+from expo.rollout.vllm_common import engine_settings, make_reply, reply_jobs, score_jobs
+from expo.rollout.vllm_files import WeightFiles
+from expo.rollout.vllm_keeper import Keeper, ServerProcess
+
+GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
+
+
+class ServerEngine:
+    """Samples from servers' copies of the policy that `load_weights` keeps up to date; every rank makes one.
+
+    Args:
+        config: the run's; its vllm, rollout and run sections are read.
+        tokenizer: the policy's.
+        end_ids: tokens that end a reply.
+        ranks: the processes of the run; all calls but `generate` and `score` are made by all of them together.
+        folder: of the run, with its config.yaml; logs of the servers go there.
+
+    Raises: ConfigError if a server does not start, does not answer, or has other settings.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: Any, end_ids: frozenset[int], ranks: Ranks, folder: Path) -> None:
+        self._config, self._section, self._ranks = config, config.vllm, ranks
+        self._tokenizer, self._end_ids = tokenizer, end_ids
+        self._keepers: list[Keeper] = []
+        self._files: WeightFiles | None = None
+        self._version: str | None = None
+        if not config.vllm.servers:
+            _require_room(config.vllm, ranks)
+        urls, self.version = ranks.on_first(lambda: self._open(folder))
+        mine = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
+        self._servers = [Server(url) for url in mine or [urls[ranks.rank % len(urls)]]]
+
+    def _open(self, folder: Path) -> tuple[list[str], str]:
+        """The addresses of all servers, ready and looked after, and vLLM's version on the last."""
+        section = self._section
+        self._files = files = WeightFiles(section.weights_folder)
+        processes: list[ServerProcess | None] = [None] * len(section.servers)
+        urls = list(section.servers)
+        if not urls:
+            started = [self._process(folder, number, files) for number in range(section.num_servers)]
+            urls, processes = [process.url for process in started], [*started]
+        for url, process in zip(urls, processes, strict=True):
+            self._keepers.append(Keeper(Server(url), process, files, section.patience_s))
+        try:
+            for keeper in self._keepers:
+                keeper.start()
+            for keeper in self._keepers:
+                keeper.wait_until_ready()
+                version = require_settings(self._config, keeper.server)
+        except BaseException:
+            self.close()
+            raise
+        return urls, version
+
+    def _process(self, folder: Path, number: int, files: WeightFiles) -> ServerProcess:
+        width = self._section.tensor_parallel
+        gpus = self._section.gpus[number * width : (number + 1) * width]
+        log = folder / f"vllm-server-{number}.log"
+        return ServerProcess(folder / "config.yaml", log, files.folder, gpus, self._config.run.threads)
+
+    @property
+    def holds_weights(self) -> bool:
+        """True: they are a copy of the policy's."""
+        return True
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Reply]]:
+        """For each request one reply per seed, in order; `on_progress` is called twice a second at least.
+
+        Raises: EngineError if a server stays away for too long, or dies again and again.
+        """
+        done = iter(self._run(reply_jobs(requests, sampling, self._end_ids), on_progress))
+        return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """Log-probability in nats of every token of given replies. Raises: as `generate`."""
+        choices = iter(self._run(score_jobs(prompts, replies, temperature), None))
+        return [[_logp_of(next(choices), token) for token in reply] for reply in replies]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Has rank 0 bring the policy's weights to every server; all ranks go through them together.
+
+        Raises: EngineError, on every rank, if they cannot be written or a server does not take them.
+        """
+        weights = iter(weights)
+        problem = None
+        try:
+            if self._files is not None:
+                self._files.take(weights)
+                for keeper in self._keepers:
+                    keeper.sync()
+        except EngineError as error:
+            problem = str(error)
+        for _ in weights:  # the other ranks, and rank 0 if it failed: gathering is a thing of all
+            pass
+        version = None if self._files is None else self._files.version
+        self._version, problem = self._ranks.from_first((version, problem))
+        if problem is not None:
+            raise EngineError(problem)
+
+    def rest(self) -> None:
+        """The servers have GPUs of their own."""
+
+    def close(self) -> None:
+        """Ends the servers that the run has started, and removes the files of the weights."""
+        for keeper in self._keepers:
+            keeper.close()
+        if self._files is not None:
+            self._files.close()
+
+    def _run(
+        self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
+    ) -> list[Any]:
+        """The servers' choices, in order."""
+        crowd = Crowd(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
+        bodies = [{"token_ids": list(prompt), "sampling_params": options} for prompt, options in jobs]
+        return crowd.run(GENERATE, bodies, self._choice, on_progress or _ignore)
+
+    def _check(self) -> None:
+        for keeper in self._keepers:
+            keeper.check()
+
+    def _choice(self, answer: Any) -> Any:
+        """The one choice in an answer. Raises: Away if it was not finished, or not by the present weights."""
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise Away(f"it broke a reply off: {choice['finish_reason']}")
+        versions = {span["version"] for span in choice["weight_versions"]}
+        if self._version is not None and versions != {self._version}:
+            raise Away("it has not been given the present weights")
+        return choice
+
+    def _reply(self, choice: Any) -> Reply:
+        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
+        return make_reply(self._tokenizer, self._end_ids, choice["token_ids"], logps)
+
+
+def _ignore(_count: int) -> None:
+    """Nobody wants to know."""
+
+
+def _logp_of(choice: Any, token: int) -> float:
+    (position,) = choice["logprobs"]["content"]
+    return next(float(at["logprob"]) for at in position["top_logprobs"] if at["token_id"] == token)
+
+
+def _require_room(section: VllmSection, ranks: Ranks) -> None:
+    """Raises: ConfigError if servers cannot be started for these ranks."""
+    if ranks.device.type == "cuda" and not section.gpus:
+        raise ConfigError(
+            "rollout.engine = vllm-server needs GPUs of its own: name them in vllm.gpus, beside those of the ranks, or "
+            "take rollout.engine = vllm, which shares them"
+        )
+    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"rollout.engine = vllm-server starts servers beside rank 0 alone, where ranks on other machines "
+            f"({', '.join(hosts)}) cannot reach them; start some by python -m expo.serve, name them in vllm.servers"
+        )
+
+
+def require_settings(config: RunConfig, server: Server) -> str:
+    """The version of a server's vLLM. Raises: ConfigError if its settings would make other replies than the run's."""
+
+    def ask(path: str) -> Any:
+        return insist(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
+
+    try:
+        info, version = ask("/server_info?config_format=json"), str(ask("/version")["version"])
+    except EngineError as error:
+        raise ConfigError(f"{error}; start it with python -m expo.serve, which sets what the run needs") from error
+    parts = [part for part in info["vllm_config"].values() if isinstance(part, dict)]
+    held = {name: value for part in parts for name, value in part.items()}
+    dtype, longest = getattr(torch, config.policy.dtype), config.max_tokens
+    wanted = engine_settings(config.vllm, dtype=dtype, is_cpu=False, num_replies=1, max_tokens=longest)
+    for name in ("dtype", "generation_config", "logprobs_mode", "skip_tokenizer_init", "tensor_parallel_size"):
+        if str(held.get(name)).removeprefix("torch.") != str(wanted[name]):
+            raise ConfigError(
+                f"the vLLM server {server.url} has {name} = {held.get(name)}, but the run needs {wanted[name]}; start "
+                f"it with python -m expo.serve and the run's configuration"
+            )
+    if held["max_model_len"] < longest:
+        raise ConfigError(
+            f"the vLLM server {server.url} takes {held['max_model_len']} tokens, but prompts and replies may have "
+            f"{longest}; start it with python -m expo.serve and the run's configuration"
+        )
+    return version

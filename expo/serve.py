@@ -1,0 +1,84 @@
+"""A vLLM server for rollout.engine = vllm-server: `python -m expo.serve CONFIG.yaml [--host=H] [--port=N] ...`.
+
+Takes the configuration of the run that it will serve, with the same `--section.field=value` changes, and starts vLLM's
+own HTTP server with what that run needs. Whoever reaches its port can change its weights: keep it inside the cluster.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expo.config import ConfigError, RunConfig, fail, parse_command_line
+from expo.model import check_model_path
+from expo.rollout.vllm_common import MADE_FOR_TEXT, check_vllm, engine_settings, version
+from expo.rollout.vllm_keeper import guard
+
+PROGRAM = "python -m expo.serve"
+WORKER = "expo.rollout.vllm_worker.WeightReader"
+MODULES = ("vllm.entrypoints.openai.api_server",)  # what starts vLLM's HTTP server when run
+
+
+def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -> list[str]:
+    """The command line of vLLM's HTTP server for a run."""
+    settings = {
+        "model": check_model_path(config.model),
+        "host": host,
+        "port": port,
+        "tokens_only": True,
+        "worker_extension_cls": WORKER,
+        "disable_uvicorn_access_log": True,
+        **engine_settings(
+            config.vllm,
+            dtype=getattr(torch, config.policy.dtype),
+            is_cpu=is_cpu,
+            num_replies=config.rollout.batch_size,
+            max_tokens=config.max_tokens,
+        ),
+    }
+    return [_flag(name, value) for name, value in settings.items()]
+
+
+def _flag(name: str, value: Any) -> str:
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until it is told to end; 2 with one line on stderr if it cannot."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--ward", type=Path)  # folder to remove when our stdin closes, and we end
+    own, others = parser.parse_known_args(argv)
+    if own.ward is not None:
+        guard(own.ward)
+    config = parse_command_line(others, PROGRAM).config
+    try:
+        check_vllm()
+        modules = [name for name in MODULES if find_spec(name) is not None]
+        if not modules:
+            raise ConfigError(f"vLLM {version()} has no {MODULES[0]}; install one from {MADE_FOR_TEXT}")
+    except ConfigError as error:
+        fail(PROGRAM, error)
+    is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    if is_cpu and config.vllm.tensor_parallel > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # on its own it asks for a memory node for each
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for the routes that change weights
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    sys.argv = [modules[0], *server_arguments(config, own.host, own.port, is_cpu=is_cpu)]
+    runpy.run_module(modules[0], run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

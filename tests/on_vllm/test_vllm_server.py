@@ -1,0 +1,92 @@
+"""vLLM in a process of its own: the same replies as in ours, on the policy's weights, whatever happens to it."""
+
+import os
+import signal
+
+import pytest
+
+from expo.rollout import Sampling, vllm_files
+from expo.rollout.vllm_client import Server
+from expo.stopping import StopRequested
+from expo.sync import SyncError
+from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
+
+
+@pytest.mark.parametrize("kind", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
+def test_every_large_update_arrives(pairs, kind):
+    pair = pairs(kind, served=True)
+    for seed in range(3):
+        pair.move(seed)
+        with pytest.raises(SyncError, match="sync_tolerance"):
+            pair.sync.difference()
+        assert pair.sync.run() < 1e-5
+
+
+def test_the_probe_catches_a_sync_left_out(served, monkeypatch):
+    served.move(10)
+    post = Server.post
+    monkeypatch.setattr(Server, "post", lambda *call: None if "read_weights" in str(call) else post(*call))
+    with pytest.raises(SyncError):
+        served.sync.run()
+
+
+def test_the_probe_catches_a_prefix_cache_that_was_kept(served, monkeypatch):
+    served.move(11)
+    monkeypatch.setattr(vllm_files, "reset_cache", lambda server: None)
+    with pytest.raises(SyncError):
+        served.sync.run()
+
+
+def test_the_probe_catches_a_tied_head_left_stale(served, monkeypatch):
+    served.move(12)
+    post = Server.post
+    monkeypatch.setattr(Server, "post", lambda *call: None if "pack_tied_head" in str(call) else post(*call))
+    with pytest.raises(SyncError):
+        served.sync.run()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_logps_are_the_policys_at_the_temperature(served, temperature):
+    asked = requests()
+    assert furthest(served.policy, asked, served.engine.generate(asked, Sampling(temperature, 12)), temperature) < 1e-5
+
+
+def test_replies_are_those_of_an_engine_in_this_process(served, pair):
+    expected = pair.engine.generate(requests(), SAMPLING)
+    found = served.engine.generate(requests(), SAMPLING)
+    assert tokens(found) == tokens(expected)
+    assert [reply.text for reply in found[0]] == [reply.text for reply in expected[0]]
+    assert [reply.is_truncated for reply in found[0]] == [reply.is_truncated for reply in expected[0]]
+
+
+def test_progress_counts_every_reply_and_may_stop_the_call(served):
+    counts = []
+    expected = tokens(served.engine.generate(requests(), SAMPLING, counts.append))
+    assert sum(counts) == 32
+
+    def stop(count):
+        raise StopRequested("test")
+
+    with pytest.raises(StopRequested):
+        served.engine.generate(requests(), SAMPLING, stop)
+    assert tokens(served.engine.generate(requests(), SAMPLING)) == expected
+    assert served.sync.run() < 1e-5
+
+
+def test_a_server_killed_while_it_generates_is_as_if_it_had_not_been(served):
+    served.move(13)
+    served.sync.run()
+    asked = requests(64)
+    expected = served.engine.generate(asked, SAMPLING)
+    (keeper,) = served.engine._keepers
+    killed = []
+
+    def kill_once(count):
+        if count and not killed:
+            killed.append(keeper._process._process.pid)
+            os.killpg(killed[0], signal.SIGKILL)
+
+    found = served.engine.generate(asked, SAMPLING, kill_once)
+    assert keeper._process._process.pid != killed[0]
+    assert tokens(found) == tokens(expected)
+    assert served.sync.difference() < 1e-5
