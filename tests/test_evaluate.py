@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from expo import ledger
-from expo.config import ConfigError, EvaluationSection
+from expo.config import ConfigError, EvaluationSection, load_config
 from expo.data import Prompted, Question
 from expo.evaluate import evaluate, measure, pass_at_k
-from expo.evaluation.options import PROGRAM, name_sets, parse_command_line
+from expo.evaluation.options import PROGRAM, name_sets, parse_command_line, resolve
 from expo.rewards import Verifier
 from expo.rollout import Reply
 from expo.sharing import SharedEngine
@@ -273,6 +273,15 @@ def test_the_flags_of_the_documented_protocols_are_understood():
     ]
 
 
+def test_a_run_whose_replies_came_from_servers_is_evaluated_without_them(tmp_path):
+    servers = [("rollout.engine", "vllm-server"), ("vllm.servers", ["http://gone:1"])]
+    (tmp_path / "config.yaml").write_text(load_config(None, servers).to_yaml())
+    with pytest.raises(ConfigError, match="vllm-server is for training; give --engine=vllm or --engine=transformers"):
+        resolve(str(tmp_path), None, [])
+    config = resolve(str(tmp_path), None, [("rollout.engine", "vllm")]).config
+    assert (config.rollout.engine, config.vllm.servers) == ("vllm", [])
+
+
 def test_sets_are_named_after_their_source():
     given = ["aime-2024", "org/name", "x=a/b.jsonl", "some/file.parquet", "ledger:held_out"]
     assert name_sets(given) == {
@@ -295,6 +304,7 @@ def test_sets_are_named_after_their_source():
         (["ledger", "--top-p=0"], "evaluation.top_p = 0"),
         (["ledger", "--temperature=0"], "would all be the same one"),
         (["ledger", "--engine=vlm"], "rollout.engine = 'vlm'"),
+        (["ledger", "--vllm.servers=[http://h:1]"], "unknown argument --vllm.servers"),
         (["ledger", "--step=5"], "MODEL = ledger is no run folder"),
         (["some/model"], "give --sets"),
     ],

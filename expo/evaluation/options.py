@@ -44,7 +44,10 @@ READ = (
     "data.skip_bad_answers",
     "rollout.batch_size",
     "rollout.sync_tolerance",
-    *(f"vllm.{field}" for field in VllmSection.model_fields),
+    "vllm.gpu_memory_utilization",
+    "vllm.cache_gib",
+    "vllm.enforce_eager",
+    "vllm.tensor_parallel",
     "reward.workers",
     "reward.timeout_s",
     "policy.dtype",
@@ -54,8 +57,12 @@ READ = (
     "deadline.evaluation",
 )
 """Every field that an evaluation reads; any other would be ignored, and is refused."""
-UNTRAINED = (("data.train", "none"), ("policy.micro_batch_tokens", 2**31))
-"""What a configuration must say of training, where there is none."""
+UNTRAINED = (
+    ("data.train", "none"),
+    ("policy.micro_batch_tokens", 2**31),
+    *((f"vllm.{field}", VllmSection.model_fields[field].default) for field in ("servers", "gpus", "weights_folder")),
+)
+"""What a configuration must say of training, and of servers beside it, where there is none."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -189,5 +196,9 @@ def _is_run(path: Path) -> bool:
 def _configured(model: str, run: Path | None, overrides: Sequence[tuple[str, Any]]) -> RunConfig:
     settings = [*UNTRAINED, *overrides]
     if run is not None or model == "ledger":
-        return load_config(run and run / "config.yaml", settings)
-    return config_of({"model": {"path": model}}, settings)
+        config = load_config(run and run / "config.yaml", settings)
+    else:
+        config = config_of({"model": {"path": model}}, settings)
+    if config.rollout.engine == "vllm-server":
+        raise ConfigError("rollout.engine = vllm-server is for training; give --engine=vllm or --engine=transformers")
+    return config
