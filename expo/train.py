@@ -80,6 +80,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     )
                     beta = akl_beta(sampled.correct, config.kl.beta, rho=config.kl.rho)
                     with timer.phase("reference"):
+                        parts.engine.rest()
                         samples = training_samples(kept, advantages, mask_truncated=config.objective.mask_truncated)
                         mini_batches = parts.policy.prepare(samples)
                     leave_if_asked(parts)
@@ -133,8 +134,6 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
             graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
         missing = rollouts.num_missing
-    with timer.phase("rollout"):
-        parts.engine.rest()
     return rollouts
 
 

@@ -157,9 +157,3 @@ def test_every_surrogate_can_be_chosen_and_written_down(surrogate):
 def test_objective_fields_that_do_not_go_together_are_refused(section, named):
     with pytest.raises(ValueError, match=named):
         RunConfig.model_validate({**MINIMAL, "objective": section})
-
-
-def test_a_correction_needs_log_probs_of_the_trainer_s_own():
-    sections = {"objective": {"rollout_correction": "token"}, "policy": {"old_logps": "rollout"}}
-    with pytest.raises(ValueError, match="would always be 1"):
-        RunConfig.model_validate({**MINIMAL, **sections})

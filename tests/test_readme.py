@@ -41,7 +41,9 @@ def test_the_estimated_cost_is_what_its_code_prints(capsys):
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/experiment.md", "docs/multi-node.md", "docs/vllm.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/{page}.md" for page in ("data", "experiment", "multi-node", "vllm"))]
+)
 def test_named_options_exist(name):
     named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", (ROOT / name).read_text(encoding="utf-8")))
     assert named

@@ -73,7 +73,7 @@ def test_parts_are_weighted_and_added(functions):
     assert found.reward_parts["echo"].tolist() == [[1.0, 1.0]]
     assert found.reward_parts["overlong"].tolist() == [[0.0, -0.75]]
     torch.testing.assert_close(found.rewards, torch.tensor([[2 + 0.5 + 0.25, 1 + 0.25 - 0.075]]))
-    row = found.rows(1)[1]
+    row = found.rows()[1]
     assert (row["reward"], row["shaped_reward"]) == (0.0, pytest.approx(1.175))
 
 

@@ -135,7 +135,8 @@ def test_ranks_that_share_a_head_get_what_one_process_gets(tmp_path):
     multiprocessing.spawn(on_one_rank, args=(str(tmp_path),), nprocs=WORLD)
 
 
-def test_without_torch_distributed_a_group_is_refused():
+def test_without_torch_distributed_a_group_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
     batch = make_batch(dtype=torch.float32, V=V)
     with pytest.raises(TypeError, match=r"torch\.distributed is not initialized"):
         run(batch, leaves(batch), vocab_group=object())

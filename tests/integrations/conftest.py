@@ -1,8 +1,18 @@
 """One tiny model folder for all runs of TRL."""
 
 import gc
+import os
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """TRL leaves variables of ranks behind, which a process started later would take for its own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
