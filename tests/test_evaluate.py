@@ -150,6 +150,7 @@ main(sys.argv[1:])
 def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same_bytes(
     whole, questions, tmp_path, monkeypatch
 ):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # libraries tested before in this process may have left it behind
     out, small = tmp_path / "out", "--rollout.batch_size=8"
     done = subprocess.run([sys.executable, "-c", KILLED, *argv(questions, out, small)], check=False)
     assert done.returncode == -9
