@@ -42,20 +42,16 @@ def row(name: str, what: str, run: Callable[[], Any], errors: dict[str, float], 
 
 
 @pytest.mark.parametrize("name", WITH_LOGPS)
-def test_logps(name, machine, table, rounds, checked):
-    obstacle = contender(name).obstacle(machine.device)
-    if obstacle is not None:
-        pytest.skip(obstacle)
+def test_logps(name, machine, table, rounds, checked, contender_here):
+    contender_here(name)
     inputs, truth = checked
     errors = {"logps": largest_error(logps_of(name, inputs), truth.logps, inputs.mask)}
     table.append(row(name, "log-probs", lambda: logps_of(name, inputs), errors, inputs, rounds, machine))
 
 
 @pytest.mark.parametrize("name", WITH_ENTROPIES)
-def test_logps_and_entropies(name, machine, table, rounds, checked):
-    obstacle = contender(name).obstacle(machine.device)
-    if obstacle is not None:
-        pytest.skip(obstacle)
+def test_logps_and_entropies(name, machine, table, rounds, checked, contender_here):
+    contender_here(name)
     inputs, truth = checked
     logps, entropies = logps_and_entropies(name, inputs)
     errors = {

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from benchmarks.contenders import (
     OURS,
-    contender,
     liger_linear_loss,
     liger_triton_loss,
     log_softmax_logps,
@@ -108,11 +107,9 @@ VARYING = {"beta": (16,), "beta and length": (16, 13, 11, 7)}  # lengths T that 
 
 @pytest.mark.parametrize("varying", VARYING)
 @pytest.mark.parametrize("name", STEPS)
-def test_steadiness(name, varying, machine, table, is_tiny):
+def test_steadiness(name, varying, machine, table, is_tiny, contender_here):
     make_step, like = STEPS[name]
-    obstacle = contender(like).obstacle(machine.device)
-    if obstacle is not None:
-        pytest.skip(obstacle)
+    contender_here(like)
     torch._dynamo.reset()
     step, inputs = make_step(), make_inputs(Case(TINY), machine.device)
     parts = [first_positions(inputs, length) for length in VARYING[varying]]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.contenders import Contender, contender
 from benchmarks.machine import Machine, Pairs
 from benchmarks.shapes import Case, dtype_for, side_shape
 from benchmarks.stamp import stamp, write_results
@@ -58,6 +59,20 @@ def table(request: pytest.FixtureRequest, machine: Machine, session_stamp: dict[
     name = Path(request.module.__file__).stem.removeprefix("bench_")
     if folder is not None and rows:
         write_results(folder / f"{name}-{machine.device.type}.json", {"stamp": session_stamp, "rows": rows})
+
+
+@pytest.fixture
+def contender_here(machine: Machine) -> Callable[[str], Contender]:
+    """The contender of a name; the test is skipped where it cannot run."""
+
+    def find(name: str) -> Contender:
+        found = contender(name)
+        obstacle = found.obstacle(machine.device)
+        if obstacle is not None:
+            pytest.skip(obstacle)
+        return found
+
+    return find
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ constant: GRPO, since TRL has no curriculum and no accuracy-conditioned KL.
 """
 
 import io
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,6 +20,7 @@ import expo.train
 from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.model import check_model_path
+from expo.quiet import errors_only
 from expo.rewards import Verifier
 
 QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32
@@ -82,7 +82,7 @@ def trl_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step
         for question in load_questions("ledger:train").questions
     ]
     set_seed(0)
-    with _quiet(), Verifier() as verifier:
+    with errors_only(), Verifier() as verifier:
 
         def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
             return [verdict.reward for verdict in verifier.grade(completions, answer)]
@@ -172,13 +172,3 @@ def _timed_trainer() -> type:
             self.phases = {}
 
     return TimedTrainer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

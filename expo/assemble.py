@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from expo.checkpoint import Checkpoints
-from expo.config import ConfigError, RunConfig, load_config
+from expo.config import ConfigError, RunConfig, changed_settings, load_config
 from expo.data import Overlap, Prompted, QuestionSet, find_overlap, load_questions, only_gradable, render_prompts
 from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
@@ -208,8 +208,7 @@ def _newest_run() -> Path | None:
 
 
 def _require_same_run(config: RunConfig, saved: Path) -> None:
-    before, now = _settings_of(load_config(saved)), _settings_of(config)
-    differing = [f"{name} ({before.get(name)} -> {value})" for name, value in now.items() if before.get(name) != value]
+    differing = changed_settings(_settings_of(load_config(saved)), _settings_of(config))
     if differing:
         raise ConfigError(
             f"--resume would change the run in {saved.parent}: {', '.join(differing)}; leave these as they were"
@@ -219,10 +218,9 @@ def _require_same_run(config: RunConfig, saved: Path) -> None:
 def _settings_of(config: RunConfig) -> dict[str, Any]:
     """Every setting that a run's numbers depend on, by its dotted name."""
     return {
-        f"{section}.{field}": value
-        for section, fields in config.model_dump(mode="json").items()
-        for field, value in fields.items()
-        if section != "deadline" and f"{section}.{field}" not in MAY_CHANGE_ON_RESUME
+        name: value
+        for name, value in config.settings.items()
+        if not name.startswith("deadline.") and name not in MAY_CHANGE_ON_RESUME
     }
 
 

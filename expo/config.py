@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -458,6 +458,15 @@ class RunConfig(_Section):
             **read,
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every field by its dotted name, as it is saved."""
+        return {
+            f"{section}.{field}": value
+            for section, fields in self.model_dump(mode="json").items()
+            for field, value in fields.items()
+        }
+
     def to_yaml(self) -> str:
         """The resolved configuration; reading it back gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -474,6 +483,11 @@ class Invocation(_Section):
     """GPUs to plan for; None: as many as are here."""
     gpu_memory_gib: Positive | None = None
     """Memory of each in GiB; None: that of the GPU here."""
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which of the settings `now` were others before, as "run.seed (0 -> 1)"."""
+    return [f"{name} ({before.get(name)} -> {value})" for name, value in now.items() if before.get(name) != value]
 
 
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:

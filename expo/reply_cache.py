@@ -37,7 +37,7 @@ class ReplyCache:
         folder: where they lie; rank 0 alone reads and writes it.
         ranks: the processes of the run; every method is called by all of them.
         settings: digest of the settings that make the run what it is.
-        probe_logps: the policy's log-probs of the probe as it stands, nats; called on every rank.
+        probe_logps: the policy's log-probs of the probe, nats; called on every rank.
         tell: what is shown to the person watching.
         is_on: whether replies are kept and taken up at all.
     """

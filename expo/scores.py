@@ -4,6 +4,7 @@ Source: the unbiased estimator of Chen et al. (arXiv 2107.03374, eq. 1), pass@k 
 Letters: n replies to each question, c of them correct.
 """
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expo.answers import normalise
 from expo.graded import fractions
@@ -43,10 +45,15 @@ def powers_of_two(n: int) -> list[int]:
 def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
     """Mean over questions and the 95 % percentile-bootstrap interval of it, as mean, low, high."""
     data = torch.tensor(values, dtype=torch.float64)
-    draws = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    means = data[draws].mean(dim=1)
+    means = data[_resamples(len(values))].mean(dim=1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"mean": float(data.mean()), "low": low, "high": high}
+
+
+@functools.lru_cache(maxsize=8)
+def _resamples(count: int) -> Tensor:
+    """Which of `count` values the bootstrap draws, [NUM_RESAMPLES, count]: the same for every number of a set."""
+    return torch.randint(count, (NUM_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
 
 
 def score_set(rows: Sequence[Row], n: int, ks: Sequence[int], level_ks: Sequence[int]) -> dict[str, Any]:
@@ -58,10 +65,11 @@ def score_set(rows: Sequence[Row], n: int, ks: Sequence[int], level_ks: Sequence
         ks: the k of the whole set.
         level_ks: the k of its levels.
     """
+    counts: list[int] = []
     by_level: dict[str, list[int]] = {}
     for group in by_question(rows, n):
-        by_level.setdefault(group[0]["level"], []).append(num_correct(group))
-    counts = [num_correct(group) for group in by_question(rows, n)]
+        counts.append(num_correct(group))
+        by_level.setdefault(group[0]["level"], []).append(counts[-1])
     levels = {level: _pass_at(found, n, level_ks) for level, found in sorted(by_level.items()) if level}
     return {
         **_pass_at(counts, n, ks),

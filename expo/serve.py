@@ -22,7 +22,7 @@ from expo.rollout.vllm_keeper import guard
 
 PROGRAM = "python -m expo.serve"
 WORKER = "expo.rollout.vllm_worker.WeightReader"
-MODULES = ("vllm.entrypoints.openai.api_server",)  # what starts vLLM's HTTP server when run
+MODULE = "vllm.entrypoints.openai.api_server"  # what starts vLLM's HTTP server when run
 
 
 def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -> list[str]:
@@ -64,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_command_line(others, PROGRAM).config
     try:
         check_vllm()
-        modules = [name for name in MODULES if find_spec(name) is not None]
-        if not modules:
-            raise ConfigError(f"vLLM {version()} has no {MODULES[0]}; install one from {MADE_FOR_TEXT}")
+        if find_spec(MODULE) is None:
+            raise ConfigError(f"vLLM {version()} has no {MODULE}; install one from {MADE_FOR_TEXT}")
     except ConfigError as error:
         fail(PROGRAM, error)
     is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
@@ -75,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for the routes that change weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    sys.argv = [modules[0], *server_arguments(config, own.host, own.port, is_cpu=is_cpu)]
-    runpy.run_module(modules[0], run_name="__main__", alter_sys=True)
+    sys.argv = [MODULE, *server_arguments(config, own.host, own.port, is_cpu=is_cpu)]
+    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
     return 0
 
 

@@ -93,6 +93,7 @@ class WeightSync:
         self._engine, self._policy, self._ranks, self._temperature = engine, policy, ranks, temperature
         self._probe, self._tolerance = probe, TOLERANCE[policy.dtype] if tolerance is None else tolerance
         self._batch: Any = collate(probe.prompts, probe.replies, 0, ranks.device)
+        self._policy_logps: Tensor | None = None
 
     def run(self) -> float | None:
         """Syncs; returns the largest |policy - engine| log-prob of the probe over all ranks, nats, or None where the
@@ -100,20 +101,26 @@ class WeightSync:
 
         Raises: SyncError, on every rank, if that is above the tolerance.
         """
+        self._policy_logps = None
         self._engine.load_weights(self._policy.named_weights())
         return self.difference() if self._engine.holds_weights else None
 
-    def policy_logps(self) -> torch.Tensor:
-        """The probe's log-probs under the policy as it stands, [sequences, scored tokens], nats, on the CPU; all ranks
-        call it.
+    def policy_logps(self) -> Tensor:
+        """The probe's log-probs under the policy as it was last synced, [sequences, scored tokens], nats, on the CPU;
+        computed when first asked for, by all ranks together.
         """
+        if self._policy_logps is None:
+            self._policy_logps = self._score_by_policy()
+        return self._policy_logps
+
+    def _score_by_policy(self) -> Tensor:
         mask = self._batch.completion_mask
         return self._policy.logps(self._batch)[mask].view(len(mask), -1).cpu()
 
     def difference(self) -> float:
         """The comparison alone. Raises: as `run`."""
         theirs = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
-        ours = self.policy_logps()
+        ours = self._policy_logps = self._score_by_policy()
         apart = (ours - theirs).abs().nan_to_num(nan=torch.inf)
         (largest,) = self._ranks.maximum([float(apart.max())])
         if largest > self._tolerance:

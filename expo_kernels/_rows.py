@@ -232,30 +232,27 @@ def sequence_chunks(
 def _most_rows(source: RowSource, logit_softcap: float | None, budget_mb: float | None) -> int:
     if source.shard is not None:
         return source.shard.most_rows
-    return _launch.most_rows(
-        source.vocab_size,
-        itemsize=source.dtype.itemsize,
-        buffers=_buffers(logit_softcap),
-        budget_mb=budget_mb,
-        device=source.device,
-        hidden_size=source.hidden_size,
-    )
+    size = (source.vocab_size, source.hidden_size)
+    return most_rows(*size, source.dtype, source.device, logit_softcap, budget_mb)
 
 
-def most_rows(weight: Tensor, dtype: torch.dtype, logit_softcap: float | None, budget_mb: float | None) -> int:
-    """Rows of a chunk of the logits that this head makes."""
+def most_rows(
+    vocab_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    logit_softcap: float | None,
+    budget_mb: float | None,
+) -> int:
+    """Rows of a chunk of logits that are made in `dtype`."""
     return _launch.most_rows(
-        weight.shape[0],
+        vocab_size,
         itemsize=dtype.itemsize,
-        buffers=_buffers(logit_softcap),
+        buffers=1 if logit_softcap is None else 2,
         budget_mb=budget_mb,
-        device=weight.device,
-        hidden_size=weight.shape[1],
+        device=device,
+        hidden_size=hidden_size,
     )
-
-
-def _buffers(logit_softcap: float | None) -> int:
-    return 1 if logit_softcap is None else 2
 
 
 def make_buffers(source: RowSource, parts: list[slice], logit_softcap: float | None) -> ChunkBuffers:

@@ -50,8 +50,8 @@ def join_vocab_group(
         valid_ids = ids[mask != 0]
     if name is not None:
         assert weight is not None
-        dtype = _rows.arithmetic_dtype(states, weight, bias)
-        most_rows = _rows.most_rows(weight, dtype, logit_softcap, budget_mb)
+        (vocab_size, hidden_size), dtype = weight.shape, _rows.arithmetic_dtype(states, weight, bias)
+        most_rows = _rows.most_rows(vocab_size, hidden_size, dtype, weight.device, logit_softcap, budget_mb)
         shard = _vocab_group.join(name, weight, valid_ids.reshape(-1), most_rows)
     check_id_values(states, weight, valid_ids, shard)
     return shard

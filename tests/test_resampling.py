@@ -14,7 +14,7 @@ from expo.rewards import Verdict
 from expo.rollout import Reply
 from expo.train import draw_questions, main, train, training_samples
 from expo_kernels import CurriculumTable
-from tests.test_train import quick, rows_of, untimed, weights_of
+from tests.test_train import quick, rows_of, train_until_it_dies, untimed, weights_of
 
 # half of all pairs of replies are both right or both wrong
 PAIRS = {"rollout__group_size": 2, "rollout__max_resamples": 2, "run__checkpoint_every": 3, "run__steps": 6}
@@ -122,17 +122,7 @@ def test_the_first_round_is_the_step_of_a_run_without_others(resampled, tmp_path
 
 def test_a_resumed_run_draws_and_drops_the_same(resampled, tmp_path, monkeypatch):
     config = quick(tmp_path, **PAIRS)
-    real_row = expo.train.step_row
-
-    def row_or_die(step, *rest):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real_row(step, *rest)
-
-    monkeypatch.setattr(expo.train, "step_row", row_or_die)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.undo()
+    train_until_it_dies(config, 5, monkeypatch)
     resumed = train(config, resume=True)
     for name in ("metrics", "completions", "curriculum"):
         assert untimed(rows_of(resumed, name)) == untimed(rows_of(resampled, name))

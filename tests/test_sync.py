@@ -43,6 +43,21 @@ def test_a_copy_is_in_step_after_a_sync_and_caught_before_it(policy):
     assert sync.run() < 5e-5
 
 
+def test_the_policy_scores_the_probe_once_a_sync(policy, monkeypatch):
+    asked, logps = [], policy.logps
+    monkeypatch.setattr(policy, "logps", lambda batch: asked.append(1) or logps(batch))
+    copied = synced(policy, copying_engine(policy))
+    copied.run()
+    first = copied.policy_logps()
+    assert torch.equal(copied.policy_logps(), first)
+    assert len(asked) == 1
+    shared = synced(policy, TransformersEngine(policy.model, policy.tokenizer, 8))
+    for _ in range(2):
+        shared.run()
+        assert torch.equal(shared.policy_logps(), first)
+    assert len(asked) == 3
+
+
 def test_the_tolerance_can_be_set(policy):
     sync = synced(policy, copying_engine(policy), tolerance=1e9)
     assert sync.difference() > 1e-4

@@ -46,6 +46,21 @@ def untimed(rows):
     return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in rows]
 
 
+def train_until_it_dies(config, step, monkeypatch):
+    """Trains up to where a step is written down."""
+    real_row = expo.train.step_row
+
+    def row_or_die(at, *rest):
+        if at == step:
+            raise KeyboardInterrupt
+        return real_row(at, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.train, "step_row", row_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
@@ -100,17 +115,7 @@ def test_the_exported_policy_is_the_last_checkpoints(finished):
 
 def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatch):
     config = quick(tmp_path, rollout__keep_replies=False)
-    real_row = expo.train.step_row
-
-    def row_or_die(step, *rest):
-        if step == 4:
-            raise KeyboardInterrupt
-        return real_row(step, *rest)
-
-    monkeypatch.setattr(expo.train, "step_row", row_or_die)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.undo()
+    train_until_it_dies(config, 4, monkeypatch)
     assert checkpoints_of(config.run.dir) == ["step-000002"]
     assert [row["step"] for row in rows_of(config.run.dir, "metrics")] == [1, 2, 3]
     resumed = train(config, resume=True)
@@ -125,17 +130,7 @@ def test_a_run_ends_with_the_step_that_reaches_its_budget_of_reply_tokens(finish
     for reply in rows_of(finished, "completions"):
         sampled[reply["step"]] += reply["num_tokens"]
     config = quick(tmp_path, run__reply_tokens=sum(sampled[:3]) + 1)
-    real_row = expo.train.step_row
-
-    def row_or_die(step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
-        return real_row(step, *rest)
-
-    monkeypatch.setattr(expo.train, "step_row", row_or_die)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.undo()
+    train_until_it_dies(config, 3, monkeypatch)
     for _ in range(2):  # a checkpoint holds what was spent; a run that is over takes no further step
         run = train(config, resume=True)
         assert untimed(rows_of(run, "metrics")) == untimed(rows_of(finished, "metrics"))[:3]

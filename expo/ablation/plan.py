@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo.config import ConfigError, RunConfig, load_config, parse_command_line
+from expo.config import ConfigError, RunConfig, changed_settings, load_config, parse_command_line
 from expo.files import write_bytes_whole
 from expo.ledger import LedgerQuestion, train_questions
 from expo.ledger.skewed import skewed_questions
@@ -125,8 +125,7 @@ def _require_same(run: Run) -> None:
     saved = run.folder / "config.yaml"
     if not saved.exists():
         return
-    before, now = _settings(load_config(saved)), _settings(run.config)
-    differing = [f"{name} ({before[name]} -> {value})" for name, value in now.items() if before[name] != value]
+    differing = changed_settings(_settings(load_config(saved)), _settings(run.config))
     if differing:
         raise ConfigError(
             f"{run.folder} was run with other settings: {', '.join(differing)}; leave them as they were, or choose "
@@ -145,9 +144,4 @@ def _require_measurable(config: RunConfig) -> None:
 
 def _settings(config: RunConfig) -> dict[str, object]:
     """All settings by dotted name but those that say where files lie: the whole folder may have been moved."""
-    values = {
-        f"{section}.{field}": value
-        for section, fields in config.model_dump(mode="json").items()
-        for field, value in fields.items()
-    }
-    return {name: value for name, value in values.items() if name not in ("run.dir", "data.train")}
+    return {name: value for name, value in config.settings.items() if name not in ("run.dir", "data.train")}

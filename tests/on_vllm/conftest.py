@@ -13,7 +13,7 @@ from expo.ranks import join_ranks
 from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.vllm import VllmEngine
 from expo.rollout.vllm_server import ServerEngine
-from expo.sync import WeightSync, make_probe
+from expo.sync import SyncError, WeightSync, make_probe
 
 MAX_TOKENS = 96
 PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]]
@@ -46,6 +46,14 @@ class Pair:
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+    def require_large_updates_to_arrive(self):
+        """The probe sees three updates before their syncs, and nothing after."""
+        for seed in range(3):
+            self.move(seed)
+            with pytest.raises(SyncError, match="sync_tolerance"):
+                self.sync.difference()
+            assert self.sync.run() < 1e-5
 
 
 def new_engine(path, policy, num_replies=32):

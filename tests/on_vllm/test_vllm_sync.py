@@ -8,12 +8,7 @@ from expo.sync import SyncError
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_every_large_update_arrives(pairs, kind):
-    pair = pairs(kind)
-    for seed in range(3):
-        pair.move(seed)
-        with pytest.raises(SyncError, match="sync_tolerance"):
-            pair.sync.difference()
-        assert pair.sync.run() < 1e-5
+    pairs(kind).require_large_updates_to_arrive()
 
 
 def test_the_probe_catches_a_sync_left_out(pair, monkeypatch):
