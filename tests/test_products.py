@@ -5,7 +5,8 @@ from expo_kernels import _launch, _products
 from tests.numerics import relative_error
 
 CPU = torch.device("cpu")
-SIZES = [(1, 40, 1003), (33, 40, 1003), (200, 24, 4100), (5, 16, 130), (7, 8, 13), (0, 8, 200)]  # n, H, V
+# n, H, V
+SIZES = [(1, 40, 1003), (33, 40, 1003), (200, 24, 4100), (9, 150, 700), (5, 16, 130), (7, 8, 13), (0, 8, 200)]
 
 
 @pytest.fixture(params=["onednn", "mkl"])
@@ -54,6 +55,15 @@ def test_a_strided_head_gives_what_a_contiguous_one_gives():
             _products.add_to_hidden(total, rows, head)
         torch.testing.assert_close(outs[0], outs[1], rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(totals[0], totals[1], rtol=1e-5, atol=1e-4)
+
+
+def test_mkls_logits_are_more_exact_than_one_product_over_all_of_h(monkeypatch):
+    monkeypatch.setattr(_launch, "onednn_is_faster", lambda: False)
+    hidden, weight, _, _ = make(64, 1024, 2048)
+    truth = hidden.double() @ weight.double().T
+    out = torch.empty(64, 2048)
+    _products.write_logits(out, hidden, weight, None, 1.0)
+    assert relative_error(out, truth) < 0.9 * relative_error(hidden @ weight.T, truth)
 
 
 @pytest.mark.skipif(not _launch.onednn_is_faster(), reason="products go through MKL on this processor")
