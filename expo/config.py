@@ -1,23 +1,21 @@
-"""What a run is: typed, frozen sections, read from YAML and the command line into one `RunConfig`.
+"""What a run is: typed, frozen sections of one `RunConfig`; how they are read and explained, `command_line.py` says.
 
 Defaults are the paper's (EXPO, arXiv 2605.09923 and 2605.11403, section 4.1); where the paper defers to the
 DAPO-17K recipe (arXiv 2503.14476, section 4.1, and its published run script) the field says so. The embedded
 demonstration overrides them in `recipes/ledger.yaml`. The text under each field is what `--help` prints.
 """
 
-import argparse
-import difflib
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+# ConfigError and fail are named here too, for the programs that read a configuration and end where it is wrong
+from expo.command_line import ConfigError as ConfigError
+from expo.command_line import Invocation, Overrides, as_yaml, filled, parse, read_recipe
+from expo.command_line import fail as fail
 from expo_kernels import Objective
 from expo_kernels.objective import READ_BY, RolloutCorrection
 
@@ -29,10 +27,6 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
-
-
-class ConfigError(Exception):
-    """A run that cannot be: the message is one line that says what was given, what is expected, how to fix it."""
 
 
 class _Section(BaseModel):
@@ -469,20 +463,7 @@ class RunConfig(_Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration; reading it back gives an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-class Invocation(_Section):
-    """A command line of `python -m expo.train`, understood."""
-
-    config: RunConfig
-    resume: bool = False
-    dry_run: bool = False
-    """Print what the run would take, and stop."""
-    ranks: Count | None = None
-    """GPUs to plan for; None: as many as are here."""
-    gpu_memory_gib: Positive | None = None
-    """Memory of each in GiB; None: that of the GPU here."""
+        return as_yaml(self)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -490,7 +471,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return [f"{name} ({before.get(name)} -> {value})" for name, value in now.items() if before.get(name) != value]
 
 
-def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+def load_config(path: Path | None, overrides: Overrides = ()) -> RunConfig:
     """The configuration in a YAML file (None: the embedded default) with dotted overrides applied.
 
     A file may name another one beside it, `base: other.yaml`, whose fields hold where it gives none itself.
@@ -499,169 +480,12 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
         values do not fit together.
     """
     source = path or DEFAULT_RECIPE
-    return config_of(_read_recipe(source), overrides, f"{source.name}: " if path else "")
+    return filled(RunConfig, read_recipe(source), overrides, f"{source.name}: " if path else "")
 
 
-def config_of(values: dict[str, Any], overrides: Sequence[tuple[str, Any]] = (), where: str = "") -> RunConfig:
-    """The configuration that sections and their fields make, with dotted overrides applied.
-
-    Raises: ConfigError, its message beginning with `where`, as `load_config`.
-    """
-    for dotted, value in overrides:
-        section, _, field = dotted.partition(".")
-        values = _laid_over(values, {section: {field: value}})
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(_explain(item) for item in error.errors())
-        raise ConfigError(f"{where}{problems}") from error
-
-
-def _read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
-    """The sections of a YAML file over those of its base."""
-    try:
-        raw = yaml.safe_load(source.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the config file {source}: {error.strerror}; give an existing YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
-    if raw is not None and not isinstance(raw, dict):
-        raise ConfigError(f"{source} holds a {type(raw).__name__}; expected sections such as `model:` and `data:`")
-    values = dict(raw or {})
-    if "base" not in values:
-        return values
-    base = values.pop("base")
-    if not isinstance(base, str) or not may_have_base:
-        given = "a base of a base" if isinstance(base, str) else "not a file name"
-        raise ConfigError(f"{source}: base = {base!r} is {given}; expected one recipe that stands on its own")
-    return _laid_over(_read_recipe(source.parent / base, may_have_base=False), values)
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections with the fields of both, `above`'s where both have one; what is no section is left to the validation."""
-    joined = dict(below)
-    for name, section in above.items():
-        lower = joined.get(name) or {}
-        is_section = isinstance(lower, dict) and isinstance(section, dict)
-        joined[name] = {**lower, **section} if is_section else section
-    return joined
-
-
-def field_names() -> list[str]:
-    """Every `section.field` of a configuration."""
-    return [f"{section}.{field}" for section, model in _sections() for field in model.model_fields]
-
-
-def _sections() -> list[tuple[str, type[BaseModel]]]:
-    sections = []
-    for name, info in RunConfig.model_fields.items():
-        assert isinstance(info.annotation, type)
-        sections.append((name, info.annotation))
-    return sections
-
-
-def _explain(item: ErrorDetails) -> str:
-    """One line for one of pydantic's findings."""
-    dotted = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {dotted}{nearest(dotted, field_names() + [name for name, _ in _sections()])}"
-    if item["type"] == "missing":
-        return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
-    said = item["msg"].removeprefix("Value error, ")
-    if not dotted:
-        return said
-    message = said[0].lower() + said[1:]
-    return f"{dotted} = {item['input']!r}: {message}"
-
-
-def nearest(given: str, known: Sequence[str]) -> str:
-    """The end of a message about a name that is unknown: the known one that it looks most like."""
-    matches = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else "; --help lists the known ones"
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...] [--resume] [--print-config | --dry-run]",
-        description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print memory, steps and disk of the run and stop")
-    parser.add_argument("--ranks", metavar="N", help="with --dry-run: GPUs to plan for (default: those here)")
-    parser.add_argument(
-        "--gpu-memory-gib", metavar="GIB", help="with --dry-run: memory of each (default: that of the GPU here, or 80)"
-    )
-    # DeepSpeed's launcher adds it to every rank's command line; LOCAL_RANK in the environment says the same
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    for name, model in _sections():
-        group = parser.add_argument_group(name, model.__doc__)
-        for field in model.model_fields:
-            add_field(group, f"{name}.{field}")
-    return parser
-
-
-def add_field(group: Any, name: str, *aliases: str) -> None:
-    """Puts the flag of `section.field` among an argument parser's, under other names too, with the field's own text."""
-    section, field = name.split(".")
-    info = dict(_sections())[section].model_fields[field]
-    default = "required" if info.is_required() else f"default: {info.get_default()}"
-    text = f"{info.description} ({default})".replace("%", "%%")
-    group.add_argument(*aliases, f"--{name}", dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
-
-
-def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") -> Invocation:
+def parse_command_line(argv: Sequence[str], prog: str = "python -m expo.train") -> Invocation[RunConfig]:
     """The run that a command line asks for.
 
     Exits: 0 after --help or --print-config; 2 with one line on stderr if the command line or config is wrong.
     """
-    parser = _parser(prog)
-    known, unknown = parser.parse_known_args(list(argv))
-    given = vars(known)
-    path, print_config = given.pop("config"), given.pop("print_config")
-    del given["local_rank"]
-    about_run = {name: given.pop(name) for name in Invocation.model_fields if name in given}
-    try:
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            raise ConfigError(f"unknown argument {unknown[0]}{nearest(flag, ['--' + name for name in field_names()])}")
-        config = load_config(path, [(name, parse_value(name, text)) for name, text in given.items()])
-        invocation = _invocation(config, about_run)
-    except ConfigError as error:
-        fail(prog, error)
-    if print_config:
-        sys.stdout.write(config.to_yaml())
-        raise SystemExit(0)
-    return invocation
-
-
-def _invocation(config: RunConfig, options: dict[str, Any]) -> Invocation:
-    """The command line's other options, checked."""
-    for name in ("ranks", "gpu_memory_gib"):
-        if options[name] is not None and not options["dry_run"]:
-            raise ConfigError(f"--{name.replace('_', '-')} says what to plan for; add --dry-run, or leave it out")
-    try:
-        return Invocation(config=config, **options)
-    except ValidationError as error:
-        problems = "; ".join(f"--{_explain(item).replace('_', '-')}" for item in error.errors())
-        raise ConfigError(problems) from error
-
-
-def parse_value(name: str, text: str) -> Any:
-    """What a flag's text says, read as YAML. Raises: ConfigError if it is none."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
-
-
-def fail(prog: str, error: Exception, code: int = 2) -> NoReturn:
-    """Ends the process with one line on stderr; of many ranks, which fail alike, the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{prog}: error: {error}\n")
-    raise SystemExit(code) from None
+    return parse(RunConfig, load_config, argv, prog)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from expo.config import RunConfig
+from expo.deepspeed_engine import BUCKET_ELEMENTS
 from expo.flops import ModelShape
 from expo_kernels._launch import chunk_rows, most_rows
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
-REDUCE_BUCKET = 200_000_000  # elements; as policy.py sets it, gradients on their way to other ranks
 LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_live_parameters
 PREFETCH_BUCKET = 50_000_000  # elements; DeepSpeed's default of stage3_prefetch_bucket_size
 REPLY_TOKEN_BYTES = 4 + 8  # id and log-prob of a token in rollouts/; the text is smaller
@@ -97,7 +97,7 @@ class Footprint:
 
     def bucket_bytes(self) -> float:
         """ZeRO's buffers: gradients being reduced; at stage 3 also parameters gathered for the layers at work."""
-        stage, reduced = self.config.policy.zero_stage, min(REDUCE_BUCKET, self.held_parameters)
+        stage, reduced = self.config.policy.zero_stage, min(BUCKET_ELEMENTS, self.held_parameters)
         if stage == 0:
             return float(FLOAT32 * reduced) if self.num_ranks > 1 else 0.0
         live = 0

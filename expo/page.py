@@ -12,8 +12,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from expo.pictures import Picture, Record, Records, main_set, series
-from expo.records import Comparison, Run, compare, interval_text, is_right, table_cells
+from expo.pictures import Picture
+from expo.records import (
+    Comparison,
+    Record,
+    Records,
+    Run,
+    compare,
+    interval_text,
+    is_right,
+    main_set,
+    series,
+    table_cells,
+)
 
 MAX_REPLY_CHARS = 6000  # a reply of 3072 tokens rarely has more, and a page stays one that can be mailed
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from expo.config import RECIPES, ConfigError, Invocation, ModelSection, RunConfig
+from expo.command_line import Invocation
+from expo.config import RECIPES, ConfigError, ModelSection, RunConfig
 from expo.data import count_questions
 from expo.flops import ModelShape
 from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
@@ -40,7 +41,7 @@ class Machine:
     """What vLLM takes of a rank's GPU; less is left in memory_gib, unless it sleeps while the policy learns."""
 
 
-def print_plan(invocation: Invocation) -> int:
+def print_plan(invocation: Invocation[RunConfig]) -> int:
     """Prints the plan of a run and returns the process's exit code, 0.
 
     Raises: ConfigError if the run cannot work; what could be counted is printed before.

@@ -6,17 +6,43 @@ left out.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
-from expo.pictures import Estimate, Record, Records, Scores, pass_at
+Record = dict[str, Any]  # one line of a .jsonl file
+Scores = dict[str, Any]  # the scores of one evaluation: set name -> {"num_questions", "pass_at", "by_level", ...}
 
 TABLE_KS = (1, 8, 32)  # the k of the tables
 REPLIES_PER_STEP = 4
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the pictures are drawn from; any part may be empty."""
+
+    config: Record = field(default_factory=dict)
+    metrics: list[Record] = field(default_factory=list)  # a record per step, in order
+    curriculum: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)  # a record per evaluated step, in order
+    before: Scores = field(default_factory=dict)
+    after: Scores = field(default_factory=dict)
+
+    def setting(self, section: str, name: str) -> Any:
+        """The value of `section.name` in the run's configuration; None where it has none."""
+        values = self.config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
 
 
 class NotARunError(ValueError):
@@ -45,6 +71,28 @@ class Comparison(NamedTuple):
     before: Estimate | None
     after: Estimate | None
     change: Estimate | None
+
+
+def pass_at(scores: Record, k: int | str) -> Estimate | None:
+    """pass@k of one set or level; None where it was not evaluated."""
+    value = scores.get("pass_at", {}).get(str(k))
+    return Estimate(value["mean"], value["low"], value["high"]) if value else None
+
+
+def main_set(scores: Scores) -> str | None:
+    """The set that the headline speaks of: the held-out questions, else the first set there is."""
+    return "held_out" if "held_out" in scores else next(iter(scores), None)
+
+
+def series(records: Iterable[Record], key: str) -> list[float]:
+    """The records' values of `key`, NaN where one has none."""
+    values = [record.get(key) for record in records]
+    return [float(value) if isinstance(value, int | float) else math.nan for value in values]
+
+
+def steps_of(records: Iterable[Record]) -> list[int]:
+    """The records' steps."""
+    return [record["step"] for record in records]
 
 
 def compare(before: Scores, after: Scores) -> list[Comparison]:

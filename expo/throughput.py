@@ -14,7 +14,7 @@ from expo.config import ConfigError, RunConfig
 from expo.flops import ModelShape, peak_flops, training_flops
 from expo.graded import Graded
 from expo.metrics import PhaseTimer
-from expo.policy import MiniBatch
+from expo.mini_batch import MiniBatch
 from expo.ranks import Ranks
 
 GIB = 2**30

@@ -23,8 +23,8 @@ from expo.evaluate import evaluate
 from expo.files import write_whole
 from expo.graded import Graded, grade
 from expo.metrics import PhaseTimer, curriculum_row, progress_note, step_row
+from expo.mini_batch import MiniBatch, Sample
 from expo.plan import print_plan
-from expo.policy import MiniBatch, Sample
 from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report

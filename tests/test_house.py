@@ -21,9 +21,9 @@ HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"
 ONLY_IN = {
     "vllm": {"expo/rollout/vllm.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
-    "deepspeed": {"expo/policy.py", "expo/evaluation/saved_weights.py"},
+    "deepspeed": {"expo/deepspeed_engine.py", "expo/evaluation/saved_weights.py"},
     "math_verify": {"expo/_grading.py"},
-    "matplotlib": {"expo/pictures.py"},
+    "matplotlib": {f"expo/pictures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")},
     "pyarrow": {"expo/data/files.py"},
     "reasoning_gym": {"expo/data/reasoning.py"},
     "trackio": {"expo/trackers.py"},

@@ -1,6 +1,6 @@
 """The policy on one rank: one code path for all log-probs, exact accounting, and a state that goes on with equal bits.
 
-Many ranks: test_policy_ranks.py.
+Many ranks: ranks/test_same_step.py.
 """
 
 import copy
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expo.config import load_config
-from expo.policy import DeepSpeedPolicy, Sample
+from expo.mini_batch import Sample
+from expo.policy import DeepSpeedPolicy
 from expo.ranks import join_ranks
 
 BETA = torch.tensor(0.0131)
@@ -108,12 +109,6 @@ def test_replies_left_out_change_nothing_about_the_step_of_the_others(aggregatio
     assert torch.equal(gradient_of(policy, mini_batch), gradient_of(other, others))
 
 
-def test_replies_left_out_keep_their_place_among_the_mini_batches():
-    policy = make(policy__updates_per_step=2)
-    marked = [replace(sample, is_left_out=row < 5) for row, sample in enumerate(samples(policy))]
-    assert [mini_batch.num_sequences for mini_batch in policy.prepare(marked)] == [1, 6]
-
-
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_step_of_which_all_is_left_out_has_no_gradient(aggregation, packing):
@@ -158,16 +153,6 @@ def test_neighbours_do_not_change_logps(packing):
         alone += reply_logps(policy, policy.prepare([sample])[0].micro_batches)
     in_order = sorted(alone, key=len, reverse=True)
     torch.testing.assert_close(torch.cat(together), torch.cat(in_order), atol=1e-5, rtol=0)
-
-
-def test_sizes_of_a_step_are_those_of_its_samples():
-    policy = make(policy__micro_batch_tokens=64)
-    data = samples(policy)
-    (mini_batch,) = policy.prepare(data)
-    masks = [micro.batch.completion_mask for micro in mini_batch.micro_batches]
-    assert mini_batch.num_tokens == sum(int(mask.sum()) for mask in masks) == sum(len(s.reply_ids) for s in data)
-    assert mini_batch.num_sequences == 12
-    assert mini_batch.num_positions == sum(mask.numel() for mask in masks) >= sum(mini_batch.lengths)
 
 
 def test_reference_stays_frozen_while_the_policy_moves():

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from expo.config import RunConfig, field_names
+from expo.command_line import field_names
+from expo.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def test_the_estimated_cost_is_what_its_code_prints(capsys):
 def test_named_options_exist(name):
     named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", (ROOT / name).read_text(encoding="utf-8")))
     assert named
-    assert named <= set(field_names())
+    assert named <= set(field_names(RunConfig))
 
 
 def test_named_files_exist():

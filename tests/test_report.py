@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from expo import files, pictures, report
-from expo.pictures import PICTURES, Estimate, Records, gaussian_weight, smooth, tanh_rho
-from expo.records import NotARunError, change, read_run, results_table
+from expo import files, report
+from expo.pictures import PICTURES, drawing
+from expo.records import Estimate, NotARunError, Records, change, read_run, results_table
 from expo.report import main, write_report
 
 HOSTILE = "<script>alert('1 & 2')</script> </pre> \\boxed{12}"
@@ -161,7 +161,7 @@ def fake_run(folder: Path, num_steps: int = 60, *, is_finished: bool = True) -> 
 def coarse_pictures() -> Iterator[None]:
     """Fewer dots an inch: most of a report's time goes into them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "DPI", 30)
+        patch.setattr(drawing, "DPI", 30)
         yield
 
 
@@ -394,18 +394,6 @@ def test_method_is_named_by_the_settings(
     run = fake_run(tmp_path / "run", num_steps=1)
     (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "curriculum": {"kind": kind}, "kl": {"rho": rho}}))
     assert f"Run run · {method} · model ledger · data ledger:train" in page_of(run)
-
-
-def test_curves_follow_the_paper() -> None:
-    assert tanh_rho(0.0) == 0.5
-    assert tanh_rho(1.0) == pytest.approx(0.88080, abs=1e-5)
-    assert gaussian_weight(0.5, 0.5, 0.35) == 1.0
-    assert gaussian_weight(0.0, 0.5, 0.35) == pytest.approx(0.3604, abs=1e-4)
-
-
-def test_smooth_is_a_centred_mean_that_skips_gaps() -> None:
-    assert smooth([1.0, 2.0, math.nan, 4.0, 6.0], 3) == [1.5, 1.5, 3.0, 5.0, 5.0]
-    assert math.isnan(smooth([math.nan], 1)[0])
 
 
 def test_setting_of_an_absent_section_is_none() -> None:

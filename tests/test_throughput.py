@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3Config
 
 from expo.config import load_config
-from expo.policy import MiniBatch
+from expo.mini_batch import MiniBatch
 from expo.ranks import Ranks
 from expo.throughput import Throughput
 

@@ -10,17 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expo.config import (
-    ConfigError,
-    RunConfig,
-    VllmSection,
-    add_field,
-    config_of,
-    fail,
-    load_config,
-    nearest,
-    parse_value,
-)
+from expo.command_line import add_field, fail, filled, flag_parser, read_flags
+from expo.config import ConfigError, RunConfig, VllmSection, load_config
 
 PROGRAM = "python -m expo.evaluate"
 FOLDER = Path("evaluations")
@@ -86,31 +77,24 @@ def parse_command_line(argv: Sequence[str]) -> Invocation:
     Exits: 0 after --help; 2 with one line on stderr if the command line is wrong.
     """
     parser = _parser()
-    known, unknown = parser.parse_known_args(list(argv))
-    given = vars(known)
-    model, sets, step = given.pop("model"), given.pop("sets"), given.pop("step")
-    del given["local_rank"]
+    known = ["--sets", "--step", *SHORT.values(), *(f"--{name}" for name in READ)]
     try:
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            options = ["--sets", "--step", *SHORT.values(), *(f"--{name}" for name in READ)]
-            raise ConfigError(f"unknown argument {unknown[0]}{nearest(flag, options)}")
-        overrides = [(name, parse_value(name, text)) for name, text in given.items()]
-        if sets is not None:
-            overrides.append(("evaluation.sets", name_sets(sets)))
-        return resolve(model, None if step is None else _step_number(step), overrides)
+        given, overrides = read_flags(parser, argv, known)
+        if given["sets"] is not None:
+            overrides.append(("evaluation.sets", name_sets(given["sets"])))
+        step = given["step"]
+        return resolve(given["model"], None if step is None else _step_number(step), overrides)
     except ConfigError as error:
         fail(PROGRAM, error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
+    parser = flag_parser(
+        PROGRAM,
         usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [--num-samples N] [--out DIR] [...]\n"
         "       %(prog)s compare A B [...]",
         description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals. Where such an "
         "evaluation stopped, the same command goes on.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "model", metavar="MODEL", help="transformers folder or hub id, run folder, checkpoint folder, or ledger"
@@ -122,9 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         help="question sets, as data.train (default: evaluation.sets of the run)",
     )
     parser.add_argument("--step", metavar="N", help="this checkpoint of a run (default: its export, else the newest)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     for name in READ:
-        add_field(parser, name, *([SHORT[name]] if name in SHORT else []))
+        add_field(parser, RunConfig, name, *([SHORT[name]] if name in SHORT else []))
     return parser
 
 
@@ -198,7 +181,7 @@ def _configured(model: str, run: Path | None, overrides: Sequence[tuple[str, Any
     if run is not None or model == "ledger":
         config = load_config(run and run / "config.yaml", settings)
     else:
-        config = config_of({"model": {"path": model}}, settings)
+        config = filled(RunConfig, {"model": {"path": model}}, settings)
     if config.rollout.engine == "vllm-server":
         raise ConfigError("rollout.engine = vllm-server is for training; give --engine=vllm or --engine=transformers")
     return config

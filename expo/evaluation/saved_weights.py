@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection
+from expo.deepspeed_engine import TAG
 from expo.lora import add_adapters, merged
 from expo.quiet import errors_only
-
-TAG = "policy"  # the name under which a policy saves its states
 
 
 def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) -> None:

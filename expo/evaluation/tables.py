@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from expo.pictures import Estimate
-from expo.records import interval_text, text_table
+from expo.records import Estimate, interval_text, text_table
 from expo.scores import powers_of_two
 
 SHARES = ("truncated", "unparsed", "timeout")
