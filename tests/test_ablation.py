@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from expo.ablation.results import (
     curve_mean,
     from_record,
     pass_at_1_after,
+    secondary_contrasts,
 )
 from expo.config import ConfigError
 from expo.ledger.questions import is_held_out, running_totals
@@ -158,13 +160,13 @@ def test_curves_by_hand():
     )
 
 
-def made_outcomes(*, gain, num_seeds=5):
-    """Arm "better" has `gain` over the baseline, arm "same" none; each seed has its own level, each run its noise."""
+def made_outcomes(*, gain, num_seeds=5, better="better", same="same"):
+    """One arm has `gain` over the baseline, one none; each seed has its own level, each run its noise."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for seed in range(num_seeds):
         level = 0.5 + 0.1 * float(torch.randn((), generator=generator))
-        for arm, more in (("grpo", 0.0), ("better", gain), ("same", 0.0)):
+        for arm, more in (("grpo", 0.0), (better, gain), (same, 0.0)):
             noise = 0.003 * torch.randn(2, generator=generator)
             made.append(
                 outcome(
@@ -184,12 +186,63 @@ def test_a_planted_difference_is_found_and_an_absent_one_is_not():
     assert not any(contrast.is_beyond_noise for contrast in contrasts(made_outcomes(gain=0.0)))
 
 
+def test_the_counted_estimate_is_set_against_expo_in_a_family_of_its_own():
+    outcomes = made_outcomes(gain=0.05, better="expo-counted", same="expo")
+    primary, secondary = contrasts(outcomes), secondary_contrasts(outcomes)
+    assert {(contrast.arm, contrast.less) for contrast in primary} == {("expo-counted", "grpo"), ("expo", "grpo")}
+    assert {(contrast.arm, contrast.less) for contrast in secondary} == {("expo-counted", "expo")}
+    assert [contrast.measure for contrast in secondary] == list(MEASURES)
+    for family in (primary, secondary):  # each is corrected as if there were no other
+        assert [c.is_beyond_noise for c in family] == holm([c.difference.p for c in family])
+    by_seed = {(o.arm, o.seed): o.curve[-1].pass_at_1 for o in outcomes}
+    gaps = [by_seed["expo-counted", seed] - by_seed["expo", seed] for seed in range(5)]
+    (found,) = [contrast for contrast in secondary if contrast.measure == "pass@1, at the end"]
+    assert found.difference.mean == pytest.approx(sum(gaps) / 5)
+    assert secondary_contrasts(made_outcomes(gain=0.05, better="expo-counted")) == []
+
+
+def test_a_full_ablation_has_24_primary_differences_and_6_secondary_ones():
+    noise = torch.Generator().manual_seed(2)
+    outcomes = [
+        outcome(arm, seed, [(0, 0.5), (10, 0.5 + 0.01 * float(torch.randn((), generator=noise)))], pool)
+        for seed in range(5)
+        for pool in POOLS
+        for arm in ARMS
+    ]
+    assert (len(contrasts(outcomes)), len(secondary_contrasts(outcomes))) == (24, 6)
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [
+        (0.05, "of 3 differences of expo-counted to expo, 2 are beyond noise"),
+        (0.0, "of 3 differences of expo-counted to expo, none is beyond noise"),
+    ],
+)
+def test_whether_the_counted_estimate_helps_is_said_and_marked_as_secondary(gain, expected):
+    outcomes = made_outcomes(gain=gain, better="expo-counted", same="expo")
+    record = json.loads(json.dumps(as_record(outcomes, settings_of("expo-counted", "expo"), FACTS)))
+    text = tables(record)
+    assert f"Secondary, added after the plan: {expected}" in text
+    assert ("do not tell expo-counted from expo" in text) == (gain == 0)
+    first, second = text.split("Secondary, added after the plan")
+    assert re.findall(r"\| less (\S+) \|", first) == ["grpo"]
+    assert re.findall(r"\| less (\S+) \|", second) == ["expo"]
+    assert second.count("| balanced | expo-counted |") == len(MEASURES)
+    assert [(c["arm"], c["less"]) for c in record["secondary_contrasts"]] == [("expo-counted", "expo")] * 3
+    assert {c["less"] for c in record["contrasts"]} == {"grpo"}
+
+
+def settings_of(*arms):
+    return {"reply_tokens": 200, "seeds": 5, "pools": ["balanced"], "arms": {name: [] for name in ("grpo", *arms)}}
+
+
 def test_tables_come_from_results_json_alone():
     outcomes = made_outcomes(gain=0.05)
-    settings = {"reply_tokens": 200, "seeds": 5, "pools": ["balanced"], "arms": {"grpo": [], "better": [], "same": []}}
-    record = json.loads(json.dumps(as_record(outcomes, settings, FACTS)))
+    record = json.loads(json.dumps(as_record(outcomes, settings_of("better", "same"), FACTS)))
     assert from_record(record) == outcomes
     text = tables(record)
+    assert "Secondary" not in text
     (found,) = [c for c in contrasts(outcomes) if (c.arm, c.measure) == ("better", "pass@1, at the end")]
     row = next(line for line in text.splitlines() if line.startswith("| balanced | better | pass@1, at the end |"))
     assert f"| {found.difference.mean:+.3f} ± {found.difference.error:.3f} |" in row

@@ -24,6 +24,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "expo-counted": ("--curriculum.kind=gcs", "--kl.rho=tanh", "--curriculum.estimate=counted"),
 }
 """Flags of `python -m expo.train` by arm: each of the paper's two parts alone, both, and both with our estimate."""
+ADDED = ("expo-counted", "expo")
+"""An arm and what it is set against besides the baseline: added after the plan, so a family of its own."""
 
 # half of the default's 1,024: a run half as long as the default visits a question as often as the default does
 _BALANCED_COUNT = 512
