@@ -4,6 +4,10 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from expo.ablation.__main__ import main
 from expo.ablation.page import MARKS, section, tables, with_section
 from expo.ablation.page import main as write_page
 from expo.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
-from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs
+from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs, with_arms
 from expo.ablation.results import (
     MEASURES,
     Outcome,
@@ -92,6 +96,28 @@ def test_another_arm_is_any_set_of_flags(tmp_path):
             parse_arm(wrong)
 
 
+def test_an_arm_of_a_name_that_is_taken_is_refused():
+    for taken in ARMS:
+        with pytest.raises(ConfigError, match=f"would redefine an arm: {taken} is {' '.join(ARMS[taken])}; .* another"):
+            with_arms({"grpo": ARMS["grpo"]}, [f"{taken}=--kl.rho=tanh"])
+    with pytest.raises(ConfigError, match="would redefine an arm: own has been given before"):
+        with_arms(ARMS, ["own=--kl.beta=0.1", "own=--kl.beta=0.2"])
+    assert with_arms({}, ["own=--kl.beta=0.1"]) == {"own": ("--kl.beta=0.1",)}
+
+
+def test_dynamic_filtering_is_an_arm_or_goes_to_every_run(tmp_path):
+    arm = planned(tmp_path, arms=with_arms(ARMS, ["dynamic=--rollout.max_resamples=3"]))
+    assert {run.arm for run in arm if run.config.rollout.max_resamples == 3} == {"dynamic"}
+    (expo, dynamic) = [
+        {name: value for name, value in run.config.settings.items() if name != "run.dir"}
+        for run in arm
+        if (run.pool, run.seed) == ("skewed", 1) and run.arm in ("expo", "dynamic")
+    ]
+    assert {name for name in expo if expo[name] != dynamic[name]} == {"rollout.max_resamples"}
+    every = planned(tmp_path, "--rollout.max_resamples=3")
+    assert {run.config.rollout.max_resamples for run in every} == {3}
+
+
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     run = planned(tmp_path)[0]
     run.folder.mkdir(parents=True)
@@ -103,7 +129,15 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "argument",
-    ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x", "--evaluation.num_samples=8"],
+    [
+        "--seeds=1",
+        "--jobs=0",
+        "--resume",
+        "--optimizer.rate=1",
+        "--arm=x",
+        "--arm=grpo=--kl.beta=1",
+        "--evaluation.num_samples=8",
+    ],
 )
 def test_bad_command_lines_exit_2_with_one_line(tmp_path, capsys, argument):
     with pytest.raises(SystemExit) as stop:
@@ -278,31 +312,69 @@ def test_the_docs_show_the_results_they_hold():
 # --- the command
 
 
+def stopped(argv, out):
+    """The folder of a run that had taken two steps when the ablation that runs it got SIGTERM, and what was said."""
+    process = subprocess.Popen([sys.executable, "-m", "expo.ablation", *argv], stderr=subprocess.PIPE, text=True)
+    try:
+        while not (begun := [path for path in out.glob("runs/*/*/*/metrics.jsonl") if len(lines_of(path)) > 1]):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        return begun[0].parent, process.communicate()[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def lines_of(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def steps_of(folder):
+    """Step and seconds of every step: a step that is taken again takes another time."""
+    return [(row["step"], row["seconds"]) for row in map(json.loads, lines_of(folder / "metrics.jsonl"))]
+
+
 @pytest.mark.slow
-def test_one_command_runs_all_goes_on_and_reports(tmp_path, capsys):
-    few = tmp_path / "few.jsonl"
+def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys):
+    few, out = tmp_path / "few.jsonl", tmp_path / "out"
     few.write_text("".join(json.dumps({"question": f"{n}+5=", "answer": n + 5}) + "\n" for n in (2, 3)))
     argv = [
-        "--out", str(tmp_path / "out"), "--seeds=2", "--pools", "skewed", "--arms", "grpo", "expo", "--tokens=300",
-        "--rollout.questions_per_step=4", "--rollout.group_size=4", "--evaluation.num_samples=9",
-        f"--evaluation.sets={{held_out: {few}}}",
+        "--out", str(out), "--seeds=2", "--pools", "skewed", "--arms", "grpo", "--tokens=2000",
+        "--arm", "dynamic=--rollout.max_resamples=3", "--rollout.questions_per_step=4", "--rollout.group_size=4",
+        "--evaluation.num_samples=9", f"--evaluation.sets={{held_out: {few}}}",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--jobs=1", "--model.path=nowhere"])
     assert stop.value.code == 1
     assert "grpo, seed 0 ended with exit code 2 before its end" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "out/runs")  # what was begun was begun with another model
+    shutil.rmtree(out / "runs")  # what was begun was begun with another model
+    half, said = stopped(argv, out)
+    assert said.endswith("python -m expo.ablation: error: stopped; give the same command to go on\n")
+    before = steps_of(half)
+    assert not (half / "summary.json").exists()
+    assert f"stopped by SIGTERM after step {len(before)}; go on with --resume" in (half / "log.txt").read_text()
+    assert [path.name for path in (half / "checkpoints").glob("step-*")] == [f"step-{len(before):06d}"]
     assert main(argv) == 0
-    runs = sorted((tmp_path / "out/runs").glob("*/*/*/metrics.jsonl"))
+    assert f"going on after step {len(before)} of" in (half / "log.txt").read_text()
+    after = steps_of(half)
+    assert after[: len(before)] == before, "what was done before the stop is not done again"
+    assert [step for step, _ in after] == list(range(1, len(after) + 1))
+    assert len(after) > len(before)
+    runs = sorted(out.glob("runs/*/*/*/metrics.jsonl"))
     assert len(runs) == 4
+    replaced = {path.parent.parent.name: 0 for path in runs}
+    for path in runs:
+        replaced[path.parent.parent.name] += sum(json.loads(line)["groups_dropped"] for line in lines_of(path))
+    assert replaced["grpo"] == 0 < replaced["dynamic"]
     made = [path.stat().st_mtime_ns for path in runs]
     assert main(argv) == 0  # all there: nothing runs again
     assert [path.stat().st_mtime_ns for path in runs] == made
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("\n".join(MARKS))
-    assert write_page([str(tmp_path / "out"), str(page)]) == 0
-    assert (tmp_path / "out/results.md").read_text() in page.read_text()
+    assert write_page([str(out), str(page)]) == 0
+    assert (out / "results.md").read_text() in page.read_text()
     assert_page_shows_its_results(page)
     assert {path.name for path in (page.parent / "ablation").iterdir()} == {
         "results.json", "curves.png", "differences.png",

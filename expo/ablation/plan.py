@@ -88,6 +88,21 @@ def parse_arm(text: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(f"--{flag}" for flag in flags.split(",--"))
 
 
+def with_arms(arms: Mapping[str, Sequence[str]], texts: Sequence[str]) -> dict[str, Sequence[str]]:
+    """`arms`, and those given as `parse_arm` reads them.
+
+    Raises: ConfigError if one is not of that form, or has the name of another: tables tell arms by their names alone.
+    """
+    found = dict(arms)
+    for text in texts:
+        name, flags = parse_arm(text)
+        if name in ARMS or name in found:
+            meant = f"{name} is {' '.join(ARMS[name])}" if name in ARMS else f"{name} has been given before"
+            raise ConfigError(f"--arm {text} would redefine an arm: {meant}; give yours another name")
+        found[name] = flags
+    return found
+
+
 def plan_runs(
     out: Path, arms: Mapping[str, Sequence[str]], pools: Sequence[str], num_seeds: int, shared: Sequence[str]
 ) -> list[Run]:
