@@ -3,8 +3,9 @@
     python -m expo.evaluate MODEL --sets [NAME=]SOURCE ... --num-samples 64 --temperature 0.6 --out DIR
     python -m expo.evaluate compare A B
 
-Replies are seeded by question and sample number alone: two evaluations use the same random numbers, and the order in
-which questions are asked, or where an evaluation was interrupted, changes nothing.
+Replies are seeded by question and sample number alone: two evaluations use the same random numbers, and in float32 on
+a CPU the order in which questions are asked, or where an evaluation was interrupted, changes nothing. On GPUs or in
+bfloat16 the shape of a batch moves the rounding of its log-probs, and so, now and then, a token.
 """
 
 import sys
@@ -148,7 +149,7 @@ def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompted]]]:
 
 
 def finish(parts: Evaluation) -> None:
-    """Writes results.json, the same bytes for two equal evaluations, and prints its table."""
+    """Writes results.json, the same bytes for evaluations of equal replies, and prints its table."""
     n = parts.config.evaluation.num_samples
     replies = read_replies(parts.folder.path / f"{REPLIES}.jsonl", list(parts.sets))
     scores = {name: summarise(rows, n, parts) for name, rows in replies.items()}

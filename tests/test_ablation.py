@@ -2,7 +2,12 @@
 
 import json
 import math
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from expo.ablation.__main__ import main
 from expo.ablation.page import MARKS, section, tables, with_section
 from expo.ablation.page import main as write_page
 from expo.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
-from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs
+from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs, with_arms
 from expo.ablation.results import (
     MEASURES,
     Outcome,
@@ -23,6 +28,7 @@ from expo.ablation.results import (
     curve_mean,
     from_record,
     pass_at_1_after,
+    secondary_contrasts,
 )
 from expo.config import ConfigError
 from expo.ledger.questions import is_held_out, running_totals
@@ -90,6 +96,28 @@ def test_another_arm_is_any_set_of_flags(tmp_path):
             parse_arm(wrong)
 
 
+def test_an_arm_of_a_name_that_is_taken_is_refused():
+    for taken in ARMS:
+        with pytest.raises(ConfigError, match=f"would redefine an arm: {taken} is {' '.join(ARMS[taken])}; .* another"):
+            with_arms({"grpo": ARMS["grpo"]}, [f"{taken}=--kl.rho=tanh"])
+    with pytest.raises(ConfigError, match="would redefine an arm: own has been given before"):
+        with_arms(ARMS, ["own=--kl.beta=0.1", "own=--kl.beta=0.2"])
+    assert with_arms({}, ["own=--kl.beta=0.1"]) == {"own": ("--kl.beta=0.1",)}
+
+
+def test_dynamic_filtering_is_an_arm_or_goes_to_every_run(tmp_path):
+    arm = planned(tmp_path, arms=with_arms(ARMS, ["dynamic=--rollout.max_resamples=3"]))
+    assert {run.arm for run in arm if run.config.rollout.max_resamples == 3} == {"dynamic"}
+    (expo, dynamic) = [
+        {name: value for name, value in run.config.settings.items() if name != "run.dir"}
+        for run in arm
+        if (run.pool, run.seed) == ("skewed", 1) and run.arm in ("expo", "dynamic")
+    ]
+    assert {name for name in expo if expo[name] != dynamic[name]} == {"rollout.max_resamples"}
+    every = planned(tmp_path, "--rollout.max_resamples=3")
+    assert {run.config.rollout.max_resamples for run in every} == {3}
+
+
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     run = planned(tmp_path)[0]
     run.folder.mkdir(parents=True)
@@ -101,7 +129,15 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "argument",
-    ["--seeds=1", "--jobs=0", "--resume", "--optimizer.rate=1", "--arm=x", "--evaluation.num_samples=8"],
+    [
+        "--seeds=1",
+        "--jobs=0",
+        "--resume",
+        "--optimizer.rate=1",
+        "--arm=x",
+        "--arm=grpo=--kl.beta=1",
+        "--evaluation.num_samples=8",
+    ],
 )
 def test_bad_command_lines_exit_2_with_one_line(tmp_path, capsys, argument):
     with pytest.raises(SystemExit) as stop:
@@ -158,13 +194,13 @@ def test_curves_by_hand():
     )
 
 
-def made_outcomes(*, gain, num_seeds=5):
-    """Arm "better" has `gain` over the baseline, arm "same" none; each seed has its own level, each run its noise."""
+def made_outcomes(*, gain, num_seeds=5, better="better", same="same"):
+    """One arm has `gain` over the baseline, one none; each seed has its own level, each run its noise."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for seed in range(num_seeds):
         level = 0.5 + 0.1 * float(torch.randn((), generator=generator))
-        for arm, more in (("grpo", 0.0), ("better", gain), ("same", 0.0)):
+        for arm, more in (("grpo", 0.0), (better, gain), (same, 0.0)):
             noise = 0.003 * torch.randn(2, generator=generator)
             made.append(
                 outcome(
@@ -184,12 +220,63 @@ def test_a_planted_difference_is_found_and_an_absent_one_is_not():
     assert not any(contrast.is_beyond_noise for contrast in contrasts(made_outcomes(gain=0.0)))
 
 
+def test_the_counted_estimate_is_set_against_expo_in_a_family_of_its_own():
+    outcomes = made_outcomes(gain=0.05, better="expo-counted", same="expo")
+    primary, secondary = contrasts(outcomes), secondary_contrasts(outcomes)
+    assert {(contrast.arm, contrast.less) for contrast in primary} == {("expo-counted", "grpo"), ("expo", "grpo")}
+    assert {(contrast.arm, contrast.less) for contrast in secondary} == {("expo-counted", "expo")}
+    assert [contrast.measure for contrast in secondary] == list(MEASURES)
+    for family in (primary, secondary):  # each is corrected as if there were no other
+        assert [c.is_beyond_noise for c in family] == holm([c.difference.p for c in family])
+    by_seed = {(o.arm, o.seed): o.curve[-1].pass_at_1 for o in outcomes}
+    gaps = [by_seed["expo-counted", seed] - by_seed["expo", seed] for seed in range(5)]
+    (found,) = [contrast for contrast in secondary if contrast.measure == "pass@1, at the end"]
+    assert found.difference.mean == pytest.approx(sum(gaps) / 5)
+    assert secondary_contrasts(made_outcomes(gain=0.05, better="expo-counted")) == []
+
+
+def test_a_full_ablation_has_24_primary_differences_and_6_secondary_ones():
+    noise = torch.Generator().manual_seed(2)
+    outcomes = [
+        outcome(arm, seed, [(0, 0.5), (10, 0.5 + 0.01 * float(torch.randn((), generator=noise)))], pool)
+        for seed in range(5)
+        for pool in POOLS
+        for arm in ARMS
+    ]
+    assert (len(contrasts(outcomes)), len(secondary_contrasts(outcomes))) == (24, 6)
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [
+        (0.05, "of 3 differences of expo-counted to expo, 2 are beyond noise"),
+        (0.0, "of 3 differences of expo-counted to expo, none is beyond noise"),
+    ],
+)
+def test_whether_the_counted_estimate_helps_is_said_and_marked_as_secondary(gain, expected):
+    outcomes = made_outcomes(gain=gain, better="expo-counted", same="expo")
+    record = json.loads(json.dumps(as_record(outcomes, settings_of("expo-counted", "expo"), FACTS)))
+    text = tables(record)
+    assert f"Secondary, added after the plan: {expected}" in text
+    assert ("do not tell expo-counted from expo" in text) == (gain == 0)
+    first, second = text.split("Secondary, added after the plan")
+    assert re.findall(r"\| less (\S+) \|", first) == ["grpo"]
+    assert re.findall(r"\| less (\S+) \|", second) == ["expo"]
+    assert second.count("| balanced | expo-counted |") == len(MEASURES)
+    assert [(c["arm"], c["less"]) for c in record["secondary_contrasts"]] == [("expo-counted", "expo")] * 3
+    assert {c["less"] for c in record["contrasts"]} == {"grpo"}
+
+
+def settings_of(*arms):
+    return {"reply_tokens": 200, "seeds": 5, "pools": ["balanced"], "arms": {name: [] for name in ("grpo", *arms)}}
+
+
 def test_tables_come_from_results_json_alone():
     outcomes = made_outcomes(gain=0.05)
-    settings = {"reply_tokens": 200, "seeds": 5, "pools": ["balanced"], "arms": {"grpo": [], "better": [], "same": []}}
-    record = json.loads(json.dumps(as_record(outcomes, settings, FACTS)))
+    record = json.loads(json.dumps(as_record(outcomes, settings_of("better", "same"), FACTS)))
     assert from_record(record) == outcomes
     text = tables(record)
+    assert "Secondary" not in text
     (found,) = [c for c in contrasts(outcomes) if (c.arm, c.measure) == ("better", "pass@1, at the end")]
     row = next(line for line in text.splitlines() if line.startswith("| balanced | better | pass@1, at the end |"))
     assert f"| {found.difference.mean:+.3f} ± {found.difference.error:.3f} |" in row
@@ -225,31 +312,69 @@ def test_the_docs_show_the_results_they_hold():
 # --- the command
 
 
+def stopped(argv, out):
+    """The folder of a run that had taken two steps when the ablation that runs it got SIGTERM, and what was said."""
+    process = subprocess.Popen([sys.executable, "-m", "expo.ablation", *argv], stderr=subprocess.PIPE, text=True)
+    try:
+        while not (begun := [path for path in out.glob("runs/*/*/*/metrics.jsonl") if len(lines_of(path)) > 1]):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        return begun[0].parent, process.communicate()[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def lines_of(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def steps_of(folder):
+    """Step and seconds of every step: a step that is taken again takes another time."""
+    return [(row["step"], row["seconds"]) for row in map(json.loads, lines_of(folder / "metrics.jsonl"))]
+
+
 @pytest.mark.slow
-def test_one_command_runs_all_goes_on_and_reports(tmp_path, capsys):
-    few = tmp_path / "few.jsonl"
+def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys):
+    few, out = tmp_path / "few.jsonl", tmp_path / "out"
     few.write_text("".join(json.dumps({"question": f"{n}+5=", "answer": n + 5}) + "\n" for n in (2, 3)))
     argv = [
-        "--out", str(tmp_path / "out"), "--seeds=2", "--pools", "skewed", "--arms", "grpo", "expo", "--tokens=300",
-        "--rollout.questions_per_step=4", "--rollout.group_size=4", "--evaluation.num_samples=9",
-        f"--evaluation.sets={{held_out: {few}}}",
+        "--out", str(out), "--seeds=2", "--pools", "skewed", "--arms", "grpo", "--tokens=2000",
+        "--arm", "dynamic=--rollout.max_resamples=3", "--rollout.questions_per_step=4", "--rollout.group_size=4",
+        "--evaluation.num_samples=9", f"--evaluation.sets={{held_out: {few}}}",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--jobs=1", "--model.path=nowhere"])
     assert stop.value.code == 1
     assert "grpo, seed 0 ended with exit code 2 before its end" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "out/runs")  # what was begun was begun with another model
+    shutil.rmtree(out / "runs")  # what was begun was begun with another model
+    half, said = stopped(argv, out)
+    assert said.endswith("python -m expo.ablation: error: stopped; give the same command to go on\n")
+    before = steps_of(half)
+    assert not (half / "summary.json").exists()
+    assert f"stopped by SIGTERM after step {len(before)}; go on with --resume" in (half / "log.txt").read_text()
+    assert [path.name for path in (half / "checkpoints").glob("step-*")] == [f"step-{len(before):06d}"]
     assert main(argv) == 0
-    runs = sorted((tmp_path / "out/runs").glob("*/*/*/metrics.jsonl"))
+    assert f"going on after step {len(before)} of" in (half / "log.txt").read_text()
+    after = steps_of(half)
+    assert after[: len(before)] == before, "what was done before the stop is not done again"
+    assert [step for step, _ in after] == list(range(1, len(after) + 1))
+    assert len(after) > len(before)
+    runs = sorted(out.glob("runs/*/*/*/metrics.jsonl"))
     assert len(runs) == 4
+    replaced = {path.parent.parent.name: 0 for path in runs}
+    for path in runs:
+        replaced[path.parent.parent.name] += sum(json.loads(line)["groups_dropped"] for line in lines_of(path))
+    assert replaced["grpo"] == 0 < replaced["dynamic"]
     made = [path.stat().st_mtime_ns for path in runs]
     assert main(argv) == 0  # all there: nothing runs again
     assert [path.stat().st_mtime_ns for path in runs] == made
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("\n".join(MARKS))
-    assert write_page([str(tmp_path / "out"), str(page)]) == 0
-    assert (tmp_path / "out/results.md").read_text() in page.read_text()
+    assert write_page([str(out), str(page)]) == 0
+    assert (out / "results.md").read_text() in page.read_text()
     assert_page_shows_its_results(page)
     assert {path.name for path in (page.parent / "ablation").iterdir()} == {
         "results.json", "curves.png", "differences.png",

@@ -1,15 +1,69 @@
 """The recipes: each can be planned with nothing at hand, and the paper's four are the paper's."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from expo.config import RECIPES, ConfigError, load_config
+from expo.data.hub import NAMED
+from expo.evaluation.options import parse_command_line
 from expo.train import main
 
 NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
 PAPERS = [name for name in NAMES if name.startswith(("expo-", "grpo-"))]
 METHOD = {"curriculum.kind": ("gcs", "uniform"), "kl.rho": ("tanh", "constant")}
+MODELS = {"qwen3-8b-base": "Qwen/Qwen3-8B-Base", "r1-distill-qwen-1.5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"}
+BENCHMARKS = ["aime-2024", "aime-2025", "math-500", "minerva", "olympiadbench", "amc"]
+PAPER = {  # arXiv 2605.11403, sections 3 and 4.1
+    "run.steps": 2039,  # 30 epochs of 17,398 questions, 256 a step
+    "data.train": "dapo-17k",
+    "data.max_prompt_tokens": 1024,
+    "rollout.engine": "vllm",
+    "rollout.group_size": 8,
+    "rollout.questions_per_step": 256,
+    "rollout.max_new_tokens": 3072,
+    "vllm.tensor_parallel": 2,
+    "curriculum.mean": 0.5,
+    "curriculum.std": 0.35,
+    "curriculum.momentum": 0.9,
+    "curriculum.initial_pass_rate": 0.5,
+    "curriculum.estimate": "ema",
+    "kl.beta": 0.02,
+    "kl.estimator": "k3",
+    "objective.surrogate": "clip",
+    "objective.advantage_scale": "group",
+    "reward.correct_weight": 1.0,
+    "evaluation.sets": {name: name for name in BENCHMARKS},
+}
+DAPO = {  # arXiv 2503.14476, section 4.1, and verl's run_dapo_qwen2.5_32b.sh
+    "data.prompt": "dapo",
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "objective.clip_low": 0.2,
+    "objective.clip_high": 0.28,
+    "objective.dual_clip": 10.0,
+    "objective.aggregation": "token",
+    "objective.ratio": "token",
+    "optimizer.lr": 1e-6,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.weight_decay": 0.1,
+    "optimizer.warmup_steps": 10,
+    "optimizer.schedule": "constant",
+    "optimizer.max_grad_norm": 1.0,
+    "policy.updates_per_step": 4,
+}
+LEFT_OUT = {  # what neither of them asks for, and what of DAPO the recipes say they leave out
+    "rollout.max_resamples": 0,
+    "reward.overlong_buffer": 0,
+    "reward.functions": {},
+    "objective.mask_truncated": False,
+    "objective.rollout_correction": None,
+    "objective.entropy_bonus": 0.0,
+    "policy.lora_rank": 0,
+    "data.drop_overlap": "none",
+}
 
 
 def settings(name):
@@ -18,8 +72,57 @@ def settings(name):
 
 
 def test_the_papers_two_models_come_with_either_method():
-    models = ("qwen3-8b-base", "r1-distill-qwen-1.5b")
-    assert [f"{method}-{model}.yaml" for method in ("expo", "grpo") for model in models] == PAPERS
+    assert [f"{method}-{model}.yaml" for method in ("expo", "grpo") for model in MODELS] == PAPERS
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", ["expo", "grpo"])
+def test_the_papers_recipes_hold_the_papers_values(method, model):
+    found = settings(f"{method}-{model}.yaml")
+    own = {name: pair[method == "grpo"] for name, pair in METHOD.items()}
+    expected = {"model.path": MODELS[model], **PAPER, **DAPO, **LEFT_OUT, **own}
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_what_a_recipe_says_is_the_papers_is_in_the_tables_above(name):
+    section, marked = "", []
+    for line in (RECIPES / name).read_text().splitlines():
+        if field := re.match(r"(  )?(\w+):", line):
+            section = section if field[1] else field[2]
+            source = re.search(r"# (paper|DAPO)\b", line)
+            marked += [(f"{section}.{field[2]}", source[1])] if field[1] and source else []
+    tables = {"paper": {"model.path", *METHOD, *PAPER}, "DAPO": set(DAPO)}
+    assert [(field, source) for field, source in marked if field not in tables[source]] == []
+    assert len(marked) > 20 or name.startswith("grpo-")
+
+
+def test_the_papers_benchmarks_are_sets_of_the_hub():
+    assert set(BENCHMARKS) <= set(NAMED)
+    assert sum(NAMED[name].num_distinct for name in BENCHMARKS) == 1546
+
+
+def test_the_pages_commands_evaluate_every_run_on_the_six_benchmarks(tmp_path, monkeypatch):
+    """As the shell would: its loop over runs, whose folders are the recipes' here."""
+    page = (Path(__file__).parent.parent / "docs/experiment.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (loop,) = re.findall(r"for run in ([^;]+); do\n +torchrun [^\n]*? -m expo\.evaluate ([^\n]+)\n", page)
+    assert [f"{run}.yaml" for run in sorted(loop[0].split())] == PAPERS
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for run in loop[0].split():
+        folder = Path(f"runs/{run}-0")
+        folder.mkdir(parents=True)
+        trained = load_config(RECIPES / f"{run}.yaml")
+        (folder / "config.yaml").write_text(trained.to_yaml())
+        asked = parse_command_line(shlex.split(loop[1].replace("$run", run)))
+        assert (asked.run, asked.config.evaluation) == (folder, trained.evaluation)
+        assert list(asked.config.evaluation.sets) == BENCHMARKS
+        assert asked.config.rollout == trained.rollout
+        assert asked.config.evaluation.num_samples > 32
+        made.append(str(asked.config.run.dir))
+    compared = re.findall(r"-m expo\.evaluate compare (\S+) (\S+)\n", page)
+    assert sorted(folder for pair in compared for folder in pair) == sorted(made)
+    assert all(b == a.replace("/grpo-", "/expo-") != a for a, b in compared)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,13 +148,11 @@ def test_the_papers_batch_is_256_questions_with_8_replies_for_30_epochs(name, ca
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_setting_of_the_papers_recipes_names_its_source(name):
-    fields = [line for line in (RECIPES / name).read_text().splitlines() if re.match(r"  \w+: ", line)]
-    silent = [line for line in fields if not re.search(r"# (paper|DAPO|ours|yours)\b", line)]
-    # which engine samples is no setting of the method
-    assert [line for line in silent if not line.startswith("  engine: ")] == []
+    fields = [line for line in (RECIPES / name).read_text().splitlines() if re.match(r" +[\w-]+: ", line)]
+    assert [line for line in fields if not re.search(r"# (paper|DAPO|ours|yours)\b", line)] == []
 
 
-@pytest.mark.parametrize("model", ["qwen3-8b-base", "r1-distill-qwen-1.5b"])
+@pytest.mark.parametrize("model", MODELS)
 def test_grpo_is_the_same_run_but_for_the_method(model):
     expo, grpo = (settings(f"{method}-{model}.yaml") for method in ("expo", "grpo"))
     assert {name: (expo[name], grpo[name]) for name in expo if expo[name] != grpo[name]} == METHOD

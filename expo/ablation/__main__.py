@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.ablation.page import tables, write_record
-from expo.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, parse_arm, plan_runs
+from expo.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan_runs, with_arms
 from expo.ablation.results import as_record, read_outcome
 from expo.ablation.runs import RunFailed, run_all
 from expo.config import ConfigError, fail
@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help=f"arms; always {BASELINE}, too")
     parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS), help="question pools")
     parser.add_argument(
-        "--arm", action="append", default=[], metavar="NAME=--A.B=V,...", help="one more arm, over EXPO's settings"
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=--A.B=V,...",
+        help="one more arm with its own name, over EXPO's settings",
     )
     return parser
 
@@ -71,8 +75,8 @@ def _plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[str, 
     for name, least in (("seeds", 2), ("jobs", 1), ("tokens", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}={getattr(options, name)}; expected {least} or more")
-    arms = {name: own for name, own in ARMS.items() if name in (BASELINE, *options.arms)}
-    arms |= dict(parse_arm(text) for text in options.arm)
+    chosen = {name: own for name, own in ARMS.items() if name in (BASELINE, *options.arms)}
+    arms = with_arms(chosen, options.arm)
     shared = [*SHARED, f"--run.reply_tokens={options.tokens}", *flags]
     settings = {
         "reply_tokens": options.tokens,

@@ -16,7 +16,18 @@ from typing import Any
 
 from expo.ablation.paired import Mean
 from expo.ablation.plan import BASELINE
-from expo.ablation.results import MEASURES, Contrast, Outcome, contrasts, curves, from_record, names, of_arm, scores
+from expo.ablation.results import (
+    MEASURES,
+    Contrast,
+    Outcome,
+    contrasts,
+    curves,
+    from_record,
+    names,
+    of_arm,
+    scores,
+    secondary_contrasts,
+)
 from expo.config import ConfigError, fail
 from expo.files import write_bytes_whole
 from expo.pictures import draw_lines
@@ -26,10 +37,12 @@ MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")
 
 
 def tables(record: Mapping[str, Any]) -> str:
-    """What was run, scores by arm, differences with verdicts, and the verdict in a sentence."""
+    """What was run, scores by arm, and for each family of differences the verdict in a sentence and the differences."""
     outcomes = from_record(record)
-    found = contrasts(outcomes)
-    parts = (_provenance(record, outcomes), _scores_table(outcomes), _verdict(found), _contrasts_table(found))
+    found, added = contrasts(outcomes), secondary_contrasts(outcomes)
+    parts = [_provenance(record, outcomes), _scores_table(outcomes), _verdict(found), _contrasts_table(found)]
+    if added:
+        parts += [_secondary_verdict(added), _contrasts_table(added)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,13 +115,29 @@ def _scores_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _verdict(found: Sequence[Contrast]) -> str:
-    beyond = [contrast for contrast in found if contrast.is_beyond_noise]
-    said = (
-        f"Of {len(found)} differences to {BASELINE}, {len(beyond) or 'none'} "
-        f"{'is' if len(beyond) < 2 else 'are'} beyond noise (t tests on pairs, Holm's correction for all "
-        f"{len(found)}, 5 % for any false claim)"
+    return (
+        f"Of {len(found)} differences to {BASELINE}, {_num_beyond(found)} beyond noise (t tests on pairs, Holm's "
+        f"correction for all {len(found)}, 5 % for any false claim){_those_beyond(found)}."
     )
-    return said + (":" if beyond else "") + ";".join(f" {_sentence(contrast)}" for contrast in beyond) + "."
+
+
+def _secondary_verdict(found: Sequence[Contrast]) -> str:
+    arm, less = found[0].arm, found[0].less
+    said = _those_beyond(found) or f": these runs do not tell {arm} from {less}"
+    return (
+        f"Secondary, added after the plan: of {len(found)} differences of {arm} to {less}, {_num_beyond(found)} beyond "
+        f"noise (Holm's correction for these {len(found)} alone, a further 5 % for any false claim){said}."
+    )
+
+
+def _num_beyond(found: Sequence[Contrast]) -> str:
+    count = sum(contrast.is_beyond_noise for contrast in found)
+    return f"{count or 'none'} {'is' if count < 2 else 'are'}"
+
+
+def _those_beyond(found: Sequence[Contrast]) -> str:
+    said = [_sentence(contrast) for contrast in found if contrast.is_beyond_noise]
+    return ": " + "; ".join(said) if said else ""
 
 
 def _sentence(contrast: Contrast) -> str:
@@ -116,7 +145,7 @@ def _sentence(contrast: Contrast) -> str:
 
 
 def _contrasts_table(found: Sequence[Contrast]) -> str:
-    rows = [("pool", "arm", "measure", f"less {BASELINE}", "95 %, this one alone", "p, uncorrected", "verdict")]
+    rows = [("pool", "arm", "measure", f"less {found[0].less}", "95 %, this one alone", "p, uncorrected", "verdict")]
     for contrast in found:
         mean, error, low, high, p = contrast.difference
         verdict = "beyond noise" if contrast.is_beyond_noise else "within noise"

@@ -24,6 +24,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "expo-counted": ("--curriculum.kind=gcs", "--kl.rho=tanh", "--curriculum.estimate=counted"),
 }
 """Flags of `python -m expo.train` by arm: each of the paper's two parts alone, both, and both with our estimate."""
+ADDED = ("expo-counted", "expo")
+"""An arm and what it is set against besides the baseline: added after the plan, so a family of its own."""
 
 # half of the default's 1,024: a run half as long as the default visits a question as often as the default does
 _BALANCED_COUNT = 512
@@ -84,6 +86,21 @@ def parse_arm(text: str) -> tuple[str, tuple[str, ...]]:
     if not name or not flags or "/" in name:
         raise ConfigError(f"--arm {text} is not an arm; expected name=--section.field=value,--section.field=value")
     return name, tuple(f"--{flag}" for flag in flags.split(",--"))
+
+
+def with_arms(arms: Mapping[str, Sequence[str]], texts: Sequence[str]) -> dict[str, Sequence[str]]:
+    """`arms`, and those given as `parse_arm` reads them.
+
+    Raises: ConfigError if one is not of that form, or has the name of another: tables tell arms by their names alone.
+    """
+    found = dict(arms)
+    for text in texts:
+        name, flags = parse_arm(text)
+        if name in ARMS or name in found:
+            meant = f"{name} is {' '.join(ARMS[name])}" if name in ARMS else f"{name} has been given before"
+            raise ConfigError(f"--arm {text} would redefine an arm: {meant}; give yours another name")
+        found[name] = flags
+    return found
 
 
 def plan_runs(

@@ -1,4 +1,4 @@
-"""What the runs showed: scores by arm and pool, paired differences to the baseline, and which are beyond noise."""
+"""What the runs showed: scores by arm and pool, paired differences between arms, and which are beyond noise."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from expo.ablation.paired import Difference, Mean, holm, mean_over_seeds, paired_difference
-from expo.ablation.plan import BASELINE, EVALUATED, Run
+from expo.ablation.plan import ADDED, BASELINE, EVALUATED, Run
 from expo.records import pass_at
 
 CURVE_POINTS = 9  # places along the budget at which curves of several runs are averaged
@@ -48,14 +48,16 @@ MEASURES: dict[str, Callable[[Outcome], float]] = {
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm's paired difference to the baseline on one pool by one measure."""
+    """An arm's paired difference to another on one pool by one measure."""
 
     pool: str
     arm: str
+    less: str
+    """The arm that is taken off."""
     measure: str
     difference: Difference
     is_beyond_noise: bool
-    """By Holm's correction for all contrasts made."""
+    """By Holm's correction for all contrasts of its family."""
 
 
 def read_outcome(run: Run) -> Outcome:
@@ -116,13 +118,25 @@ def scores(outcomes: Sequence[Outcome], pool: str, arm: str, measure: str) -> Me
 
 
 def contrasts(outcomes: Sequence[Outcome]) -> list[Contrast]:
-    """Every arm against the baseline, on every pool, by every measure."""
+    """The primary family, fixed before the first result: every arm less the baseline, on every pool, by every measure.
+
+    Its correction knows of no other family.
+    """
+    return _family(outcomes, [(arm, BASELINE) for arm in names(outcomes, "arm") if arm != BASELINE])
+
+
+def secondary_contrasts(outcomes: Sequence[Outcome]) -> list[Contrast]:
+    """What the counted estimate adds to EXPO (`plan.ADDED`), corrected apart; none where one of the two did not run."""
+    return _family(outcomes, [ADDED] if set(ADDED) <= set(names(outcomes, "arm")) else [])
+
+
+def _family(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
     keys, differences = [], []
     for pool in names(outcomes, "pool"):
-        for arm in (name for name in names(outcomes, "arm") if name != BASELINE):
+        for arm, less in pairs:
             for measure, value in MEASURES.items():
-                arms = (of_arm(outcomes, pool, name) for name in (arm, BASELINE))
-                keys.append((pool, arm, measure))
+                arms = (of_arm(outcomes, pool, name) for name in (arm, less))
+                keys.append((pool, arm, less, measure))
                 differences.append(paired_difference(*([value(outcome) for outcome in each] for each in arms)))
     beyond = holm([difference.p for difference in differences])
     return [Contrast(*key, found, is_beyond) for key, found, is_beyond in zip(keys, differences, beyond, strict=True)]
@@ -159,11 +173,14 @@ def as_record(
         "commits": sorted({str(outcome.commit) for outcome in outcomes}),
         "environment": environment,
         "settings": settings,
-        "contrasts": [
-            {**asdict(contrast), "difference": contrast.difference._asdict()} for contrast in contrasts(outcomes)
-        ],
+        "contrasts": [_named(contrast) for contrast in contrasts(outcomes)],
+        "secondary_contrasts": [_named(contrast) for contrast in secondary_contrasts(outcomes)],
         "runs": [{**asdict(outcome), "curve": [point._asdict() for point in outcome.curve]} for outcome in outcomes],
     }
+
+
+def _named(contrast: Contrast) -> dict[str, Any]:
+    return {**asdict(contrast), "difference": contrast.difference._asdict()}
 
 
 def from_record(record: Mapping[str, Any]) -> list[Outcome]:

@@ -60,7 +60,8 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
-        """For each request one reply per seed; the same seed and weights give the same reply in any batch.
+        """For each request one reply per seed; the same seed and weights give the same reply in any batch, where its
+        shape does not change rounding: tested in float32 on a CPU.
 
         `on_progress` is told how many replies have been finished since it was last told; what it raises ends the call.
         """
