@@ -143,7 +143,7 @@ def _family(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> li
 
 
 def curves(outcomes: Sequence[Outcome], budget: int, *, is_paired: bool) -> dict[str, dict[str, Curve]]:
-    """Mean pass@1 along the budget by pool and arm, or its paired difference to the baseline."""
+    """Mean pass@1 along the budget by pool and arm, or its paired difference to the baseline, whose own is 0."""
     places = [budget * index / (CURVE_POINTS - 1) for index in range(CURVE_POINTS)]
     found: dict[str, dict[str, Curve]] = {}
     for pool in names(outcomes, "pool"):
@@ -153,7 +153,7 @@ def curves(outcomes: Sequence[Outcome], budget: int, *, is_paired: bool) -> dict
         }
         base = lines[BASELINE]
         if is_paired:
-            lines = {arm: _minus(line, base) for arm, line in lines.items() if arm != BASELINE}
+            lines = {arm: _minus(line, base) for arm, line in lines.items()}
         found[pool] = {
             arm: [(place, *mean_over_seeds(values)) for place, values in zip(places, line, strict=True)]
             for arm, line in lines.items()
