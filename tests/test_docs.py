@@ -13,6 +13,8 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
 PAGES = {page: PYTHON.findall(page.read_text(encoding="utf-8")) for page in SOURCES}
 WITH_PYTHON = sorted(page for page, blocks in PAGES.items() if blocks)
+SHOWN = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+PRINTS = [(page, *pair) for page in WITH_PYTHON for pair in SHOWN.findall(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
@@ -21,6 +23,17 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
     names = {"__name__": page.stem}
     for block in PAGES[page]:
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize(("page", "block", "shown"), PRINTS, ids=[page.name for page, *_ in PRINTS])
+def test_the_text_under_a_python_block_is_what_it_prints(page, block, shown, capsys):
+    """Such a block stands on its own."""
+    exec(compile(block, page.name, "exec"), {"__name__": page.stem})
+    assert capsys.readouterr().out == shown
+
+
+def test_what_a_run_would_cost_is_one_of_them():
+    assert "experiment.md" in [page.name for page, *_ in PRINTS]
 
 
 def test_the_loop_of_forty_lines_has_forty():
