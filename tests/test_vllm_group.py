@@ -25,14 +25,14 @@ from expo.rollout.vllm_group import (
 from expo.rollout.vllm_server import _require_broadcast
 
 CPU = torch.device("cpu")
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0  # importing torch is slow where cores are shared
 WORKER = """
 import sys
 import torch
 from expo.rollout.vllm_group import END, empty_bucket, join
 
 host, port, rank, size, path = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-group, found, number = join(host, port, rank, size, "gloo", 30.0), {}, 0
+group, found, number = join(host, port, rank, size, "gloo", 120.0), {}, 0
 while (manifest := group.read(str(number))) != END:
     bucket = empty_bucket(manifest, torch.device("cpu"))
     group.start(bucket.data)
