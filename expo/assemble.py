@@ -53,6 +53,7 @@ MAY_CHANGE_ON_RESUME = (
     "rollout.keep_replies",
     "vllm.servers",
     "vllm.gpus",
+    "vllm.transfer",
     "vllm.weights_folder",
     "vllm.patience_s",
 )

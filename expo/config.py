@@ -154,8 +154,10 @@ class VllmSection(_Section):
     """With vllm-server: how many the run starts, beside rank 0; the ranks are spread over them."""
     gpus: list[Index] = []
     """With vllm-server: CUDA devices of the servers that the run starts, tensor_parallel for each."""
+    transfer: Literal["files", "broadcast"] = "files"
+    """With vllm-server, how weights go there: through files, or straight, by NCCL between GPUs or gloo between CPUs."""
     weights_folder: Path | None = None
-    """With vllm-server: folder that weights go through, seen by all servers; left out: /dev/shm."""
+    """With transfer = files: folder that weights go through, seen by all servers; left out: /dev/shm."""
     patience_s: Positive = 600
     """Seconds that a server may be away before the run ends; a start, or a restart, must fit in."""
 
@@ -416,6 +418,14 @@ class RunConfig(_Section):
         for name in ("servers", "gpus", "weights_folder"):
             if getattr(section, name) and engine != "vllm-server":
                 raise ValueError(f"vllm.{name} is for rollout.engine = vllm-server, not {engine}; leave it out")
+        if section.transfer != "files" and engine != "vllm-server":
+            raise ValueError(
+                f"vllm.transfer = {section.transfer} is for rollout.engine = vllm-server, not {engine}; leave it out"
+            )
+        if section.transfer != "files" and section.weights_folder:
+            raise ValueError(
+                f"vllm.weights_folder is for vllm.transfer = files, not {section.transfer}; leave out either"
+            )
         wrong = [url for url in section.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
         if wrong:
             raise ValueError(f"vllm.servers has {wrong[0]!r}; expected http://host:port")

@@ -5,6 +5,7 @@ own HTTP server with what that run needs. Whoever reaches its port can change it
 """
 
 import argparse
+import json
 import os
 import runpy
 import sys
@@ -18,6 +19,7 @@ import torch
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.model import check_model_path
 from expo.rollout.vllm_common import MADE_FOR_TEXT, check_vllm, engine_settings, version
+from expo.rollout.vllm_group import BACKEND
 from expo.rollout.vllm_keeper import guard
 
 PROGRAM = "python -m expo.serve"
@@ -34,6 +36,7 @@ def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -
         "tokens_only": True,
         "worker_extension_cls": WORKER,
         "disable_uvicorn_access_log": True,
+        **({"weight_transfer_config": json.dumps({"backend": BACKEND})} if config.vllm.transfer == "broadcast" else {}),
         **engine_settings(
             config.vllm,
             dtype=getattr(torch, config.policy.dtype),
@@ -57,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--ward", type=Path)  # folder to remove when our stdin closes, and we end
+    parser.add_argument("--guarded", action="store_true")  # end when our stdin closes
+    parser.add_argument("--ward", type=Path)  # folder to remove then
     own, others = parser.parse_known_args(argv)
-    if own.ward is not None:
+    if own.guarded:
         guard(own.ward)
     config = parse_command_line(others, PROGRAM).config
     try:

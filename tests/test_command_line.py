@@ -92,6 +92,12 @@ def test_a_rollout_correction_that_would_do_nothing_is_refused(capsys):
         ("model: {path: m}\ndata: {train: t}\nrollout: {top_p: 0.7}", "rollout.top_p = 0.7: it samples from a part"),
         ("model: {path: m}\ndata: {train: t}\nrollout: {top_k: 1}", "rollout.top_k = 1: it samples from a part"),
         ("model: {path: m}\ndata: {train: t}\nvllm: {servers: [http://a:1]}", "vllm.servers is for rollout.engine"),
+        ("model: {path: m}\ndata: {train: t}\nvllm: {transfer: broadcast}", "vllm.transfer = broadcast is for rollout"),
+        (
+            "model: {path: m}\ndata: {train: t}\nrollout: {engine: vllm-server}\n"
+            "vllm: {transfer: broadcast, weights_folder: /w}",
+            "vllm.weights_folder is for vllm.transfer = files",
+        ),
         ("model: {path: m}\ndata: {train: t}\nrolout: {}", "unknown key rolout; did you mean rollout?"),
         ("model: {path: m}\ndata: {train: t, trian: u}", "unknown key data.trian; did you mean data.train?"),
         ("model: {path: m}", "data is missing"),

@@ -22,11 +22,11 @@ from expo.rollout.vllm_common import (
     check_vllm,
     engine_settings,
     make_reply,
+    pack_tied_head,
     reply_jobs,
     score_jobs,
     version,
 )
-from expo.rollout.vllm_worker import pack_tied_head
 
 NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
     "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),

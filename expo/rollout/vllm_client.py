@@ -28,11 +28,12 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._place = urlsplit(url)
+        parts = urlsplit(url)
+        self.place = str(parts.hostname), int(parts.port or 80)
 
     def connect(self) -> http.client.HTTPConnection:
         """A new connection, on which answers may take their time. Raises: Away."""
-        connection = http.client.HTTPConnection(str(self._place.hostname), self._place.port, timeout=CONNECT_S)
+        connection = http.client.HTTPConnection(*self.place, timeout=CONNECT_S)
         try:
             connection.connect()
         except OSError as error:
@@ -122,6 +123,51 @@ def insist(server: Server, seconds: float, check: Callable[[], None], ask: Calla
             return ask()
         except Away as reason:
             patience.wait(reason)
+
+
+class Call:
+    """One call under way, on a thread of its own.
+
+    Args:
+        server: who is asked.
+        path: what for.
+        body: with what.
+
+    Raises: Away if it cannot be reached.
+    """
+
+    def __init__(self, server: Server, path: str, body: Any = None) -> None:
+        self._server, self._path, self._body = server, path, body
+        self._connection = server.connect()
+        self._problem: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"{path} of {server.url}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._server.call(self._connection, "POST", self._path, self._body)
+        except Exception as error:
+            self._problem = error
+
+    def check(self) -> None:
+        """Raises: Away or EngineError if it has failed."""
+        if self._problem is not None:
+            raise self._problem
+
+    def result(self, seconds: float) -> None:
+        """Returns when it is done. Raises: as `check`; Away if that takes longer."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self.hang_up()
+            raise Away(f"{self._path}: no answer within {seconds:g} s")
+        self.hang_up()
+        self.check()
+
+    def hang_up(self) -> None:
+        """Waits for it no more."""
+        with suppress(OSError, AttributeError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
 
 
 class Crowd:

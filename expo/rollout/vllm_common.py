@@ -1,4 +1,4 @@
-"""What both ways of running vLLM share: versions, an engine's settings, how a reply or a score is asked for.
+"""What both ways of running vLLM share: settings, the repair of a tied head, how a reply or a score is asked for.
 
 Log-probs are those of the distribution sampled from (`processed_logprobs`): after the temperature, with no top-k or
 penalty, and no top-p but an evaluation's, whatever the model's own generation config says. Weights start at random and
@@ -147,6 +147,19 @@ def score_jobs(
         for prompt, reply in zip(prompts, replies, strict=True)
         for position, token in enumerate(reply)
     ]
+
+
+def pack_tied_head(model: Any) -> None:
+    """Has a head that shares the embedding's weight pack it anew, on a CPU.
+
+    There vLLM multiplies by a packed copy of each weight. A reload packs anew the layers that it loads, and a tied head
+    is not one: without this it stays as it was, silently (seen in 0.32).
+    """
+    head = getattr(model, "lm_head", None)
+    method = getattr(head, "quant_method", None)
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    if method is not None and is_tied and next(model.parameters()).device.type == "cpu":
+        method.process_weights_after_loading(head)
 
 
 def make_reply(tokenizer: Any, stop_ids: frozenset[int], token_ids: list[int], logps: list[float]) -> Reply:

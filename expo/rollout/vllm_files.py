@@ -12,9 +12,9 @@ from torch import Tensor
 
 from expo.config import ConfigError
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm_client import Away, Server
+from expo.rollout.vllm_client import Server
+from expo.rollout.vllm_weights import BUCKET_BYTES, settle
 
-BUCKET_BYTES = 2**28  # of tensors held on their way to a file
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -54,21 +54,13 @@ class WeightFiles:
         self.version = uuid.uuid4().hex
 
     def bring(self, server: Server, version: str) -> None:
-        """Has the server read the files, repair a tied head, and forget what it computed with older weights."""
+        """Has the server read the files and use what they hold. Raises: Away, EngineError."""
         server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder)]})
-        server.post("/collective_rpc", {"method": "pack_tied_head"})
-        reset_cache(server)
-        server.post("/update_weight_version", {"new_version": version})
+        settle(server, version)
 
     def close(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def reset_cache(server: Server) -> None:
-    """Drops the prefix cache; what runs meanwhile is computed anew."""
-    if not server.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
-        raise Away("it kept its prefix cache, made by older weights")
 
 
 def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

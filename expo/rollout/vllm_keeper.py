@@ -17,27 +17,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from expo.config import ConfigError
 from expo.rollout.engine import EngineError
 from expo.rollout.vllm_client import Away, Server, insist
+from expo.rollout.vllm_weights import Weights
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
 LOOK_S = 0.5
 LOG_TAIL = 2000  # characters shown of a server's log when it does not start
 END_S = 8.0  # for a server to end when asked to
-
-
-class Weights(Protocol):
-    """The policy's present weights, as they can be brought to a server."""
-
-    @property
-    def version(self) -> str | None:
-        """What they are called; None: there are none that could be brought now."""
-
-    def bring(self, server: Server, version: str) -> None:
-        """Has the server take them. Raises: Away if it fails; EngineError if they cannot be brought again."""
 
 
 class ServerProcess:
@@ -49,18 +38,22 @@ class ServerProcess:
     Args:
         config_path: the run's.
         log: file that takes what it prints.
-        folder: of the weights.
+        folder: of the weights, if they go through files.
         gpus: CUDA devices that it may use; none: as they are here.
         threads: CPU threads; None: as vLLM chooses.
     """
 
-    def __init__(self, config_path: Path, log: Path, folder: Path, gpus: Sequence[int], threads: int | None) -> None:
+    def __init__(
+        self, config_path: Path, log: Path, folder: Path | None, gpus: Sequence[int], threads: int | None
+    ) -> None:
         with socket.socket() as place:
             place.bind(("127.0.0.1", 0))
             port = place.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
-        self._command = [sys.executable, "-m", "expo.serve", str(config_path), f"--port={port}", f"--ward={folder}"]
+        self._command = [sys.executable, "-m", "expo.serve", str(config_path), f"--port={port}", "--guarded"]
+        if folder is not None:
+            self._command.append(f"--ward={folder}")
         self._environment = dict(os.environ)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             self._environment.pop(name, None)  # the server is no rank of the run
@@ -190,18 +183,19 @@ class Keeper:
             self._process.end()
 
 
-def guard(folder: Path) -> None:
+def guard(folder: Path | None) -> None:
     """Returns in a new process, which the one that called stays to guard.
 
     It waits until our stdin closes, because the process that started us has ended in whatever way, or until the new
-    process has ended. Then it ends that, what is left of their process group, and removes `folder` in the first case.
+    process has ended. Then it ends that, what is left of their process group, and in the first case removes `folder`.
     """
     server = os.fork()
     if server == 0:
         return
     while not _has_ended(server):
         if select.select([sys.stdin], [], [], LOOK_S)[0]:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             _end(server)
             break
     os.killpg(os.getpgrp(), signal.SIGKILL)

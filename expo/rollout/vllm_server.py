@@ -15,9 +15,11 @@ from torch import Tensor
 from expo.config import ConfigError, RunConfig, VllmSection
 from expo.ranks import Ranks
 from expo.rollout.engine import EngineError, Reply, Request, Sampling
+from expo.rollout.vllm_broadcast import WeightBroadcast
 from expo.rollout.vllm_client import Away, Crowd, Server, insist
 from expo.rollout.vllm_common import engine_settings, make_reply, reply_jobs, score_jobs
 from expo.rollout.vllm_files import WeightFiles
+from expo.rollout.vllm_group import BACKEND
 from expo.rollout.vllm_keeper import Keeper, ServerProcess
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
@@ -40,7 +42,7 @@ class ServerEngine:
         self._config, self._section, self._ranks = config, config.vllm, ranks
         self._tokenizer, self._end_ids = tokenizer, end_ids
         self._keepers: list[Keeper] = []
-        self._files: WeightFiles | None = None
+        self._weights: WeightFiles | WeightBroadcast | None = None
         self._version: str | None = None
         if not config.vllm.servers:
             _require_room(config.vllm, ranks)
@@ -51,30 +53,36 @@ class ServerEngine:
     def _open(self, folder: Path) -> tuple[list[str], str]:
         """The addresses of all servers, ready and looked after, and vLLM's version on the last."""
         section = self._section
-        self._files = files = WeightFiles(section.weights_folder)
+        files = WeightFiles(section.weights_folder) if section.transfer == "files" else None
         processes: list[ServerProcess | None] = [None] * len(section.servers)
         urls = list(section.servers)
         if not urls:
             started = [self._process(folder, number, files) for number in range(section.num_servers)]
             urls, processes = [process.url for process in started], [*started]
-        for url, process in zip(urls, processes, strict=True):
-            self._keepers.append(Keeper(Server(url), process, files, section.patience_s))
+        servers = [Server(url) for url in urls]
+        weights: WeightFiles | WeightBroadcast = files or WeightBroadcast(
+            servers, section.tensor_parallel, self._ranks.device, section.patience_s
+        )
+        self._weights = weights
+        for server, process in zip(servers, processes, strict=True):
+            self._keepers.append(Keeper(server, process, weights, section.patience_s))
         try:
             for keeper in self._keepers:
                 keeper.start()
             for keeper in self._keepers:
                 keeper.wait_until_ready()
-                version = require_settings(self._config, keeper.server)
+                version = require_settings(self._config, keeper.server, on_gpu=self._ranks.device.type == "cuda")
         except BaseException:
             self.close()
             raise
         return urls, version
 
-    def _process(self, folder: Path, number: int, files: WeightFiles) -> ServerProcess:
+    def _process(self, folder: Path, number: int, files: WeightFiles | None) -> ServerProcess:
         width = self._section.tensor_parallel
         gpus = self._section.gpus[number * width : (number + 1) * width]
         log = folder / f"vllm-server-{number}.log"
-        return ServerProcess(folder / "config.yaml", log, files.folder, gpus, self._config.run.threads)
+        weights = None if files is None else files.folder
+        return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads)
 
     @property
     def holds_weights(self) -> bool:
@@ -104,20 +112,20 @@ class ServerEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Has rank 0 bring the policy's weights to every server; all ranks go through them together.
 
-        Raises: EngineError, on every rank, if they cannot be written or a server does not take them.
+        Raises: EngineError, on every rank, if they cannot be kept or a server does not take them.
         """
         weights = iter(weights)
         problem = None
         try:
-            if self._files is not None:
-                self._files.take(weights)
+            if self._weights is not None:
+                self._weights.take(weights)
                 for keeper in self._keepers:
                     keeper.sync()
         except EngineError as error:
             problem = str(error)
         for _ in weights:  # the other ranks, and rank 0 if it failed: gathering is a thing of all
             pass
-        version = None if self._files is None else self._files.version
+        version = None if self._weights is None else self._weights.version
         self._version, problem = self._ranks.from_first((version, problem))
         if problem is not None:
             raise EngineError(problem)
@@ -126,11 +134,11 @@ class ServerEngine:
         """The servers have GPUs of their own."""
 
     def close(self) -> None:
-        """Ends the servers that the run has started, and removes the files of the weights."""
+        """Ends the servers that the run has started, and what the weights went through."""
         for keeper in self._keepers:
             keeper.close()
-        if self._files is not None:
-            self._files.close()
+        if self._weights is not None:
+            self._weights.close()
 
     def _run(
         self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
@@ -183,7 +191,7 @@ def _require_room(section: VllmSection, ranks: Ranks) -> None:
         )
 
 
-def require_settings(config: RunConfig, server: Server) -> str:
+def require_settings(config: RunConfig, server: Server, *, on_gpu: bool) -> str:
     """The version of a server's vLLM. Raises: ConfigError if its settings would make other replies than the run's."""
 
     def ask(path: str) -> Any:
@@ -208,4 +216,22 @@ def require_settings(config: RunConfig, server: Server) -> str:
             f"the vLLM server {server.url} takes {held['max_model_len']} tokens, but prompts and replies may have "
             f"{longest}; start it with python -m expo.serve and the run's configuration"
         )
+    if config.vllm.transfer == "broadcast":
+        _require_broadcast(server, info["vllm_config"], on_gpu=on_gpu)
     return version
+
+
+def _require_broadcast(server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:
+    """Raises: ConfigError if a server cannot be sent weights straight."""
+    found = (settings.get("weight_transfer_config") or {}).get("backend")
+    if found != BACKEND:
+        raise ConfigError(
+            f"the vLLM server {server.url} has the weight transfer {found}, but vllm.transfer = broadcast needs "
+            f"{BACKEND}; start it with python -m expo.serve and the run's configuration"
+        )
+    kind = (settings.get("device_config") or {}).get("device_type")
+    if on_gpu and kind == "cpu":
+        raise ConfigError(
+            f"the vLLM server {server.url} runs on a CPU and rank 0 on a GPU, between which vllm.transfer = broadcast "
+            f"has no way; take vllm.transfer = files"
+        )

@@ -69,12 +69,14 @@ def new_engine(path, policy, num_replies=32):
     )
 
 
-def new_pair(path, folder=None):
-    """With an engine in this process, or where there is a folder for its log, in another."""
+def new_pair(path, folder=None, transfer="files"):
+    """With an engine in this process, or where there is a folder for its log, in another, to which weights go so."""
     values = {
         "model.path": path, "data.max_prompt_tokens": 32, "rollout.max_new_tokens": MAX_TOKENS - 32,
         "rollout.batch_size": 32, "run.device": "cpu",
     }  # fmt: skip
+    if folder is not None:
+        values |= {"rollout.engine": "vllm-server", "vllm.transfer": transfer}
     config, ranks = load_config(None, list(values.items())), join_ranks("cpu", 60)
     policy = DeepSpeedPolicy(config, ranks)
     if folder is None:
@@ -101,15 +103,18 @@ def save_model(path, tokenizer, *, tied):
 
 @pytest.fixture(scope="session")
 def pairs(ledger_model, tmp_path_factory):
-    """By kind of head and of engine; made when first asked for, since an engine takes seconds, a server many."""
+    """By kind of head and by way to a server, None: in this process; made when first asked for, since an engine takes
+    seconds, a server many.
+    """
     made = {}
 
-    def pair(kind, *, served=False):
-        if (kind, served) not in made:
+    def pair(kind, transfer=None):
+        if (kind, transfer) not in made:
             path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
-            made[kind, served] = new_pair(path, tmp_path_factory.mktemp("server") if served else None)
-        made[kind, served].restart()
-        return made[kind, served]
+            folder = () if transfer is None else (tmp_path_factory.mktemp("server"), transfer)
+            made[kind, transfer] = new_pair(path, *folder)
+        made[kind, transfer].restart()
+        return made[kind, transfer]
 
     yield pair
     for found in made.values():
@@ -124,9 +129,9 @@ def pair(pairs):
     return found
 
 
-@pytest.fixture
-def served(pairs):
-    """The tied one in a process of its own, in step."""
-    found = pairs("tied", served=True)
+@pytest.fixture(params=["files", "broadcast"])
+def served(pairs, request):
+    """The tied one in a process of its own, in step, by each way of weights to it."""
+    found = pairs("tied", request.param)
     found.sync.run()
     return found

@@ -5,29 +5,51 @@ import signal
 
 import pytest
 
-from expo.rollout import Sampling, vllm_files
+from expo.rollout import Sampling, vllm_broadcast, vllm_weights
 from expo.rollout.vllm_client import Server
+from expo.rollout.vllm_files import WeightFiles
 from expo.stopping import StopRequested
 from expo.sync import SyncError
 from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 
 
+def process_of(served):
+    (keeper,) = served.engine._keepers
+    return keeper._process._process
+
+
+def kill(served):
+    number = process_of(served).pid
+    os.killpg(number, signal.SIGKILL)
+    return number
+
+
+def interrupted(named, after, do):
+    """A source that does something before it goes on to the weight of that number."""
+    for number, item in enumerate(named()):
+        if number == after:
+            do()
+        yield item
+
+
+@pytest.mark.parametrize("transfer", ["files", "broadcast"])
 @pytest.mark.parametrize("kind", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
-def test_every_large_update_arrives(pairs, kind):
-    pairs(kind, served=True).require_large_updates_to_arrive()
+def test_every_large_update_arrives(pairs, kind, transfer):
+    pairs(kind, transfer).require_large_updates_to_arrive()
 
 
 def test_the_probe_catches_a_sync_left_out(served, monkeypatch):
     served.move(10)
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "read_weights" in str(call) else post(*call))
+    monkeypatch.setattr(vllm_broadcast, "pack", lambda *_: iter(()))
     with pytest.raises(SyncError):
         served.sync.run()
 
 
 def test_the_probe_catches_a_prefix_cache_that_was_kept(served, monkeypatch):
     served.move(11)
-    monkeypatch.setattr(vllm_files, "reset_cache", lambda server: None)
+    monkeypatch.setattr(vllm_weights, "reset_cache", lambda server: None)
     with pytest.raises(SyncError):
         served.sync.run()
 
@@ -73,15 +95,49 @@ def test_a_server_killed_while_it_generates_is_as_if_it_had_not_been(served):
     served.sync.run()
     asked = requests(64)
     expected = served.engine.generate(asked, SAMPLING)
-    (keeper,) = served.engine._keepers
     killed = []
 
     def kill_once(count):
         if count and not killed:
-            killed.append(keeper._process._process.pid)
-            os.killpg(killed[0], signal.SIGKILL)
+            killed.append(kill(served))
 
     found = served.engine.generate(asked, SAMPLING, kill_once)
-    assert keeper._process._process.pid != killed[0]
+    assert process_of(served).pid != killed[0]
     assert tokens(found) == tokens(expected)
     assert served.sync.difference() < 1e-5
+
+
+def test_a_server_killed_while_weights_are_on_their_way_is_given_them_again(served, monkeypatch):
+    monkeypatch.setattr(vllm_weights, "BUCKET_BYTES", 2**14)  # so that some have arrived
+    named, before = served.policy.named_weights, process_of(served).pid
+    monkeypatch.setattr(served.policy, "named_weights", lambda: interrupted(named, 8, lambda: kill(served)))
+    served.move(14)
+    assert served.sync.run() < 1e-5
+    assert process_of(served).pid != before
+
+
+def test_a_sync_that_broke_off_is_made_up_for_by_the_next(served, monkeypatch):
+    def fail():
+        raise LookupError("test")
+
+    named, before = served.policy.named_weights, process_of(served).pid
+    served.move(15)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_weights, "BUCKET_BYTES", 2**14)
+        patch.setattr(served.policy, "named_weights", lambda: interrupted(named, 8, fail))
+        with pytest.raises(LookupError):
+            served.sync.run()
+    assert served.sync.run() < 1e-5
+    assert process_of(served).pid == before
+
+
+def test_a_server_that_is_sent_weights_reads_files_too(pairs, monkeypatch):
+    served = pairs("tied", "broadcast")
+    served.sync.run()
+    served.move(16)
+    files = WeightFiles(None)
+    (keeper,) = served.engine._keepers
+    monkeypatch.setattr(served.engine, "_weights", files)
+    monkeypatch.setattr(keeper, "_weights", files)
+    assert served.sync.run() < 1e-5
+    files.close()

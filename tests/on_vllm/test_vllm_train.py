@@ -61,8 +61,15 @@ def test_a_run_with_vllm_is_quiet_and_in_step(alone):
         {"policy.zero_stage": 3},
         {"policy.zero_stage": 3, "vllm.tensor_parallel": 2},
         {"policy.zero_stage": 3, "rollout.engine": "vllm-server"},
+        {"policy.zero_stage": 3, "rollout.engine": "vllm-server", "vllm.transfer": "broadcast"},
+        {
+            "policy.zero_stage": 3,
+            "rollout.engine": "vllm-server",
+            "vllm.transfer": "broadcast",
+            "vllm.tensor_parallel": 2,
+        },
     ],
-    ids=["an engine each", "one engine together", "one server"],
+    ids=["an engine each", "one engine together", "one server", "one server, sent", "one server of two workers, sent"],
 )
 def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
     _, rows = run(TWO_RANKS, **settings)
