@@ -204,7 +204,7 @@ def main() -> int:
         print("\n".join(said) or "nothing is slower or faster beyond noise")
         needed = least_rounds(len(found))
         if options.rounds < needed:
-            print(f"{options.rounds} rounds cannot tell that of {len(found)} jobs: give --rounds={needed} or more")
+            print(f"--rounds={options.rounds} cannot tell that of {len(found)} jobs: give {needed} or more")
     return 0
 
 

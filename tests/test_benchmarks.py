@@ -302,7 +302,7 @@ def test_two_commits_are_compared(tmp_path):
     said = run_python("benchmarks.compare", "HEAD", "--tiny", "--rounds", "1", "--device", "cpu", folder=clone)
     assert "loss: ratio per sequence" in said
     assert "curriculum draw" in said
-    assert "1 rounds cannot tell that of 6 jobs: give --rounds=8 or more" in said
+    assert "--rounds=1 cannot tell that of 7 jobs: give 9 or more" in said
 
 
 def test_noise_is_called_slower_at_most_once_in_twenty_comparisons():
