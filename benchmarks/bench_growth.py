@@ -1,16 +1,20 @@
-"""How time and memory of the loss grow with the number of tokens and with the vocabulary, all else equal."""
+"""How time and memory of the loss grow with the number of tokens and with the vocabulary, all else equal.
+
+All points of a series run in every round, so that each round gives a slope of its own.
+"""
 
 import pytest
 
 from benchmarks.contenders import OURS, contender
 from benchmarks.inputs import make_inputs
-from benchmarks.measured_loss import loss_row
+from benchmarks.measured_loss import measure_losses
 from benchmarks.shapes import Case, Shape, dtype_for
-from benchmarks.truth import truth_of
 
-# (tokens, vocabulary) of the point that both series share, hidden size, and the factors of each series
+# (tokens, vocabulary) that the other series keeps, hidden size; what a call costs whatever its size, some 10 ms on a
+# CPU, should be little beside the smallest point
 MIDDLE = {"cpu": ((1024, 16_384), 128), "cuda": ((8192, 65_536), 2048)}
-FACTORS = (0.5, 1, 2, 4)
+AROUND = (0.5, 1, 2, 4)
+FACTORS = {"cpu": {"N": (1, 2, 4, 8), "V": AROUND}, "cuda": {"N": AROUND, "V": AROUND}}
 NAMES = (OURS, "eager log_softmax")
 
 
@@ -18,20 +22,19 @@ def shape(num_tokens: int, hidden_size: int, vocab_size: int) -> Shape:
     return Shape(f"N = {num_tokens:,}, V = {vocab_size:,}", 8, num_tokens // 8, hidden_size, vocab_size)
 
 
-def points(device: str, *, tiny: bool) -> list[tuple[str, Shape]]:
-    """Series and shape of every point."""
+def points(device: str, series: str, *, tiny: bool) -> list[Shape]:
+    """Shapes along one series."""
     (tokens, vocab), hidden = ((64, 512), 16) if tiny else MIDDLE[device]
-    along_n = [("N", shape(int(factor * tokens), hidden, vocab)) for factor in FACTORS]
-    return along_n + [("V", shape(tokens, hidden, int(factor * vocab))) for factor in FACTORS]
+    if series == "N":
+        return [shape(int(factor * tokens), hidden, vocab) for factor in FACTORS[device]["N"]]
+    return [shape(tokens, hidden, int(factor * vocab)) for factor in FACTORS[device]["V"]]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    found = points(metafunc.config.getoption("--device"), tiny=metafunc.config.getoption("--tiny"))
-    found = [(series, shape, name) for series, shape in found for name in NAMES]
-    labels = [f"{series}: {shape.name}, {name}" for series, shape, name in found]
-    metafunc.parametrize(("series", "shape", "name"), found, ids=labels)
-
-
-def test_growth(series, shape, name, machine, table, rounds):
-    inputs = make_inputs(Case(shape, dtype_for(machine.device.type)), machine.device)
-    table.append({"case": series, **loss_row(contender(name), inputs, truth_of(inputs), machine, rounds)})
+@pytest.mark.parametrize("series", ["N", "V"])
+def test_growth(series, machine, table, rounds, obstacle_of, is_tiny):
+    kind = machine.device.type
+    found = [make_inputs(Case(s, dtype_for(kind)), machine.device) for s in points(kind, series, tiny=is_tiny)]
+    entries = [(series, contender(name), inputs) for inputs in found for name in NAMES]
+    measured = measure_losses(entries, machine, rounds, obstacle_of)
+    table += measured.rows
+    assert not measured.failures

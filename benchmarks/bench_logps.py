@@ -10,18 +10,12 @@ import torch
 from benchmarks.contenders import OURS, contender, logps_and_entropies
 from benchmarks.floors import one_product
 from benchmarks.inputs import Inputs, make_inputs
-from benchmarks.machine import Pairs, whole
-from benchmarks.truth import LOGPS_BOUND, largest_error, truth_of
+from benchmarks.machine import RoundRobin, whole
+from benchmarks.truth import LOGPS_BOUND, Truth, largest_error, truth_of
 from expo_kernels import linear_token_logps
 
 WITH_LOGPS = [OURS, "eager log_softmax", "eager logsumexp", "Liger fused linear", "TRL chunked", "Apple CCE"]
 WITH_ENTROPIES = [OURS, "eager log_softmax", "TRL chunked"]
-
-
-@pytest.fixture(scope="module")
-def checked(machine, side_case):
-    inputs = make_inputs(side_case, machine.device)
-    return inputs, truth_of(inputs)
 
 
 def logps_of(name: str, inputs: Inputs) -> torch.Tensor:
@@ -32,34 +26,39 @@ def logps_of(name: str, inputs: Inputs) -> torch.Tensor:
         return contender(name).logps(inputs)
 
 
-def row(name: str, what: str, run: Callable[[], Any], errors: dict[str, float], inputs: Inputs, rounds, machine):
-    """One row: `run` timed beside the product that makes the logits."""
-    assert max(errors.values()) <= LOGPS_BOUND[inputs.case.dtype]
-    pairs = Pairs(machine, one_product(inputs))
-    measured = rounds(pairs, whole(pairs, run))
-    named = {"case": f"{inputs.case}, {what}", "settings": asdict(inputs.case), "contender": name}
-    return {**named, **measured, "errors": errors}
+def logps_errors(name: str, inputs: Inputs, truth: Truth) -> dict[str, float]:
+    return {"logps": largest_error(logps_of(name, inputs), truth.logps, inputs.mask)}
 
 
-@pytest.mark.parametrize("name", WITH_LOGPS)
-def test_logps(name, machine, table, rounds, checked, contender_here):
-    contender_here(name)
-    inputs, truth = checked
-    errors = {"logps": largest_error(logps_of(name, inputs), truth.logps, inputs.mask)}
-    table.append(row(name, "log-probs", lambda: logps_of(name, inputs), errors, inputs, rounds, machine))
-
-
-@pytest.mark.parametrize("name", WITH_ENTROPIES)
-def test_logps_and_entropies(name, machine, table, rounds, checked, contender_here):
-    contender_here(name)
-    inputs, truth = checked
+def entropy_errors(name: str, inputs: Inputs, truth: Truth) -> dict[str, float]:
     logps, entropies = logps_and_entropies(name, inputs)
-    errors = {
+    return {
         "logps": largest_error(logps, truth.logps, inputs.mask),
         "entropies": largest_error(entropies, truth.entropies, inputs.mask),
     }
 
-    def run() -> object:
-        return logps_and_entropies(name, inputs)
 
-    table.append(row(name, "log-probs and entropies", run, errors, inputs, rounds, machine))
+Errors = Callable[[str, Inputs, Truth], dict[str, float]]
+KINDS: dict[str, tuple[list[str], Callable[[str, Inputs], Any], Errors]] = {
+    "log-probs": (WITH_LOGPS, logps_of, logps_errors),
+    "log-probs and entropies": (WITH_ENTROPIES, logps_and_entropies, entropy_errors),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logps(kind, machine, table, rounds, side_case, obstacle_of):
+    names, compute, errors_of = KINDS[kind]
+    names = [name for name in names if obstacle_of(name) is None]
+    inputs = make_inputs(side_case, machine.device)
+    truth = truth_of(inputs)
+    errors = {name: errors_of(name, inputs, truth) for name in names}
+    for name, found in errors.items():
+        assert max(found.values()) <= LOGPS_BOUND[side_case.dtype], name
+
+    def once(name: str) -> Callable[[], Any]:
+        return lambda: compute(name, inputs)
+
+    robin = RoundRobin(machine, {name: whole(machine, once(name)) for name in names}, one_product(inputs))
+    described = {"case": f"{side_case}, {kind}", "settings": asdict(side_case)}
+    for name, times in rounds(robin).items():
+        table.append({**described, "contender": name, **times, "errors": errors[name]})

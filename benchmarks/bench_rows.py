@@ -1,14 +1,14 @@
 """The loss on logits that are ready, with its gradient: what the row kernels reach of the device's bandwidth."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
-import pytest
 import torch
 
 from benchmarks.contenders import OURS, liger_triton_loss, our_loss_on
 from benchmarks.floors import device_copy
-from benchmarks.inputs import make_inputs, policy_loss
-from benchmarks.machine import Pairs, whole
+from benchmarks.inputs import Inputs, make_inputs, policy_loss
+from benchmarks.machine import Machine, RoundRobin, whole
 from benchmarks.shapes import TINY, Case, Shape, dtype_for
 from benchmarks.truth import relative_error
 
@@ -30,25 +30,16 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_rows(name, machine, table, rounds, is_tiny):
-    kind = machine.device.type
-    if name == "Liger Triton" and not machine.is_gpu:
-        pytest.skip("runs on GPUs only")
-    shape = Shape("rows", 8, NUM_TOKENS[kind] // 8, 64, VOCAB_SIZES[kind])
-    inputs = make_inputs(Case(TINY if is_tiny else shape, dtype_for(kind)), machine.device)
-    made = (inputs.hidden @ inputs.weight.T).detach()
+def checked(name: str, made: torch.Tensor, inputs: Inputs) -> tuple[Callable[[], None], float]:
+    """What one contender runs in a round, and the error of its gradient."""
     extra_rows = made[:, :1] if name == "Liger Triton" else made[:, :0]  # it takes a position more, and drops it
     logits = torch.cat([made, extra_rows], dim=1)
-
-    def gradient() -> torch.Tensor:
-        rows = logits.clone().requires_grad_()
-        return torch.autograd.grad(LOSSES[name](rows, inputs), rows)[0][:, : made.shape[1]]
-
+    rows = logits.clone().requires_grad_()
+    gradient = torch.autograd.grad(LOSSES[name](rows, inputs), rows)[0][:, : made.shape[1]]
     wide = made.double().requires_grad_()
     (truth,) = torch.autograd.grad(eager(wide, inputs), wide)
-    error = relative_error(gradient(), truth)
-    assert error <= GRADIENT_BOUND[inputs.case.dtype]
+    error = relative_error(gradient, truth)
+    assert error <= GRADIENT_BOUND[inputs.case.dtype], name
 
     def run() -> None:
         # on the same rows again, which by now hold a gradient: other numbers, the same work
@@ -56,8 +47,17 @@ def test_rows(name, machine, table, rounds, is_tiny):
         loss.backward()
         logits.grad = None
 
-    pairs = Pairs(machine, device_copy(made))
-    measured = rounds(pairs, whole(pairs, run))
+    return run, error
+
+
+def test_rows(machine: Machine, table, rounds, is_tiny):
+    kind = machine.device.type
+    shape = Shape("rows", 8, NUM_TOKENS[kind] // 8, 64, VOCAB_SIZES[kind])
+    inputs = make_inputs(Case(TINY if is_tiny else shape, dtype_for(kind)), machine.device)
+    made = (inputs.hidden @ inputs.weight.T).detach()
+    found = {name: checked(name, made, inputs) for name in LOSSES if machine.is_gpu or name != "Liger Triton"}
+    runs = {name: whole(machine, run) for name, (run, _) in found.items()}
     num_bytes = made.numel() * made.element_size()
-    named = {"case": "rows", "settings": asdict(inputs.case), "contender": name, "num_bytes": num_bytes}
-    table.append({**named, **measured, "errors": {"gradient": error}})
+    for name, times in rounds(RoundRobin(machine, runs, device_copy(made))).items():
+        named = {"case": "rows", "settings": asdict(inputs.case), "contender": name, "num_bytes": num_bytes}
+        table.append({**named, **times, "errors": {"gradient": found[name][1]}})

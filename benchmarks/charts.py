@@ -101,6 +101,7 @@ def _roofline(loss: Sequence[Row], ready: Sequence[Row]) -> "Figure":
     """Operations a second against operations per byte, under the measured rates of a copy and of the products."""
     cases = [row for row in measured(loss) if row["contender"] == OURS and row["settings"]["active_share"] == 1]
     cases = [row for row in cases if not row["settings"]["frozen_head"] and row["settings"]["ratio"] == "token"]
+    cases = [row for row in cases if row["settings"]["dtype"] == cases[0]["settings"]["dtype"]]
     copy = max(copy_bandwidth(row) for row in measured(ready))
     products = max(_gflop(row) / min(row["floor_ms"]) * 1e3 for row in cases)
     figure, (axes,) = _panels(1, 6.4, 4.0)

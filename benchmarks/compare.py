@@ -2,16 +2,18 @@
 
 Each commit's expo_kernels is checked out into a folder of its own and runs in a process of its own, with this tree's
 benchmarks. Rounds go turn by turn, so that what else the machine does falls on both; a round's ratio is HEAD's time
-over BASE's. Printed are the median of the ratios, their quartiles, and whether those leave out 1.
+over BASE's. Printed are the median of the ratios, their quartiles, and which jobs got slower or faster: by a two-sided
+sign test of each, corrected for all of them (Holm), so that the chance of even one false word a run is at most 5 %.
 """
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
@@ -133,6 +135,40 @@ def ratios(base: Worker, head: Worker, name: str, rounds: int) -> list[float]:
     return found
 
 
+def sign_test(values: Sequence[float]) -> float:
+    """Two-sided p of as many ratios on one side of 1, where either side is as likely; ratios of 1 do not count."""
+    above, below = sum(value > 1 for value in values), sum(value < 1 for value in values)
+    num = above + below
+    return min(1.0, 2 * sum(math.comb(num, k) for k in range(min(above, below) + 1)) / 2**num)
+
+
+def verdicts(ratios_of: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """ "slower", "faster" or "" for each job; any false word at all has a chance of at most 5 %."""
+    from expo.ablation.paired import holm  # here: the worker of an old commit has none
+
+    beyond = holm([sign_test(values) for values in ratios_of.values()])
+    return {
+        name: ("slower" if median(values) > 1 else "faster") if is_beyond else ""
+        for (name, values), is_beyond in zip(ratios_of.items(), beyond, strict=True)
+    }
+
+
+def least_rounds(num_jobs: int) -> int:
+    """Rounds from which on a job can be told slower or faster at all: all of them on one side."""
+    rounds = 1
+    while verdicts({str(job): [2.0] * rounds if job == 0 else [1.0] for job in range(num_jobs)})["0"] == "":
+        rounds += 1
+    return rounds
+
+
+def described(values: Sequence[float]) -> str:
+    """Median and quartiles of ratios."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return f"{median(values):.3f} [{low:.3f}, {high:.3f}]"
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,6 +182,8 @@ def main() -> int:
     if options.serve:
         serve(Machine(torch.device(options.device)), tiny=options.tiny)
         return 0
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; give at least 1")
     if options.base is None:
         parser.error("give the commit to compare with: make bench-compare BASE=<commit>")
     arguments = ["--device", options.device, *["--tiny"] * options.tiny]
@@ -158,11 +196,15 @@ def main() -> int:
             stack.callback(worker.close)
         base, head = workers
         print(f"{options.head} over {options.base}: median of {options.rounds} paired rounds [quartiles]")
+        found = {}
         for name in base.names:
-            values = ratios(base, head, name, options.rounds)
-            low, _, high = quantiles(values, n=4)
-            verdict = "slower" if low > 1 else "faster" if high < 1 else ""
-            print(f"{name:32} {median(values):.3f} [{low:.3f}, {high:.3f}] {verdict}", flush=True)
+            found[name] = ratios(base, head, name, options.rounds)
+            print(f"{name:32} {described(found[name])}", flush=True)
+        said = [f"{name}: {verdict}" for name, verdict in verdicts(found).items() if verdict]
+        print("\n".join(said) or "nothing is slower or faster beyond noise")
+        needed = least_rounds(len(found))
+        if options.rounds < needed:
+            print(f"--rounds={options.rounds} cannot tell that of {len(found)} jobs: give {needed} or more")
     return 0
 
 

@@ -1,10 +1,11 @@
 """The benchmarks' device, threads, tables and stamp: `python -m pytest benchmarks --results DIR`.
 
-Every contender is checked against float64 before it is timed, each of its rounds has a floor measured just before it,
-and each table ends as one JSON file with its stamp. Without --results nothing is written; with --benchmark-disable
-every round runs once, as a test.
+A test measures a case: every contender is checked against float64, then all of them run in rounds, and each table ends
+as one JSON file with its stamp. Without --results nothing is written; with --benchmark-disable there is one round, as a
+test.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contenders import Contender, contender
-from benchmarks.machine import Machine, Pairs
+from benchmarks.contenders import contender
+from benchmarks.machine import Machine, RoundRobin
 from benchmarks.shapes import Case, dtype_for, side_shape
 from benchmarks.stamp import stamp, write_results
 
@@ -23,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.addoption("--threads", type=int, help="threads of PyTorch; default: its own choice")
     parser.addoption("--tiny", action="store_true", help="tiny sizes: whether everything runs, in seconds")
+    parser.addoption("--skip", action="append", default=[], help="leave out contenders with this in their names")
 
 
 @pytest.fixture(scope="session")
@@ -54,39 +56,44 @@ def side_case(machine: Machine, is_tiny: bool) -> Case:
 def table(request: pytest.FixtureRequest, machine: Machine, session_stamp: dict[str, Any]):
     """Rows of the table that this file makes; what is there when the file ends is written."""
     rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
     yield rows
+    seconds = round(time.perf_counter() - started, 1)
     folder = request.config.getoption("--results")
     name = Path(request.module.__file__).stem.removeprefix("bench_")
     if folder is not None and rows:
-        write_results(folder / f"{name}-{machine.device.type}.json", {"stamp": session_stamp, "rows": rows})
+        made = {"stamp": session_stamp, "seconds": seconds, "rows": rows}
+        write_results(folder / f"{name}-{machine.device.type}.json", made)
 
 
 @pytest.fixture
-def contender_here(machine: Machine) -> Callable[[str], Contender]:
-    """The contender of a name; the test is skipped where it cannot run."""
+def obstacle_of(machine: Machine, pytestconfig: pytest.Config) -> Callable[[str], str | None]:
+    """Why the contender of a name cannot run here, or was asked not to; None if it can."""
 
-    def find(name: str) -> Contender:
-        found = contender(name)
-        obstacle = found.obstacle(machine.device)
-        if obstacle is not None:
-            pytest.skip(obstacle)
-        return found
+    def find(name: str) -> str | None:
+        if any(text in name for text in pytestconfig.getoption("--skip")):
+            return "left out by --skip"
+        return contender(name).obstacle(machine.device)
 
     return find
 
 
 @pytest.fixture
-def rounds(benchmark: Any, machine: Machine) -> Callable[..., dict[str, Any]]:
-    """Runs a contender's round as often as its time allows, after one that is thrown away."""
+def rounds(benchmark: Any, machine: Machine) -> Callable[[RoundRobin], dict[Any, dict[str, Any]]]:
+    """Runs the rounds of a case, of which each contender has run once before; times by contender.
 
-    def run(pairs: Pairs, once: Callable[[], None]) -> dict[str, Any]:
+    The first tells how many fit, and counts like the others.
+    """
+
+    def run(robin: RoundRobin) -> dict[Any, dict[str, Any]]:
         if benchmark.disabled:
-            benchmark.pedantic(once, setup=pairs.before)
-            return pairs.row(1)
-        pairs.before()
-        once()
-        num_rounds = machine.num_rounds(pairs.floor_ms[-1] + pairs.ms["both"][-1])
-        benchmark.pedantic(once, setup=pairs.before, rounds=num_rounds)
-        return pairs.row(num_rounds)
+            benchmark.pedantic(robin)
+            return robin.times()
+        started = time.perf_counter()
+        robin()
+        machine.wait()
+        num_rounds = machine.num_rounds(time.perf_counter() - started, robin.num_contenders)
+        benchmark.pedantic(robin, rounds=num_rounds - 1)
+        return robin.times()
 
     return run

@@ -40,7 +40,7 @@ class Inputs:
         self.hidden.grad = self.weight.grad = None
 
 
-def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+def make_inputs(case: Case, device: torch.device, seed: int = 0, log_ratio_std: float = LOG_RATIO_STD) -> Inputs:
     """The same numbers for the same case, device and seed."""
     shape, dtype = case.shape, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(seed)
@@ -63,8 +63,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         ids=ids,
         mask=mask,
         advantages=normal(shape.num_sequences),
-        old_logps=logps + LOG_RATIO_STD * normal(*size),
-        ref_logps=logps + LOG_RATIO_STD * normal(*size),
+        old_logps=logps + log_ratio_std * normal(*size),
+        ref_logps=logps + log_ratio_std * normal(*size),
     )
 
 

@@ -1,8 +1,14 @@
-"""The device that is measured on: its clock, its cold cache, and rounds in which a contender is paired with a floor."""
+"""The device that is measured on, and the rounds of a case: in each of them every contender runs once.
 
+What else the machine does at a time falls on all that run in that round, so times are compared within rounds alone: a
+ratio of two contenders is the median over rounds of one's time by the other's.
+"""
+
+import ctypes
+import random
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs
 
-SECONDS = {"cpu": 4.0, "cuda": 0.5}  # given to the rounds of one contender on one case
-ROUNDS = {"cpu": (3, 9), "cuda": (5, 20)}  # at least and at most
+SECONDS = {"cpu": 3.0, "cuda": 0.5}  # of all rounds of a case, times its contenders
+ROUNDS = {"cpu": (3, 15), "cuda": (5, 20)}  # at least and at most, the same number for all contenders of a case
 FLUSH_BYTES = 2**28  # written between rounds on a GPU: more than any L2 cache holds
 
 
@@ -44,9 +50,11 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def cool(self) -> None:
-        """Empties a GPU's cache; on a CPU the floor that runs before every round leaves it alike for all."""
+        """Empties a GPU's cache; on a CPU gives back what others freed, so that nobody finds memory ready for use."""
         if self._flushed is not None:
             self._flushed.zero_()
+        elif sys.platform == "linux":
+            trim_memory()
 
     def time(self, run: Callable[[], Any]) -> float:
         """Milliseconds of one call."""
@@ -55,10 +63,10 @@ class Machine:
         run()
         return self.ms(start, self.mark())
 
-    def num_rounds(self, ms: float) -> int:
-        """How many rounds of `ms` milliseconds fit what one contender is given."""
+    def num_rounds(self, seconds: float, num_contenders: int) -> int:
+        """How many rounds of so many seconds fit what a case is given."""
         least, most = ROUNDS[self.device.type]
-        return max(least, min(most, int(1e3 * SECONDS[self.device.type] / max(ms, 1e-3))))
+        return max(least, min(most, int(num_contenders * SECONDS[self.device.type] / max(seconds, 1e-6))))
 
     def extra_peak_mib(self, run: Callable[[], Any]) -> float:
         """MiB that `run` allocates beyond what is there, at most, on a GPU."""
@@ -69,56 +77,74 @@ class Machine:
         return float(torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
 
-@dataclass
-class Pairs:
-    """Rounds of a contender, each beside the floor that ran just before it; milliseconds."""
-
-    machine: Machine
-    floor: Callable[[], Any]
-    floor_ms: list[float] = field(default_factory=list)
-    ms: dict[str, list[float]] = field(default_factory=dict)
-
-    def before(self) -> None:
-        """What each round starts with."""
-        self.floor_ms.append(self.machine.time(self.floor))
-        self.machine.cool()
-        self.machine.wait()
-
-    def note(self, **ms: float) -> None:
-        """Keeps what one round took."""
-        for name, value in ms.items():
-            self.ms.setdefault(name, []).append(value)
-
-    def row(self, num_rounds: int) -> dict[str, Any]:
-        """The last rounds, without those of the warm-up."""
-        return {
-            "ms": {name: values[-num_rounds:] for name, values in self.ms.items()},
-            "floor_ms": self.floor_ms[-num_rounds:],
-        }
+def trim_memory() -> None:
+    """Gives memory that is free, but held by the C library, back to the system; only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
-def forward_and_backward(pairs: Pairs, run: Callable[[], Tensor], inputs: Inputs) -> Callable[[], None]:
-    """A round of one contender, its forward and backward parts noted apart."""
+Round = Callable[[], dict[str, float]]  # one round of one contender: milliseconds by part, "both" for the whole
 
-    def once() -> None:
+
+class RoundRobin:
+    """The rounds of a case; a call is one of them: the floor first, then every contender in an order drawn anew.
+
+    Args:
+        machine: what they run on.
+        runs: one round of each contender, by its name in the case.
+        floor: what runs before them; None: nothing.
+    """
+
+    def __init__(self, machine: Machine, runs: Mapping[Any, Round], floor: Callable[[], Any] | None = None) -> None:
+        self._machine, self._runs, self._floor = machine, dict(runs), floor
+        self._random = random.Random(0)
+        self._floor_ms: list[float] = []
+        self._ms: dict[Any, dict[str, list[float]]] = {name: {} for name in runs}
+
+    def __call__(self) -> None:
+        if self._floor is not None:
+            self._floor_ms.append(self._machine.time(self._floor))
+        for name in self._random.sample(list(self._runs), len(self._runs)):
+            self._machine.cool()
+            self._machine.wait()
+            for part, ms in self._runs[name]().items():
+                self._ms[name].setdefault(part, []).append(ms)
+
+    @property
+    def num_contenders(self) -> int:
+        """How many run in each round, the floor aside."""
+        return len(self._runs)
+
+    def times(self) -> dict[Any, dict[str, Any]]:
+        """Milliseconds of every round so far by contender and part, and the floor's; entry i is of round i."""
+        floor = {} if self._floor is None else {"floor_ms": self._floor_ms}
+        return {name: {"ms": ms, **floor} for name, ms in self._ms.items()}
+
+
+def forward_and_backward(machine: Machine, run: Callable[[], Tensor], inputs: Inputs) -> Round:
+    """A round of one contender, its forward and backward parts noted apart; its gradients are gone after it."""
+
+    def once() -> dict[str, float]:
         inputs.clear()
-        start = pairs.machine.mark()
+        start = machine.mark()
         loss = run()
-        middle = pairs.machine.mark()
+        middle = machine.mark()
         loss.backward()
-        end = pairs.machine.mark()
-        ms = pairs.machine.ms
-        pairs.note(both=ms(start, end), forward=ms(start, middle), backward=ms(middle, end))
+        end = machine.mark()
+        ms = {"both": machine.ms(start, end), "forward": machine.ms(start, middle), "backward": machine.ms(middle, end)}
+        inputs.clear()
+        return ms
 
     return once
 
 
-def whole(pairs: Pairs, run: Callable[[], Any]) -> Callable[[], None]:
+def whole(machine: Machine, run: Callable[[], Any]) -> Round:
     """A round that has no parts."""
 
-    def once() -> None:
-        start = pairs.machine.mark()
+    def once() -> dict[str, float]:
+        start = machine.mark()
         run()
-        pairs.note(both=pairs.machine.ms(start, pairs.machine.mark()))
+        return {"both": machine.ms(start, machine.mark())}
 
     return once

@@ -1,45 +1,125 @@
-"""One contender's loss on one case, measured: what a row of the tables of the loss holds."""
+"""The loss of several contenders, checked, then measured in shared rounds: the rows of the tables of the loss."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender
-from benchmarks.floors import three_products
 from benchmarks.inputs import Inputs
-from benchmarks.machine import Machine, Pairs, forward_and_backward
+from benchmarks.machine import Machine, RoundRobin, forward_and_backward
 from benchmarks.peak import extra_peak_mib
-from benchmarks.truth import Truth, checked_errors
+from benchmarks.truth import Truth, check_formula, checked_errors, truth_of
+
+Row = dict[str, Any]
+Entry = tuple[str, Contender, Inputs]  # the case that its row is of; several may share their rounds
 
 
-def loss_row(
-    found: Contender, inputs: Inputs, truth: Truth, machine: Machine, rounds: Callable[..., dict[str, Any]]
-) -> dict[str, Any]:
-    """Errors, rounds beside the floor, and memory.
+@dataclass(frozen=True)
+class Measured:
+    """Rows of what was measured or says why not, and what went wrong, for the test to fail by."""
 
-    Raises: WrongResultError if the contender computes something else.
+    rows: list[Row]
+    failures: list[str]
+
+
+def measure_losses(
+    entries: Iterable[Entry],
+    machine: Machine,
+    rounds: Callable[[RoundRobin], dict[Any, dict[str, Any]]],
+    obstacle_of: Callable[[str], str | None],
+    floor: Callable[[], Any] | None = None,
+) -> Measured:
+    """Checks every entry against float64, runs those that are right in shared rounds, then takes their memory.
+
+    A contender that is wrong or fails costs the others nothing but is among the failures.
     """
-    errors = checked_errors(found, inputs, truth)
-    run = found.prepare(inputs)
-    pairs = Pairs(machine, three_products(inputs))
-    measured = rounds(pairs, forward_and_backward(pairs, run, inputs))
-    inputs.clear()
-    if machine.is_gpu:
-        peak = machine.extra_peak_mib(lambda: run().backward())
-    else:
-        peak = extra_peak_mib(found.name, inputs.case)
+    torch._dynamo.reset()
+    checked, found, failures = _checked(entries, machine, obstacle_of)
+    before = _num_graphs()
+    runs = {
+        index: forward_and_backward(machine, entry.run, entry.inputs)
+        for index, entry in enumerate(checked)
+        if entry is not None
+    }
+    times = rounds(RoundRobin(machine, runs, floor))
+    if _num_graphs() != before:
+        failures.append(f"{_num_graphs() - before} graphs were compiled inside the rounds; their times include it")
+    for index, entry in enumerate(checked):
+        if entry is not None:
+            found[index] |= {**times[index], "extra_peak_mib": _peak(entry, machine), "errors": entry.errors}
+    return Measured(found, failures)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    contender: Contender
+    inputs: Inputs
+    run: Callable[[], Tensor]
+    errors: dict[str, float]
+
+
+def _checked(
+    entries: Iterable[Entry], machine: Machine, obstacle_of: Callable[[str], str | None]
+) -> tuple[list[_Checked | None], list[Row], list[str]]:
+    """Each entry's errors, its row so far, and what is wrong with some; first calls, which compile, are made here."""
+    checked: list[_Checked | None] = []
+    rows, failures = [], []
+    truths: dict[tuple[int, Any], Truth] = {}
+    for case, found, inputs in entries:
+        rows.append(_described(case, found, inputs))
+        note = obstacle_of(found.name)
+        if note is None:
+            try:
+                checked.append(_check(found, inputs, truths, machine))
+                continue
+            except torch.OutOfMemoryError:
+                note = f"out of memory on {inputs.case}"
+                torch.cuda.empty_cache()
+            except Exception as error:  # a peer may fail in any way
+                note = f"{type(error).__name__}: {error}"
+                failures.append(f"{found.name} on {inputs.case}: {note}")
+            inputs.clear()
+        checked.append(None)
+        rows[-1] = {"case": case, "contender": found.name, "note": note}
+    return checked, rows, failures
+
+
+def _check(found: Contender, inputs: Inputs, truths: dict[tuple[int, Any], Truth], machine: Machine) -> _Checked:
+    if inputs.case.dtype != "float32":
+        check_formula(found, inputs.case, machine.device)
+    key = (id(inputs), found.loss_of)
+    if key not in truths:
+        truths.clear()  # one at a time: it is as large as the gradients twice over
+        truths[key] = truth_of(inputs, found.loss_of)
+    errors = checked_errors(found, inputs, truths[key])
+    return _Checked(found, inputs, found.prepare(inputs), errors)
+
+
+def _described(case: str, found: Contender, inputs: Inputs) -> Row:
     gradients = {name: _mib(tensor) for name, tensor in vars(inputs).items() if _is_learnt(tensor)}
     return {
+        "case": case,
         "settings": asdict(inputs.case),
         "contender": found.name,
         "computes": found.computes,
-        **measured,
-        "extra_peak_mib": peak,
         "gradients_mib": gradients,  # which every contender hands out
-        "errors": errors,
     }
+
+
+def _peak(entry: _Checked, machine: Machine) -> float | None:
+    if not machine.is_gpu:
+        return extra_peak_mib(entry.contender.name, entry.inputs.case)
+    entry.inputs.clear()
+    peak = machine.extra_peak_mib(lambda: entry.run().backward())
+    entry.inputs.clear()
+    return peak
+
+
+def _num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _is_learnt(value: object) -> bool:

@@ -3,7 +3,6 @@
 Linux with glibc only: it reads /proc, and has the allocator give back what it holds.
 """
 
-import ctypes
 import resource
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from benchmarks.contenders import contender
 from benchmarks.fresh import in_fresh_process
 from benchmarks.inputs import make_inputs
+from benchmarks.machine import trim_memory
 from benchmarks.shapes import TINY, Case
 
 
@@ -25,11 +25,12 @@ def extra_peak_mib(name: str, case: Case) -> float | None:
 
 def _loss_peak(name: str, case: Case) -> float:
     device = torch.device("cpu")
-    # the first call loads what every call runs through
-    contender(name).prepare(make_inputs(replace(case, shape=TINY), device))().backward()
+    is_compiled = "compile" in name
+    if not is_compiled:  # the first call loads what every call runs through
+        contender(name).prepare(make_inputs(replace(case, shape=TINY), device))().backward()
     inputs = make_inputs(case, device)
     run = contender(name).prepare(inputs)
-    if "compile" in name:  # which takes memory too, once
+    if is_compiled:  # which takes memory too, once, and for each shape
         run().backward()
         inputs.clear()
     return growth_mib(lambda: run().backward())
@@ -38,7 +39,7 @@ def _loss_peak(name: str, case: Case) -> float:
 def growth_mib(run: Callable[[], object]) -> float:
     """MiB that the peak resident set of this process grows by during `run`."""
     # what making the inputs freed but the allocator kept would be used first, uncounted; and the peak includes it
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     run()

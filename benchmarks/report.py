@@ -15,9 +15,11 @@ from typing import Any
 from benchmarks.charts import draw
 from benchmarks.stamp import RESULTS, ROOT
 from benchmarks.tables import (
+    MEASURES,
     Row,
     better_peers,
     by_case,
+    chunks_table,
     curriculum_table,
     growth_table,
     loss_table,
@@ -30,6 +32,7 @@ from benchmarks.tables import (
     timed_table,
     verifier_table,
 )
+from benchmarks.targets import targets_section
 from expo.files import write_bytes_whole
 
 BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- /benchmarks -->"
@@ -39,18 +42,25 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the JSON in `benchmarks/results/`; nothing here was typed. `make bench` makes
 the CPU's, `make gpu-bench` the GPU's. Every contender's loss and gradients were checked against float64 before it was
-timed. `x floor` is the median over rounds of its time by that of the floor just before it, the head's three products
-alone; `ours/it` divides ours by it. Times are milliseconds; memory is the extra peak, gradients included, on a CPU in a
-fresh process; errors of gradients are relative Frobenius norms, those of log-probs the largest in nats.
+timed. In every round of a case the floor and then all contenders run once, in an order drawn anew, so that what else
+the machine does falls on all; times are compared within rounds alone. `x floor` is the median over rounds of its time
+by the floor's, the head's three products alone; `ours/it` that of ours by its, with the 20th and 80th percentiles.
+Times are milliseconds; memory is the extra peak, gradients included, on a CPU in a fresh process; errors of gradients
+are relative Frobenius norms, those of log-probs the largest in nats.
 """
 ABOUT = {
     "loss": "## {device}: the policy loss with its gradients",
     "logps": "## {device}: log-probs without gradients\n\nThe floor is the product that makes the logits.",
     "rows": "## {device}: the loss on logits that are ready\n\nGB/s count two reads and one write of every logit.",
-    "growth": "## {device}: growth\n\nSlopes of logarithms: 1 is proportional, 0 constant.",
+    "chunks": "## {device}: the size of a chunk\n\n`logits_budget_mb` in MiB: what less memory costs in time.",
+    "growth": "## {device}: growth\n\nSlopes of logarithms: 1 is proportional, 0 constant. Every round gives a "
+    "slope of time: their median, 20th and 80th percentiles.",
     "steadiness": "## {device}: what changes from step to step\n\nCounted while beta changes at every step.",
-    "curriculum": "## {device}: the curriculum\n\n256 questions updated or drawn, by the number of all questions.",
-    "verifier": "## {device}: the verifier\n\nReplies with new answers; ours in two worker processes.",
+    "curriculum": "## {device}: the curriculum\n\n256 questions updated or drawn, by the number of all questions. A "
+    "draw is timed from pass rates to questions: the peers make weights of all pass rates, ours holds the logarithms "
+    "of its weights, which its update moves.",
+    "verifier": "## {device}: the verifier\n\nReplies with new answers; ours in two worker processes, TRL's in the "
+    "caller's own. Normal LaTeX: fractions, roots, polynomials, an equation, pi, units, a pair, a number.",
     "step": "## {device}: a training step\n\nThe embedded model, GRPO settings, transformers generation, float32; "
     "`benchmarks/trl_step.py` says all.",
 }
@@ -85,6 +95,8 @@ def page(found: dict[tuple[str, str], dict[str, Any]], pictures: dict[str, list[
         tables = {name: found[name, device] for name in ABOUT if (name, device) in found}
         if not tables:
             parts.append(f"## {title}\n\nNo results are committed: `{COMMANDS[device]}` makes them.\n")
+        else:
+            parts.append(f"{targets_part(tables, device)}\n")
         stamp = None
         for name, table in tables.items():
             parts.append(f"{ABOUT[name].format(device=title)}\n")
@@ -92,8 +104,26 @@ def page(found: dict[tuple[str, str], dict[str, Any]], pictures: dict[str, list[
                 stamp = table["stamp"]
                 parts.append(f"{provenance(stamp)}\n")
             parts.append(f"{SECTIONS[name](table['rows'])}\n")
+            if name in MEASURES:
+                better = better_peers(name, table["rows"])
+                parts.append(
+                    "\n".join(["Better than ours:\n", *better, ""]) if better else "Better than ours: nothing.\n"
+                )
         parts += [f"![{picture}](benchmarks/{picture})\n" for picture in pictures.get(device, ())]
     return "\n".join(parts)
+
+
+def targets_part(tables: dict[str, dict[str, Any]], device: str) -> str:
+    """The section of targets of one device."""
+    about = (
+        "What this project holds itself to, by the numbers below. Times are judged by the median of `ours/it`; the "
+        "brackets say how far rounds differ. Eager PyTorch is the leanest of its ways, log_softmax. An error within "
+        "1 % of the best peer's is a tie."
+    )
+    rows = {name: table["rows"] for name, table in tables.items()}
+    minutes = sum(table.get("seconds", 0.0) for table in tables.values()) / 60
+    took = f"\n\nAll tables together took {minutes:.1f} minutes." if minutes else ""
+    return f"## {DEVICES[device]}: targets\n\n{about}\n\n{targets_section(rows, device)}{took}"
 
 
 def provenance(stamp: dict[str, Any]) -> str:
@@ -107,11 +137,9 @@ def provenance(stamp: dict[str, Any]) -> str:
 
 
 def loss_section(rows: list[Row]) -> str:
-    """A table for every case, what did not run, where others are better, and what each computes."""
+    """A table for every case, what did not run, and what each computes."""
     parts = [f"### {case}\n\n{loss_table(group)}" for case, group in by_case(measured(rows)).items()]
     parts.append(notes(rows))
-    better = better_peers(rows)
-    parts.append("### Where something else is better than ours\n\n" + ("\n".join(better) if better else "Nowhere."))
     computed = {row["contender"]: row["computes"] for row in measured(rows)}
     parts.append("\n".join(f"- {name}: {what}" for name, what in computed.items()))
     return "\n\n".join(part for part in parts if part)
@@ -131,6 +159,7 @@ SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "loss": loss_section,
     "logps": logps_section,
     "rows": rows_table,
+    "chunks": chunks_table,
     "growth": growth_table,
     "steadiness": steadiness_table,
     "curriculum": curriculum_section,

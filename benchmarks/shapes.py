@@ -1,6 +1,6 @@
 """Named shapes of the loss: N tokens in sequences of T, hidden size H, vocabulary V."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -41,6 +41,7 @@ SMALL = Shape("small", num_sequences=4, length=128, hidden_size=512, vocab_size=
 LARGE = Shape("large", num_sequences=8, length=128, hidden_size=1024, vocab_size=65_536)
 LONG = Shape("long", num_sequences=8, length=512, hidden_size=256, vocab_size=32_768)
 CPU_SHAPES = (SMALL, LARGE, LONG)
+WIDE = replace(SMALL, name="small, H = 1,024", hidden_size=1024)
 
 # the head of Qwen3-8B, and that of Qwen2.5-1.5B
 GPU_SHAPES = tuple(

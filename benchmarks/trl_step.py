@@ -8,18 +8,22 @@ constant: GRPO, since TRL has no curriculum and no accuracy-conditioned KL.
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import expo.train
+from expo.assemble import open_run
 from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.model import check_model_path
+from expo.policy import Sample
 from expo.quiet import errors_only
 from expo.rewards import Verifier
 
@@ -52,6 +56,58 @@ def our_config(folder: Path, steps: int, questions: int = QUESTIONS) -> RunConfi
     )
 
 
+@dataclass(frozen=True)
+class FirstUpdate:
+    """What the first update of a run came to: its gradient's norm, and how far it moved each weight."""
+
+    grad_norm: float
+    moved: dict[str, Tensor]
+
+    def distance(self, other: "FirstUpdate") -> float:
+        """How far the two moves lie apart, as a share of the other's length; 1 or more where nothing is shared."""
+        assert set(self.moved) == set(other.moved)
+        apart = sum(float((moved - other.moved[name]).square().sum()) for name, moved in self.moved.items())
+        return (apart / sum(float(moved.square().sum()) for moved in other.moved.values())) ** 0.5
+
+
+def our_first_update(folder: Path, samples: list[Sample]) -> FirstUpdate:
+    """Our update on given replies and advantages, from the starting weights."""
+    with open_run(our_config(folder, 1), False) as parts:
+        before = _copied(parts.policy.named_weights())
+        (mini_batch,) = parts.policy.prepare(samples)
+        metrics = parts.policy.update(mini_batch, torch.tensor(BETA))
+        return FirstUpdate(metrics["grad_norm"], _moved(before, _copied(parts.policy.named_weights())))
+
+
+def trl_first_update(folder: Path, questions: int) -> tuple[list[Sample], FirstUpdate]:
+    """The replies that TRL's first step samples, with the advantages that it gives them, and its update on them."""
+    with _trl_trainer(folder, 1, questions) as trainer:
+        before = _copied(trainer.model.named_parameters())
+        trainer.train()
+        after = _copied(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    grad_norm = next(row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row)
+    return _samples(trainer.first_batch), FirstUpdate(float(grad_norm), _moved(before, after))
+
+
+def _copied(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights}
+
+
+def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: after[name] - weight for name, weight in before.items()}
+
+
+def _samples(batch: dict[str, Any]) -> list[Sample]:
+    """TRL's padded batch, row by row; what the sampler said of log-probs is asked by nothing here."""
+    found = []
+    for row, advantage in enumerate(batch["advantages"].tolist()):
+        prompt, reply = (
+            batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist() for name in ("prompt", "completion")
+        )
+        found.append(Sample(prompt, reply, [0.0] * len(reply), advantage))
+    return found
+
+
 def our_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
     """Seconds of each of our steps but the first, from one recorded step to the next."""
     found, ends, record = [], [], expo.train.record
@@ -74,6 +130,13 @@ def steps_between(phases: list[Step], ends: list[float]) -> list[Step]:
 
 def trl_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
     """Seconds of each of TRL's steps but the first."""
+    with _trl_trainer(folder, steps, questions) as trainer:
+        trainer.train()
+    return steps_between(trainer.steps[:steps], trainer.ends[:steps])
+
+
+@contextmanager
+def _trl_trainer(folder: Path, steps: int, questions: int) -> Iterator[Any]:
     from datasets import Dataset
     from transformers import set_seed
 
@@ -87,14 +150,12 @@ def trl_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step
         def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
             return [verdict.reward for verdict in verifier.grade(completions, answer)]
 
-        trainer = _timed_trainer()(
+        yield _timed_trainer()(
             model=check_model_path(ModelSection(path="ledger")),
             reward_funcs=reward,
             args=_trl_arguments(folder, steps, questions * GROUP_SIZE),
             train_dataset=Dataset.from_list(rows),
         )
-        trainer.train()
-    return steps_between(trainer.steps[:steps], trainer.ends[:steps])
 
 
 def _trl_arguments(folder: Path, steps: int, num_replies: int) -> Any:
@@ -139,6 +200,7 @@ def _timed_trainer() -> type:
             self.phases: Step = {}
             self.steps: list[Step] = []
             self.ends: list[float] = []
+            self.first_batch: dict[str, Any] | None = None
             super().__init__(*args, **kwargs)
 
         @contextmanager
@@ -152,6 +214,11 @@ def _timed_trainer() -> type:
                 generated = super()._generate(*args, **kwargs)
             self.phases["reply_tokens"] = sum(map(len, generated[1]))
             return generated
+
+        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+            made = super()._generate_and_score_completions(*args, **kwargs)
+            self.first_batch = made if self.first_batch is None else self.first_batch
+            return made
 
         def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
             with self.phase("reward"):

@@ -4,19 +4,23 @@ Truth is eager PyTorch in float64 on the same numbers, one sequence at a time.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender
-from benchmarks.inputs import Inputs, policy_loss
+from benchmarks.inputs import Inputs, make_inputs, policy_loss
+from benchmarks.shapes import TINY, Case
 
 # relative, of loss and gradients: a contender further off computes something else. Bfloat16 rounds every logit of most
 # peers to 8 bits, which is their own error and is published, not refused
 BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
 LOGPS_BOUND = {"float32": 1e-3, "bfloat16": 0.5}  # nats, likewise
+# nats by which old and reference log-probs lie aside where the formula is checked: every term of the loss then is a
+# large part of the gradient, the clip bounds' and the penalty's too
+FORMULA_LOG_RATIO_STD = 1.5
 
 Loss = Callable[[Tensor, Inputs], Tensor]
 
@@ -72,10 +76,25 @@ def _share(inputs: Inputs, row: int, loss_of: Loss) -> float:
     return float(inputs.mask[row].sum() / inputs.mask.sum())
 
 
-def checked_errors(contender: Contender, inputs: Inputs, truth: Truth) -> dict[str, float]:
-    """How far one contender's run is from `truth`: gradients by relative Frobenius norm, log-probs in nats.
+def check_formula(contender: Contender, case: Case, device: torch.device) -> None:
+    """Checks in float32, on a tiny shape, that a contender computes the loss of `case`, each of its terms.
+
+    The bounds of bfloat16 alone would let pass a loss without its penalty, which at beta = 0.02 moves the gradient by a
+    fifth of a percent. A cross-entropy has no such terms.
 
     Raises: WrongResultError if it computes something else.
+    """
+    if contender.loss_of is not policy_loss:
+        return
+    tiny = replace(case, shape=TINY, dtype="float32")
+    inputs = make_inputs(tiny, device, log_ratio_std=FORMULA_LOG_RATIO_STD)
+    checked_errors(contender, inputs, truth_of(inputs), contender.formula_bound)
+
+
+def checked_errors(contender: Contender, inputs: Inputs, truth: Truth, bound: float | None = None) -> dict[str, float]:
+    """How far one contender's run is from `truth`: gradients by relative Frobenius norm, log-probs in nats.
+
+    Raises: WrongResultError if loss or gradients are further off than `bound`; None: that of the dtype.
     """
     inputs.clear()
     loss = contender.prepare(inputs)()
@@ -86,7 +105,7 @@ def checked_errors(contender: Contender, inputs: Inputs, truth: Truth) -> dict[s
     }
     if truth.grad_weight is not None:
         errors["grad_weight"] = relative_error(inputs.weight.grad, truth.grad_weight)
-    bound = BOUND[inputs.case.dtype]
+    bound = BOUND[inputs.case.dtype] if bound is None else bound
     if not all(error <= bound for error in errors.values()):
         raise WrongResultError(f"{contender.name} on {inputs.case}: {errors}; each must be at most {bound}")
     if contender.logps is not None:
