@@ -16,8 +16,9 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from expo.answers import extract_answer
-from expo.rewards import Verdict, Verifier, check_answers
+from expo import rewards
+from expo.answers import extract_answer, normalise
+from expo.rewards import GoldError, Verdict, Verifier, check_answers, ungradable_answers
 
 TIMEOUT_S = 1.5
 # Each keeps math-verify busy for a minute or more.
@@ -127,13 +128,27 @@ def test_check_answers_names_those_that_cannot_be_parsed() -> None:
         check_answers(["16", "(1,2)", "142.0", r"$\frac12$", "['9.6\n']", "Monday", "", r"\frac{1}{"])
 
 
+def test_every_form_of_an_answer_that_cannot_be_parsed_is_named() -> None:
+    assert ungradable_answers(["???", "16", "$???$", "??? "]) == ["???", "$???$", "??? "]
+
+
+@pytest.mark.parametrize("answer", ["x-", "never -", "N -"])
+def test_letters_that_a_formula_reply_could_not_be_graded_against_are_found(answer: str) -> None:
+    assert ungradable_answers([answer, "Monday", "north-east", "B"]) == [answer]
+
+
+def test_an_answer_whose_normal_form_is_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards, "normalise_gold", lambda answer: normalise(answer.strip("[]")))
+    assert ungradable_answers(["[2,100]", "7"]) == ["[2,100]"]
+
+
 def test_check_answers_wants_strings() -> None:
     with pytest.raises(TypeError, match="16"):
         check_answers([16])  # type: ignore[list-item]
 
 
 def test_unparsable_gold_answer_is_an_error_and_the_next_batch_works(verifier: Verifier) -> None:
-    with pytest.raises(ValueError, match="check_answers"):
+    with pytest.raises(GoldError, match=r"'\\\\frac\{1\}\{' cannot be parsed; correct or drop its row"):
         verifier.grade([boxed("x+1"), boxed("y")], [r"\frac{1}{", "y"])
     assert kinds(verifier.grade([boxed("x+1")], ["1+x"])) == ["correct"]
 
