@@ -179,26 +179,34 @@ def test_integer_batches_start_no_worker() -> None:
     assert kinds(verdicts) == expected
 
 
+def grade_with_hanging(verifier: Verifier, variable: str) -> float:
+    """Seconds for 60 normal replies among four that hang and a memory bomb, whose verdicts are as they must be."""
+    answers = [rf"\frac{{{number}}}{{7}} + {variable}" for number in range(60)] + [*HANGING, MEMORY_BOMB]
+    gold = [rf"{variable} + \frac{{{number}}}{{7}}" for number in range(60)] + [r"\sqrt{2}"] * 5
+    order = random.Random(0).sample(range(len(answers)), len(answers))
+    started = time.monotonic()
+    verdicts = verifier.grade([boxed(answers[index]) for index in order], [gold[index] for index in order])
+    took = time.monotonic() - started
+    by_index = dict(zip(order, kinds(verdicts), strict=True))
+    assert [by_index[index] for index in range(60)] == ["correct"] * 60
+    assert [by_index[index] for index in range(60, 64)] == ["timeout"] * 4
+    assert by_index[64] in ("timeout", "wrong")
+    return took
+
+
 def test_hanging_replies_end_at_the_deadline_and_the_pool_recovers() -> None:
     before = descendants()
-    normal = [rf"\frac{{{number}}}{{7}} + x" for number in range(60)]
     with Verifier(workers=2, timeout_s=TIMEOUT_S) as verifier:
-        # as many normal ones first: they start the workers, and say how busy the machine is
-        started = time.monotonic()
+        # as many normal ones first: the workers have started when the time begins
         verifier.grade([boxed(rf"x^2+{number}") for number in range(60)], ["2x"] * 60)
-        normal_s = time.monotonic() - started
-        bad = [*HANGING, MEMORY_BOMB]
-        answers = [*normal, *bad]
-        gold = [rf"x + \frac{{{number}}}{{7}}" for number in range(60)] + [r"\sqrt{2}"] * len(bad)
-        order = random.Random(0).sample(range(len(answers)), len(answers))
-        started = time.monotonic()
-        verdicts = verifier.grade([boxed(answers[index]) for index in order], [gold[index] for index in order])
-        print(f"\n60 normal and 5 hanging replies: {time.monotonic() - started:.2f} s")
-        assert time.monotonic() - started < TIMEOUT_S + 2.0 + normal_s
-        by_index = dict(zip(order, kinds(verdicts), strict=True))
-        assert [by_index[index] for index in range(60)] == ["correct"] * 60
-        assert [by_index[index] for index in range(60, 64)] == ["timeout"] * 4
-        assert by_index[64] in ("timeout", "wrong")
+        # other programs may take the cores for a while, not three times
+        times = []
+        for variable in "xyz":
+            times.append(grade_with_hanging(verifier, variable))
+            if times[-1] < TIMEOUT_S + 2.0:
+                break
+        print(f"\n60 normal and 5 hanging replies: {times} s")
+        assert min(times) < TIMEOUT_S + 2.0
         assert len(descendants() - before) == 1 + 2
         again = verifier.grade(
             [boxed(f"{number}x+y") for number in range(60)], [f"y+{number}x" for number in range(60)]
@@ -211,15 +219,15 @@ def test_number_of_children_stays_constant() -> None:
     before = descendants()
     counts = []
     with Verifier(workers=2, timeout_s=0.3) as verifier:
-        for batch in range(20):
-            hangs = batch % 5 == 4
+        for batch in range(50):
+            hangs = batch % 10 == 9
             verdicts = verifier.grade(
                 [boxed(f"x+{batch}"), boxed(f"y+{batch}"), boxed(f"9^{{9^{{{batch + 9}}}}}" if hangs else "z")],
                 [f"{batch}+x", f"{batch}+y", r"\sqrt{2}"],
             )
             assert kinds(verdicts) == ["correct", "correct", "timeout" if hangs else "wrong"]
             counts.append(len(descendants() - before))
-    assert counts == [1 + 2] * 20
+    assert counts == [1 + 2] * 50
     assert descendants() == before
 
 
