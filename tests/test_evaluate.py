@@ -283,6 +283,25 @@ def test_a_run_whose_replies_came_from_servers_is_evaluated_without_them(tmp_pat
     assert (config.rollout.engine, config.vllm.servers) == ("vllm", [])
 
 
+@pytest.mark.parametrize(
+    ("trained", "evaluated"),
+    [
+        ({"rollout.engine": "vllm", "vllm.sleep": True}, ("rollout.engine", "transformers")),
+        ({"reward.overlong_buffer": 16}, ("rollout.max_new_tokens", 8)),
+        ({"reward.overlong_buffer": 16, "reward.correct_weight": 0}, ("rollout.max_new_tokens", 32)),
+        ({"policy.micro_batch_tokens": 96}, ("rollout.max_new_tokens", 1024)),
+        (
+            {"rollout.engine": "vllm-server", "vllm.gpus": [1], "vllm.weights_folder": "/dev/shm"},
+            ("rollout.engine", "vllm"),
+        ),
+    ],
+)
+def test_a_run_is_evaluated_whatever_its_training_wanted(tmp_path, trained, evaluated):
+    (tmp_path / "config.yaml").write_text(load_config(None, list(trained.items())).to_yaml())
+    name, value = evaluated
+    assert resolve(str(tmp_path), None, [evaluated]).config.settings[name] == value
+
+
 def test_sets_are_named_after_their_source():
     given = ["aime-2024", "org/name", "x=a/b.jsonl", "some/file.parquet", "ledger:held_out"]
     assert name_sets(given) == {

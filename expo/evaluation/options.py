@@ -60,9 +60,14 @@ READ = (
 UNTRAINED = (
     ("data.train", "none"),
     ("policy.micro_batch_tokens", 2**31),
+    ("reward.correct_weight", 1),
+    ("reward.overlong_buffer", 0),
+    ("vllm.sleep", False),
     *((f"vllm.{field}", VllmSection.model_fields[field].default) for field in ("servers", "gpus", "weights_folder")),
 )
-"""What a configuration must say of training, and of servers beside it, where there is none."""
+"""What a configuration must say of training, and of servers beside it, where there is none: a run's own values may not
+go with the engine and the lengths that an evaluation takes.
+"""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
