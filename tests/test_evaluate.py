@@ -258,7 +258,7 @@ def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):
 
 
 def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
-    with pytest.raises(ConfigError, match=r"the prompts of \d+ questions are longer"):
+    with pytest.raises(ConfigError, match=r"sums: the prompts of \d+ questions are longer .*; raise it to \d+"):
         measured(questions, tmp_path / "out", "--data.max_prompt_tokens=8")
 
 
