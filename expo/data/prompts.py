@@ -36,7 +36,10 @@ def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> li
     if not config.chat_template:
         return list(tokenizer(text)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("data.chat_template is true, but the tokenizer has none; set --data.chat_template=false")
+        raise ConfigError(
+            "data.chat_template is true, but the tokenizer has none; turn it off: --data.chat_template=false, or of "
+            "python -m expo.data --no-chat-template"
+        )
     message = [{"role": "user", "content": text}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])

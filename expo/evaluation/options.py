@@ -190,7 +190,10 @@ def _run_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
     if _is_run(path):
         return path, step
     if step is not None:
-        raise ConfigError(f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder")
+        raise ConfigError(
+            f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder; give one, or leave "
+            f"--step out"
+        )
     return None, None
 
 
