@@ -127,22 +127,45 @@ _FINAL_STOP = re.compile(r"\s*(?<!\\right)[.,;]\s*\Z")
 _BRACED = re.compile(r"\A\s*\{([^{}]*)\}\s*\Z")
 _REPEATING = re.compile(r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
 _NUMBER = re.compile(
-    r"([+-]?)\s?(?:(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.(\d*))?|\.(\d+))(?:[eE]([+-]?\d{1,3}))?",
+    # no group of thousands begins with 0: "0,100" is two numbers
+    r"([+-]?)\s?(?:([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+|\d+)(?:\.(\d*))?|\.(\d+))(?:[eE]([+-]?\d{1,3}))?",
     re.ASCII,
 )
+_ZERO_FIRST = re.compile(r"\A([+-]?0),(?=\d)")
+_GROUP_MARKS = ("{,}", r"\!", r"\,")  # these part thousands, never the members of a list
+_OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
+# of the members of a list; thousands come as three digits after a comma without a blank
+_SEPARATORS = (re.compile(r",(?!0\d)"), re.compile(r",\s"))
 _SIZED_BRACKET = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z '\-]*")
+# a hyphen at the end is a formula's that was cut off
+_WORDS = re.compile(r"[A-Za-z](?:[A-Za-z '\-]*[A-Za-z '])?")
 
 
 @functools.lru_cache(maxsize=_MEMO_SIZE)
 def normalise(text: str) -> str:
     """The same answer without its dressing: dollars, display marks, a final stop, signs outside ASCII."""
+    if text.isascii() and text.isdigit():
+        return text.lstrip("0") or "0"
+    plain = _undress(text)
+    return canonical_number(plain) or plain
+
+
+def normalise_for(gold: str, text: str) -> str:
+    """The normal form of a stated answer, in which "1,100" is two numbers if the gold answer, normalised, is a list."""
+    answer = normalise(text)
+    if "," in text and canonical_number(answer) is not None and _number_lists(gold)[1]:
+        members = _undress(text)
+        # not where it is plain that thousands are meant
+        if ",0" not in members and not any(mark in text for mark in _GROUP_MARKS):
+            return members.replace(",", ", ")
+    return answer
+
+
+def _undress(text: str) -> str:
     if not text.isascii():
         text = text.translate(_UNICODE)
         text = _UNICODE_ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
-    if text.isdigit():
-        return text.lstrip("0") or "0"
     text = text.replace(r"\$", "").replace("$", "").replace(r"\!", "").replace("{,}", ",")
     text = _FINAL_STOP.sub("", _THIN_SPACE.sub(" ", text)).strip()
     for opening, closing in _WRAPPERS:
@@ -151,7 +174,7 @@ def normalise(text: str) -> str:
     text = _INNER_BOX.sub("", text).replace(r"\varnothing", r"\emptyset")
     text = _REPEATING.sub(_repeating_to_fraction, text)
     text = _BRACED.sub(r"\1", _FINAL_STOP.sub("", text)).strip()
-    return canonical_number(text) or text
+    return _ZERO_FIRST.sub(r"\1, ", text)
 
 
 def _repeating_to_fraction(match: re.Match[str]) -> str:
@@ -205,20 +228,41 @@ def words_of(text: str) -> str | None:
     return " ".join(text.split()).casefold() if len(text) > 1 else text
 
 
-def _bracketed_numbers(text: str) -> list[str] | None:
-    """The brackets, then the numbers, of a point or interval such as "(1, -2.5)"; None for other texts."""
-    text = _SIZED_BRACKET.sub("", text)
-    if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
-        return None
-    numbers = [canonical_number(member.strip()) for member in text[1:-1].split(",")]
-    if len(numbers) < 2 or None in numbers:
-        return None
-    return [text[0] + text[-1], *(number for number in numbers if number is not None)]
+def _number_lists(text: str) -> tuple[str, list[list[str]]]:
+    """The brackets around a list of numbers ("", "{}", "()", "[)", ...), and the lists of two or more that it may be.
+
+    "(1,234, 5)" may be 1, 234 and 5, or 1234 and 5. No list is found in other texts.
+    """
+    text = _SIZED_BRACKET.sub("", text).replace(r"\{", "{").replace(r"\}", "}")
+    brackets = ""
+    if text[:1] in _OPENING and text[-1:] in _CLOSING:
+        brackets, text = text[0] + text[-1], text[1:-1]
+    found = []
+    for separator in _SEPARATORS:
+        members = [canonical_number(member.strip()) for member in separator.split(text)]
+        numbers = [number for number in members if number is not None]
+        if 2 <= len(numbers) == len(members) and numbers not in found:
+            found.append(numbers)
+    return brackets, found
 
 
 @functools.lru_cache(maxsize=_MEMO_SIZE)
 def normalise_gold(answer: str) -> str:
     """A gold answer in the form `normalise` gives; data sets also hold lists as strings: "['9.6\\n']"."""
+    text = stated_gold(answer)
+    inner = text[1:-1].strip()
+    if text[:1] + text[-1:] == "[]" and "," not in inner and canonical_number(inner) is not None:
+        text = inner  # with a comma it is an interval
+    elif text[:1] + text[-1:] == "{}" and "," in inner and canonical_number(inner) is not None:
+        text = inner.replace(",", ", ")  # a set of numbers, not one number by thousands
+    return normalise(text)
+
+
+def stated_gold(answer: str) -> str:
+    """What a reply has to put into its box for a gold answer to be right, as the data set has it.
+
+    Taken off is what no reply would state: a list's quotes, and the text around a box.
+    """
     text = answer.strip()
     listed = re.fullmatch(r"\[\s*(['\"])(.*)\1\s*\]", text, re.DOTALL)
     if listed:
@@ -226,12 +270,8 @@ def normalise_gold(answer: str) -> str:
         quote = listed[1]
         members = re.split(rf"{quote}\s*,\s*{quote}", listed[2].replace("\\\\", "\\"))
         text = ", ".join(member.removesuffix(r"\n").strip() for member in members)
-    elif text.startswith("[") and canonical_number(text[1:-1].strip()) is not None:
-        text = text[1:-1]
     box = _find_boxes(text)
-    if box:
-        text = _join_last_boxes(text, box)
-    return normalise(text)
+    return _join_last_boxes(text, box) if box else text
 
 
 def judge_exactly(answer: str, gold: str) -> bool | None:
@@ -242,9 +282,9 @@ def judge_exactly(answer: str, gold: str) -> bool | None:
         return False
     if _squash(answer) == _squash(gold):
         return True
-    answer_numbers, gold_numbers = _bracketed_numbers(answer), _bracketed_numbers(gold)
-    if answer_numbers is not None and gold_numbers is not None and answer_numbers[0] == gold_numbers[0]:
-        return answer_numbers == gold_numbers
+    is_listed = _judge_lists(answer, gold)
+    if is_listed is not None:
+        return is_listed
     answer_words, gold_words = words_of(answer), words_of(gold)
     if answer_words is None or gold_words is None:
         return None
@@ -252,3 +292,14 @@ def judge_exactly(answer: str, gold: str) -> bool | None:
         return True
     # a gold answer marked as text is no product of variables, so other words are another answer
     return False if _TEXT_COMMAND.search(gold) else None
+
+
+def _judge_lists(answer: str, gold: str) -> bool | None:
+    """The verdict on two lists of numbers: points and intervals have an order, sets and bare lists have none."""
+    (brackets, lists), (gold_brackets, gold_lists) = _number_lists(answer), _number_lists(gold)
+    if not lists or not gold_lists:
+        return None
+    if {brackets, gold_brackets} <= {"", "{}"}:
+        # others may still be equal by the algebra's tolerance
+        return any(set(one) == set(other) for one in lists for other in gold_lists) or None
+    return any(one in gold_lists for one in lists) if brackets == gold_brackets else None

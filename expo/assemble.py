@@ -17,11 +17,20 @@ import torch
 
 from expo.checkpoint import Checkpoints
 from expo.config import ConfigError, RunConfig, changed_settings, load_config
-from expo.data import Overlap, Prompted, QuestionSet, find_overlap, load_questions, only_gradable, render_prompts
+from expo.data import (
+    Overlap,
+    Prompted,
+    QuestionSet,
+    find_overlap,
+    load_questions,
+    only_gradable,
+    render_prompts,
+    render_whole_set,
+)
 from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
 from expo.metrics import Display, RunFolder, describe_environment
-from expo.model import check_model_path, empty_copy
+from expo.model import check_model_path, empty_copy, load_tokenizer
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.ranks import Ranks, join_ranks
 from expo.reply_cache import ReplyCache
@@ -61,12 +70,14 @@ MAY_CHANGE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before any model loads: training questions, evaluation sets and reward functions by name, and what
-    the questions of both share.
+    """What is read before any model loads: training questions, evaluation sets and reward functions by name, what the
+    questions of both share, and their prompts.
     """
 
     train: QuestionSet
     evaluation: dict[str, QuestionSet]
+    train_set: list[Prompted]
+    evaluation_sets: dict[str, list[Prompted]]
     overlap: Overlap
     reward_functions: dict[str, RewardFunction]
 
@@ -144,9 +155,9 @@ def _processes_here(ranks: Ranks) -> list[int]:
 
 
 def load_inputs(config: RunConfig) -> Inputs:
-    """Questions with gradable answers, and the reward functions.
+    """Questions with gradable answers and their prompts, and the reward functions.
 
-    Raises: ConfigError naming the model folder, file, line, answer or function that is wrong.
+    Raises: ConfigError naming the model folder, file, line, answer, prompts or function that is wrong.
     """
     check_model_path(config.model)
     check_trackers(config.run.trackers)
@@ -157,8 +168,15 @@ def load_inputs(config: RunConfig) -> Inputs:
     evaluation = {name: only_gradable(load_questions(source), skip) for name, source in config.evaluation.sets.items()}
     overlap = find_overlap(train_set, evaluation)
     train_set = overlap.drop_from(train_set, config.data.drop_overlap)
-    _require_enough(config, len(train_set.questions))
-    return Inputs(train_set, evaluation, overlap, load_reward_functions(config.reward.functions))
+    tokenizer = load_tokenizer(config.model)
+    prompted = render_prompts(train_set.questions, config.data, tokenizer)
+    _require_enough(config, len(prompted))
+    evaluation_prompted = {
+        name: render_whole_set(f"evaluation.sets.{name}", loaded.questions, config.data, tokenizer)
+        for name, loaded in evaluation.items()
+    }
+    reward_functions = load_reward_functions(config.reward.functions)
+    return Inputs(train_set, evaluation, prompted, evaluation_prompted, overlap, reward_functions)
 
 
 def _require_enough(config: RunConfig, num_questions: int) -> None:
@@ -234,20 +252,14 @@ def _build_parts(
     switch: StopSwitch,
     resume: bool,
 ) -> Parts:
-    """Loads the model and its reference, and renders every prompt; sets PyTorch's number of threads."""
+    """Loads the model and its reference; sets PyTorch's number of threads."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     display = Display(is_shown=ranks.is_first)
     policy = DeepSpeedPolicy(config, ranks)
-    train_set = render_prompts(inputs.train.questions, config.data, policy.tokenizer)
-    _require_enough(config, len(train_set))
-    evaluation_sets = {
-        name: render_prompts(source.questions, config.data, policy.tokenizer)
-        for name, source in inputs.evaluation.items()
-    }
-    _record_data(inputs, train_set, evaluation_sets, folder, display)
+    _record_data(inputs, folder, display)
     engine = build_engine(config, policy, ranks, switch, display, folder.path)
-    probe = make_probe([prompted.prompt_ids for prompted in train_set], config.max_tokens)
+    probe = make_probe([prompted.prompt_ids for prompted in inputs.train_set], config.max_tokens)
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
@@ -266,10 +278,10 @@ def _build_parts(
         ),
         verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
         shaping=Shaping(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
-        curriculum=_curriculum(config, len(train_set)),
+        curriculum=_curriculum(config, len(inputs.train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
-        train_set=train_set,
-        evaluation_sets=evaluation_sets,
+        train_set=inputs.train_set,
+        evaluation_sets=inputs.evaluation_sets,
         tokenizer=policy.tokenizer,
         folder=folder,
         checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings),
@@ -281,16 +293,11 @@ def _build_parts(
     )
 
 
-def _record_data(
-    inputs: Inputs,
-    train_set: list[Prompted],
-    evaluation_sets: dict[str, list[Prompted]],
-    folder: RunFolder,
-    display: Display,
-) -> None:
+def _record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
     """Shows what the sets hold and what was left out of them, and writes it to data.json."""
     records = {}
-    for (name, loaded), asked in zip(inputs.sets.items(), [train_set, *evaluation_sets.values()], strict=True):
+    prompted = [inputs.train_set, *inputs.evaluation_sets.values()]
+    for (name, loaded), asked in zip(inputs.sets.items(), prompted, strict=True):
         num_long = len(loaded.questions) - len(asked)
         records[name] = set_record(loaded, num_long)
         for line in set_lines(loaded, num_long):

@@ -92,7 +92,7 @@ class DataSection(_Section):
     chat_template: bool = True
     """Wrap the prompt as one user message in the tokenizer's chat template."""
     max_prompt_tokens: Count = 1024
-    """Longer prompts are dropped and counted (paper: 1,024)."""
+    """Longer prompts of training are dropped and counted, evaluation sets that have any are refused (paper: 1,024)."""
 
 
 class RolloutSection(_Section):

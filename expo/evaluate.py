@@ -25,6 +25,7 @@ from expo.evaluation.tables import scores_table
 from expo.graded import Graded, Grader, grade
 from expo.metrics import describe_environment
 from expo.ranks import leave_ranks
+from expo.rewards import GoldError
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
 from expo.scores import (
     by_question,
@@ -102,6 +103,7 @@ def measure(invocation: Invocation) -> Path:
     Raises:
         ConfigError: if the evaluation cannot be, or the folder holds another.
         CheckpointError: if the checkpoint asked for is not there or not whole.
+        GoldError: if a gold answer turned out to be one that replies cannot be graded against.
         SyncError: if the rollout engine's weights turned out not to be the model's.
         StopRequested: if it was asked to stop; all whole questions are kept.
     """
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(invocation)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (CheckpointError, SyncError) as error:
+    except (CheckpointError, GoldError, SyncError) as error:
         fail(PROGRAM, error, code=1)
     except StopRequested as request:
         fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"), code=1)

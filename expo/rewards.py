@@ -14,7 +14,15 @@ from typing import Final, Literal, Self
 
 from expo import _grading
 from expo._workers import Pair, WorkerPool
-from expo.answers import canonical_number, extract_answer, judge_exactly, normalise, normalise_gold, words_of
+from expo.answers import (
+    canonical_number,
+    extract_answer,
+    judge_exactly,
+    normalise,
+    normalise_for,
+    normalise_gold,
+    stated_gold,
+)
 
 Kind = Literal["correct", "wrong", "unparsed", "timeout"]
 
@@ -39,6 +47,10 @@ class Verdict:
     def reward(self) -> float:
         """1 for a correct reply, 0 for any other."""
         return 1.0 if self.kind == "correct" else 0.0
+
+
+class GoldError(ValueError):
+    """A gold answer that replies cannot be graded against; `check_answers` finds these beforehand."""
 
 
 class Verifier:
@@ -94,15 +106,17 @@ class Verifier:
             answers: The gold answer of each reply's question, B of them, as the data set has it.
 
         Raises:
-            ValueError: The lengths differ, or a gold answer cannot be parsed (see `check_answers`).
+            ValueError: The lengths differ.
+            GoldError: A gold answer cannot be parsed (see `check_answers`), which only some replies bring to light.
             RuntimeError: Workers cannot be started, for example because math-verify is not installed.
         """
         if len(replies) != len(answers):
             raise ValueError(f"{len(replies)} replies but {len(answers)} answers; give one answer for each reply")
         stated = [extract_answer(reply) for reply in replies]
+        golds = [normalise_gold(answer) for answer in answers]
         pairs = [
-            None if text is None else (normalise(text), normalise_gold(answer))
-            for text, answer in zip(stated, answers, strict=True)
+            None if text is None else (normalise_for(gold, text), gold)
+            for text, gold in zip(stated, golds, strict=True)
         ]
         known: dict[Pair, Kind] = {}
         undecided: list[Pair] = []
@@ -147,7 +161,10 @@ class Verifier:
             outcomes = self._pool.run([pair for pair in pairs if pair not in known])
             for pair, outcome in outcomes.items():
                 if outcome == _grading.BAD_GOLD:
-                    raise ValueError(f"gold answer {pair[1]!r} cannot be parsed; run check_answers on the data at load")
+                    raise GoldError(
+                        f"gold answer {pair[1]!r} cannot be parsed; correct or drop its row (check_answers finds most "
+                        f"such answers at load)"
+                    )
                 if outcome is None:
                     # not remembered: on a less busy machine it may be graded in time
                     known[pair] = "timeout"
@@ -165,11 +182,11 @@ def ungradable_answers(answers: Iterable[str], timeout_s: float = 30.0) -> list[
     They are empty, not mathematics, take longer than `timeout_s`, or are judged wrong when a reply boxes them.
 
     Args:
-        answers: Gold answers as the data set has them. Numbers and words cost nothing; formulas take workers.
+        answers: Gold answers as the data set has them. Numbers cost nothing; words and formulas take workers.
         timeout_s: Seconds of wall clock for one answer.
     """
     bad: dict[str, None] = {}  # a set that keeps its order
-    formulas: dict[str, str] = {}
+    by_gold: dict[str, list[str]] = {}  # answers as given, by their normal form; those that may reach the algebra
     distinct = list(dict.fromkeys(answers))
     for answer in distinct:
         if not isinstance(answer, str):
@@ -177,12 +194,13 @@ def ungradable_answers(answers: Iterable[str], timeout_s: float = 30.0) -> list[
         gold = normalise_gold(answer)
         if not gold:
             bad[answer] = None
-        elif canonical_number(gold) is None and words_of(gold) is None:
-            formulas[gold] = answer
+        elif canonical_number(gold) is None:
+            by_gold.setdefault(gold, []).append(answer)
     with Verifier(timeout_s=timeout_s) as verifier:
-        bad |= {formulas[gold]: None for gold in verifier._unusable(list(formulas))}
+        bad |= {answer: None for gold in verifier._unusable(list(by_gold)) for answer in by_gold[gold]}
         rest = [answer for answer in distinct if answer not in bad]
-        verdicts = verifier.grade([rf"\boxed{{{normalise_gold(answer)}}}" for answer in rest], rest)
+        # as they are given: a normal form that has lost something would agree with itself
+        verdicts = verifier.grade([rf"\boxed{{{stated_gold(answer)}}}" for answer in rest], rest)
     return [*bad, *(answer for answer, verdict in zip(rest, verdicts, strict=True) if verdict.kind != "correct")]
 
 

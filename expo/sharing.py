@@ -91,9 +91,22 @@ class SharedVerifier:
         self._verifier, self._ranks = verifier, ranks
 
     def grade(self, replies: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """Verdicts on all replies, in order, on every rank."""
-        mine = self._verifier.grade(self._ranks.share(replies), self._ranks.share(answers))
-        return self._ranks.joined(self._ranks.gather(mine))
+        """Verdicts on all replies, in order, on every rank.
+
+        Raises: what a verifier raises, on every rank: none is left waiting for another.
+        """
+        mine: list[Verdict] | Exception
+        try:
+            mine = self._verifier.grade(self._ranks.share(replies), self._ranks.share(answers))
+        except (ValueError, RuntimeError) as error:
+            mine = error
+        shares = self._ranks.gather(mine)
+        if isinstance(mine, Exception):
+            raise mine
+        for share in shares:
+            if isinstance(share, Exception):
+                raise share
+        return self._ranks.joined([share for share in shares if not isinstance(share, Exception)])
 
     def close(self) -> None:
         """Ends this rank's worker processes."""

@@ -29,6 +29,7 @@ from expo.ranks import leave_ranks
 from expo.records import results_table
 from expo.report import write_report
 from expo.resampling import Rollouts
+from expo.rewards import GoldError
 from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
 from expo.shaping import RewardError
 from expo.stopping import StopRequested
@@ -56,6 +57,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         ConfigError: if the run cannot be, found before any model loads where that is possible.
         Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
         CheckpointError: if the run was to end and its state could not be written.
+        GoldError: if a gold answer turned out to be one that replies cannot be graded against.
         RewardError: if one of reward.functions failed.
         SyncError: if the rollout engine's weights turned out not to be the policy's.
         EngineError: if a rollout engine in another process cannot go on.
@@ -348,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(invocation.config, invocation.resume)
     except ConfigError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, EngineError, RewardError, SyncError) as error:
+    except (Diverged, CheckpointError, EngineError, GoldError, RewardError, SyncError) as error:
         fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0

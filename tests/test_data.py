@@ -84,7 +84,10 @@ def test_questions_whose_rows_disagree_are_left_out(tmp_path):
         ('{"question": " ", "answer": "b"}', "q.jsonl:1 has no usable `question`"),
         ('{"question": "a", "answer": true}', "q.jsonl:1 has no usable `answer`"),
         ('{"question": "a", "answer": "1", "id": 1}\n{"question": "b", "answer": "1", "id": 1}', "q.jsonl:2: the id 1"),
-        ('{"question": "a", "answer": "1"}\n{"question": "a", "answer": "2"}', "no questions with one answer each"),
+        (
+            '{"question": "a", "answer": "1"}\n{"question": "a", "answer": "2"}',
+            "none of which can be trusted: ca978112ca1bbdca; give each question one answer",
+        ),
     ],
 )
 def test_bad_files_name_the_line(tmp_path, text, expected):
@@ -194,9 +197,20 @@ def test_long_prompts_are_left_out():
         render_prompts([Question("1", "a b c", "1")], section, WordTokenizer())
 
 
+def test_an_evaluation_set_with_long_prompts_is_refused_before_a_model_loads(tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in ("1=", "1" * 60 + "=")))
+    config = load_config(None, [("evaluation.sets", {"few": str(few)}), ("data.train", str(few))])
+    wanted = r"evaluation\.sets\.few: the prompts of 1 questions are longer than data\.max_prompt_tokens = 32"
+    with pytest.raises(ConfigError, match=rf"{wanted}, .*; raise it to \d\d$"):
+        load_inputs(config.model_copy(update={"rollout": config.rollout.model_copy(update={"questions_per_step": 1})}))
+
+
 def test_a_missing_chat_template_is_an_error(ledger_model):
     _, tokenizer = ledger_model
-    with pytest.raises(ConfigError, match="chat_template=false"):
+    with pytest.raises(
+        ConfigError, match=r"--data\.chat_template=false, or of python -m expo\.data --no-chat-template"
+    ):
         render_prompts([Question("1", "1+1=", "2")], DataSection(train="x", chat_template=True), tokenizer)
 
 

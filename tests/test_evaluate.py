@@ -258,7 +258,7 @@ def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):
 
 
 def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
-    with pytest.raises(ConfigError, match=r"the prompts of \d+ questions are longer"):
+    with pytest.raises(ConfigError, match=r"sums: the prompts of \d+ questions are longer .*; raise it to \d+"):
         measured(questions, tmp_path / "out", "--data.max_prompt_tokens=8")
 
 
@@ -281,6 +281,25 @@ def test_a_run_whose_replies_came_from_servers_is_evaluated_without_them(tmp_pat
         resolve(str(tmp_path), None, [])
     config = resolve(str(tmp_path), None, [("rollout.engine", "vllm")]).config
     assert (config.rollout.engine, config.vllm.servers) == ("vllm", [])
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated"),
+    [
+        ({"rollout.engine": "vllm", "vllm.sleep": True}, ("rollout.engine", "transformers")),
+        ({"reward.overlong_buffer": 16}, ("rollout.max_new_tokens", 8)),
+        ({"reward.overlong_buffer": 16, "reward.correct_weight": 0}, ("rollout.max_new_tokens", 32)),
+        ({"policy.micro_batch_tokens": 96}, ("rollout.max_new_tokens", 1024)),
+        (
+            {"rollout.engine": "vllm-server", "vllm.gpus": [1], "vllm.weights_folder": "/dev/shm"},
+            ("rollout.engine", "vllm"),
+        ),
+    ],
+)
+def test_a_run_is_evaluated_whatever_its_training_wanted(tmp_path, trained, evaluated):
+    (tmp_path / "config.yaml").write_text(load_config(None, list(trained.items())).to_yaml())
+    name, value = evaluated
+    assert resolve(str(tmp_path), None, [evaluated]).config.settings[name] == value
 
 
 def test_sets_are_named_after_their_source():
@@ -306,7 +325,7 @@ def test_sets_are_named_after_their_source():
         (["ledger", "--temperature=0"], "would all be the same one"),
         (["ledger", "--engine=vlm"], "rollout.engine = 'vlm'"),
         (["ledger", "--vllm.servers=[http://h:1]"], "unknown argument --vllm.servers"),
-        (["ledger", "--step=5"], "MODEL = ledger is no run folder"),
+        (["ledger", "--step=5"], "MODEL = ledger is no run folder; give one, or leave --step out"),
         (["some/model"], "give --sets"),
     ],
 )

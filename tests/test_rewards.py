@@ -16,8 +16,9 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from expo.answers import extract_answer
-from expo.rewards import Verdict, Verifier, check_answers
+from expo import rewards
+from expo.answers import extract_answer, normalise
+from expo.rewards import GoldError, Verdict, Verifier, check_answers, ungradable_answers
 
 TIMEOUT_S = 1.5
 # Each keeps math-verify busy for a minute or more.
@@ -127,13 +128,27 @@ def test_check_answers_names_those_that_cannot_be_parsed() -> None:
         check_answers(["16", "(1,2)", "142.0", r"$\frac12$", "['9.6\n']", "Monday", "", r"\frac{1}{"])
 
 
+def test_every_form_of_an_answer_that_cannot_be_parsed_is_named() -> None:
+    assert ungradable_answers(["???", "16", "$???$", "??? "]) == ["???", "$???$", "??? "]
+
+
+@pytest.mark.parametrize("answer", ["x-", "never -", "N -"])
+def test_letters_that_a_formula_reply_could_not_be_graded_against_are_found(answer: str) -> None:
+    assert ungradable_answers([answer, "Monday", "north-east", "B"]) == [answer]
+
+
+def test_an_answer_whose_normal_form_is_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards, "normalise_gold", lambda answer: normalise(answer.strip("[]")))
+    assert ungradable_answers(["[2,100]", "7"]) == ["[2,100]"]
+
+
 def test_check_answers_wants_strings() -> None:
     with pytest.raises(TypeError, match="16"):
         check_answers([16])  # type: ignore[list-item]
 
 
 def test_unparsable_gold_answer_is_an_error_and_the_next_batch_works(verifier: Verifier) -> None:
-    with pytest.raises(ValueError, match="check_answers"):
+    with pytest.raises(GoldError, match=r"'\\\\frac\{1\}\{' cannot be parsed; correct or drop its row"):
         verifier.grade([boxed("x+1"), boxed("y")], [r"\frac{1}{", "y"])
     assert kinds(verifier.grade([boxed("x+1")], ["1+x"])) == ["correct"]
 
@@ -164,26 +179,34 @@ def test_integer_batches_start_no_worker() -> None:
     assert kinds(verdicts) == expected
 
 
+def grade_with_hanging(verifier: Verifier, variable: str) -> float:
+    """Seconds for 60 normal replies among four that hang and a memory bomb, whose verdicts are as they must be."""
+    answers = [rf"\frac{{{number}}}{{7}} + {variable}" for number in range(60)] + [*HANGING, MEMORY_BOMB]
+    gold = [rf"{variable} + \frac{{{number}}}{{7}}" for number in range(60)] + [r"\sqrt{2}"] * 5
+    order = random.Random(0).sample(range(len(answers)), len(answers))
+    started = time.monotonic()
+    verdicts = verifier.grade([boxed(answers[index]) for index in order], [gold[index] for index in order])
+    took = time.monotonic() - started
+    by_index = dict(zip(order, kinds(verdicts), strict=True))
+    assert [by_index[index] for index in range(60)] == ["correct"] * 60
+    assert [by_index[index] for index in range(60, 64)] == ["timeout"] * 4
+    assert by_index[64] in ("timeout", "wrong")
+    return took
+
+
 def test_hanging_replies_end_at_the_deadline_and_the_pool_recovers() -> None:
     before = descendants()
-    normal = [rf"\frac{{{number}}}{{7}} + x" for number in range(60)]
     with Verifier(workers=2, timeout_s=TIMEOUT_S) as verifier:
-        # as many normal ones first: they start the workers, and say how busy the machine is
-        started = time.monotonic()
+        # as many normal ones first: the workers have started when the time begins
         verifier.grade([boxed(rf"x^2+{number}") for number in range(60)], ["2x"] * 60)
-        normal_s = time.monotonic() - started
-        bad = [*HANGING, MEMORY_BOMB]
-        answers = [*normal, *bad]
-        gold = [rf"x + \frac{{{number}}}{{7}}" for number in range(60)] + [r"\sqrt{2}"] * len(bad)
-        order = random.Random(0).sample(range(len(answers)), len(answers))
-        started = time.monotonic()
-        verdicts = verifier.grade([boxed(answers[index]) for index in order], [gold[index] for index in order])
-        print(f"\n60 normal and 5 hanging replies: {time.monotonic() - started:.2f} s")
-        assert time.monotonic() - started < TIMEOUT_S + 2.0 + normal_s
-        by_index = dict(zip(order, kinds(verdicts), strict=True))
-        assert [by_index[index] for index in range(60)] == ["correct"] * 60
-        assert [by_index[index] for index in range(60, 64)] == ["timeout"] * 4
-        assert by_index[64] in ("timeout", "wrong")
+        # other programs may take the cores for a while, not three times
+        times = []
+        for variable in "xyz":
+            times.append(grade_with_hanging(verifier, variable))
+            if times[-1] < TIMEOUT_S + 2.0:
+                break
+        print(f"\n60 normal and 5 hanging replies: {times} s")
+        assert min(times) < TIMEOUT_S + 2.0
         assert len(descendants() - before) == 1 + 2
         again = verifier.grade(
             [boxed(f"{number}x+y") for number in range(60)], [f"y+{number}x" for number in range(60)]
@@ -196,15 +219,15 @@ def test_number_of_children_stays_constant() -> None:
     before = descendants()
     counts = []
     with Verifier(workers=2, timeout_s=0.3) as verifier:
-        for batch in range(20):
-            hangs = batch % 5 == 4
+        for batch in range(50):
+            hangs = batch % 10 == 9
             verdicts = verifier.grade(
                 [boxed(f"x+{batch}"), boxed(f"y+{batch}"), boxed(f"9^{{9^{{{batch + 9}}}}}" if hangs else "z")],
                 [f"{batch}+x", f"{batch}+y", r"\sqrt{2}"],
             )
             assert kinds(verdicts) == ["correct", "correct", "timeout" if hangs else "wrong"]
             counts.append(len(descendants() - before))
-    assert counts == [1 + 2] * 20
+    assert counts == [1 + 2] * 50
     assert descendants() == before
 
 

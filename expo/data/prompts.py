@@ -36,7 +36,10 @@ def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> li
     if not config.chat_template:
         return list(tokenizer(text)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("data.chat_template is true, but the tokenizer has none; set --data.chat_template=false")
+        raise ConfigError(
+            "data.chat_template is true, but the tokenizer has none; turn it off: --data.chat_template=false, or of "
+            "python -m expo.data --no-chat-template"
+        )
     message = [{"role": "user", "content": text}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
@@ -52,6 +55,23 @@ def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer
     if not fitting:
         shortest = min(len(prompted.prompt_ids) for prompted in rendered)
         raise ConfigError(
-            f"no prompt fits data.max_prompt_tokens = {config.max_prompt_tokens}; the shortest has {shortest} tokens"
+            f"no prompt fits data.max_prompt_tokens = {config.max_prompt_tokens}; the shortest has {shortest} tokens: "
+            f"raise it"
         )
     return fitting
+
+
+def render_whole_set(name: str, questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompted]:
+    """All questions of an evaluation set with their prompts: with some left out, its score would be another set's.
+
+    Raises: ConfigError that names the set if a prompt exceeds data.max_prompt_tokens, or as `render_prompt`.
+    """
+    rendered = [Prompted(question, render_prompt(question, config, tokenizer)) for question in questions]
+    lengths = [len(prompted.prompt_ids) for prompted in rendered]
+    num_long = sum(length > config.max_prompt_tokens for length in lengths)
+    if num_long:
+        raise ConfigError(
+            f"{name}: the prompts of {num_long} questions are longer than data.max_prompt_tokens = "
+            f"{config.max_prompt_tokens}, and without them the score would be another set's; raise it to {max(lengths)}"
+        )
+    return rendered

@@ -100,8 +100,13 @@ def merge_rows(source: str, rows: Iterable[Row]) -> QuestionSet:
     for row in rows:
         merger.add(row)
     kept = tuple(question for text, question in merger.questions.items() if text not in merger.conflicts)
+    if not kept and merger.conflicts:
+        raise ConfigError(
+            f"every question of {source} comes with different answers, none of which can be trusted: "
+            f"{_conflicting(merger)}; give each question one answer"
+        )
     if not kept:
-        raise ConfigError(f"{source} holds no questions{' with one answer each' if merger.conflicts else ''}")
+        raise ConfigError(f"{source} holds no questions; give a source that has some")
     num_distinct = len(merger.questions)
     return QuestionSet(
         source,
@@ -125,8 +130,12 @@ def _repeats_note(num_rows: int, num_distinct: int) -> list[str]:
 def _conflicts_note(merger: _Merger) -> list[str]:
     if not merger.conflicts:
         return []
-    named = name_some([merger.questions[text].id for text in merger.conflicts])
-    return [f"{len(merger.conflicts):,} questions come with different answers and are left out: {named}"]
+    count = len(merger.conflicts)
+    return [f"{count:,} questions come with different answers and are left out: {_conflicting(merger)}"]
+
+
+def _conflicting(merger: _Merger) -> str:
+    return name_some([merger.questions[text].id for text in merger.conflicts])
 
 
 def name_some(ids: list[str]) -> str:

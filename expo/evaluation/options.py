@@ -51,9 +51,14 @@ READ = (
 UNTRAINED = (
     ("data.train", "none"),
     ("policy.micro_batch_tokens", 2**31),
+    ("reward.correct_weight", 1),
+    ("reward.overlong_buffer", 0),
+    ("vllm.sleep", False),
     *((f"vllm.{field}", VllmSection.model_fields[field].default) for field in ("servers", "gpus", "weights_folder")),
 )
-"""What a configuration must say of training, and of servers beside it, where there is none."""
+"""What a configuration must say of training, and of servers beside it, where there is none: a run's own values may not
+go with the engine and the lengths that an evaluation takes.
+"""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -168,7 +173,10 @@ def _run_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
     if _is_run(path):
         return path, step
     if step is not None:
-        raise ConfigError(f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder")
+        raise ConfigError(
+            f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder; give one, or leave "
+            f"--step out"
+        )
     return None, None
 
 

@@ -12,7 +12,7 @@ import torch
 from expo.assemble import build_engine
 from expo.checkpoint import CheckpointError, Checkpoints
 from expo.config import ConfigError, RunConfig
-from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_prompts
+from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.options import Invocation
@@ -134,16 +134,7 @@ def _checkpoint(invocation: Invocation, ranks: Ranks) -> Path | None:
 
 
 def _render_sets(config: RunConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompted]]:
-    """Raises: ConfigError if a prompt is too long: a set with questions left out is another set."""
-    rendered = {name: render_prompts(found.questions, config.data, tokenizer) for name, found in sets.items()}
-    for name, asked in rendered.items():
-        num_long = len(sets[name].questions) - len(asked)
-        if num_long:
-            raise ConfigError(
-                f"{name}: the prompts of {num_long} questions are longer than data.max_prompt_tokens = "
-                f"{config.data.max_prompt_tokens}, and without them the score would be another set's; raise it"
-            )
-    return rendered
+    return {name: render_whole_set(name, found.questions, config.data, tokenizer) for name, found in sets.items()}
 
 
 def _facts(

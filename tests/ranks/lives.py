@@ -31,6 +31,7 @@ from expo._workers import WorkerPool
 from expo.config import ModelSection
 from expo.model import load_model
 from expo.policy import DeepSpeedPolicy
+from expo.rewards import GoldError
 from expo.sharing import SharedEngine
 
 PATIENCE_S = 300
@@ -53,6 +54,8 @@ def strike(fault):
             os._exit(3)
         case "raise":
             raise RuntimeError("struck")
+        case "bad gold":
+            raise GoldError("gold answer 'x-' cannot be parsed")
         case "sleep":
             time.sleep(10_000)
         case "move":

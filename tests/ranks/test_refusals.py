@@ -29,3 +29,11 @@ def test_a_config_error_is_one_line_whichever_rank_meets_it(tmp_path):
         assert said(tmp_path, name, rank=1) == ""
         (line,) = said(tmp_path, name).splitlines()
         assert expected in line
+
+
+def test_a_gold_answer_that_one_rank_cannot_grade_against_ends_all_ranks(tmp_path):
+    fault = {"phase": "grading", "do": "bad gold", "on_ranks": [1]}
+    codes = lived(tmp_path, [life("run", argv(tmp_path, "run", fractions=True), fault=fault)])
+    assert codes["run"] == [1, 1]
+    assert said(tmp_path, "run").splitlines()[-1].endswith("error: gold answer 'x-' cannot be parsed")
+    assert "Traceback" not in said(tmp_path, "run") + said(tmp_path, "run", rank=1)
