@@ -87,7 +87,7 @@ def _add_up_terms(
     out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, num_terms: int
 ) -> None:
     """`write_logits`, as a sum of products over `num_terms` of H each."""
-    parts = zip(hidden.split(num_terms, dim=1), weight.split(num_terms, dim=1), strict=True)
+    parts = zip(torch.split(hidden, num_terms, dim=1), torch.split(weight, num_terms, dim=1), strict=True)
     for number, (left, right) in enumerate(parts):
         if number > 0:
             out.addmm_(left, right.T, alpha=scale)
