@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from expo import ledger
+from expo.config import load_config
 from expo.evaluate import measure
+from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.options import parse_command_line
 from expo.rollout import Request, Sampling, request_seed
+from expo.train import train
 from tests.on_vllm.conftest import PROMPTS
+from tests.test_evaluate import LAYOUTS, in_layout
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8])
@@ -33,16 +37,37 @@ def test_temperature_zero_takes_the_likeliest_token(pair):
         assert {reply.token_ids[0] for reply in group} == {int(logits.argmax())}
 
 
-def test_both_engines_give_the_same_pass_at_1_within_its_interval(tmp_path):
-    path = tmp_path / "sums.jsonl"
-    rows = [{"question": q.question, "answer": q.answer} for q in ledger.held_out_questions()[::12]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = {}
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The last checkpoint of a run of three steps."""
+    values = {
+        "run.dir": str(tmp_path_factory.mktemp("trained") / "run"), "run.steps": 3, "run.checkpoint_every": 3,
+        "rollout.questions_per_step": 8, "optimizer.warmup_steps": 1, "evaluation.sets": {},
+    }  # fmt: skip
+    return train(load_config(None, list(values.items()))) / "checkpoints" / "step-000003"
+
+
+def test_both_engines_give_a_checkpoint_the_same_pass_at_1_within_its_interval(trained, tmp_path):
+    """On its held-out set, and on the same questions in a file with the columns of each published benchmark."""
+    sets = ["ledger:held_out"]
+    for path in LAYOUTS:
+        like = json.loads(path.read_text().splitlines()[0])
+        rows = [in_layout(like, question, index) for index, question in enumerate(ledger.held_out_questions()[::12])]
+        (tmp_path / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sets.append(str(tmp_path / path.name))
+    results = {}
     for engine in ("transformers", "vllm"):
-        argv = ["ledger", "--sets", str(path), "--num-samples=16", "--engine", engine, "--out", str(tmp_path / engine)]
+        argv = [str(trained), "--sets", *sets, "--num-samples=8", "--engine", engine, "--out", str(tmp_path / engine)]
         folder = measure(parse_command_line(argv))
-        results = json.loads((folder / "results.json").read_text())
-        assert results["protocol"]["engine"] == engine
-        found[engine] = results["sets"]["sums"]["pass_at"]["1"]
+        results[engine] = json.loads((folder / "results.json").read_text())
+        assert results[engine]["protocol"]["engine"] == engine
+    models = [found["model"] for found in results.values()]
+    assert models[0] == models[1]
+    assert models[0]["checkpoint"] == "step-000003"
+    start = FrozenPolicy(load_config(None), torch.device("cpu"))
+    assert models[0]["weights_sha256"] != start.checksum(), "three steps have moved the weights"
+    assert set(results["vllm"]["sets"]) == {"held_out", *(path.stem for path in LAYOUTS)}
     for one, other in (("transformers", "vllm"), ("vllm", "transformers")):
-        assert found[one]["low"] < found[other]["mean"] < found[one]["high"]
+        for name, found in results[one]["sets"].items():
+            interval, theirs = found["pass_at"]["1"], results[other]["sets"][name]["pass_at"]["1"]
+            assert interval["low"] < theirs["mean"] < interval["high"], name
