@@ -127,7 +127,7 @@ def test_a_worker_that_dies_ends_the_wait_for_it(start_worker):
     group.start(torch.zeros(2**27, dtype=torch.uint8))  # more than the connection takes in; the worker reads nothing
     worker.kill()
     started = time.monotonic()
-    with pytest.raises(GroupError, match="closed by peer"):
+    with pytest.raises(GroupError, match="by peer"):
         group.wait()
     assert time.monotonic() - started < PATIENCE_S / 2, "a deadline ended it"
     group.close()
