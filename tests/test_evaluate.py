@@ -199,19 +199,34 @@ def test_a_folder_of_other_questions_or_of_something_else_is_refused(whole, ques
         measured(questions, other.parent)
 
 
-def test_a_file_that_repeats_its_questions_is_reduced_and_reported(tmp_path, capsys):
-    some = ledger.held_out_questions()[:6]
-    path = tmp_path / "aime.jsonl"
-    # as BytedTsinghua-SIA/AIME-2024: 32 rows a question, each with an id of its own
+def write_repeated(path, questions, times):
+    """As BytedTsinghua-SIA/AIME-2024: rows with ids of their own, `times[i]` of them for the i-th question."""
     rows = [
-        {"id": f"{r}-{i}", "question": q.question, "answer": q.answer} for r in range(32) for i, q in enumerate(some)
+        {"id": f"{r}-{i}", "question": q.question, "answer": q.answer}
+        for i, q in enumerate(questions)
+        for r in range(times[i])
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("times", [[32] * 6, [32] * 5 + [31]])
+def test_a_file_that_repeats_each_question_is_refused(tmp_path, times):
+    path = write_repeated(tmp_path / "aime.jsonl", ledger.held_out_questions()[:6], times)
+    with pytest.raises(
+        ConfigError, match=rf"--sets aime: .* has {sum(times)} rows for 6 questions, .*--num-samples={min(times)}"
+    ):
+        measured(path, tmp_path / "out", "--num-samples=2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_comes_again_is_asked_once_and_reported(tmp_path, capsys):
+    path = write_repeated(tmp_path / "some.jsonl", ledger.held_out_questions()[:6], [1, 1, 3, 1, 1, 20])
     results = measured(path, tmp_path / "out", "--num-samples=2")
-    assert results["questions"]["aime"]["num_questions"] == results["sets"]["aime"]["num_questions"] == 6
-    assert results["questions"]["aime"]["left_out"]["duplicate rows"] == 186
+    assert results["questions"]["some"]["num_questions"] == results["sets"]["some"]["num_questions"] == 6
+    assert results["questions"]["some"]["left_out"]["duplicate rows"] == 21
     assert len(replies_of(tmp_path / "out")) == 12
-    assert "192 rows hold 6 questions, each 32 times" in capsys.readouterr().out
+    assert "27 rows hold 6 questions" in capsys.readouterr().out
 
 
 LAYOUTS = sorted(path for path in (Path(__file__).parent / "questions").glob("*.jsonl") if "dapo" not in path.name)
