@@ -288,7 +288,8 @@ class DeadlineSection(_Section):
     sync: Positive = 1800
     """Bringing the policy's weights to the rollout engine."""
     evaluation: Positive = 14400
-    """One evaluation of all sets within a run; of expo.evaluate, the replies that are written down together."""
+    """One evaluation of all sets within a run; of expo.evaluate, the replies that are written down together, or a
+    portion of the answers that are compared for maj@n."""
     save: Positive = 1800
     """Writing or reading one checkpoint, exporting the model."""
 

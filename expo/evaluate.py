@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from expo.answers import judge_exactly
 from expo.checkpoint import CheckpointError
 from expo.config import ConfigError, EvaluationSection, fail
 from expo.data import Prompted
@@ -42,6 +43,7 @@ from expo.sync import SyncError
 __all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]
 
 KS = (1, 8, 32)  # of evaluations within a run
+PAIRS_AT_ONCE = 512  # stated answers compared between two looks at the clock and at signals
 CHUNK_BATCHES = 4  # batches of replies between two writes: what an evaluation that dies has to make again, at most
 
 
@@ -163,7 +165,7 @@ def finish(parts: Evaluation) -> None:
 def summarise(rows: Sequence[Mapping[str, Any]], n: int, parts: Evaluation) -> dict[str, Any]:
     """All that results.json says of a set: pass@k for every k up to n, the majority's score, lengths, each question."""
     groups = list(by_question(rows, n))
-    majority = majority_scores(groups, parts.agree)
+    majority = majority_scores(groups, lambda pairs: agreements(parts, pairs))
     found = score_set(rows, n, range(1, n + 1), powers_of_two(n))
     return {
         **found,
@@ -180,6 +182,31 @@ def summarise(rows: Sequence[Mapping[str, Any]], n: int, parts: Evaluation) -> d
             for group, score in zip(groups, majority, strict=True)
         ],
     }
+
+
+def agreements(parts: Evaluation, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the two stated answers of each pair are one; each pair is looked at once.
+
+    Formulas may take reward.timeout_s each, so those have a bar, and every portion of them a deadline.
+    """
+    same: dict[tuple[str, str], bool] = {}
+    slow: list[tuple[str, str]] = []
+    for pair in dict.fromkeys(pairs):
+        is_same = judge_exactly(*pair)
+        if is_same is None:
+            slow.append(pair)
+        else:
+            same[pair] = is_same
+    if not slow:
+        return [same[pair] for pair in pairs]
+    with parts.display.bar("answers compared", len(slow)) as bar:
+        for start in range(0, len(slow), PAIRS_AT_ONCE):
+            parts.switch.check()
+            portion = slow[start : start + PAIRS_AT_ONCE]
+            with parts.watchdog.phase("evaluation", parts.config.deadline.evaluation):
+                same.update(zip(portion, parts.agree(portion), strict=True))
+            bar.advance(len(portion))
+    return [same[pair] for pair in pairs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

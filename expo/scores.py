@@ -112,7 +112,7 @@ def majority_scores(groups: Sequence[Sequence[Row]], agree: Agree) -> list[float
     others = [_other_answers(group) for group in groups]
     contested = [0 < c <= sum(votes.values()) for c, votes in zip(right, others, strict=True)]
     pairs = [
-        list(itertools.combinations(votes, 2)) if is_contested else []
+        list(itertools.combinations(sorted(votes), 2)) if is_contested else []
         for votes, is_contested in zip(others, contested, strict=True)
     ]
     verdicts = iter(agree([pair for some in pairs for pair in some]))

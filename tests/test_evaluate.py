@@ -4,19 +4,24 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from expo import evaluate as evaluate_module
 from expo import ledger
 from expo.config import ConfigError, EvaluationSection, load_config
 from expo.data import Prompted, Question
-from expo.evaluate import evaluate, measure, pass_at_k
+from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.options import PROGRAM, name_sets, parse_command_line, resolve
+from expo.metrics import Display
 from expo.rewards import Verifier
 from expo.rollout import Reply
 from expo.sharing import SharedEngine
+from expo.stopping import StopRequested, StopSwitch
 
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 
@@ -47,6 +52,47 @@ def test_evaluation_reports_each_set_and_level():
         "hard": 1,
     }
     assert found["by_level"]["hard"]["pass_at"]["1"]["mean"] == pytest.approx(0.2)
+
+
+class Deadlines:
+    """A watchdog that notes which phases a block is in."""
+
+    def __init__(self):
+        self.now = []
+
+    @contextmanager
+    def phase(self, name, seconds):
+        self.now.append((name, seconds))
+        yield
+        self.now.pop()
+
+
+def comparing(agree, switch):
+    """As much of an evaluation as comparing answers takes."""
+    config = load_config(None, [("deadline.evaluation", 60)])
+    return SimpleNamespace(agree=agree, config=config, display=Display(), watchdog=Deadlines(), switch=switch)
+
+
+def test_answers_of_a_majority_are_compared_once_under_a_deadline_with_progress(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_module, "PAIRS_AT_ONCE", 2)
+    looked_at = []
+    with Verifier(workers=1) as verifier:
+
+        def agree(pairs):
+            assert parts.watchdog.now == [("evaluation", 60)]
+            looked_at.append(list(pairs))
+            return verifier.agree(pairs)
+
+        parts = comparing(agree, StopSwitch())
+        pairs = [("x+1", "1+x"), ("1", "2"), ("x+1", "x+2"), ("x+1", "1+x"), ("y+2", "2+y"), ("7", "7")]
+        assert agreements(parts, pairs) == [True, False, False, True, True, True]
+    assert looked_at == [[("x+1", "1+x"), ("x+1", "x+2")], [("y+2", "2+y")]]
+    assert "answers compared 3/3" in capsys.readouterr().out
+
+
+def test_comparing_answers_ends_when_asked_to_stop():
+    with pytest.raises(StopRequested):
+        agreements(comparing(None, StopSwitch(save_by_minutes=-1)), [("x+1", "1+x")])
 
 
 # --- the command
@@ -199,19 +245,34 @@ def test_a_folder_of_other_questions_or_of_something_else_is_refused(whole, ques
         measured(questions, other.parent)
 
 
-def test_a_file_that_repeats_its_questions_is_reduced_and_reported(tmp_path, capsys):
-    some = ledger.held_out_questions()[:6]
-    path = tmp_path / "aime.jsonl"
-    # as BytedTsinghua-SIA/AIME-2024: 32 rows a question, each with an id of its own
+def write_repeated(path, questions, times):
+    """As BytedTsinghua-SIA/AIME-2024: rows with ids of their own, `times[i]` of them for the i-th question."""
     rows = [
-        {"id": f"{r}-{i}", "question": q.question, "answer": q.answer} for r in range(32) for i, q in enumerate(some)
+        {"id": f"{r}-{i}", "question": q.question, "answer": q.answer}
+        for i, q in enumerate(questions)
+        for r in range(times[i])
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("times", [[32] * 6, [32] * 5 + [31]])
+def test_a_file_that_repeats_each_question_is_refused(tmp_path, times):
+    path = write_repeated(tmp_path / "aime.jsonl", ledger.held_out_questions()[:6], times)
+    with pytest.raises(
+        ConfigError, match=rf"--sets aime: .* has {sum(times)} rows for 6 questions, .*--num-samples={min(times)}"
+    ):
+        measured(path, tmp_path / "out", "--num-samples=2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_comes_again_is_asked_once_and_reported(tmp_path, capsys):
+    path = write_repeated(tmp_path / "some.jsonl", ledger.held_out_questions()[:6], [1, 1, 3, 1, 1, 20])
     results = measured(path, tmp_path / "out", "--num-samples=2")
-    assert results["questions"]["aime"]["num_questions"] == results["sets"]["aime"]["num_questions"] == 6
-    assert results["questions"]["aime"]["left_out"]["duplicate rows"] == 186
+    assert results["questions"]["some"]["num_questions"] == results["sets"]["some"]["num_questions"] == 6
+    assert results["questions"]["some"]["left_out"]["duplicate rows"] == 21
     assert len(replies_of(tmp_path / "out")) == 12
-    assert "192 rows hold 6 questions, each 32 times" in capsys.readouterr().out
+    assert "27 rows hold 6 questions" in capsys.readouterr().out
 
 
 LAYOUTS = sorted(path for path in (Path(__file__).parent / "questions").glob("*.jsonl") if "dapo" not in path.name)

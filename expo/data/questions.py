@@ -6,6 +6,7 @@ hundred times) would be learnt wrongly: rows of one text become one question, an
 
 import hashlib
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,8 @@ class QuestionSet:
     questions: tuple[Question, ...]
     num_duplicates: int = 0
     """Rows that repeat another's text."""
+    fewest_rows: int = 1
+    """Of the question with the fewest rows; above 1 the file repeats itself."""
     num_conflicts: int = 0
     """Questions left out because their rows disagree on the answer."""
     num_bad_answers: int = 0
@@ -74,6 +77,7 @@ class _Merger:
     source: str
     num_rows: int = 0
     questions: dict[str, Question] = field(default_factory=dict)  # by normal text
+    rows_of: Counter[str] = field(default_factory=Counter)  # by normal text
     normal_texts: dict[str, str] = field(default_factory=dict)  # by text as written, which mostly repeats exactly
     texts_of_ids: dict[str, str] = field(default_factory=dict)
     conflicts: dict[str, None] = field(default_factory=dict)  # normal texts, a set that keeps its order
@@ -83,6 +87,7 @@ class _Merger:
         normal = self.normal_texts.get(row.text)
         if normal is None:
             normal = self.normal_texts[row.text] = normal_text(row.text)
+        self.rows_of[normal] += 1
         key = row.given_id or (self.questions[normal].id if normal in self.questions else _digest(normal))
         if self.texts_of_ids.setdefault(key, normal) != normal:
             raise ConfigError(f"{row.where}: the id {key} belongs to another question already; make ids unique")
@@ -112,6 +117,7 @@ def merge_rows(source: str, rows: Iterable[Row]) -> QuestionSet:
         source,
         kept,
         num_duplicates=merger.num_rows - num_distinct,
+        fewest_rows=min(merger.rows_of.values()),
         num_conflicts=len(merger.conflicts),
         notes=(*_repeats_note(merger.num_rows, num_distinct), *_conflicts_note(merger)),
     )

@@ -116,8 +116,19 @@ def _load_sets(config: RunConfig, display: Display) -> dict[str, QuestionSet]:
 
 
 def _load_set(name: str, source: str, config: RunConfig, display: Display) -> QuestionSet:
-    """The questions of a set, each once, and a word on what was left out: an AIME file of 960 rows is 30 questions."""
-    loaded = only_gradable(load_questions(source), config.data.skip_bad_answers)
+    """The questions of a set, and a word on what was left out.
+
+    Raises: ConfigError if the file repeats itself: an AIME file of 960 rows holds 30 questions, 32 samples to each.
+    """
+    loaded = load_questions(source)
+    if loaded.fewest_rows > 1:
+        num_distinct = loaded.num_rows - loaded.num_duplicates
+        raise ConfigError(
+            f"--sets {name}: {source} has {loaded.num_rows:,} rows for {num_distinct:,} questions, each in "
+            f"{loaded.fewest_rows} or more, and how often a question is asked is --num-samples; give --sets a file "
+            f"that holds each once (of AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} if that was meant"
+        )
+    loaded = only_gradable(loaded, config.data.skip_bad_answers)
     for line in set_lines(loaded):
         display.line(f"{name}: {line}")
     return loaded
