@@ -15,11 +15,16 @@ import torch
 
 # Measured on two cores at (V, H) = (32,768, 512) and (65,536, 1,024). Every chunk reads the head twice and adds to
 # dWeight: with oneDNN chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also loses
-# up to a third of its speed to repacking the head, and wants H / 3 rows. Small heads fill 8 MiB.
+# up to a third of its speed to repacking the head, and wants H / 3 rows, but not fewer than 176 whatever H is: at
+# (32,768, 256) 86 rows took 1.4 times as long. Small heads fill 8 MiB.
 CPU_LOGITS_BUDGET_MB = 8.0
 CPU_ROWS_PER_HIDDEN_ONEDNN = 1 / 8
 CPU_ROWS_PER_HIDDEN_MKL = 1 / 3
+CPU_LEAST_ROWS_MKL = 176
 CPU_MOST_ROWS = 512
+# of rows in elementwise passes, on all cores together: the whole loss takes 3 to 8 % longer in chunks that outgrow it
+CPU_CACHE_BYTES = 2**21
+CPU_LEAST_ROWS_IN_CACHE = 4  # fewer cost more in calls than they save
 ACCELERATOR_LOGITS_BUDGET_MB = 512.0
 WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight held at once when it is stored in a narrower dtype
 
@@ -45,17 +50,35 @@ def most_rows(
     """
     least = 1
     if budget_mb is None and device.type == "cpu":
-        share = CPU_ROWS_PER_HIDDEN_ONEDNN if onednn_is_faster() else CPU_ROWS_PER_HIDDEN_MKL
-        budget_mb, least = CPU_LOGITS_BUDGET_MB, max(1, min(math.ceil(hidden_size * share), CPU_MOST_ROWS))
+        budget_mb, least = CPU_LOGITS_BUDGET_MB, _least_rows(hidden_size)
     elif budget_mb is None:
         budget_mb = ACCELERATOR_LOGITS_BUDGET_MB
     return max(least, int(budget_mb * 2**20) // max(vocab_size * itemsize * buffers, 1))
+
+
+def _least_rows(hidden_size: int) -> int:
+    """Rows without which a CPU's products would be slow; 1 where there are none to make."""
+    if hidden_size == 0:
+        return 1
+    if onednn_is_faster():
+        wanted = math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_ONEDNN)
+    else:
+        wanted = max(math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_MKL), CPU_LEAST_ROWS_MKL)
+    return min(wanted, CPU_MOST_ROWS)
 
 
 def chunk_rows(num_tokens: int, most: int) -> int:
     """Rows per chunk, >= 1 and at most `most`, such that chunks come out nearly equal."""
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
+
+
+def rows_in_cache(rows: torch.Tensor) -> int:
+    """How many rows of [n, V] elementwise passes should take at once, >= 1: on a CPU as many as its cache holds."""
+    num_rows, num_columns = rows.shape
+    if rows.device.type != "cpu":
+        return max(1, num_rows)
+    return chunk_rows(num_rows, max(CPU_LEAST_ROWS_IN_CACHE, CPU_CACHE_BYTES // max(num_columns * rows.itemsize, 1)))
 
 
 def whole_sequences(lengths: Sequence[int], most: int) -> list[range] | None:

@@ -283,16 +283,14 @@ def read_chunk(
         logits.tanh_()
         cap_slopes = torch.mul(logits, logits, out=buffers.softcap_slopes[:n]).neg_().add_(1.0)
         logits.mul_(logit_softcap / temperature)
-    tops, columns, is_here = logits.amax(dim=-1, keepdim=True), chosen_ids, None
+    columns, is_here, tops = chosen_ids, None, None
     if source.shard is not None:
+        tops = logits.amax(dim=-1, keepdim=True)
         source.shard.take_maximum(tops)
         columns, is_here = source.shard.columns(chosen_ids)
     columns = columns.unsqueeze(1)
-    logits.sub_(tops)
-    chosen = logits.gather(1, columns).squeeze(1)
-    probs = logits.exp_()
-    # sum() adds pairwise; log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144
-    sums = probs.sum(dim=-1)
+    chosen, sums = _exponentials(logits, columns, tops)
+    probs = logits
     entropy_sums = _entropy_sums(probs) if wants_entropy else None
     if source.shard is not None:
         assert is_here is not None
@@ -304,6 +302,23 @@ def read_chunk(
         entropy_sums = None if entropy_sums is None else reduced[2]
     entropies = None if entropy_sums is None else entropy_sums / sums + sums.log()
     return ChunkRead(chosen - sums.log(), columns, is_here, probs, sums, cap_slopes, entropies)
+
+
+def _exponentials(logits: Tensor, columns: Tensor, tops: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Overwrites logits [n, V] by exp(logit - top of the row); the chosen logits less the top, and each row's sum, [n].
+
+    Some rows at once, so that a CPU's cache holds them from the first pass to the last.
+    """
+    chosen, sums = [], []
+    num_rows = _launch.rows_in_cache(logits)
+    for rows in range(0, max(logits.shape[0], 1), num_rows):
+        block = slice(rows, rows + num_rows)
+        part = logits[block]
+        part.sub_(part.amax(dim=-1, keepdim=True) if tops is None else tops[block])
+        chosen.append(part.gather(1, columns[block]).squeeze(1))
+        # sum() adds pairwise; log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144
+        sums.append(part.exp_().sum(dim=-1))
+    return torch.cat(chosen), torch.cat(sums)
 
 
 def _entropy_sums(probs: Tensor) -> Tensor:
