@@ -46,7 +46,8 @@ class ServerEngine:
             _require_room(config.vllm, ranks)
         urls, self.version = ranks.on_first(lambda: self._open(folder))
         mine = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
-        self._servers = [Server(url) for url in mine or [urls[ranks.rank % len(urls)]]]
+        chosen = mine or [urls[ranks.rank % len(urls)]]
+        self._servers = [Server(url, config.vllm.patience_s) for url in chosen]
 
     def _open(self, folder: Path) -> tuple[list[str], str]:
         """The addresses of all servers, ready and looked after, and vLLM's version on the last."""
@@ -58,7 +59,7 @@ class ServerEngine:
             started = [self._process(folder, number, files) for number in range(section.num_servers)]
             urls, processes = [process.url for process in started], [*started]
         for url, process in zip(urls, processes, strict=True):
-            self._keepers.append(Keeper(Server(url), process, files, section.patience_s))
+            self._keepers.append(Keeper(Server(url, section.patience_s), process, files, section.patience_s))
         try:
             for keeper in self._keepers:
                 keeper.start()

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from expo.rollout import Sampling, vllm_files
+from expo.rollout import EngineError, Sampling, vllm_files
 from expo.rollout.vllm_client import Server
 from expo.stopping import StopRequested
 from expo.sync import SyncError
@@ -85,3 +85,19 @@ def test_a_server_killed_while_it_generates_is_as_if_it_had_not_been(served):
     assert keeper._process._process.pid != killed[0]
     assert tokens(found) == tokens(expected)
     assert served.sync.difference() < 1e-5
+
+
+def test_a_stopped_server_ends_the_wait(served, monkeypatch):
+    engine, asked = served.engine, requests()
+    expected = tokens(engine.generate(asked, SAMPLING))
+    (keeper,) = engine._keepers
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_section", engine._section.model_copy(update={"patience_s": 3.0}))
+        patch.setattr(engine, "_servers", [Server(keeper.server.url, 3.0)])
+        os.killpg(keeper._process._process.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineError, match=r"vllm\.patience_s = 3 s"):
+                engine.generate(asked, SAMPLING)
+        finally:
+            os.killpg(keeper._process._process.pid, signal.SIGCONT)
+    assert tokens(engine.generate(asked, SAMPLING)) == expected
