@@ -340,7 +340,7 @@ def _engine(
 
 
 def _warn(display: Display, found: str) -> None:
-    """Points out a vLLM that the adapters were not made for."""
+    """Points out a vLLM that the adapters were not tested with."""
     warning = version_warning(found)
     if warning is not None:
         display.line(warning)
