@@ -62,6 +62,8 @@ STEP_METRICS = {
     "once weighted by w, as all would be if the engine had sampled from the policy; 1 where every w is alike",
     "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
     "null where they share their weights",
+    "sync_weights_compared": "weights that the rollout engine holds as they came, found to be exactly the policy's "
+    "after the sync, by up to 4,096 elements of each; null where they share their weights",
     "unparsed_fraction": "share of replies in which no answer was found",
     "timeout_fraction": "share of replies that could not be graded within the limits",
     "truncated_fraction": "share of replies cut at max_new_tokens",

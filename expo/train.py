@@ -93,7 +93,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     position = position_after(parts, step, bad_updates, reply_tokens)
                     with parts.guard("save"):
                         row = step_row(step, sampled, float(beta), updates, parts.curriculum, timer)
-                        row.update(rollouts.metrics(), **parts.policy.mismatch(), sync_max_abs_dlogp=difference)
+                        row.update(rollouts.metrics(), **parts.policy.mismatch())
+                        row.update(sync_max_abs_dlogp=difference, sync_weights_compared=parts.sync.num_compared)
                         row.update(parts.throughput.row(sampled, mini_batches, timer))
                         record(parts, step, sampled, row)
                     bar.advance(note=progress_note(row))

@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from expo.rollout.weight_samples import Described, describe
+
 
 class WeightReader:
     """Methods that vLLM adds to its worker, for `collective_rpc` to call."""
@@ -24,12 +26,22 @@ class WeightReader:
         worker: Any = self
         pack_tied_head(worker.get_model())
 
+    def describe_weights(self) -> dict[str, Described]:
+        """What this worker holds."""
+        worker: Any = self
+        return describe_model(worker.get_model())
+
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  # no mapping
                 yield name, file.get_tensor(name)
+
+
+def describe_model(model: Any) -> dict[str, Described]:
+    """What a model of vLLM's holds: on a CPU linear layers hold nothing, once their weights are packed."""
+    return describe(model.named_parameters())
 
 
 def pack_tied_head(model: Any) -> None:

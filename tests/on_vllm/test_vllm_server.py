@@ -9,6 +9,7 @@ from expo.rollout import EngineError, Sampling, vllm_files
 from expo.rollout.vllm_client import Server
 from expo.stopping import StopRequested
 from expo.sync import SyncError
+from tests.on_vllm.conftest import BY_PROBE
 from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 
 
@@ -19,16 +20,25 @@ def test_every_large_update_arrives(pairs, kind):
 
 def test_the_probe_catches_a_sync_left_out(served, monkeypatch):
     served.move(10)
+    leave_out_sync(monkeypatch)
+    with pytest.raises(SyncError, match=BY_PROBE):
+        served.sync.run()
+
+
+@pytest.mark.slow
+def test_a_sync_left_out_after_a_small_update_is_caught(pairs, monkeypatch):
+    pairs("tied", served=True, dtype="bfloat16").require_small_updates_to_arrive(lambda: leave_out_sync(monkeypatch))
+
+
+def leave_out_sync(monkeypatch):
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "read_weights" in str(call) else post(*call))
-    with pytest.raises(SyncError):
-        served.sync.run()
 
 
 def test_the_probe_catches_a_prefix_cache_that_was_kept(served, monkeypatch):
     served.move(11)
     monkeypatch.setattr(vllm_files, "reset_cache", lambda server: None)
-    with pytest.raises(SyncError):
+    with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
 
@@ -36,7 +46,7 @@ def test_the_probe_catches_a_tied_head_left_stale(served, monkeypatch):
     served.move(12)
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "pack_tied_head" in str(call) else post(*call))
-    with pytest.raises(SyncError):
+    with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
 
