@@ -20,7 +20,7 @@ from expo.config import ConfigError, RunConfig, changed_settings, load_config
 from expo.data import Overlap, Prompted, QuestionSet, find_overlap, load_questions, only_gradable, render_prompts
 from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
-from expo.metrics import Display, RunFolder, describe_environment
+from expo.metrics import Display, RunFolder
 from expo.model import check_model_path, empty_copy
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.ranks import Ranks, join_ranks
@@ -175,7 +175,7 @@ def _require_enough(config: RunConfig, num_questions: int) -> None:
 
 
 def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
-    """The run's folder with its config.yaml and environment.json, which rank 0 writes.
+    """The run's folder with its config.yaml, which rank 0 writes.
 
     Raises: ConfigError if it holds a run that was not asked to go on, a run of another configuration, or one that a
         process is still at work on.
@@ -184,7 +184,6 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
     folder = RunFolder(path, is_writer=ranks.is_first)
     ranks.together(folder.take)
     folder.write_text("config.yaml", config.to_yaml())
-    folder.write_json("environment.json", {**describe_environment(), "ranks": ranks.size})
     return folder
 
 

@@ -22,11 +22,11 @@ from expo.data import Prompted
 from expo.evaluate import evaluate
 from expo.files import write_whole
 from expo.graded import Graded, grade
-from expo.metrics import PhaseTimer, curriculum_row, progress_note, step_row
+from expo.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
 from expo.plan import print_plan
 from expo.policy import MiniBatch, Sample
 from expo.ranks import leave_ranks
-from expo.records import results_table
+from expo.records import commits_of, results_table
 from expo.report import write_report
 from expo.resampling import Rollouts
 from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
@@ -296,6 +296,7 @@ def take_up(parts: Parts, resume: bool) -> Position:
             )
         parts.folder.rewind(position.step)
         parts.cache.drop(position.step)
+        parts.folder.record_start(position.step + 1, parts.ranks.size)
     with parts.guard("sync"):
         parts.sync.run()
     return position
@@ -313,7 +314,7 @@ def finish(parts: Parts, position: Position) -> None:
         "seed": config.run.seed,
         "steps": position.step,
         "reply_tokens": position.reply_tokens,
-        "commit": folder.read_json("environment.json")["commit"],
+        "commits": commits_of(folder.read_json(ENVIRONMENT)),
         "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + evaluations),
         "before": evaluations[0]["sets"] if evaluations else {},
         "after": evaluations[-1]["sets"] if evaluations else {},
