@@ -29,7 +29,7 @@ from expo.data import (
 )
 from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
-from expo.metrics import Display, RunFolder, describe_environment
+from expo.metrics import Display, RunFolder
 from expo.model import check_model_path, empty_copy, load_tokenizer
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.ranks import Ranks, join_ranks
@@ -194,7 +194,7 @@ def _require_enough(config: RunConfig, num_questions: int) -> None:
 
 
 def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
-    """The run's folder with its config.yaml and environment.json, which rank 0 writes.
+    """The run's folder with its config.yaml, which rank 0 writes.
 
     Raises: ConfigError if it holds a run that was not asked to go on, a run of another configuration, or one that a
         process is still at work on.
@@ -203,7 +203,6 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
     folder = RunFolder(path, is_writer=ranks.is_first)
     ranks.together(folder.take)
     folder.write_text("config.yaml", config.to_yaml())
-    folder.write_json("environment.json", {**describe_environment(), "ranks": ranks.size})
     return folder
 
 
@@ -348,7 +347,7 @@ def _engine(
 
 
 def _warn(display: Display, found: str) -> None:
-    """Points out a vLLM that the adapters were not made for."""
+    """Points out a vLLM that the adapters were not tested with."""
     warning = version_warning(found)
     if warning is not None:
         display.line(warning)

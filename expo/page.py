@@ -23,6 +23,7 @@ from expo.records import (
     is_right,
     main_set,
     series,
+    starts_of,
     table_cells,
 )
 
@@ -358,12 +359,13 @@ def _model_text(text: Any) -> str:
 
 
 def _provenance(run: Run) -> str:
-    environment = run.environment
+    starts = starts_of(run.environment)
+    environment = starts[-1] if starts else {}
     machine = environment.get("machine") or {}
     gpus = ", ".join(str(gpu) for gpu in machine.get("gpus") or []) or "none"
     facts = {
-        "Started": environment.get("started"),
-        "Commit": environment.get("commit") or run.summary.get("commit") or "not recorded",
+        "Started": starts[0].get("started") if starts else None,
+        "Commit": _commits(starts, run.summary),
         "Command": " ".join(str(word) for word in environment.get("command") or []),
         "CPUs": machine.get("cpus"),
         "GPUs": gpus if machine else None,
@@ -375,6 +377,18 @@ def _provenance(run: Run) -> str:
         + _folded("Configuration", f"<pre>{escape(run.config_text)}</pre>")
         + (_folded("Versions", pairs(versions)) if versions else "")
     )
+
+
+def _commits(starts: Sequence[Record], summary: Record) -> str:
+    """The commit; or each, with the step from which it was used where that is known."""
+    known = summary.get("commits") or [summary.get("commit")]
+    used = [start for start in starts if start.get("commit")] or [{"commit": commit} for commit in known if commit]
+    said = []
+    for index, start in enumerate(used):
+        if index == 0 or start["commit"] != used[index - 1]["commit"]:
+            since = f" from step {start['first_step']}" if "first_step" in start and len(used) > 1 else ""
+            said.append(f"{start['commit']}{since}")
+    return ", ".join(said) or "not recorded"
 
 
 def pairs(facts: Record) -> str:

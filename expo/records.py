@@ -182,6 +182,17 @@ def read_run(run_dir: Path) -> Run:
     return Run(run_dir.resolve(), config_text, records, environment, summary, replies, lost)
 
 
+def starts_of(environment: Record) -> list[Record]:
+    """Every start of a run, in order, as environment.json holds them; older files hold the last one alone."""
+    starts: list[Record] = environment.get("starts") or ([environment] if environment else [])
+    return starts
+
+
+def commits_of(environment: Record) -> list[str | None]:
+    """The commits that a run was made by, each once, in order; None: by what was no git checkout."""
+    return list(dict.fromkeys(start.get("commit") for start in starts_of(environment)))
+
+
 def _read_config(run_dir: Path) -> tuple[str, Record]:
     path = run_dir / "config.yaml"
     if not run_dir.is_dir():

@@ -7,6 +7,7 @@ from torch import Tensor
 from expo.ranks import Ranks
 from expo.rewards import Verdict, Verifier
 from expo.rollout import Reply, Request, RolloutEngine, Sampling
+from expo.rollout.weight_samples import Described
 from expo.stopping import StopRequested, StopSwitch
 
 
@@ -69,6 +70,10 @@ class SharedEngine:
     ) -> list[list[float]]:
         """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
         return self._engine.score(prompts, replies, temperature)
+
+    def describe_weights(self) -> list[dict[str, Described]]:
+        """What this rank's engine holds."""
+        return self._engine.describe_weights()
 
     def rest(self) -> None:
         """Has every rank's engine give back what memory it can, until the next `load_weights`."""

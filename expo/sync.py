@@ -1,7 +1,8 @@
 """Weights brought from the policy to the rollout engine, and proof that they arrived.
 
 After every sync, engine and policy say the log-probs of the same few tokens, and the largest difference is logged. An
-engine left behind, a cache of old weights or a layer that was not brought over shows here, before it is trained on.
+engine left behind, a cache of old weights or a layer that was not brought over shows here, before it is trained on. In
+bfloat16 a sync left out after a small update does not: so what the engine holds as it came is compared exactly as well.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from expo.batch import Batch, collate
 from expo.ranks import Ranks
 from expo.rollout import RolloutEngine
+from expo.rollout.weight_samples import WeightSamples
 
 NUM_SEQUENCES = 4
 NUM_SCORED = 8  # tokens at the end of each; what comes before is long enough to be found again in a prefix cache
@@ -70,7 +72,8 @@ def make_probe(prompts: Sequence[Sequence[int]], max_tokens: int) -> Probe:
 
 
 class WeightSync:
-    """Brings the policy's weights to the engine and compares the two.
+    """Brings the policy's weights to the engine and compares the two; `num_compared` says how many weights were
+    compared exactly after the last sync, None where the engine samples from the policy's own.
 
     Args:
         engine: this run's; every rank's has its own weights.
@@ -94,16 +97,38 @@ class WeightSync:
         self._probe, self._tolerance = probe, TOLERANCE[policy.dtype] if tolerance is None else tolerance
         self._batch: Any = collate(probe.prompts, probe.replies, 0, ranks.device)
         self._policy_logps: Tensor | None = None
+        self.num_compared: int | None = None
 
     def run(self) -> float | None:
         """Syncs; returns the largest |policy - engine| log-prob of the probe over all ranks, nats, or None where the
         engine samples from the policy's own weights.
 
-        Raises: SyncError, on every rank, if that is above the tolerance.
+        Raises: SyncError, on every rank, if that is above the tolerance, or a weight that can be compared differs.
         """
         self._policy_logps = None
-        self._engine.load_weights(self._policy.named_weights())
-        return self.difference() if self._engine.holds_weights else None
+        samples = WeightSamples()
+        weights = samples.passing(self._policy.named_weights())
+        self._engine.load_weights(weights)
+        if not self._engine.holds_weights:
+            return None
+        for _ in weights:  # what the engine left, if it did
+            pass
+        largest = self.difference()
+        self._require_same_weights(samples)
+        return largest
+
+    def _require_same_weights(self, samples: WeightSamples) -> None:
+        mine = [samples.compare(held) for held in self._engine.describe_weights()]
+        found = [comparison for comparisons in self._ranks.gather(mine) for comparison in comparisons]
+        self.num_compared = min(comparison.num_compared for comparison in found)
+        differing = sorted({name for comparison in found for name in comparison.differing})
+        if differing:
+            raise SyncError(
+                f"after a weight sync the rollout engine does not hold the policy's {differing[0]}: so it is with "
+                f"{len(differing)} of the {self.num_compared} weights that could be compared exactly. Replies sampled "
+                f"so would not be the policy's. Go on with --resume; if it comes again, the engine does not take the "
+                f"weights of this architecture as they are: choose another rollout.engine"
+            )
 
     def policy_logps(self) -> Tensor:
         """The probe's log-probs under the policy as it was last synced, [sequences, scored tokens], nats, on the CPU;

@@ -22,11 +22,11 @@ from expo.data import Prompted
 from expo.evaluate import evaluate
 from expo.files import write_whole
 from expo.graded import Graded, grade
-from expo.metrics import PhaseTimer, curriculum_row, progress_note, step_row
+from expo.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
 from expo.mini_batch import MiniBatch, Sample
 from expo.plan import print_plan
 from expo.ranks import leave_ranks
-from expo.records import results_table
+from expo.records import commits_of, results_table
 from expo.report import write_report
 from expo.resampling import Rollouts
 from expo.rewards import GoldError
@@ -95,7 +95,8 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     position = position_after(parts, step, bad_updates, reply_tokens)
                     with parts.guard("save"):
                         row = step_row(step, sampled, float(beta), updates, parts.curriculum, timer)
-                        row.update(rollouts.metrics(), **parts.policy.mismatch(), sync_max_abs_dlogp=difference)
+                        row.update(rollouts.metrics(), **parts.policy.mismatch())
+                        row.update(sync_max_abs_dlogp=difference, sync_weights_compared=parts.sync.num_compared)
                         row.update(parts.throughput.row(sampled, mini_batches, timer))
                         record(parts, step, sampled, row)
                     bar.advance(note=progress_note(row))
@@ -297,6 +298,7 @@ def take_up(parts: Parts, resume: bool) -> Position:
             )
         parts.folder.rewind(position.step)
         parts.cache.drop(position.step)
+        parts.folder.record_start(position.step + 1, parts.ranks.size)
     with parts.guard("sync"):
         parts.sync.run()
     return position
@@ -314,7 +316,7 @@ def finish(parts: Parts, position: Position) -> None:
         "seed": config.run.seed,
         "steps": position.step,
         "reply_tokens": position.reply_tokens,
-        "commit": folder.read_json("environment.json")["commit"],
+        "commits": commits_of(folder.read_json(ENVIRONMENT)),
         "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + evaluations),
         "before": evaluations[0]["sets"] if evaluations else {},
         "after": evaluations[-1]["sets"] if evaluations else {},

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from expo.ablation.__main__ import main
 from expo.ablation.page import MARKS, section, tables, with_section
 from expo.ablation.page import main as write_page
 from expo.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
-from expo.ablation.plan import ARMS, POOLS, SHARED, parse_arm, plan_runs, with_arms
+from expo.ablation.plan import ARMS, EVALUATED, POOLS, SHARED, parse_arm, plan_runs, with_arms
 from expo.ablation.results import (
     MEASURES,
     Outcome,
@@ -28,6 +29,7 @@ from expo.ablation.results import (
     curve_mean,
     from_record,
     pass_at_1_after,
+    read_outcome,
     secondary_contrasts,
 )
 from expo.config import ConfigError
@@ -183,7 +185,7 @@ def test_holms_correction_by_hand():
 
 def outcome(arm, seed, curve, pool="balanced"):
     points = tuple(Point(step, 10 * step, value, 0.9) for step, value in curve)
-    return Outcome(pool, arm, seed, curve[-1][0], points[-1].reply_tokens, 1.0, "abc", points)
+    return Outcome(pool, arm, seed, curve[-1][0], points[-1].reply_tokens, 1.0, ("abc", "def"), points)
 
 
 def test_curves_by_hand():
@@ -282,6 +284,22 @@ def test_tables_come_from_results_json_alone():
     assert f"| {found.difference.mean:+.3f} ± {found.difference.error:.3f} |" in row
     assert row.endswith("| beyond noise |")
     assert "Of 6 differences to grpo, 2 are beyond noise" in text
+
+
+def test_every_commit_of_a_run_is_reported_the_one_in_older_files_too(tmp_path):
+    sets = {EVALUATED: {"pass_at": {str(k): {"mean": 0.5, "low": 0.4, "high": 0.6} for k in (1, 8)}}}
+    outcomes = []
+    for run, commits in zip(planned(tmp_path), ({"commits": ["b", "a"]}, {"commit": "c"}), strict=False):
+        run.folder.mkdir(parents=True)
+        summary = {"steps": 1, "reply_tokens": 10, "seconds": 1.0, **commits}
+        (run.folder / "summary.json").write_text(json.dumps(summary))
+        (run.folder / "evaluations.jsonl").write_text(json.dumps({"step": 0, "reply_tokens": 0, "sets": sets}) + "\n")
+        outcomes.append(read_outcome(run))
+    assert [found.commits for found in outcomes] == [("b", "a"), ("c",)]
+    runs = [{**asdict(found), "curve": [point._asdict() for point in found.curve]} for found in outcomes]
+    (runs[1]["commit"],) = runs[1].pop("commits")  # as older results have it
+    assert from_record(json.loads(json.dumps({"runs": runs}))) == outcomes
+    assert as_record(made_outcomes(gain=0.0), {}, FACTS)["commits"] == ["abc", "def"]
 
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path):

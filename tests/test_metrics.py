@@ -2,7 +2,7 @@
 
 import time
 
-from expo.metrics import Display, PhaseTimer, RunFolder, describe_environment
+from expo.metrics import ENVIRONMENT, Display, PhaseTimer, RunFolder, describe_environment
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):
@@ -42,6 +42,17 @@ def test_without_a_terminal_progress_is_plain_lines(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[-1].startswith("replies 100/100")
+
+
+def test_starts_of_a_run_are_kept_those_in_older_files_too(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_json(ENVIRONMENT, {"commit": "older", "versions": {"torch": "2"}})
+    for step in (3, 5):
+        folder.record_start(step, num_ranks=2)
+    older, *starts = folder.read_json(ENVIRONMENT)["starts"]
+    assert older == {"commit": "older", "versions": {"torch": "2"}}
+    assert [(start["first_step"], start["ranks"]) for start in starts] == [(3, 2), (5, 2)]
+    assert starts[0]["versions"]["torch"]
 
 
 def test_environment_names_versions_and_machine():

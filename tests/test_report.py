@@ -287,6 +287,24 @@ def test_model_text_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert page.count(html.escape(HOSTILE)) >= 10
 
 
+@pytest.mark.parametrize(
+    ("environment", "commits"),
+    [
+        ({**ENVIRONMENT, "commit": "abc"}, "abc"),
+        ({"starts": [{**ENVIRONMENT, "commit": "abc", "first_step": 1}]}, "abc"),
+        ({"starts": [{"commit": c, "first_step": n} for c, n in (("abc", 1), ("abc", 7), ("def", 41))]},
+         "abc from step 1, def from step 41"),
+        ({"starts": [{"commit": "abc"}, {"commit": "def", "first_step": 41}]}, "abc, def from step 41"),
+        ({}, "0123456789ab"),
+    ],
+)  # fmt: skip
+def test_every_commit_of_a_run_is_shown(tmp_path, monkeypatch, environment, commits):
+    without_drawing(monkeypatch)
+    run = fake_run(tmp_path / "run", num_steps=1)
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert f"<th>Commit</th><td>{commits}</td>" in page_of(run)
+
+
 def test_very_long_reply_is_cut_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_drawing(monkeypatch)
     run = fake_run(tmp_path / "run", num_steps=1)

@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import expo.metrics
 import expo.train
 from expo.config import load_config
 from expo.metrics import RunFolder
@@ -115,12 +116,17 @@ def test_the_exported_policy_is_the_last_checkpoints(finished):
 
 def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatch):
     config = quick(tmp_path, rollout__keep_replies=False)
+    monkeypatch.setattr(expo.metrics, "_commit", lambda: "begun by")
     train_until_it_dies(config, 4, monkeypatch)
+    monkeypatch.setattr(expo.metrics, "_commit", lambda: "ended by")
     assert checkpoints_of(config.run.dir) == ["step-000002"]
     assert [row["step"] for row in rows_of(config.run.dir, "metrics")] == [1, 2, 3]
     resumed = train(config, resume=True)
     for name in ("metrics", "completions", "curriculum", "evaluations"):
         assert untimed(rows_of(resumed, name)) == untimed(rows_of(finished, name))
+    assert json.loads((resumed / "summary.json").read_text())["commits"] == ["begun by", "ended by"]
+    starts = json.loads((resumed / "environment.json").read_text())["starts"]
+    assert [(start["commit"], start["first_step"]) for start in starts] == [("begun by", 1), ("ended by", 3)]
     left, right = weights_of(finished), weights_of(resumed)
     assert all(torch.equal(left[name], right[name]) for name in left)
 

@@ -1,6 +1,7 @@
 """Calls to servers that answer, are away, or are to be given up; and processes that end with the one they serve."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -8,21 +9,25 @@ import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from expo.config import ConfigError
 from expo.rollout import EngineError
-from expo.rollout.vllm_client import Away, Crowd, Server
+from expo.rollout.vllm_client import HEALTH, Away, Crowd, Server, insist
 from expo.rollout.vllm_keeper import Keeper, ServerProcess
 from expo.stopping import StopRequested
 from expo.train import main
 
+SLOW_S = 4.0
 NOBODY = "http://127.0.0.1:9"  # the port of a protocol that nobody speaks any more
 
 
 class Doubler(BaseHTTPRequestHandler):
-    """Answers twice the number given; fails at the first call of each that is 7, refuses 8, never answers to 9."""
+    """Answers twice the number given; fails at the first call of each that is 7, refuses 8, never answers to 9, and
+    takes its time for 10; it is in good health.
+    """
 
     protocol_version = "HTTP/1.1"
     failed = threading.Event()
@@ -32,10 +37,17 @@ class Doubler(BaseHTTPRequestHandler):
         status = 500 if number == 7 and not self.failed.is_set() else 422 if number == 8 else 200
         if number == 7:
             self.failed.set()
+        if number == 10:
+            time.sleep(SLOW_S)
         if number == 9:
             self.rfile.read(1)  # until the other side hangs up
             return
-        answer = json.dumps(2 * number).encode()
+        self.answer(status, json.dumps(2 * number).encode())
+
+    def do_GET(self):
+        self.answer(200, b"")
+
+    def answer(self, status, answer):
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -53,6 +65,9 @@ def server():
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield Server(f"http://127.0.0.1:{found.server_port}")
         found.shutdown()
+
+
+WEIGHTS = SimpleNamespace(version="new", bring=None)
 
 
 def crowd(server, seconds=5.0):
@@ -90,6 +105,43 @@ def test_a_refused_call_ends_the_others_with_a_clear_line(server):
 def test_a_server_that_stays_away_ends_the_wait(server):
     with pytest.raises(EngineError, match=r"vllm\.patience_s = 0\.5 s"):
         crowd(Server(NOBODY), 0.5).run("/", [1], same, lambda count: None)
+
+
+@pytest.fixture
+def silent():
+    """A server that takes every connection and says nothing; after half a minute it is gone."""
+    place = socket.create_server(("127.0.0.1", 0), backlog=64)
+    timer = threading.Timer(30, place.close)
+    timer.start()
+    yield Server(f"http://127.0.0.1:{place.getsockname()[1]}", 1.0)
+    timer.cancel()
+    place.close()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda silent: insist(silent, 1.0, lambda: None, lambda: silent.get(HEALTH)),
+        lambda silent: insist(silent, 1.0, lambda: None, lambda: silent.post("/collective_rpc")),
+        lambda silent: crowd(silent, 1.0).run("/", [1, 2, 3], same, lambda count: None),
+        lambda silent: Keeper(silent, None, WEIGHTS, 1.0).sync(),
+    ],
+    ids=["asked whether it lives", "told to do something", "asked for replies", "given weights"],
+)
+def test_a_server_that_accepts_and_never_answers_ends_the_wait(silent, ask):
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"vllm\.patience_s = 1 s"):
+        ask(silent)
+    assert time.monotonic() - started < 20  # patience is a promise
+
+
+def test_a_server_that_cannot_be_asked_ends_a_run_at_its_start(silent):
+    with pytest.raises(ConfigError, match=r"vllm\.patience_s = 1 s"):
+        Keeper(silent, None, WEIGHTS, 1.0).wait_until_ready()
+
+
+def test_a_slow_server_in_good_health_is_waited_for(server):
+    assert crowd(Server(server.url, SLOW_S / 2), SLOW_S / 2).run("/", [10, 10], same, lambda count: None) == [20, 20]
 
 
 def test_calls_under_way_are_hung_up_when_the_run_is_to_stop(server):

@@ -20,7 +20,8 @@ from expo.ablation.results import as_record, read_outcome
 from expo.ablation.runs import RunFailed, run_all
 from expo.config import ConfigError, fail
 from expo.files import write_bytes_whole
-from expo.metrics import Display
+from expo.metrics import ENVIRONMENT, Display
+from expo.records import starts_of
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 
@@ -90,8 +91,9 @@ def _plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[str, 
 
 def _write_results(runs: Sequence[Run], settings: dict[str, Any], out: Path) -> str:
     """Writes results.json, results.md and the pictures, and returns the tables."""
-    environment = json.loads((runs[0].folder / "environment.json").read_text(encoding="utf-8"))
-    facts = {name: environment[name] for name in ("started", "versions", "machine")}
+    environment = json.loads((runs[0].folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    first = starts_of(environment)[0]
+    facts = {name: first[name] for name in ("started", "versions", "machine")}
     record = as_record([read_outcome(run) for run in runs], settings, facts)
     text = tables(record)
     write_bytes_whole(out / "results.md", text.encode())

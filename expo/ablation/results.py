@@ -34,7 +34,7 @@ class Outcome:
     steps: int
     reply_tokens: int
     seconds: float
-    commit: str | None
+    commits: tuple[str | None, ...]
     curve: tuple[Point, ...]
 
 
@@ -71,9 +71,14 @@ def read_outcome(run: Run) -> Outcome:
         summary["steps"],
         summary["reply_tokens"],
         summary["seconds"],
-        summary["commit"],
+        _commits(summary),
         tuple(_point(json.loads(line)) for line in lines),
     )
+
+
+def _commits(record: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Those of a run; in older records, which name the last alone, that one."""
+    return tuple(record["commits"]) if "commits" in record else (record["commit"],)
 
 
 def _point(row: Mapping[str, Any]) -> Point:
@@ -170,7 +175,7 @@ def as_record(
 ) -> dict[str, Any]:
     """All of it for results.json, named."""
     return {
-        "commits": sorted({str(outcome.commit) for outcome in outcomes}),
+        "commits": sorted({str(commit) for outcome in outcomes for commit in outcome.commits}),
         "environment": environment,
         "settings": settings,
         "contrasts": [_named(contrast) for contrast in contrasts(outcomes)],
@@ -185,4 +190,11 @@ def _named(contrast: Contrast) -> dict[str, Any]:
 
 def from_record(record: Mapping[str, Any]) -> list[Outcome]:
     """The outcomes in a results.json."""
-    return [Outcome(**{**run, "curve": tuple(Point(**point) for point in run["curve"])}) for run in record["runs"]]
+    return [
+        Outcome(
+            **{name: value for name, value in run.items() if name not in ("commit", "commits", "curve")},
+            commits=_commits(run),
+            curve=tuple(Point(**point) for point in run["curve"]),
+        )
+        for run in record["runs"]
+    ]

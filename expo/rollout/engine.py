@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from expo.rollout.weight_samples import Described
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -73,6 +75,9 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
         """Log-probability in nats of every token of given replies, by the path that samples, caches included."""
+
+    def describe_weights(self) -> list[dict[str, Described]]:
+        """What it holds, by its own names; for each process that holds some."""
 
     def rest(self) -> None:
         """No reply is wanted before the next `load_weights`: memory may be given back until then."""

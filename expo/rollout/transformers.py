@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expo.model import head_logits, run_transformer
 from expo.rollout.engine import Reply, Request, Sampling, end_ids
+from expo.rollout.weight_samples import Described, describe
 from expo_kernels import token_logps
 
 KEEP_ROWS_ABOVE = 0.75  # share of rows still running under which ended ones are worth copying the cache to drop
@@ -92,6 +93,10 @@ class TransformersEngine:
             logits = head_logits(self._model, output.last_hidden_state[0, len(prompt) - 1 : -1], self._dtype)
             found.append(token_logps(logits[None], ids[:, len(prompt) :], temperature=temperature)[0].tolist())
         return found
+
+    def describe_weights(self) -> list[dict[str, Described]]:
+        """What it holds."""
+        return [describe(self._model.named_parameters())]
 
     def rest(self) -> None:
         """Between calls nothing is held but the model."""

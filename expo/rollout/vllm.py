@@ -20,6 +20,7 @@ from expo.rollout.vllm_common import (
     MADE_FOR_TEXT,
     check_ranks,
     check_vllm,
+    describe_model,
     engine_settings,
     make_reply,
     pack_tied_head,
@@ -27,6 +28,7 @@ from expo.rollout.vllm_common import (
     score_jobs,
     version,
 )
+from expo.rollout.weight_samples import Described
 
 NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
     "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),
@@ -138,6 +140,11 @@ class VllmEngine:
         """Log-probability in nats of every token of given replies."""
         outputs = iter(self._run(score_jobs(prompts, replies, temperature), None))
         return [[next(outputs).logprobs[0][token].logprob for token in reply] for reply in replies]
+
+    def describe_weights(self) -> list[dict[str, Described]]:
+        """What this rank's part of it holds."""
+        found: list[dict[str, Described]] = self._llm.apply_model(describe_model)
+        return found
 
     def close(self) -> None:
         """Nothing outlives the process."""

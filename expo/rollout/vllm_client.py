@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import queue
 import socket
 import threading
@@ -11,34 +12,57 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from expo.config import VllmSection
 from expo.rollout.engine import EngineError
 
-CONNECT_S = 10.0
+PATIENCE_S: float = VllmSection().patience_s
+HEALTH = "/health"
+ANSWER_S = 10.0  # for a connection, for an answer to /health, for the rest of an answer that has begun
+LOOK_S = 2.0  # of waiting for any other answer, after which the server is asked whether it lives
 POLL_S = 0.5  # how often a wait for replies looks up, to be told that it should stop
 KEEPALIVE_S = 30  # after which the system asks whether a silent server's machine is still there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
 
 
 class Away(Exception):  # noqa: N818  # not an error: it may be back
-    """A server did not answer, or not as one that is well; asking again may help."""
+    """A server did not answer, or not as one that is well; asking again may help.
+
+    Args:
+        reason: what was seen.
+        since: when it had last shown life, by time.monotonic(); None: only just.
+    """
+
+    def __init__(self, reason: str, since: float | None = None) -> None:
+        super().__init__(reason)
+        self.since = since
 
 
 class Server:
-    """A server by its address, http://host:port."""
+    """A server by its address.
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    An answer may take as long as it wants while the server answers /health beside it. vLLM does that by itself; most
+    others, even what weights it has, wait for a pass of its engine to end.
+
+    Args:
+        url: http://host:port.
+        patience_s: seconds without a sign of life after which a call is given up.
+    """
+
+    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+        self.url, self._patience_s = url, patience_s
         parts = urlsplit(url)
         self.place = str(parts.hostname), int(parts.port or 80)
+        self._heard = -math.inf  # when it last answered
+        self._asking = threading.Lock()  # held by the one call that asks for all that wait
 
     def connect(self) -> http.client.HTTPConnection:
-        """A new connection, on which answers may take their time. Raises: Away."""
-        connection = http.client.HTTPConnection(*self.place, timeout=CONNECT_S)
+        """A new connection. Raises: Away."""
+        asked, seconds = time.monotonic(), min(ANSWER_S, self._patience_s)
+        connection = http.client.HTTPConnection(*self.place, timeout=seconds)
         try:
             connection.connect()
         except OSError as error:
-            raise Away(f"{error}") from error
-        connection.sock.settimeout(None)
+            raise Away(f"{error}", self._alive_until(asked)) from error
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
@@ -64,17 +88,51 @@ class Server:
 
         Raises: Away if there is none or the server failed; EngineError if it refuses the call.
         """
+        asked = time.monotonic()
         try:
             connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            if path != HEALTH:
+                self._wait(connection.sock, path, asked)
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise Away(f"{error!r}") from error
+            raise Away(f"{path}: {error!r}", self._alive_until(asked)) from error
         if response.status >= 500:
             raise Away(f"{path}: {response.status} {_shortened(answer)}")
+        self._heard = time.monotonic()
         if response.status >= 400:
             raise EngineError(f"the vLLM server {self.url} refuses {path}: {response.status} {_shortened(answer)}")
         return json.loads(answer) if answer else None
+
+    def _wait(self, place: socket.socket, path: str, asked: float) -> None:
+        """Returns when an answer has begun or the connection has ended. Raises: Away if the server shows no life."""
+        while not _has_come(place, min(LOOK_S, self._patience_s / 4)):
+            if not self._asking.acquire(blocking=False):
+                continue
+            try:
+                with suppress(Away):
+                    self.get(HEALTH)
+            finally:
+                self._asking.release()
+            since = self._alive_until(asked)
+            if time.monotonic() - since > self._patience_s:
+                raise Away(f"{path}: no answer, and none to {HEALTH}", since)
+
+    def _alive_until(self, asked: float) -> float:
+        return max(asked, self._heard)
+
+
+def _has_come(place: socket.socket, seconds: float) -> bool:
+    """Whether within so many seconds there is something to read, if only the end."""
+    usual = place.gettimeout()
+    place.settimeout(seconds)
+    try:
+        place.recv(1, socket.MSG_PEEK)
+    except TimeoutError:
+        return False
+    finally:
+        place.settimeout(usual)
+    return True
 
 
 def _shortened(answer: bytes) -> str:
@@ -102,7 +160,8 @@ class Patience:
     def wait(self, reason: Away) -> None:
         """Returns when it is time to ask again. Raises: EngineError if it has been away for too long."""
         now = time.monotonic()
-        self._since = now if self._since is None else self._since
+        if self._since is None:
+            self._since = now if reason.since is None else reason.since
         if now - self._since + self._pause > self._seconds:
             raise EngineError(
                 f"the vLLM server {self._server.url} has not answered for vllm.patience_s = {self._seconds:g} s "

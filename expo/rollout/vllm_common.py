@@ -15,9 +15,11 @@ import torch
 
 from expo.config import ConfigError, VllmSection
 from expo.rollout.engine import Reply, Request, Sampling
+from expo.rollout.weight_samples import Described, describe
 
 MADE_FOR = ((0, 32), (0, 34))  # from the first version on, before the second
 MADE_FOR_TEXT = "0.32 on, below 0.34"
+TESTED = (0, 32)
 CPU_CACHE_GIB = 1.0
 CPU_PASS_TOKENS = 4096
 CPU_BLOCK_SIZE = 32  # tokens; attention on a CPU takes multiples of it
@@ -51,10 +53,16 @@ def version() -> str:
 
 
 def version_warning(found: str) -> str | None:
-    """A line to show if a vLLM of version `found` is not one that the adapters were made for."""
+    """A line to show if a vLLM of version `found` is not one that the adapters were tested with, or even made for."""
     first, end = MADE_FOR
-    if first <= tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < end:
+    number = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if number == TESTED:
         return None
+    if first <= number < end:
+        return (
+            f"warning: vLLM {found} was never tried with rollout.engine = vllm, only {TESTED[0]}.{TESTED[1]} was; if "
+            f"anything looks wrong, look at sync_max_abs_dlogp first"
+        )
     return (
         f"warning: vLLM {found} is outside what rollout.engine = vllm was made for ({MADE_FOR_TEXT}); if anything "
         f"looks wrong, look at sync_max_abs_dlogp first"
@@ -147,6 +155,11 @@ def score_jobs(
         for prompt, reply in zip(prompts, replies, strict=True)
         for position, token in enumerate(reply)
     ]
+
+
+def describe_model(model: Any) -> dict[str, Described]:
+    """What a model of vLLM's holds: on a CPU linear layers hold nothing, once their weights are packed."""
+    return describe(model.named_parameters())
 
 
 def pack_tied_head(model: Any) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from expo.config import ConfigError
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm_client import Away, Server, insist
+from expo.rollout.vllm_client import HEALTH, Away, Server, insist
 from expo.rollout.vllm_weights import Weights
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
@@ -126,7 +126,7 @@ class Keeper:
     def wait_until_ready(self) -> None:
         """Returns when it answers, and looks after it from then on. Raises: ConfigError if it does not start."""
         try:
-            insist(self.server, self._patience_s, self._require_life, lambda: self.server.get("/health"))
+            insist(self.server, self._patience_s, self._require_life, lambda: self.server.get(HEALTH))
         except EngineError as error:
             raise ConfigError(str(error)) from error
         self._thread.start()

@@ -4,6 +4,7 @@ The ranks of a run share the servers: each sends its requests to its own of them
 reply says which weights made it, and one that older ones had a part in is asked for again: so is one whose server died.
 """
 
+import functools
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from expo.rollout.vllm_common import engine_settings, make_reply, reply_jobs, sc
 from expo.rollout.vllm_files import WeightFiles
 from expo.rollout.vllm_group import BACKEND
 from expo.rollout.vllm_keeper import Keeper, ServerProcess
+from expo.rollout.weight_samples import Described
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
+NOT_PRESENT = "it has not been given the present weights"
 
 
 class ServerEngine:
@@ -48,7 +51,8 @@ class ServerEngine:
             _require_room(config.vllm, ranks)
         urls, self.version = ranks.on_first(lambda: self._open(folder))
         mine = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
-        self._servers = [Server(url) for url in mine or [urls[ranks.rank % len(urls)]]]
+        chosen = mine or [urls[ranks.rank % len(urls)]]
+        self._servers = [Server(url, config.vllm.patience_s) for url in chosen]
 
     def _open(self, folder: Path) -> tuple[list[str], str]:
         """The addresses of all servers, ready and looked after, and vLLM's version on the last."""
@@ -59,7 +63,7 @@ class ServerEngine:
         if not urls:
             started = [self._process(folder, number, files) for number in range(section.num_servers)]
             urls, processes = [process.url for process in started], [*started]
-        servers = [Server(url) for url in urls]
+        servers = [Server(url, section.patience_s) for url in urls]
         weights: WeightFiles | WeightBroadcast = files or WeightBroadcast(
             servers, section.tensor_parallel, self._ranks.device, section.patience_s
         )
@@ -130,6 +134,20 @@ class ServerEngine:
         if problem is not None:
             raise EngineError(problem)
 
+    def describe_weights(self) -> list[dict[str, Described]]:
+        """What this rank's servers hold, for each of their processes. Raises: as `generate`."""
+        found = []
+        for server in self._servers:
+            ask = functools.partial(self._describe, server)
+            found += insist(server, self._section.patience_s, self._check, ask)
+        return found
+
+    def _describe(self, server: Server) -> list[dict[str, Described]]:
+        if server.get("/weight_info")["weight_version"] != self._version:
+            raise Away(NOT_PRESENT)
+        found: list[dict[str, Described]] = server.post("/collective_rpc", {"method": "describe_weights"})["results"]
+        return found
+
     def rest(self) -> None:
         """The servers have GPUs of their own."""
 
@@ -159,7 +177,7 @@ class ServerEngine:
             raise Away(f"it broke a reply off: {choice['finish_reason']}")
         versions = {span["version"] for span in choice["weight_versions"]}
         if self._version is not None and versions != {self._version}:
-            raise Away("it has not been given the present weights")
+            raise Away(NOT_PRESENT)
         return choice
 
     def _reply(self, choice: Any) -> Reply:

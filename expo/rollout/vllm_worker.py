@@ -16,8 +16,9 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from expo.rollout.vllm_common import pack_tied_head
+from expo.rollout.vllm_common import describe_model, pack_tied_head
 from expo.rollout.vllm_group import BACKEND, END, Group, GroupError, empty_bucket, join
+from expo.rollout.weight_samples import Described
 
 
 class WeightReader:
@@ -32,6 +33,11 @@ class WeightReader:
         """See `pack_tied_head` in vllm_common."""
         worker: Any = self
         pack_tied_head(worker.get_model())
+
+    def describe_weights(self) -> dict[str, Described]:
+        """What this worker holds."""
+        worker: Any = self
+        return describe_model(worker.get_model())
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

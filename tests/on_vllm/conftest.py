@@ -16,6 +16,7 @@ from expo.rollout.vllm_server import ServerEngine
 from expo.sync import SyncError, WeightSync, make_probe
 
 MAX_TOKENS = 96
+BY_PROBE = "nats on the probe"
 PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]]
 
 
@@ -40,12 +41,12 @@ class Pair:
         """The policy as it was made: however many tests have moved it, rounding stays as large as it was."""
         self.policy.model.load_state_dict(self.start)
 
-    def move(self, seed):
-        """A large update of every parameter of the policy."""
+    def move(self, seed, size=0.2):
+        """An update of every parameter of the policy; a large one, unless told otherwise."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
     def require_large_updates_to_arrive(self):
         """The probe sees three updates before their syncs, and nothing after."""
@@ -54,6 +55,16 @@ class Pair:
             with pytest.raises(SyncError, match="sync_tolerance"):
                 self.sync.difference()
             assert self.sync.run() < 1e-5
+
+    def require_small_updates_to_arrive(self, leave_out_sync):
+        """After a sync left out the probe sees no small update, as far off as rounding may be; the weights show it."""
+        self.sync.run()
+        assert self.sync.num_compared > 0
+        self.move(20, size=3e-3)
+        self.sync.difference()
+        leave_out_sync()
+        with pytest.raises(SyncError, match="does not hold the policy's"):
+            self.sync.run()
 
 
 def new_engine(path, policy, num_replies=32):
@@ -69,11 +80,11 @@ def new_engine(path, policy, num_replies=32):
     )
 
 
-def new_pair(path, folder=None, transfer="files"):
+def new_pair(path, dtype, folder=None, transfer="files"):
     """With an engine in this process, or where there is a folder for its log, in another, to which weights go so."""
     values = {
         "model.path": path, "data.max_prompt_tokens": 32, "rollout.max_new_tokens": MAX_TOKENS - 32,
-        "rollout.batch_size": 32, "run.device": "cpu",
+        "rollout.batch_size": 32, "run.device": "cpu", "policy.dtype": dtype,
     }  # fmt: skip
     if folder is not None:
         values |= {"rollout.engine": "vllm-server", "vllm.transfer": transfer}
@@ -108,13 +119,14 @@ def pairs(ledger_model, tmp_path_factory):
     """
     made = {}
 
-    def pair(kind, transfer=None):
-        if (kind, transfer) not in made:
+    def pair(kind, transfer=None, *, dtype="float32"):
+        key = (kind, transfer, dtype)
+        if key not in made:
             path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
             folder = () if transfer is None else (tmp_path_factory.mktemp("server"), transfer)
-            made[kind, transfer] = new_pair(path, *folder)
-        made[kind, transfer].restart()
-        return made[kind, transfer]
+            made[key] = new_pair(path, dtype, *folder)
+        made[key].restart()
+        return made[key]
 
     yield pair
     for found in made.values():

@@ -5,11 +5,12 @@ import signal
 
 import pytest
 
-from expo.rollout import Sampling, vllm_broadcast, vllm_weights
+from expo.rollout import EngineError, Sampling, vllm_broadcast, vllm_weights
 from expo.rollout.vllm_client import Server
 from expo.rollout.vllm_files import WeightFiles
 from expo.stopping import StopRequested
 from expo.sync import SyncError
+from tests.on_vllm.conftest import BY_PROBE
 from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 
 
@@ -40,17 +41,26 @@ def test_every_large_update_arrives(pairs, kind, transfer):
 
 def test_the_probe_catches_a_sync_left_out(served, monkeypatch):
     served.move(10)
+    leave_out_sync(monkeypatch)
+    with pytest.raises(SyncError, match=BY_PROBE):
+        served.sync.run()
+
+
+@pytest.mark.slow
+def test_a_sync_left_out_after_a_small_update_is_caught(pairs, monkeypatch):
+    pairs("tied", "files", dtype="bfloat16").require_small_updates_to_arrive(lambda: leave_out_sync(monkeypatch))
+
+
+def leave_out_sync(monkeypatch):
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "read_weights" in str(call) else post(*call))
     monkeypatch.setattr(vllm_broadcast, "pack", lambda *_: iter(()))
-    with pytest.raises(SyncError):
-        served.sync.run()
 
 
 def test_the_probe_catches_a_prefix_cache_that_was_kept(served, monkeypatch):
     served.move(11)
     monkeypatch.setattr(vllm_weights, "reset_cache", lambda server: None)
-    with pytest.raises(SyncError):
+    with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
 
@@ -58,7 +68,7 @@ def test_the_probe_catches_a_tied_head_left_stale(served, monkeypatch):
     served.move(12)
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "pack_tied_head" in str(call) else post(*call))
-    with pytest.raises(SyncError):
+    with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
 
@@ -141,3 +151,19 @@ def test_a_server_that_is_sent_weights_reads_files_too(pairs, monkeypatch):
     monkeypatch.setattr(keeper, "_weights", files)
     assert served.sync.run() < 1e-5
     files.close()
+
+
+def test_a_stopped_server_ends_the_wait(served, monkeypatch):
+    engine, asked = served.engine, requests()
+    expected = tokens(engine.generate(asked, SAMPLING))
+    (keeper,) = engine._keepers
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_section", engine._section.model_copy(update={"patience_s": 3.0}))
+        patch.setattr(engine, "_servers", [Server(keeper.server.url, 3.0)])
+        os.killpg(keeper._process._process.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineError, match=r"vllm\.patience_s = 3 s"):
+                engine.generate(asked, SAMPLING)
+        finally:
+            os.killpg(keeper._process._process.pid, signal.SIGCONT)
+    assert tokens(engine.generate(asked, SAMPLING)) == expected
