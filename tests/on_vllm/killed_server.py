@@ -1,0 +1,38 @@
+"""`expo.train`, whose server is killed with its whole process group while the replies of the first step are made.
+
+When the first few have come, SIGKILL is sent, once; how many these were goes to the standard error stream.
+"""
+
+import os
+import signal
+import sys
+
+from expo.rollout.vllm_server import ServerEngine
+from expo.train import main
+
+FIRST_STEP = 1  # the call before is the evaluation
+made = ServerEngine.generate
+calls = []
+
+
+def generate(engine, requests, sampling, on_progress=None):
+    calls.append(requests)
+    num_done, is_killed = 0, len(calls) - 1 != FIRST_STEP
+
+    def kill_once(count):
+        nonlocal num_done, is_killed
+        num_done += count
+        if num_done and not is_killed:
+            is_killed = True
+            (keeper,) = engine._keepers
+            os.killpg(keeper._process._process.pid, signal.SIGKILL)
+            print(f"killed after {num_done}", file=sys.stderr)
+        if on_progress is not None:
+            on_progress(count)
+
+    return made(engine, requests, sampling, kill_once)
+
+
+if __name__ == "__main__":
+    ServerEngine.generate = generate
+    sys.exit(main())
