@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -332,7 +333,10 @@ def test_the_docs_show_the_results_they_hold():
 
 def stopped(argv, out):
     """The folder of a run that had taken two steps when the ablation that runs it got SIGTERM, and what was said."""
-    process = subprocess.Popen([sys.executable, "-m", "expo.ablation", *argv], stderr=subprocess.PIPE, text=True)
+    # no rank of a run that a library tested before in this process may have left behind
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-m", "expo.ablation", *argv]
+    process = subprocess.Popen(command, env=kept, stderr=subprocess.PIPE, text=True)
     try:
         while not (begun := [path for path in out.glob("runs/*/*/*/metrics.jsonl") if len(lines_of(path)) > 1]):
             assert process.poll() is None, process.stderr.read()
