@@ -19,7 +19,9 @@ def run(tmp_path_factory):
     def start(launch, *, program="expo.train", **more):
         folder = tmp_path_factory.mktemp("run")
         questions = folder / "few.jsonl"
-        questions.write_text('{"question": "2+4=", "answer": 6}\n{"question": "3+5=", "answer": 8}\n')
+        questions.write_text(  # too long to be among those trained on, of which a line would be printed
+            '{"question": "9+9+1-8+3-7+2=", "answer": 9}\n{"question": "8+8+2-9+5-6+1=", "answer": 9}\n'
+        )
         settings = {
             "rollout.engine": "vllm", "run.dir": folder / "run", "run.steps": 3, "optimizer.warmup_steps": 1,
             "rollout.questions_per_step": 4, "rollout.group_size": 4, "evaluation.sets": f"{{few: {questions}}}",
@@ -58,7 +60,8 @@ def test_a_run_with_vllm_is_quiet_and_in_step(alone):
     done, rows = alone
     starts = ("ledger:train:", "evaluation after", "step ", "set ", "---", "few ", "run: ", "report: ")
     assert done.stderr == ""
-    assert [line for line in done.stdout.splitlines() if not line.startswith(starts)] == []
+    others = [line for line in done.stdout.splitlines() if not line.startswith(starts)]
+    assert [line.rpartition("/")[2] for line in others] == ["few.jsonl: 2 questions"]
     assert_in_step(rows)
 
 
