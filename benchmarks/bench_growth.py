@@ -14,7 +14,7 @@ from benchmarks.shapes import Case, Shape, dtype_for
 # CPU, should be little beside the smallest point
 MIDDLE = {"cpu": ((1024, 16_384), 128), "cuda": ((8192, 65_536), 2048)}
 AROUND = (0.5, 1, 2, 4)
-FACTORS = {"cpu": {"N": (1, 2, 4, 8), "V": AROUND}, "cuda": {"N": AROUND, "V": AROUND}}
+FACTORS = {"cpu": {"N": (2, 4, 8, 16), "V": AROUND}, "cuda": {"N": AROUND, "V": AROUND}}
 NAMES = (OURS, "eager log_softmax")
 
 
