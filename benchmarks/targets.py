@@ -53,6 +53,9 @@ WHY_MISSED: dict[tuple[str, str], str] = {
         "token: 1e-6 of it is lost, in the same direction for all of them."
     ),
     ("cpu", "error of dWeight the least, over the best peer's"): "as for dHidden.",
+    ("cpu", "memory beyond dHidden does not grow with N, by more than 5 %"): (
+        "some 70 bytes a token: its log-probs, index and weights, beside 512 bytes of dHidden at this H."
+    ),
     ("cpu", "slope of time along N within 1.0 +- 0.05"): (
         "a call costs some 10 ms whatever its size where its memory is new to the process, as it is here, and 1 ms "
         "where it is not; at small N that shows. The slope is below 1: no token costs more for being one of many."
