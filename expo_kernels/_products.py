@@ -31,9 +31,9 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     Through oneDNN a row's bits depend on nothing but the row: neither on the other rows nor on the blocks.
     """
     if not _goes_through_onednn(out):
-        is_float32_on_cpu = out.dtype == torch.float32 and out.device.type == "cpu"
-        num_terms = TERMS_AT_ONCE if is_float32_on_cpu else max(hidden.shape[1], 1)
-        for block in _blocks(out, max(hidden.shape[0], 1)) if is_float32_on_cpu else [slice(None)]:
+        is_split = _is_float32_on_cpu(out)
+        num_terms = TERMS_AT_ONCE if is_split else max(hidden.shape[1], 1)
+        for block in _blocks(out, max(hidden.shape[0], 1)) if is_split else [slice(None)]:
             some_bias = None if bias is None else bias[block]
             _add_up_terms(out[:, block], hidden, weight[block], some_bias, scale, num_terms)
         return
@@ -114,5 +114,8 @@ def _blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:
 
 def _goes_through_onednn(rows: Tensor) -> bool:
     is_large = rows.shape[0] > 0 and rows.shape[1] >= LEAST_COLUMNS
-    is_float32_on_cpu = rows.dtype == torch.float32 and rows.device.type == "cpu"
-    return is_large and is_float32_on_cpu and _launch.onednn_is_faster()
+    return is_large and _is_float32_on_cpu(rows) and _launch.onednn_is_faster()
+
+
+def _is_float32_on_cpu(rows: Tensor) -> bool:
+    return rows.dtype == torch.float32 and rows.device.type == "cpu"

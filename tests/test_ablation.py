@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -36,6 +35,7 @@ from expo.ablation.results import (
 from expo.config import ConfigError
 from expo.ledger.questions import is_held_out, running_totals
 from expo.ledger.skewed import crosses_a_ten, skewed_questions
+from tests.ranks.running import RANK
 
 DOCS = Path(__file__).parent.parent / "docs"
 FACTS = {"versions": {"torch": "2"}}
@@ -333,10 +333,7 @@ def test_the_docs_show_the_results_they_hold():
 
 def stopped(argv, out):
     """The folder of a run that had taken two steps when the ablation that runs it got SIGTERM, and what was said."""
-    # no rank of a run that a library tested before in this process may have left behind
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-m", "expo.ablation", *argv]
-    process = subprocess.Popen(command, env=kept, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "expo.ablation", *argv], stderr=subprocess.PIPE, text=True)
     try:
         while not (begun := [path for path in out.glob("runs/*/*/*/metrics.jsonl") if len(lines_of(path)) > 1]):
             assert process.poll() is None, process.stderr.read()
@@ -358,7 +355,9 @@ def steps_of(folder):
 
 
 @pytest.mark.slow
-def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys):
+def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys, monkeypatch):
+    for name in RANK:  # the runs, started by us or by what we start, are ranks of nothing
+        monkeypatch.delenv(name, raising=False)
     few, out = tmp_path / "few.jsonl", tmp_path / "out"
     few.write_text("".join(json.dumps({"question": f"{n}+5=", "answer": n + 5}) + "\n" for n in (2, 3)))
     argv = [

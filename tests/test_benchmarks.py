@@ -22,6 +22,7 @@ from benchmarks.tables import better_peers, slope, spread, time_ratio, time_slop
 from benchmarks.targets import TARGETS, WHY_MISSED, targets_section
 from benchmarks.truth import WrongResultError, check_formula, checked_errors, truth_of
 from expo_kernels import _launch, linear_token_logps
+from tests.ranks.running import environment_of_no_rank
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -215,9 +216,7 @@ def test_the_slope_of_a_power_law_is_its_power():
 
 
 def run_python(*arguments, folder=ROOT):
-    # no rank of a run that a library tested before in this process may have left behind
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment = {**kept, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**environment_of_no_rank(), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

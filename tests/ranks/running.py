@@ -23,14 +23,20 @@ QUICK = {
     **{f"deadline.{phase}": 120 for phase in ("start", "rollout", "reward", "reference")},
     **{f"deadline.{phase}": 120 for phase in ("update", "sync", "evaluation", "save")},
 }
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # libraries tested before in a process may have left these behind
 # what differs between two runs of the same numbers: clocks and memory
 TIMED = ("seconds", "tokens_per_second", "memory", "flops", "mfu")
 
 
+def environment_of_no_rank():
+    """Ours, for a process that is a rank of nothing."""
+    return {name: value for name, value in os.environ.items() if name not in RANK}
+
+
 def environment(folder):
     """What a run in `folder` starts with; its name marks every process that comes of it, the verifier's too."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = environment_of_no_rank()
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "EXPO_TEST_FOLDER": str(folder)}
 
 
