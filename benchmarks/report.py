@@ -33,7 +33,7 @@ from benchmarks.tables import (
     verifier_table,
 )
 from benchmarks.targets import targets_section
-from expo.files import write_bytes_whole
+from expo.runtime.atomic_io import write_bytes_whole
 
 BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- /benchmarks -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}

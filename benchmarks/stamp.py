@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expo.files import write_bytes_whole
+from expo.runtime.atomic_io import write_bytes_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

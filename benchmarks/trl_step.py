@@ -24,8 +24,8 @@ from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.model import check_model_path
 from expo.policy import Sample
-from expo.quiet import errors_only
 from expo.rewards import Verifier
+from expo.runtime.logging_filters import errors_only
 
 QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32
 MICRO_BATCH, MICRO_BATCH_TOKENS = 64, 2048  # of one forward-backward pass: TRL counts replies, we tokens with padding

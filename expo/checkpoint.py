@@ -21,9 +21,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from expo.files import flush, remove_leftovers, write_bytes_whole
 from expo.policy import Policy
-from expo.ranks import Ranks
+from expo.runtime.atomic_io import flush, remove_leftovers, write_bytes_whole
+from expo.runtime.distributed import Ranks
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

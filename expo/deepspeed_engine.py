@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, PolicySection
-from expo.quiet import errors_only
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
+from expo.runtime.logging_filters import errors_only
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed looks for one
 

@@ -25,9 +25,10 @@ from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
 from expo.evaluation.tables import scores_table
 from expo.graded import Graded, Grader, grade
 from expo.metrics import describe_environment
-from expo.ranks import leave_ranks
 from expo.rewards import GoldError
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
+from expo.runtime.distributed import leave_ranks
+from expo.runtime.signals import StopRequested
 from expo.scores import (
     by_question,
     majority_scores,
@@ -37,7 +38,6 @@ from expo.scores import (
     powers_of_two,
     score_set,
 )
-from expo.stopping import StopRequested
 from expo.sync import SyncError
 
 __all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]

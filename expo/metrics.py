@@ -30,9 +30,9 @@ from rich.progress import (
 from rich.table import Column
 
 from expo.config import ConfigError
-from expo.files import write_bytes_whole
 from expo.graded import Graded
 from expo.records import starts_of
+from expo.runtime.atomic_io import write_bytes_whole
 from expo_kernels import CurriculumTable
 
 CURRICULUM_BINS = 20  # of the pass-rate histogram, over [0, 1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expo.batch import Batch, collate, pack, share_by_tokens, split_by_tokens
 from expo.config import PolicySection
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 
 QUANTILES = {"rollout_ratio_median": 0.5, "rollout_ratio_p99": 0.99}
 NAMES = (

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from expo.command_line import Invocation
 from expo.config import RECIPES, ConfigError, ModelSection, RunConfig
 from expo.data import count_questions
 from expo.flops import ModelShape
 from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.model import check_model_path
 from expo.rollout.vllm_common import check_ranks
+from expo.runtime.cli import Invocation
 
 SHIPPED_SHAPES = RECIPES / "models"  # <organisation>--<name>.json, as in the models' own config.json
 ASSUMED_GPU_GIB = 80.0

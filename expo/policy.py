@@ -20,7 +20,7 @@ from expo.lora import adapters_off, add_adapters, merged
 from expo.mini_batch import MicroBatch, MiniBatch, Sample, mini_batches
 from expo.mismatch import Mismatch
 from expo.model import PolicyModule, load_model, logit_softcap
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 
 
 class Policy(Protocol):

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from expo.files import write_bytes_whole
 from expo.page import render_page
 from expo.pictures import draw_pictures
 from expo.records import NotARunError, read_run
+from expo.runtime.atomic_io import write_bytes_whole
 
 
 def write_report(run_dir: Path) -> Path:

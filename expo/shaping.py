@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expo.config import ConfigError, RewardSection
 from expo.graded import Graded
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
 """Called as function(replies, answers, questions) with the texts of one rollout, B each, replies to one question side

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from expo.ranks import Ranks
 from expo.rewards import Verdict, Verifier
 from expo.rollout import Reply, Request, RolloutEngine, Sampling
 from expo.rollout.weight_samples import Described
-from expo.stopping import StopRequested, StopSwitch
+from expo.runtime.distributed import Ranks
+from expo.runtime.signals import StopRequested, StopSwitch
 
 
 class SharedEngine:

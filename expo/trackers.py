@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from expo.config import ConfigError, RunConfig
-from expo.files import write_bytes_whole
 from expo.metrics import STEP_METRICS
+from expo.runtime.atomic_io import write_bytes_whole
 
 PROJECT = "expo"
 ID_FILE = "tracker-id.txt"  # in the run's folder: the name under which a resumed run is found again

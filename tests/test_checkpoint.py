@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from expo.checkpoint import CheckpointError, Checkpoints, Position
-from expo.files import write_whole
-from expo.ranks import join_ranks
+from expo.runtime.atomic_io import write_whole
+from expo.runtime.distributed import join_ranks
 
 
 class Weights:

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from expo.command_line import field_names
 from expo.config import DEFAULT_RECIPE, ConfigError, RunConfig, load_config, parse_command_line
+from expo.runtime.cli import field_names
 
 MINIMAL = {"model": {"path": "somewhere"}, "data": {"train": "questions.jsonl"}}
 

@@ -5,7 +5,7 @@ import torch
 
 from expo.config import PolicySection
 from expo.mini_batch import Sample, mini_batches
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 
 # prompt and reply tokens
 LENGTHS = [(9, 14), (4, 7), (6, 1), (3, 25), (5, 5), (8, 12)] * 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from expo.config import load_config
 from expo.mini_batch import Sample
 from expo.policy import DeepSpeedPolicy
-from expo.ranks import join_ranks
+from expo.runtime.distributed import join_ranks
 
 BETA = torch.tensor(0.0131)
 TEXTS = [("3+8-2+7=", "11,9,\\boxed{16}"), ("1+1=", "\\boxed{2}"), ("4+5-9=", "9,\\boxed{1}")]

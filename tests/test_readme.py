@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from expo.command_line import field_names
 from expo.config import RunConfig
+from expo.runtime.cli import field_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,10 +8,10 @@ import torch
 
 import expo.train
 from expo.config import load_config
-from expo.ranks import Ranks
 from expo.reply_cache import ReplyCache
 from expo.rollout import Reply
 from expo.rollout.transformers import TransformersEngine
+from expo.runtime.distributed import Ranks
 from expo.train import train
 from tests.ranks.running import argv, life, lived, rows_of, untimed
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from expo import files, report
+from expo import report
 from expo.pictures import PICTURES, drawing
 from expo.records import Estimate, NotARunError, Records, change, read_run, results_table
 from expo.report import main, write_report
+from expo.runtime import atomic_io
 
 HOSTILE = "<script>alert('1 & 2')</script> </pre> \\boxed{12}"
 CONFIG = {
@@ -445,7 +446,7 @@ def test_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.
     def fail(*paths: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr(atomic_io.os, "replace", fail)
     assert main([str(run)]) == 2
     assert (run / "report.html").read_text() == "old"
     assert {path.name for path in run.iterdir()} == names

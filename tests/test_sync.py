@@ -8,11 +8,11 @@ import torch
 from expo.config import ConfigError, VllmSection, load_config
 from expo.model import empty_copy
 from expo.policy import DeepSpeedPolicy
-from expo.ranks import join_ranks
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm import VllmEngine
 from expo.rollout.vllm_common import version_warning
 from expo.rollout.weight_samples import WeightSamples, describe
+from expo.runtime.distributed import join_ranks
 from expo.sync import Probe, SyncError, WeightSync, make_probe
 from expo.train import main
 

@@ -8,7 +8,7 @@ from transformers import Qwen3Config
 
 from expo.config import load_config
 from expo.mini_batch import MiniBatch
-from expo.ranks import Ranks
+from expo.runtime.distributed import Ranks
 from expo.throughput import Throughput
 
 CONFIG = Qwen3Config(

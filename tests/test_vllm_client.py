@@ -17,7 +17,7 @@ from expo.config import ConfigError
 from expo.rollout import EngineError
 from expo.rollout.vllm_client import HEALTH, Away, Crowd, Server, insist
 from expo.rollout.vllm_keeper import Keeper, ServerProcess
-from expo.stopping import StopRequested
+from expo.runtime.signals import StopRequested
 from expo.train import main
 
 SLOW_S = 4.0

@@ -29,8 +29,8 @@ from expo.ablation.results import (
     secondary_contrasts,
 )
 from expo.config import ConfigError, fail
-from expo.files import write_bytes_whole
 from expo.pictures import draw_lines
+from expo.runtime.atomic_io import write_bytes_whole
 
 PROGRAM = "python -m expo.ablation.page"
 MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")

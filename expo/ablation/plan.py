@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo.config import ConfigError, RunConfig, changed_settings, load_config, parse_command_line
-from expo.files import write_bytes_whole
 from expo.ledger import LedgerQuestion, train_questions
 from expo.ledger.skewed import skewed_questions
+from expo.runtime.atomic_io import write_bytes_whole
 
 PROGRAM = "python -m expo.ablation"
 BASELINE = "grpo"

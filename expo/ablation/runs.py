@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expo.ablation.plan import Run
-from expo.files import write_bytes_whole
 from expo.metrics import Display
+from expo.runtime.atomic_io import write_bytes_whole
 
 POLL_SECONDS = 0.2
 LOG = "log.txt"  # what a run prints, in its folder

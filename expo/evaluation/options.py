@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expo.command_line import add_field, fail, filled, flag_parser, read_flags
 from expo.config import ConfigError, RunConfig, VllmSection, load_config
+from expo.runtime.cli import add_field, fail, filled, flag_parser, read_flags
 
 PROGRAM = "python -m expo.evaluate"
 FOLDER = Path("evaluations")

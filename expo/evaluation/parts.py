@@ -17,17 +17,17 @@ from expo.data.record import set_lines
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
-from expo.files import remove_leftovers
 from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path
-from expo.ranks import Ranks, join_ranks
 from expo.rewards import Verifier
 from expo.rollout.vllm_common import check_vllm
+from expo.runtime.atomic_io import remove_leftovers
+from expo.runtime.distributed import Ranks, join_ranks
+from expo.runtime.signals import StopSwitch
+from expo.runtime.watchdog import Watchdog
 from expo.scores import Agree
 from expo.sharing import SharedEngine, SharedVerifier
-from expo.stopping import StopSwitch
 from expo.sync import WeightSync, make_probe
-from expo.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

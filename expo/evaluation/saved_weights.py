@@ -11,7 +11,7 @@ from torch import Tensor
 from expo.config import PolicySection
 from expo.deepspeed_engine import TAG
 from expo.lora import add_adapters, merged
-from expo.quiet import errors_only
+from expo.runtime.logging_filters import errors_only
 
 
 def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) -> None:

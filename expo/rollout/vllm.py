@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, VllmSection
-from expo.quiet import errors_only
 from expo.rollout.engine import Reply, Request, Sampling
 from expo.rollout.vllm_common import (
     MADE_FOR_TEXT,
@@ -29,6 +28,7 @@ from expo.rollout.vllm_common import (
     version,
 )
 from expo.rollout.weight_samples import Described
+from expo.runtime.logging_filters import errors_only
 
 NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
     "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),

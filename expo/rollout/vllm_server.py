@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, RunConfig, VllmSection
-from expo.ranks import Ranks
 from expo.rollout.engine import EngineError, Reply, Request, Sampling
 from expo.rollout.vllm_broadcast import WeightBroadcast
 from expo.rollout.vllm_client import Away, Crowd, Server, insist
@@ -23,6 +22,7 @@ from expo.rollout.vllm_files import WeightFiles
 from expo.rollout.vllm_group import BACKEND
 from expo.rollout.vllm_keeper import Keeper, ServerProcess
 from expo.rollout.weight_samples import Described
+from expo.runtime.distributed import Ranks
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
 NOT_PRESENT = "it has not been given the present weights"

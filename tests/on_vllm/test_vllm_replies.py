@@ -10,7 +10,7 @@ import torch
 from expo.batch import collate
 from expo.model import PolicyModule
 from expo.rollout import Request, Sampling, request_seed
-from expo.stopping import StopRequested
+from expo.runtime.signals import StopRequested
 from tests.on_vllm.conftest import PROMPTS, new_engine, save_model
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=12)

@@ -8,7 +8,7 @@ import pytest
 from expo.rollout import EngineError, Sampling, vllm_broadcast, vllm_weights
 from expo.rollout.vllm_client import Server
 from expo.rollout.vllm_files import WeightFiles
-from expo.stopping import StopRequested
+from expo.runtime.signals import StopRequested
 from expo.sync import SyncError
 from tests.on_vllm.conftest import BY_PROBE
 from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens

@@ -11,7 +11,7 @@ import torch
 from expo.config import load_config
 from expo.mini_batch import Sample
 from expo.policy import DeepSpeedPolicy
-from expo.ranks import Ranks, join_ranks, leave_ranks
+from expo.runtime.distributed import Ranks, join_ranks, leave_ranks
 
 STAGES, PACKING, AGGREGATIONS = (0, 1, 2, 3), (False, True), ("token", "sequence", "constant")
 # prompt and reply tokens

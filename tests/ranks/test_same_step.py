@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expo.ranks import join_ranks
+from expo.runtime.distributed import join_ranks
 from tests.ranks.same_step import AGGREGATIONS, PACKING, STAGES, parameters_after_three_steps
 
 ONE_MICRO_BATCH = 4096
