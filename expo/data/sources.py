@@ -15,8 +15,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from expo import arithmetic, ledger
+from expo import ledger
 from expo.config import ConfigError
+from expo.data import arithmetic
 from expo.data.files import SUFFIXES, local_tables
 from expo.data.hub import NAMED, NamedSet, find_named, hub_table, parse_hub_source
 from expo.data.layouts import Table, read_table

@@ -1,1 +1,1 @@
-"""What every command runs on: distributed processes, signals, the watchdog, atomic files, the command line, the console."""
+"""What every command uses: distributed processes, signals, the watchdog, atomic files, the command line."""
