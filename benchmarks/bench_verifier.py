@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.machine import ROUNDS, RoundRobin, whole
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 
 COUNTS = {"numbers": 2000, "normal LaTeX": 200, "formulas": 40}  # replies of a batch
 MOST_ROUNDS = max(most for _, most in ROUNDS.values())

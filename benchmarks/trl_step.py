@@ -24,7 +24,7 @@ from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.model import check_model_path
 from expo.policy import Sample
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 from expo.runtime.logging_filters import errors_only
 
 QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32

@@ -33,7 +33,8 @@ from expo.metrics import Display, RunFolder
 from expo.model import check_model_path, empty_copy, load_tokenizer
 from expo.policy import DeepSpeedPolicy, Policy
 from expo.reply_cache import ReplyCache
-from expo.rewards import Verifier
+from expo.rewards.compose import RewardFunction, Shaping, load_reward_functions
+from expo.rewards.verifier import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm import VllmEngine
@@ -42,7 +43,6 @@ from expo.rollout.vllm_server import ServerEngine
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
-from expo.shaping import RewardFunction, Shaping, load_reward_functions
 from expo.sharing import SharedEngine, SharedVerifier
 from expo.sync import WeightSync, make_probe
 from expo.throughput import Throughput

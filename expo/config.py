@@ -172,8 +172,8 @@ class RewardSection(_Section):
     correct_weight: NonNegative = 1.0
     """Weight of the verdict (1 for a correct reply, else 0) in the reward behind the advantages."""
     functions: dict[str, float] = {}
-    """Reward functions and their weights, as {"package.module:function": weight}; expo/shaping.py says how they are
-    called. Built in: expo.formats:boxed, expo.formats:think_then_answer."""
+    """Reward functions and their weights, as {"package.module:function": weight}; expo/rewards/compose.py says how they
+    are called. Built in: expo.formats:boxed, expo.formats:think_then_answer."""
     overlong_buffer: Index = 0
     """Tokens before rollout.max_new_tokens over which a penalty grows from 0 to 1 (DAPO eq. 13; its recipe: 4,096 of
     20,480); 0: none."""

@@ -1,9 +1,9 @@
 """Reward functions for the form of a reply, for `reward.functions`: 1 where it is kept, else 0.
 
-They take what every reward function takes (see `expo.shaping.RewardFunction`) and read the replies alone.
+They take what every reward function takes (see `expo.rewards.compose.RewardFunction`) and read the replies alone.
 """
 
-from expo.answers import has_box
+from expo.rewards.answers import has_box
 
 
 def boxed(replies: list[str], answers: list[str], questions: list[str]) -> list[float]:  # noqa: ARG001

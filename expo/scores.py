@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.answers import normalise
-from expo.graded import fractions
+from expo.rewards.answers import normalise
+from expo.rewards.graded import fractions
 
 NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then move by under 5 % of its width
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from expo.rewards import Verdict, Verifier
+from expo.rewards.verifier import Verdict, Verifier
 from expo.rollout import Reply, Request, RolloutEngine, Sampling
 from expo.rollout.weight_samples import Described
 from expo.runtime.distributed import Ranks

@@ -12,9 +12,9 @@ import torch
 
 from expo.config import ConfigError, RunConfig
 from expo.flops import ModelShape, peak_flops, training_flops
-from expo.graded import Graded
 from expo.metrics import PhaseTimer
 from expo.mini_batch import MiniBatch
+from expo.rewards.graded import Graded
 from expo.runtime.distributed import Ranks
 
 GIB = 2**30

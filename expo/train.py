@@ -20,19 +20,19 @@ from expo.checkpoint import CheckpointError, Position, random_states
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
-from expo.graded import Graded, grade
 from expo.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
 from expo.mini_batch import MiniBatch, Sample
 from expo.plan import print_plan
 from expo.records import commits_of, results_table
 from expo.report import write_report
-from expo.resampling import Rollouts
-from expo.rewards import GoldError
+from expo.rewards.compose import RewardError
+from expo.rewards.graded import Graded, grade
+from expo.rewards.groups import Rollouts
+from expo.rewards.verifier import GoldError
 from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.signals import StopRequested
-from expo.shaping import RewardError
 from expo.sync import SyncError
 from expo_kernels import akl_beta, group_advantages
 

@@ -1,5 +1,5 @@
-from expo.answers import extract_answer
 from expo.data import load_questions
+from expo.rewards.answers import extract_answer
 
 
 def test_questions_are_right_distinct_and_held_out_or_trained_on():

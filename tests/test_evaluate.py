@@ -18,7 +18,7 @@ from expo.data import Prompted, Question
 from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.options import PROGRAM, name_sets, parse_command_line, resolve
 from expo.metrics import Display
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 from expo.rollout import Reply
 from expo.runtime.signals import StopRequested, StopSwitch
 from expo.sharing import SharedEngine

@@ -22,7 +22,7 @@ ONLY_IN = {
     "vllm": {"expo/rollout/vllm.py", "expo/rollout/vllm_worker.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/deepspeed_engine.py", "expo/evaluation/saved_weights.py"},
-    "math_verify": {"expo/_grading.py"},
+    "math_verify": {"expo/rewards/worker.py"},
     "matplotlib": {f"expo/pictures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")},
     "pyarrow": {"expo/data/files.py"},
     "reasoning_gym": {"expo/data/reasoning.py"},

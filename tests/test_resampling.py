@@ -8,9 +8,9 @@ import torch
 import expo.train
 from expo.config import load_config
 from expo.data import Prompted, Question
-from expo.graded import Graded
-from expo.resampling import Rollouts, teaches
-from expo.rewards import Verdict
+from expo.rewards.graded import Graded
+from expo.rewards.groups import Rollouts, teaches
+from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 from expo.train import draw_questions, main, train, training_samples
 from expo_kernels import CurriculumTable

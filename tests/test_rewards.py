@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from expo import rewards
-from expo.answers import extract_answer, normalise
-from expo.rewards import GoldError, Verdict, Verifier, check_answers, ungradable_answers
+import expo.rewards.verifier as verifier_module
+from expo.rewards.answers import extract_answer, normalise
+from expo.rewards.verifier import GoldError, Verdict, Verifier, check_answers, ungradable_answers
 
 TIMEOUT_S = 1.5
 # Each keeps math-verify busy for a minute or more.
@@ -138,7 +138,7 @@ def test_letters_that_a_formula_reply_could_not_be_graded_against_are_found(answ
 
 
 def test_an_answer_whose_normal_form_is_another_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewards, "normalise_gold", lambda answer: normalise(answer.strip("[]")))
+    monkeypatch.setattr(verifier_module, "normalise_gold", lambda answer: normalise(answer.strip("[]")))
     assert ungradable_answers(["[2,100]", "7"]) == ["[2,100]"]
 
 
@@ -333,7 +333,7 @@ def test_works_under_asyncio_in_the_loop_and_beside_it(verifier: Verifier) -> No
 # A main module with no guard against being run again, holding one idle and one hung worker when it is killed.
 ABANDONED = r"""
 import threading, time
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 verifier = Verifier(workers=2, timeout_s=2.0)
 verifier.grade([r"\boxed{x+1}", r"\boxed{x+2}"], ["1+x", "2+x"])
 threading.Thread(target=verifier.grade, args=([r"\boxed{9^{9^{9}}}"], ["x"])).start()
@@ -356,9 +356,8 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
 
 
 def test_importing_the_verifier_loads_no_algebra_and_no_tensors() -> None:
-    command = (
-        "import sys, expo.rewards; print([name for name in ('torch', 'sympy', 'transformers') if name in sys.modules])"
-    )
+    heavy = "('torch', 'sympy', 'transformers')"
+    command = f"import sys, expo.rewards.verifier; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

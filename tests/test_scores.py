@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from expo.evaluate import pass_at_k
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 from expo.scores import majority_scores, mean_with_interval, powers_of_two
 
 

@@ -9,11 +9,11 @@ import expo.train
 from expo.config import ConfigError, RewardSection
 from expo.data import Prompted, Question
 from expo.formats import boxed, think_then_answer
-from expo.graded import Graded
-from expo.rewards import Verdict
+from expo.rewards.compose import RewardError, Shaping, load_reward_functions, overlong_penalties
+from expo.rewards.graded import Graded
+from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 from expo.runtime.distributed import Ranks
-from expo.shaping import RewardError, Shaping, load_reward_functions, overlong_penalties
 from expo.train import main, train
 from tests.test_train import quick, rows_of
 

@@ -12,7 +12,7 @@ from expo.data import count_questions, load_questions, question_id, render_promp
 from expo.data.__main__ import main
 from expo.data.hub import NAMED, HubSource, hub_table, parse_hub_source
 from expo.data.reasoning import FAMILIES
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 
 FIXTURES = sorted((Path(__file__).parent / "questions").glob("*.jsonl"))  # real columns, rows written for the tests
 GOLDS = {

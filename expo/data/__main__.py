@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from expo.answers import normalise_gold
 from expo.config import ConfigError, DataSection, ModelSection, fail
 from expo.data import sources
 from expo.data.gradable import bad_questions
@@ -13,6 +12,7 @@ from expo.data.overlap import find_overlap
 from expo.data.prompts import PROMPTS, render_prompt
 from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
+from expo.rewards.answers import normalise_gold
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3

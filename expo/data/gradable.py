@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from expo.config import ConfigError
 from expo.data.questions import Question, QuestionSet, name_some
-from expo.rewards import ungradable_answers
+from expo.rewards.verifier import ungradable_answers
 
 
 def bad_questions(loaded: QuestionSet) -> list[Question]:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from expo.answers import normalise_gold
 from expo.config import ConfigError
+from expo.rewards.answers import normalise_gold
 
 NUM_EXAMPLES = 5  # ids named in a note
 

@@ -19,7 +19,7 @@ from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
 from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 from expo.rollout.vllm_common import check_vllm
 from expo.runtime.atomic_io import remove_leftovers
 from expo.runtime.distributed import Ranks, join_ranks

@@ -27,11 +27,11 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 import expo.assemble
 import expo.checkpoint
 import expo.train
-from expo._workers import WorkerPool
 from expo.config import ModelSection
 from expo.model import load_model
 from expo.policy import DeepSpeedPolicy
-from expo.rewards import GoldError
+from expo.rewards.pool import WorkerPool
+from expo.rewards.verifier import GoldError
 from expo.sharing import SharedEngine
 
 PATIENCE_S = 300

@@ -1,6 +1,6 @@
 r"""What runs outside the trainer's process: the workers that grade, and the template they are forked from.
 
-Run by `expo.rewards` as `python -m expo._grading FD MEMORY_BYTES ALARM_S`. It is a program of its own, not a
+Run by `pool.py` as `python -m expo.rewards.worker FD MEMORY_BYTES ALARM_S`. It is a program of its own, not a
 `multiprocessing` child, so that starting it never runs the trainer's main module again. This first process loads and
 warms math-verify once and then only forks workers and kills them: a new worker is there in milliseconds, warm, and
 shares the memory of the libraries. Replies are parsed by math-verify's LaTeX grammar; nothing evaluates a string as
@@ -25,13 +25,8 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
-from expo.answers import words_of
-
-READY: Final = b"ready"
-DONE: Final = b"done"
-CORRECT: Final = b"correct"
-WRONG: Final = b"wrong"
-BAD_GOLD: Final = b"bad gold"
+from expo.rewards.answers import words_of
+from expo.rewards.messages import BAD_GOLD, CORRECT, DONE, READY, WRONG
 
 # How often an idle process looks whether its parent lives. The end of the socket says so at once, unless some other
 # process that the trainer forked still holds the trainer's side of it open.

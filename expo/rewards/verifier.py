@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from expo import _grading
-from expo._workers import Pair, WorkerPool
-from expo.answers import (
+from expo.rewards import messages
+from expo.rewards.answers import (
     canonical_number,
     extract_answer,
     judge_exactly,
@@ -23,6 +22,7 @@ from expo.answers import (
     normalise_gold,
     stated_gold,
 )
+from expo.rewards.pool import Pair, WorkerPool
 
 Kind = Literal["correct", "wrong", "unparsed", "timeout"]
 
@@ -142,14 +142,14 @@ class Verifier:
         same = {key: judge_exactly(*key) for key in keys}
         with self._lock:
             outcomes = self._pool.run([key for key, is_same in same.items() if is_same is None])
-        same |= {key: outcome == _grading.CORRECT for key, outcome in outcomes.items()}
+        same |= {key: outcome == messages.CORRECT for key, outcome in outcomes.items()}
         return [bool(same[key]) for key in keys]
 
     def _unusable(self, golds: Sequence[str]) -> list[str]:
         """Those of some normalised gold answers that the algebra cannot take."""
         with self._lock:
             outcomes = self._pool.run([("", gold) for gold in golds], check_gold_only=True)
-        return [gold for (_, gold), outcome in outcomes.items() if outcome != _grading.CORRECT]
+        return [gold for (_, gold), outcome in outcomes.items() if outcome != messages.CORRECT]
 
     def _grade_by_algebra(self, pairs: list[Pair]) -> dict[Pair, Kind]:
         known: dict[Pair, Kind] = {}
@@ -160,7 +160,7 @@ class Verifier:
                     known[pair] = "correct" if self._memo[pair] else "wrong"
             outcomes = self._pool.run([pair for pair in pairs if pair not in known])
             for pair, outcome in outcomes.items():
-                if outcome == _grading.BAD_GOLD:
+                if outcome == messages.BAD_GOLD:
                     raise GoldError(
                         f"gold answer {pair[1]!r} cannot be parsed; correct or drop its row (check_answers finds most "
                         f"such answers at load)"
@@ -169,7 +169,7 @@ class Verifier:
                     # not remembered: on a less busy machine it may be graded in time
                     known[pair] = "timeout"
                     continue
-                self._memo[pair] = outcome == _grading.CORRECT
+                self._memo[pair] = outcome == messages.CORRECT
                 known[pair] = "correct" if self._memo[pair] else "wrong"
             while len(self._memo) > _MEMO_SIZE:
                 self._memo.popitem(last=False)

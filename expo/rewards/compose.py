@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, RewardSection
-from expo.graded import Graded
+from expo.rewards.graded import Graded
 from expo.runtime.distributed import Ranks
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]

@@ -2,7 +2,7 @@
 
 An answer such as `9^{9^{9}}` can hang computer algebra for hours or fill the memory, and only killing the process ends
 that. The deadline is kept here, by the wall clock; an overdue worker is killed and replaced. What runs inside a worker
-is in `_grading.py`.
+is in `worker.py`.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Final
 
-from expo import _grading
+from expo.rewards import messages
 
+WORKER: Final = "expo.rewards.worker"  # named, not imported: a process of its own runs it
 Pair = tuple[str, str]  # answer and gold answer, both normalised
 
 # An answer graded for longer than this is likely to hang: the longest of the golden table takes 0.1 s.
@@ -61,11 +62,11 @@ class _Template:
 
     def __init__(self, memory_bytes: int, alarm_s: int) -> None:
         self._control, theirs = socket.socketpair()
-        package_root = str(Path(__file__).resolve().parent.parent)
+        package_root = str(Path(__file__).resolve().parents[2])
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs, _signals_held_back():
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _grading.__name__, str(theirs.fileno()), str(memory_bytes), str(alarm_s)],
+                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno()), str(memory_bytes), str(alarm_s)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -73,7 +74,7 @@ class _Template:
             )
         self._control.settimeout(_START_TIMEOUT_S)
         try:
-            is_ready = self._control.recv(64) == _grading.READY
+            is_ready = self._control.recv(64) == messages.READY
         except OSError:
             is_ready = False
         if not is_ready:
@@ -92,7 +93,7 @@ class _Template:
         """Kills the worker, whatever it is doing, and waits until it is gone."""
         worker.connection.close()
         reply = self._ask(str(worker.pid).encode(), [])
-        assert reply == _grading.DONE
+        assert reply == messages.DONE
 
     def close(self) -> None:
         """Ends the template, which ends its workers first."""

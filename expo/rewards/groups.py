@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from expo.graded import Graded, joined
+from expo.rewards.graded import Graded, joined
 
 
 @dataclass(frozen=True)

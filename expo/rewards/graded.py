@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expo.data import Prompted
-from expo.rewards import Verdict
+from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 
 
