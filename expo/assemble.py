@@ -32,19 +32,19 @@ from expo.evaluation.frozen import FrozenPolicy
 from expo.metrics import Display, RunFolder
 from expo.model import check_model_path, empty_copy, load_tokenizer
 from expo.policy import DeepSpeedPolicy, Policy
-from expo.reply_cache import ReplyCache
 from expo.rewards.compose import RewardFunction, Shaping, load_reward_functions
 from expo.rewards.verifier import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
+from expo.rollout.cache import ReplyCache
+from expo.rollout.data_parallel import SharedEngine, SharedVerifier
 from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm import VllmEngine
-from expo.rollout.vllm_common import check_vllm, version, version_warning
-from expo.rollout.vllm_server import ServerEngine
+from expo.rollout.vllm.common import check_vllm, version, version_warning
+from expo.rollout.vllm.in_process import VllmEngine
+from expo.rollout.vllm.server import ServerEngine
+from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
-from expo.sharing import SharedEngine, SharedVerifier
-from expo.sync import WeightSync, make_probe
 from expo.throughput import Throughput
 from expo.trackers import Tracker, check_trackers, open_trackers
 from expo_kernels import CurriculumTable

@@ -122,7 +122,8 @@ class RolloutSection(_Section):
     """Keep replies in rollouts/ of the run's folder, 12 bytes a token and their text, until the next checkpoint: a run
     that died after sampling takes them up with --resume in place of sampling again."""
     sync_tolerance: Positive | None = None
-    """Largest |policy - engine| log-prob of the probe after a weight sync, nats; left out: by dtype (expo/sync.py)."""
+    """Largest |policy - engine| log-prob of the probe after a weight sync, nats; left out: by dtype, see
+    expo/rollout/weight_sync.py."""
 
     @field_validator("top_p", "top_k")
     @classmethod

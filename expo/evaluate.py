@@ -27,6 +27,7 @@ from expo.rewards.answers import judge_exactly
 from expo.rewards.graded import Graded, Grader, grade
 from expo.rewards.verifier import GoldError
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
+from expo.rollout.weight_sync import SyncError
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.signals import StopRequested
 from expo.scores import (
@@ -38,7 +39,6 @@ from expo.scores import (
     powers_of_two,
     score_set,
 )
-from expo.sync import SyncError
 
 __all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]
 

@@ -20,7 +20,7 @@ from expo.data import count_questions
 from expo.flops import ModelShape
 from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.model import check_model_path
-from expo.rollout.vllm_common import check_ranks
+from expo.rollout.vllm.common import check_ranks
 from expo.runtime.cli import Invocation
 
 SHIPPED_SHAPES = RECIPES / "models"  # <organisation>--<name>.json, as in the models' own config.json

@@ -18,12 +18,12 @@ import torch
 
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.model import check_model_path
-from expo.rollout.vllm_common import MADE_FOR_TEXT, check_vllm, engine_settings, version
-from expo.rollout.vllm_group import BACKEND
-from expo.rollout.vllm_keeper import guard
+from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
+from expo.rollout.vllm.supervisor import guard
+from expo.rollout.vllm.transfer.group import BACKEND
 
 PROGRAM = "python -m expo.serve"
-WORKER = "expo.rollout.vllm_worker.WeightReader"
+WORKER = "expo.rollout.vllm.worker.WeightReader"
 MODULE = "vllm.entrypoints.openai.api_server"  # what starts vLLM's HTTP server when run
 
 

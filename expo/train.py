@@ -30,10 +30,10 @@ from expo.rewards.graded import Graded, grade
 from expo.rewards.groups import Rollouts
 from expo.rewards.verifier import GoldError
 from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
+from expo.rollout.weight_sync import SyncError
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.signals import StopRequested
-from expo.sync import SyncError
 from expo_kernels import akl_beta, group_advantages
 
 PROGRAM = "python -m expo.train"

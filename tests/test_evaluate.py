@@ -20,8 +20,8 @@ from expo.evaluation.options import PROGRAM, name_sets, parse_command_line, reso
 from expo.metrics import Display
 from expo.rewards.verifier import Verifier
 from expo.rollout import Reply
+from expo.rollout.data_parallel import SharedEngine
 from expo.runtime.signals import StopRequested, StopSwitch
-from expo.sharing import SharedEngine
 
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 

@@ -19,7 +19,7 @@ KERNEL_ROOMS = {
 }
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}
 ONLY_IN = {
-    "vllm": {"expo/rollout/vllm.py", "expo/rollout/vllm_worker.py"},
+    "vllm": {"expo/rollout/vllm/in_process.py", "expo/rollout/vllm/worker.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/deepspeed_engine.py", "expo/evaluation/saved_weights.py"},
     "math_verify": {"expo/rewards/worker.py"},

@@ -8,8 +8,8 @@ import torch
 
 import expo.train
 from expo.config import load_config
-from expo.reply_cache import ReplyCache
 from expo.rollout import Reply
+from expo.rollout.cache import ReplyCache
 from expo.rollout.transformers import TransformersEngine
 from expo.runtime.distributed import Ranks
 from expo.train import train

@@ -9,11 +9,11 @@ from expo.config import ConfigError, VllmSection, load_config
 from expo.model import empty_copy
 from expo.policy import DeepSpeedPolicy
 from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm import VllmEngine
-from expo.rollout.vllm_common import version_warning
+from expo.rollout.vllm.common import version_warning
+from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.weight_samples import WeightSamples, describe
+from expo.rollout.weight_sync import Probe, SyncError, WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
-from expo.sync import Probe, SyncError, WeightSync, make_probe
 from expo.train import main
 
 PROMPTS = [[5, 16, 7, 18], [4, 17, 3, 18]]

@@ -15,8 +15,8 @@ import pytest
 
 from expo.config import ConfigError
 from expo.rollout import EngineError
-from expo.rollout.vllm_client import HEALTH, Away, Crowd, Server, insist
-from expo.rollout.vllm_keeper import Keeper, ServerProcess
+from expo.rollout.vllm.client import HEALTH, Away, Crowd, Server, insist
+from expo.rollout.vllm.supervisor import Keeper, ServerProcess
 from expo.runtime.signals import StopRequested
 from expo.train import main
 
@@ -178,9 +178,9 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path):
 GUARDED = """
 import subprocess, sys, time
 from pathlib import Path
-from expo.rollout import vllm_keeper
-vllm_keeper.END_S = 0.5
-vllm_keeper.guard(Path(sys.argv[1]))
+from expo.rollout.vllm import supervisor
+supervisor.END_S = 0.5
+supervisor.guard(Path(sys.argv[1]))
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
 print(subprocess.Popen([sys.executable, "-c", stubborn]).pid, flush=True)
 time.sleep(0 if sys.argv[2] == "dies" else 99)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from expo.config import ConfigError
-from expo.rollout import vllm_weights
-from expo.rollout.vllm_broadcast import WeightBroadcast
-from expo.rollout.vllm_client import Away, Server
-from expo.rollout.vllm_group import (
+from expo.rollout.vllm.client import Away, Server
+from expo.rollout.vllm.server import _require_broadcast
+from expo.rollout.vllm.transfer import interface
+from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
+from expo.rollout.vllm.transfer.group import (
     END,
     ROOT,
     Group,
@@ -22,14 +23,13 @@ from expo.rollout.vllm_group import (
     pack,
     wait_for_workers,
 )
-from expo.rollout.vllm_server import _require_broadcast
 
 CPU = torch.device("cpu")
 PATIENCE_S = 120.0  # importing torch is slow where cores are shared
 WORKER = """
 import sys
 import torch
-from expo.rollout.vllm_group import END, empty_bucket, join
+from expo.rollout.vllm.transfer.group import END, empty_bucket, join
 
 host, port, rank, size, path = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 group, found, number = join(host, port, rank, size, "gloo", 120.0), {}, 0
@@ -154,7 +154,7 @@ def test_workers_that_do_not_come_are_named_with_what_to_do():
 
 
 def test_weights_are_kept_for_a_server_that_is_away(monkeypatch, capsys):
-    monkeypatch.setattr(vllm_weights, "BUCKET_BYTES", 250)
+    monkeypatch.setattr(interface, "BUCKET_BYTES", 250)
     server = Server("http://127.0.0.1:9")
     broadcast = WeightBroadcast([server], 1, CPU, PATIENCE_S)
     broadcast.take(weights().items())

@@ -20,14 +20,14 @@ from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_qu
 from expo.metrics import Display, RunFolder, describe_environment
 from expo.model import check_model_path
 from expo.rewards.verifier import Verifier
-from expo.rollout.vllm_common import check_vllm
+from expo.rollout.data_parallel import SharedEngine, SharedVerifier
+from expo.rollout.vllm.common import check_vllm
+from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.runtime.atomic_io import remove_leftovers
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
 from expo.scores import Agree
-from expo.sharing import SharedEngine, SharedVerifier
-from expo.sync import WeightSync, make_probe
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expo.config import load_config
 from expo.policy import DeepSpeedPolicy
 from expo.rollout import RolloutEngine, end_ids
-from expo.rollout.vllm import VllmEngine
-from expo.rollout.vllm_server import ServerEngine
+from expo.rollout.vllm.in_process import VllmEngine
+from expo.rollout.vllm.server import ServerEngine
+from expo.rollout.weight_sync import SyncError, WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
-from expo.sync import SyncError, WeightSync, make_probe
 
 MAX_TOKENS = 96
 BY_PROBE = "nats on the probe"

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from expo.rollout.vllm_server import ServerEngine
+from expo.rollout.vllm.server import ServerEngine
 from expo.train import main
 
 FIRST_STEP = 1  # the call before is the evaluation

@@ -5,11 +5,12 @@ import signal
 
 import pytest
 
-from expo.rollout import EngineError, Sampling, vllm_broadcast, vllm_weights
-from expo.rollout.vllm_client import Server
-from expo.rollout.vllm_files import WeightFiles
+from expo.rollout import EngineError, Sampling
+from expo.rollout.vllm.client import Server
+from expo.rollout.vllm.transfer import broadcast, interface
+from expo.rollout.vllm.transfer.files import WeightFiles
+from expo.rollout.weight_sync import SyncError
 from expo.runtime.signals import StopRequested
-from expo.sync import SyncError
 from tests.on_vllm.conftest import BY_PROBE
 from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 
@@ -54,12 +55,12 @@ def test_a_sync_left_out_after_a_small_update_is_caught(pairs, monkeypatch):
 def leave_out_sync(monkeypatch):
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "read_weights" in str(call) else post(*call))
-    monkeypatch.setattr(vllm_broadcast, "pack", lambda *_: iter(()))
+    monkeypatch.setattr(broadcast, "pack", lambda *_: iter(()))
 
 
 def test_the_probe_catches_a_prefix_cache_that_was_kept(served, monkeypatch):
     served.move(11)
-    monkeypatch.setattr(vllm_weights, "reset_cache", lambda server: None)
+    monkeypatch.setattr(interface, "reset_cache", lambda server: None)
     with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
@@ -118,7 +119,7 @@ def test_a_server_killed_while_it_generates_is_as_if_it_had_not_been(served):
 
 
 def test_a_server_killed_while_weights_are_on_their_way_is_given_them_again(served, monkeypatch):
-    monkeypatch.setattr(vllm_weights, "BUCKET_BYTES", 2**14)  # so that some have arrived
+    monkeypatch.setattr(interface, "BUCKET_BYTES", 2**14)  # so that some have arrived
     named, before = served.policy.named_weights, process_of(served).pid
     monkeypatch.setattr(served.policy, "named_weights", lambda: interrupted(named, 8, lambda: kill(served)))
     served.move(14)
@@ -133,7 +134,7 @@ def test_a_sync_that_broke_off_is_made_up_for_by_the_next(served, monkeypatch):
     named, before = served.policy.named_weights, process_of(served).pid
     served.move(15)
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_weights, "BUCKET_BYTES", 2**14)
+        patch.setattr(interface, "BUCKET_BYTES", 2**14)
         patch.setattr(served.policy, "named_weights", lambda: interrupted(named, 8, fail))
         with pytest.raises(LookupError):
             served.sync.run()

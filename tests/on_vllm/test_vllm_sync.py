@@ -2,8 +2,8 @@
 
 import pytest
 
-from expo.rollout import vllm
-from expo.sync import SyncError
+from expo.rollout.vllm import in_process
+from expo.rollout.weight_sync import SyncError
 from tests.on_vllm.conftest import BY_PROBE
 
 
@@ -37,7 +37,7 @@ def test_the_probe_catches_a_prefix_cache_that_was_kept(pair, monkeypatch):
 
 def test_the_probe_catches_a_tied_head_left_stale(pair, monkeypatch):
     pair.move(12)
-    monkeypatch.setattr(vllm, "pack_tied_head", lambda model: None)
+    monkeypatch.setattr(in_process, "pack_tied_head", lambda model: None)
     with pytest.raises(SyncError, match=BY_PROBE):
         pair.sync.run()
 

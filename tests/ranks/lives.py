@@ -32,7 +32,7 @@ from expo.model import load_model
 from expo.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
 from expo.rewards.verifier import GoldError
-from expo.sharing import SharedEngine
+from expo.rollout.data_parallel import SharedEngine
 
 PATIENCE_S = 300
 

@@ -2,7 +2,7 @@
 
 Log-probs are those of the distribution sampled from (`processed_logprobs`): after the temperature, with no top-k or
 penalty, and no top-p but an evaluation's, whatever the model's own generation config says. Weights start at random and
-come from the policy alone, so one that was never brought over shows in the probe of `expo.sync`.
+come from the policy alone, so one that was never brought over shows in the probe of `expo.rollout.weight_sync`.
 """
 
 import importlib.util

@@ -21,7 +21,7 @@ from torch import Tensor
 
 ALIGNMENT = 16  # bytes; a tensor may be viewed in a buffer of bytes where its elements would start, of any dtype
 POLL_S = 0.001
-BACKEND = "expo"  # by which vLLM knows the receiving side; see vllm_worker.py
+BACKEND = "expo"  # by which vLLM knows the receiving side; see `worker.py`
 END = json.dumps(None)  # announced in place of a further bucket
 ROOT = 0  # rank 0 of the run; the workers of the server come after it
 ASYNC_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read by NCCL's group when it is made

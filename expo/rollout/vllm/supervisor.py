@@ -20,8 +20,8 @@ from pathlib import Path
 
 from expo.config import ConfigError
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm_client import HEALTH, Away, Server, insist
-from expo.rollout.vllm_weights import Weights
+from expo.rollout.vllm.client import HEALTH, Away, Server, insist
+from expo.rollout.vllm.transfer.interface import Weights
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
 LOOK_S = 0.5

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from expo.rollout.vllm_client import Away, Server
+from expo.rollout.vllm.client import Away, Server
 
 BUCKET_BYTES = 2**28  # of weights held on their way
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from expo.config import ConfigError, RunConfig, VllmSection
 from expo.rollout.engine import EngineError, Reply, Request, Sampling
-from expo.rollout.vllm_broadcast import WeightBroadcast
-from expo.rollout.vllm_client import Away, Crowd, Server, insist
-from expo.rollout.vllm_common import engine_settings, make_reply, reply_jobs, score_jobs
-from expo.rollout.vllm_files import WeightFiles
-from expo.rollout.vllm_group import BACKEND
-from expo.rollout.vllm_keeper import Keeper, ServerProcess
+from expo.rollout.vllm.client import Away, Crowd, Server, insist
+from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
+from expo.rollout.vllm.supervisor import Keeper, ServerProcess
+from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
+from expo.rollout.vllm.transfer.files import WeightFiles
+from expo.rollout.vllm.transfer.group import BACKEND
 from expo.rollout.weight_samples import Described
 from expo.runtime.distributed import Ranks
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expo.config import ConfigError
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm_client import Server
-from expo.rollout.vllm_weights import BUCKET_BYTES, settle
+from expo.rollout.vllm.client import Server
+from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, settle
 
 SHARED_MEMORY = Path("/dev/shm")
 

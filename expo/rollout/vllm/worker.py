@@ -1,6 +1,6 @@
 """What runs inside vLLM's worker processes: weights from a folder or from rank 0, and the repair of a tied head.
 
-A server is started with `--worker-extension-cls=expo.rollout.vllm_worker.WeightReader`; `expo/serve.py` does so. With
+A server is started with `--worker-extension-cls=expo.rollout.vllm.worker.WeightReader`; `expo/serve.py` does so. With
 `--weight-transfer-config={"backend": "expo"}` it also takes them from rank 0, by the receiver that is registered here.
 """
 
@@ -16,8 +16,8 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from expo.rollout.vllm_common import describe_model, pack_tied_head
-from expo.rollout.vllm_group import BACKEND, END, Group, GroupError, empty_bucket, join
+from expo.rollout.vllm.common import describe_model, pack_tied_head
+from expo.rollout.vllm.transfer.group import BACKEND, END, Group, GroupError, empty_bucket, join
 from expo.rollout.weight_samples import Described
 
 
@@ -30,7 +30,7 @@ class WeightReader:
         worker.reload_weights(weights_iterator=_tensors(Path(folder)))
 
     def pack_tied_head(self) -> None:
-        """See `pack_tied_head` in vllm_common."""
+        """See `pack_tied_head` in `common.py`."""
         worker: Any = self
         pack_tied_head(worker.get_model())
 

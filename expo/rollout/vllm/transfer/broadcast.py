@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.rollout import vllm_weights
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm_client import Away, Call, Server
-from expo.rollout.vllm_group import (
+from expo.rollout.vllm.client import Away, Call, Server
+from expo.rollout.vllm.transfer import interface
+from expo.rollout.vllm.transfer.group import (
     END,
     ROOT,
     Bucket,
@@ -28,7 +28,7 @@ from expo.rollout.vllm_group import (
     pack,
     wait_for_workers,
 )
-from expo.rollout.vllm_weights import settle
+from expo.rollout.vllm.transfer.interface import settle
 
 SHUTDOWN_S = 2.0
 
@@ -63,7 +63,7 @@ class WeightBroadcast:
         version, copy = uuid.uuid4().hex, list[Bucket]()
 
         def copied() -> Iterable[Bucket]:
-            for bucket in pack(weights, self._device, vllm_weights.BUCKET_BYTES):
+            for bucket in pack(weights, self._device, interface.BUCKET_BYTES):
                 copy.append(bucket.kept())
                 yield bucket
 

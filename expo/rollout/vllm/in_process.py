@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expo.config import ConfigError, VllmSection
 from expo.rollout.engine import Reply, Request, Sampling
-from expo.rollout.vllm_common import (
+from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
     check_ranks,
     check_vllm,
