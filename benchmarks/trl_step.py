@@ -22,8 +22,8 @@ import expo.train
 from expo.assemble import open_run
 from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
-from expo.model import check_model_path
-from expo.policy import Sample
+from expo.learner.model import check_model_path
+from expo.learner.policy import Sample
 from expo.rewards.verifier import Verifier
 from expo.runtime.logging_filters import errors_only
 

@@ -29,9 +29,9 @@ from expo.data import (
 )
 from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
+from expo.learner.model import check_model_path, empty_copy, load_tokenizer
+from expo.learner.policy import DeepSpeedPolicy, Policy
 from expo.metrics import Display, RunFolder
-from expo.model import check_model_path, empty_copy, load_tokenizer
-from expo.policy import DeepSpeedPolicy, Policy
 from expo.rewards.compose import RewardFunction, Shaping, load_reward_functions
 from expo.rewards.verifier import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed

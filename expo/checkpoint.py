@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from expo.policy import Policy
+from expo.learner.policy import Policy
 from expo.runtime.atomic_io import flush, remove_leftovers, write_bytes_whole
 from expo.runtime.distributed import Ranks
 

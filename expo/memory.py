@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from expo.config import RunConfig
-from expo.deepspeed_engine import BUCKET_ELEMENTS
-from expo.flops import ModelShape
+from expo.learner.deepspeed import BUCKET_ELEMENTS
+from expo.learner.flops import ModelShape
 from expo_kernels._launch import chunk_rows, most_rows
 
 GIB = 2**30

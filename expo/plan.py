@@ -1,7 +1,7 @@
 """What a run will take, before it takes it: `python -m expo.train CONFIG.yaml --dry-run [--ranks N]`.
 
 Needs the model's shape and nothing else: no weights, no GPU, no question file. Memory comes from `expo/memory.py`, the
-model's parameters from `expo/flops.py`; this room finds the shape, prints, and refuses what cannot work.
+model's parameters from `expo/learner/flops.py`; this room finds the shape, prints, and refuses what cannot work.
 """
 
 import json
@@ -17,9 +17,9 @@ from transformers import AutoConfig
 
 from expo.config import RECIPES, ConfigError, ModelSection, RunConfig
 from expo.data import count_questions
-from expo.flops import ModelShape
+from expo.learner.flops import ModelShape
+from expo.learner.model import check_model_path
 from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
-from expo.model import check_model_path
 from expo.rollout.vllm.common import check_ranks
 from expo.runtime.cli import Invocation
 

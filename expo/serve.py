@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
-from expo.model import check_model_path
+from expo.learner.model import check_model_path
 from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
 from expo.rollout.vllm.supervisor import guard
 from expo.rollout.vllm.transfer.group import BACKEND

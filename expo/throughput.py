@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from expo.config import ConfigError, RunConfig
-from expo.flops import ModelShape, peak_flops, training_flops
+from expo.learner.flops import ModelShape, peak_flops, training_flops
+from expo.learner.mini_batch import MiniBatch
 from expo.metrics import PhaseTimer
-from expo.mini_batch import MiniBatch
 from expo.rewards.graded import Graded
 from expo.runtime.distributed import Ranks
 

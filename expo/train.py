@@ -20,8 +20,8 @@ from expo.checkpoint import CheckpointError, Position, random_states
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
+from expo.learner.mini_batch import MiniBatch, Sample
 from expo.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
-from expo.mini_batch import MiniBatch, Sample
 from expo.plan import print_plan
 from expo.records import commits_of, results_table
 from expo.report import write_report

@@ -40,6 +40,6 @@ def _own_linear():
 def ledger_model():
     """The embedded model and tokenizer, float32 on the CPU; a test that changes the model copies it first."""
     from expo.config import ModelSection
-    from expo.model import load_model
+    from expo.learner.model import load_model
 
     return load_model(ModelSection(path="ledger"), torch.device("cpu"))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expo.batch import collate, split_by_tokens
+from expo.learner.batch import collate, split_by_tokens
 
 
 def test_positions_predict_the_next_token():

@@ -8,7 +8,7 @@ import pytest
 from expo.assemble import load_inputs
 from expo.config import ConfigError, DataSection, ModelSection, load_config
 from expo.data import PROMPTS, Question, load_questions, only_gradable, question_id, render_prompt, render_prompts
-from expo.model import load_model
+from expo.learner.model import load_model
 from expo.train import train
 
 

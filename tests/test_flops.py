@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from expo.config import ConfigError, ModelSection
-from expo.flops import (
+from expo.learner.flops import (
     ModelShape,
     forward_flops,
     generation_flops,

@@ -21,7 +21,7 @@ HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"
 ONLY_IN = {
     "vllm": {"expo/rollout/vllm/in_process.py", "expo/rollout/vllm/worker.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
-    "deepspeed": {"expo/deepspeed_engine.py", "expo/evaluation/saved_weights.py"},
+    "deepspeed": {"expo/learner/deepspeed.py", "expo/evaluation/saved_weights.py"},
     "math_verify": {"expo/rewards/worker.py"},
     "matplotlib": {f"expo/pictures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")},
     "pyarrow": {"expo/data/files.py"},

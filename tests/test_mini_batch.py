@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expo.config import PolicySection
-from expo.mini_batch import Sample, mini_batches
+from expo.learner.mini_batch import Sample, mini_batches
 from expo.runtime.distributed import Ranks
 
 # prompt and reply tokens

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from expo.mismatch import summary
+from expo.learner.mismatch import summary
 from tests.test_policy import BETA, make, samples
 
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from expo.batch import Batch
 from expo.config import ConfigError
-from expo.model import head_logits, hidden_states, logit_softcap
+from expo.learner.batch import Batch
+from expo.learner.model import head_logits, hidden_states, logit_softcap
 
 
 def test_logits_are_the_models_own(ledger_model):

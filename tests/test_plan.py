@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expo.config import RECIPES, ConfigError, ModelSection, load_config, parse_command_line
-from expo.flops import ModelShape
+from expo.learner.flops import ModelShape
 from expo.memory import GIB, Footprint
 from expo.plan import Machine, check_batches, check_memory, describe, find_shape, plan_machine
 from expo.train import main

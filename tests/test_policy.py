@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expo.config import load_config
-from expo.mini_batch import Sample
-from expo.policy import DeepSpeedPolicy
+from expo.learner.mini_batch import Sample
+from expo.learner.policy import DeepSpeedPolicy
 from expo.runtime.distributed import join_ranks
 
 BETA = torch.tensor(0.0131)

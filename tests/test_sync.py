@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from expo.config import ConfigError, VllmSection, load_config
-from expo.model import empty_copy
-from expo.policy import DeepSpeedPolicy
+from expo.learner.model import empty_copy
+from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm.common import version_warning
 from expo.rollout.vllm.in_process import VllmEngine

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3Config
 
 from expo.config import load_config
-from expo.mini_batch import MiniBatch
+from expo.learner.mini_batch import MiniBatch
 from expo.runtime.distributed import Ranks
 from expo.throughput import Throughput
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import expo.metrics
 import expo.train
 from expo.config import load_config
+from expo.learner.policy import DeepSpeedPolicy
 from expo.metrics import RunFolder
-from expo.policy import DeepSpeedPolicy
 from expo.train import Diverged, main, train
 
 QUICK = {

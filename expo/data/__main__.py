@@ -64,7 +64,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
 
 
 def _tokenizer(path: str) -> Any:
-    from expo.model import load_tokenizer  # brings transformers, which a check without --model can spare
+    from expo.learner.model import load_tokenizer  # brings transformers, which a check without --model can spare
 
     return load_tokenizer(ModelSection(path=path))
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expo.batch import Batch
 from expo.config import RunConfig
 from expo.evaluation.saved_weights import load_checkpoint_weights
-from expo.model import PolicyModule, load_model, logit_softcap
+from expo.learner.batch import Batch
+from expo.learner.model import PolicyModule, load_model, logit_softcap
 from expo_kernels import Objective
 
 

@@ -17,8 +17,8 @@ from expo.data.record import set_lines
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
+from expo.learner.model import check_model_path
 from expo.metrics import Display, RunFolder, describe_environment
-from expo.model import check_model_path
 from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import SharedEngine, SharedVerifier
 from expo.rollout.vllm.common import check_vllm

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection
-from expo.deepspeed_engine import TAG
-from expo.lora import add_adapters, merged
+from expo.learner.deepspeed import TAG
+from expo.learner.lora import add_adapters, merged
 from expo.runtime.logging_filters import errors_only
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.model import head_logits, run_transformer
+from expo.learner.model import head_logits, run_transformer
 from expo.rollout.engine import Reply, Request, Sampling, end_ids
 from expo.rollout.weight_samples import Described, describe
 from expo_kernels import token_logps

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expo.batch import Batch, collate
+from expo.learner.batch import Batch, collate
 from expo.rollout import RolloutEngine
 from expo.rollout.weight_samples import WeightSamples
 from expo.runtime.distributed import Ranks

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expo.config import load_config
-from expo.policy import DeepSpeedPolicy
+from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine

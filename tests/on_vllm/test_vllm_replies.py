@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo.batch import collate
-from expo.model import PolicyModule
+from expo.learner.batch import collate
+from expo.learner.model import PolicyModule
 from expo.rollout import Request, Sampling, request_seed
 from expo.runtime.signals import StopRequested
 from tests.on_vllm.conftest import PROMPTS, new_engine, save_model

@@ -28,8 +28,8 @@ import expo.assemble
 import expo.checkpoint
 import expo.train
 from expo.config import ModelSection
-from expo.model import load_model
-from expo.policy import DeepSpeedPolicy
+from expo.learner.model import load_model
+from expo.learner.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
 from expo.rewards.verifier import GoldError
 from expo.rollout.data_parallel import SharedEngine

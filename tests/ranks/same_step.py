@@ -9,8 +9,8 @@ import sys
 import torch
 
 from expo.config import load_config
-from expo.mini_batch import Sample
-from expo.policy import DeepSpeedPolicy
+from expo.learner.mini_batch import Sample
+from expo.learner.policy import DeepSpeedPolicy
 from expo.runtime.distributed import Ranks, join_ranks, leave_ranks
 
 STAGES, PACKING, AGGREGATIONS = (0, 1, 2, 3), (False, True), ("token", "sequence", "constant")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expo.batch import Batch, collate, pack, share_by_tokens, split_by_tokens
 from expo.config import PolicySection
+from expo.learner.batch import Batch, collate, pack, share_by_tokens, split_by_tokens
 from expo.runtime.distributed import Ranks
 
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expo.batch import Batch
 from expo.config import PolicySection, RunConfig
-from expo.deepspeed_engine import load_states, loading_parts, save_states, start_engine, whole_parameters
-from expo.lora import adapters_off, add_adapters, merged
-from expo.mini_batch import MicroBatch, MiniBatch, Sample, mini_batches
-from expo.mismatch import Mismatch
-from expo.model import PolicyModule, load_model, logit_softcap
+from expo.learner.batch import Batch
+from expo.learner.deepspeed import load_states, loading_parts, save_states, start_engine, whole_parameters
+from expo.learner.lora import adapters_off, add_adapters, merged
+from expo.learner.mini_batch import MicroBatch, MiniBatch, Sample, mini_batches
+from expo.learner.mismatch import Mismatch
+from expo.learner.model import PolicyModule, load_model, logit_softcap
 from expo.runtime.distributed import Ranks
 
 
@@ -212,7 +212,7 @@ class DeepSpeedPolicy:
         self._mismatch.add(logps, micro.rollout_logps, micro.batch.completion_mask)
 
     def mismatch(self) -> dict[str, float]:
-        """The metrics of `expo.mismatch` since `prepare`; with old_logps = rollout, of the first update alone."""
+        """The metrics of `expo.learner.mismatch` since `prepare`; with old_logps = rollout, of the first update alone."""
         return self._mismatch.metrics(self._ranks)
 
     def _step(self) -> tuple[float, float, bool]:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from expo import ledger
-from expo.batch import Batch
 from expo.config import ConfigError, ModelSection
+from expo.learner.batch import Batch
 from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 
 
