@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import expo.train
-from expo.assemble import open_run
 from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.learner.model import check_model_path
 from expo.learner.policy import Sample
 from expo.rewards.verifier import Verifier
+from expo.run.setup import open_run
 from expo.runtime.logging_filters import errors_only
 
 QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32

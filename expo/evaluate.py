@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.checkpoint import CheckpointError
 from expo.config import ConfigError, EvaluationSection, fail
 from expo.data import Prompted
 from expo.evaluation import compare
@@ -22,12 +21,13 @@ from expo.evaluation.options import PROGRAM, Invocation, parse_command_line
 from expo.evaluation.parts import Evaluation, open_evaluation
 from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
 from expo.evaluation.tables import scores_table
-from expo.metrics import describe_environment
 from expo.rewards.answers import judge_exactly
 from expo.rewards.graded import Graded, Grader, grade
 from expo.rewards.verifier import GoldError
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
 from expo.rollout.weight_sync import SyncError
+from expo.run.checkpoint import CheckpointError
+from expo.run.metrics import describe_environment
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.signals import StopRequested
 from expo.scores import (

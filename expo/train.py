@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.assemble import Parts, open_run
-from expo.checkpoint import CheckpointError, Position, random_states
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
 from expo.learner.mini_batch import MiniBatch, Sample
-from expo.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
 from expo.plan import print_plan
 from expo.records import commits_of, results_table
 from expo.report import write_report
@@ -31,6 +28,9 @@ from expo.rewards.groups import Rollouts
 from expo.rewards.verifier import GoldError
 from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
 from expo.rollout.weight_sync import SyncError
+from expo.run.checkpoint import CheckpointError, Position, random_states
+from expo.run.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
+from expo.run.setup import Parts, open_run
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.signals import StopRequested

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from expo.checkpoint import CheckpointError, Checkpoints, Position
+from expo.run.checkpoint import CheckpointError, Checkpoints, Position
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.distributed import join_ranks
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from expo.assemble import load_inputs
 from expo.config import ConfigError, DataSection, ModelSection, load_config
 from expo.data import PROMPTS, Question, load_questions, only_gradable, question_id, render_prompt, render_prompts
 from expo.learner.model import load_model
+from expo.run.setup import load_inputs
 from expo.train import train
 
 

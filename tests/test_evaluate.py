@@ -17,10 +17,10 @@ from expo.config import ConfigError, EvaluationSection, load_config
 from expo.data import Prompted, Question
 from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.options import PROGRAM, name_sets, parse_command_line, resolve
-from expo.metrics import Display
 from expo.rewards.verifier import Verifier
 from expo.rollout import Reply
 from expo.rollout.data_parallel import SharedEngine
+from expo.run.metrics import Display
 from expo.runtime.signals import StopRequested, StopSwitch
 
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
@@ -175,7 +175,7 @@ def test_two_evaluations_give_equal_bytes_whatever_the_batch(whole, questions, t
 KILLED = """
 import json, os, signal, sys
 from expo.evaluate import main
-from expo.metrics import RunFolder
+from expo.run.metrics import RunFolder
 
 append, calls = RunFolder.append, []
 

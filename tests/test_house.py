@@ -26,8 +26,8 @@ ONLY_IN = {
     "matplotlib": {f"expo/pictures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")},
     "pyarrow": {"expo/data/files.py"},
     "reasoning_gym": {"expo/data/reasoning.py"},
-    "trackio": {"expo/trackers.py"},
-    "wandb": {"expo/trackers.py"},
+    "trackio": {"expo/run/trackers.py"},
+    "wandb": {"expo/run/trackers.py"},
 }
 
 

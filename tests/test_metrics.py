@@ -2,7 +2,7 @@
 
 import time
 
-from expo.metrics import ENVIRONMENT, Display, PhaseTimer, RunFolder, describe_environment
+from expo.run.metrics import ENVIRONMENT, Display, PhaseTimer, RunFolder, describe_environment
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):

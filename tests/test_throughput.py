@@ -8,8 +8,8 @@ from transformers import Qwen3Config
 
 from expo.config import load_config
 from expo.learner.mini_batch import MiniBatch
+from expo.run.throughput import Throughput
 from expo.runtime.distributed import Ranks
-from expo.throughput import Throughput
 
 CONFIG = Qwen3Config(
     vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,

@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from expo.config import ConfigError, load_config
-from expo.metrics import STEP_METRICS
-from expo.trackers import ID_FILE, check_trackers, open_trackers
+from expo.run.metrics import STEP_METRICS
+from expo.run.trackers import ID_FILE, check_trackers, open_trackers
 
 CONFIG = load_config(None)
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def test_no_tracker_writes_nothing(tmp_path):
 
 def test_libraries_are_imported_only_when_used():
     script = (
-        "import sys, expo.trackers; "
+        "import sys, expo.run.trackers; "
         "loaded = {'wandb', 'trackio', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules); "
         "assert not loaded, loaded"
     )
@@ -167,7 +167,7 @@ def test_real_trackio_goes_on_in_one_run(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is not installed")
     script = (
         "import sys; from pathlib import Path; from expo.config import load_config; "
-        "from expo.trackers import open_trackers; folder, resume = Path(sys.argv[1]), sys.argv[2] == 'True'; "
+        "from expo.run.trackers import open_trackers; folder, resume = Path(sys.argv[1]), sys.argv[2] == 'True'; "
         "(tracker,) = open_trackers(['trackio'], folder, load_config(None), resume); "
         "tracker.log(1 + resume, {'step': 1 + resume, 'accuracy': 0.5}); tracker.close()"
     )

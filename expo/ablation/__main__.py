@@ -19,8 +19,8 @@ from expo.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan
 from expo.ablation.results import as_record, read_outcome
 from expo.ablation.runs import RunFailed, run_all
 from expo.config import ConfigError, fail
-from expo.metrics import ENVIRONMENT, Display
 from expo.records import starts_of
+from expo.run.metrics import ENVIRONMENT, Display
 from expo.runtime.atomic_io import write_bytes_whole
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run

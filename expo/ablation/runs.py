@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expo.ablation.plan import Run
-from expo.metrics import Display
+from expo.run.metrics import Display
 from expo.runtime.atomic_io import write_bytes_whole
 
 POLL_SECONDS = 0.2

@@ -20,7 +20,7 @@ class FrozenPolicy:
     Args:
         config: its model and policy sections are read.
         device: where the model lies.
-        checkpoint: a folder of `expo.checkpoint`; None: the model as it is.
+        checkpoint: a folder of `expo.run.checkpoint`; None: the model as it is.
 
     Raises: ConfigError if the model does not load.
     """

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from expo.assemble import build_engine
-from expo.checkpoint import CheckpointError, Checkpoints
 from expo.config import ConfigError, RunConfig
 from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
@@ -18,11 +16,13 @@ from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
 from expo.learner.model import check_model_path
-from expo.metrics import Display, RunFolder, describe_environment
 from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import SharedEngine, SharedVerifier
 from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
+from expo.run.checkpoint import CheckpointError, Checkpoints
+from expo.run.metrics import Display, RunFolder, describe_environment
+from expo.run.setup import build_engine
 from expo.runtime.atomic_io import remove_leftovers
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch

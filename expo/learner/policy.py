@@ -212,7 +212,7 @@ class DeepSpeedPolicy:
         self._mismatch.add(logps, micro.rollout_logps, micro.batch.completion_mask)
 
     def mismatch(self) -> dict[str, float]:
-        """The metrics of `expo.learner.mismatch` since `prepare`; with old_logps = rollout, of the first update alone."""
+        """The metrics of `mismatch.py` since `prepare`; with old_logps = rollout, of the first update alone."""
         return self._mismatch.metrics(self._ranks)
 
     def _step(self) -> tuple[float, float, bool]:

@@ -24,8 +24,8 @@ import deepspeed  # noqa: F401  # imported once, for every life
 import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-import expo.assemble
-import expo.checkpoint
+import expo.run.checkpoint
+import expo.run.setup
 import expo.train
 from expo.config import ModelSection
 from expo.learner.model import load_model
@@ -90,13 +90,13 @@ def arrange(fault, rank):
 
     match fault["phase"]:
         case "join":
-            before(expo.assemble, "join_ranks")
+            before(expo.run.setup, "join_ranks")
         case "start":
-            before(expo.assemble, "_build_parts")
+            before(expo.run.setup, "_build_parts")
         case "weights":
             before(SharedEngine, "load_weights")
         case "checkpoint":
-            before(expo.checkpoint.Checkpoints, "save")
+            before(expo.run.checkpoint.Checkpoints, "save")
         case "export":
             before(expo.train, "export")
         case "record":
@@ -117,7 +117,7 @@ def arrange(fault, rank):
         case "convert":  # what children write is cut there too
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         case name:
-            real = expo.assemble.Parts.guard
+            real = expo.run.setup.Parts.guard
 
             @contextmanager
             def guard(parts, phase):
@@ -126,12 +126,12 @@ def arrange(fault, rank):
                         entered()
                     yield
 
-            expo.assemble.Parts.guard = guard
+            expo.run.setup.Parts.guard = guard
 
 
 def arrange_full_disk(fault):
     """While the nth checkpoint is written, no file grows beyond `bytes`; 0: the system says so at once."""
-    real, count = expo.checkpoint.Checkpoints.save, 0
+    real, count = expo.run.checkpoint.Checkpoints.save, 0
 
     def save(*args, **kwargs):
         nonlocal count
@@ -156,7 +156,7 @@ def arrange_full_disk(fault):
         finally:
             os.fsync = before
 
-    expo.checkpoint.Checkpoints.save = save
+    expo.run.checkpoint.Checkpoints.save = save
 
 
 def spoil(path, way):

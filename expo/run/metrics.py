@@ -75,8 +75,8 @@ STEP_METRICS = {
     "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
     "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of the rollout phase",
     "training_tokens_per_second": "prompt and reply tokens of all ranks over the seconds of the update phase",
-    "mfu": "model FLOPs of the reference and update phases, recomputation not counted (expo/learner/flops.py), over their "
-    "seconds and the peak bfloat16 FLOP/s of all GPUs; null where that peak is not known",
+    "mfu": "model FLOPs of the reference and update phases, recomputation not counted (expo/learner/flops.py), over "
+    "their seconds and the peak bfloat16 FLOP/s of all GPUs; null where that peak is not known",
     "padding_fraction": "share of the positions passed through the model in training that were padding",
     "memory_peak_gib": "most memory held so far by any rank: GPU tensors, or without a GPU the resident set; GiB",
     "memory_reserved_gib": "most GPU memory reserved so far by any rank's allocator, or the resident set; GiB",

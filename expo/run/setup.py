@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from expo.checkpoint import Checkpoints
 from expo.config import ConfigError, RunConfig, changed_settings, load_config
 from expo.data import (
     Overlap,
@@ -31,7 +30,6 @@ from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
 from expo.learner.model import check_model_path, empty_copy, load_tokenizer
 from expo.learner.policy import DeepSpeedPolicy, Policy
-from expo.metrics import Display, RunFolder
 from expo.rewards.compose import RewardFunction, Shaping, load_reward_functions
 from expo.rewards.verifier import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
@@ -42,11 +40,13 @@ from expo.rollout.vllm.common import check_vllm, version, version_warning
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine
 from expo.rollout.weight_sync import WeightSync, make_probe
+from expo.run.checkpoint import Checkpoints
+from expo.run.metrics import Display, RunFolder
+from expo.run.throughput import Throughput
+from expo.run.trackers import Tracker, check_trackers, open_trackers
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
-from expo.throughput import Throughput
-from expo.trackers import Tracker, check_trackers, open_trackers
 from expo_kernels import CurriculumTable
 
 RUNS = Path("runs")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from expo.config import ConfigError, RunConfig
-from expo.metrics import STEP_METRICS
+from expo.run.metrics import STEP_METRICS
 from expo.runtime.atomic_io import write_bytes_whole
 
 PROJECT = "expo"

@@ -13,8 +13,8 @@ import torch
 from expo.config import ConfigError, RunConfig
 from expo.learner.flops import ModelShape, peak_flops, training_flops
 from expo.learner.mini_batch import MiniBatch
-from expo.metrics import PhaseTimer
 from expo.rewards.graded import Graded
+from expo.run.metrics import PhaseTimer
 from expo.runtime.distributed import Ranks
 
 GIB = 2**30
