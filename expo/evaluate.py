@@ -17,9 +17,18 @@ from typing import Any
 from expo.config import ConfigError, EvaluationSection, fail
 from expo.data import Prompted
 from expo.evaluation import compare
-from expo.evaluation.options import PROGRAM, Invocation, parse_command_line
-from expo.evaluation.parts import Evaluation, open_evaluation
+from expo.evaluation.config import PROGRAM, Invocation, parse_command_line
 from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
+from expo.evaluation.scores import (
+    by_question,
+    majority_scores,
+    mean_with_interval,
+    num_correct,
+    pass_at_k,
+    powers_of_two,
+    score_set,
+)
+from expo.evaluation.session import Evaluation, open_evaluation
 from expo.evaluation.tables import scores_table
 from expo.rewards.answers import judge_exactly
 from expo.rewards.graded import Graded, Grader, grade
@@ -30,15 +39,6 @@ from expo.run.checkpoint import CheckpointError
 from expo.run.metrics import describe_environment
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.signals import StopRequested
-from expo.scores import (
-    by_question,
-    majority_scores,
-    mean_with_interval,
-    num_correct,
-    pass_at_k,
-    powers_of_two,
-    score_set,
-)
 
 __all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]
 

@@ -11,7 +11,7 @@ import pytest
 from expo.config import ConfigError
 from expo.evaluate import main
 from expo.evaluation.compare import Results, compare
-from expo.scores import mean_with_interval, pass_at_k, powers_of_two
+from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
 
 
 def results(correct, n, label="a", **protocol):

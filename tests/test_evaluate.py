@@ -16,7 +16,7 @@ from expo import ledger
 from expo.config import ConfigError, EvaluationSection, load_config
 from expo.data import Prompted, Question
 from expo.evaluate import agreements, evaluate, measure, pass_at_k
-from expo.evaluation.options import PROGRAM, name_sets, parse_command_line, resolve
+from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resolve
 from expo.rewards.verifier import Verifier
 from expo.rollout import Reply
 from expo.rollout.data_parallel import SharedEngine

@@ -8,7 +8,7 @@ import pytest
 
 from expo.config import RECIPES, ConfigError, load_config
 from expo.data.hub import NAMED
-from expo.evaluation.options import parse_command_line
+from expo.evaluation.config import parse_command_line
 from expo.train import main
 
 NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from expo.evaluate import pass_at_k
+from expo.evaluation.scores import majority_scores, mean_with_interval, powers_of_two
 from expo.rewards.verifier import Verifier
-from expo.scores import majority_scores, mean_with_interval, powers_of_two
 
 
 @pytest.mark.parametrize("n", range(1, 13))

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from expo.evaluation.scores import powers_of_two
 from expo.records import Estimate, interval_text, text_table
-from expo.scores import powers_of_two
 
 SHARES = ("truncated", "unparsed", "timeout")
 

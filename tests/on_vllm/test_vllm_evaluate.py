@@ -8,8 +8,8 @@ import torch
 from expo import ledger
 from expo.config import load_config
 from expo.evaluate import measure
+from expo.evaluation.config import parse_command_line
 from expo.evaluation.frozen import FrozenPolicy
-from expo.evaluation.options import parse_command_line
 from expo.rollout import Request, Sampling, request_seed
 from expo.train import train
 from tests.on_vllm.conftest import PROMPTS

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from expo.evaluate import measure
-from expo.evaluation.options import parse_command_line
+from expo.evaluation.config import parse_command_line
 from expo.run.checkpoint import CheckpointError
 from tests.ranks.running import argv, environment, life, lived, write_questions
 

@@ -12,9 +12,10 @@ import torch
 from expo.config import ConfigError, RunConfig
 from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
+from expo.evaluation.config import Invocation
 from expo.evaluation.frozen import FrozenPolicy
-from expo.evaluation.options import Invocation
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
+from expo.evaluation.scores import Agree
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import SharedEngine, SharedVerifier
@@ -27,7 +28,6 @@ from expo.runtime.atomic_io import remove_leftovers
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
-from expo.scores import Agree
 
 
 @dataclass(frozen=True)
