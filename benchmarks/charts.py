@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import OURS
 from benchmarks.tables import Row, bandwidth, by_case, copy_bandwidth, least, measured, paired
-from expo.pictures import BLUE, GREY, STYLE, VERMILION
+from expo.reporting.figures import BLUE, GREY, STYLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

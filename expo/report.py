@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from expo.page import render_page
-from expo.pictures import draw_pictures
-from expo.records import NotARunError, read_run
+from expo.reporting.figures import draw_pictures
+from expo.reporting.page import render_page
+from expo.reporting.reader import NotARunError, read_run
 from expo.runtime.atomic_io import write_bytes_whole
 
 

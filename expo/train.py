@@ -20,8 +20,8 @@ from expo.data import Prompted
 from expo.evaluate import evaluate
 from expo.learner.mini_batch import MiniBatch, Sample
 from expo.plan import print_plan
-from expo.records import commits_of, results_table
 from expo.report import write_report
+from expo.reporting.reader import commits_of, results_table
 from expo.rewards.compose import RewardError
 from expo.rewards.graded import Graded, grade
 from expo.rewards.groups import Rollouts

@@ -23,7 +23,9 @@ ONLY_IN = {
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/learner/deepspeed.py", "expo/evaluation/saved_weights.py"},
     "math_verify": {"expo/rewards/worker.py"},
-    "matplotlib": {f"expo/pictures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")},
+    "matplotlib": {
+        f"expo/reporting/figures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")
+    },
     "pyarrow": {"expo/data/files.py"},
     "reasoning_gym": {"expo/data/reasoning.py"},
     "trackio": {"expo/run/trackers.py"},

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from expo.pictures.curriculum import gaussian_weight
-from expo.pictures.steps import smooth, tanh_rho
+from expo.reporting.figures.curriculum import gaussian_weight
+from expo.reporting.figures.steps import smooth, tanh_rho
 
 
 def test_curves_follow_the_paper() -> None:

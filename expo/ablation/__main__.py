@@ -19,7 +19,7 @@ from expo.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan
 from expo.ablation.results import as_record, read_outcome
 from expo.ablation.runs import RunFailed, run_all
 from expo.config import ConfigError, fail
-from expo.records import starts_of
+from expo.reporting.reader import starts_of
 from expo.run.metrics import ENVIRONMENT, Display
 from expo.runtime.atomic_io import write_bytes_whole
 

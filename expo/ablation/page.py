@@ -29,7 +29,7 @@ from expo.ablation.results import (
     secondary_contrasts,
 )
 from expo.config import ConfigError, fail
-from expo.pictures import draw_lines
+from expo.reporting.figures import draw_lines
 from expo.runtime.atomic_io import write_bytes_whole
 
 PROGRAM = "python -m expo.ablation.page"

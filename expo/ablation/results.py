@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from expo.ablation.paired import Difference, Mean, holm, mean_over_seeds, paired_difference
 from expo.ablation.plan import ADDED, BASELINE, EVALUATED, Run
-from expo.records import pass_at
+from expo.reporting.reader import pass_at
 
 CURVE_POINTS = 9  # places along the budget at which curves of several runs are averaged
 

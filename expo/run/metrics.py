@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.table import Column
 
 from expo.config import ConfigError
-from expo.records import starts_of
+from expo.reporting.reader import starts_of
 from expo.rewards.graded import Graded
 from expo.runtime.atomic_io import write_bytes_whole
 from expo_kernels import CurriculumTable

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from expo.pictures.drawing import (
+from expo.reporting.figures.drawing import (
     BLACK,
     BLUE,
     GREEN,
@@ -24,7 +24,7 @@ from expo.pictures.drawing import (
     step_axis,
     step_edges,
 )
-from expo.records import Record, Records, main_set, pass_at, series, steps_of
+from expo.reporting.reader import Record, Records, main_set, pass_at, series, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

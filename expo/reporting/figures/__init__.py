@@ -1,8 +1,8 @@
 """Pictures: of a run's report, of evaluations beside each other, and what all of them share."""
 
-from expo.pictures.drawing import BLUE, GREY, STYLE, VERMILION, Picture, draw_lines
-from expo.pictures.evaluations import draw_curves
-from expo.pictures.run import PICTURES, draw_pictures
+from expo.reporting.figures.drawing import BLUE, GREY, STYLE, VERMILION, Picture, draw_lines
+from expo.reporting.figures.evaluations import draw_curves
+from expo.reporting.figures.run import PICTURES, draw_pictures
 
 __all__ = [
     "BLUE",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from expo.pictures.drawing import (
+from expo.reporting.figures.drawing import (
     AFTER,
     BEFORE,
     GREY,
@@ -15,7 +15,7 @@ from expo.pictures.drawing import (
     make_panels,
     share_axis,
 )
-from expo.records import Estimate, Record, Records, Scores, pass_at
+from expo.reporting.reader import Estimate, Record, Records, Scores, pass_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

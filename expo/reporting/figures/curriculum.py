@@ -6,8 +6,8 @@ The weight is computed here (arXiv 2605.11403, eq. 7), from the run's own config
 import math
 from typing import TYPE_CHECKING
 
-from expo.pictures.drawing import BLUE, VERMILION, make_panels, percent_format, step_axis, step_edges
-from expo.records import Record, Records, steps_of
+from expo.reporting.figures.drawing import BLUE, VERMILION, make_panels, percent_format, step_axis, step_edges
+from expo.reporting.reader import Record, Records, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

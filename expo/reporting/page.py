@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from expo.pictures import Picture
-from expo.records import (
+from expo.reporting.figures import Picture
+from expo.reporting.reader import (
     Comparison,
     Record,
     Records,

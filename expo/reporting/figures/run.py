@@ -6,10 +6,10 @@ A picture whose records are not there yet has no PNG, and the report says so in 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from expo.pictures.curriculum import draw_curriculum
-from expo.pictures.drawing import STYLE, Picture, as_png
-from expo.pictures.evaluations import draw_levels, draw_pass_at_k
-from expo.pictures.steps import (
+from expo.reporting.figures.curriculum import draw_curriculum
+from expo.reporting.figures.drawing import STYLE, Picture, as_png
+from expo.reporting.figures.evaluations import draw_levels, draw_pass_at_k
+from expo.reporting.figures.steps import (
     draw_accuracy,
     draw_beta,
     draw_clip_fractions,
@@ -19,7 +19,7 @@ from expo.pictures.steps import (
     draw_kl,
     draw_phases,
 )
-from expo.records import Records
+from expo.reporting.reader import Records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

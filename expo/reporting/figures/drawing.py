@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expo.records import Estimate
+from expo.reporting.reader import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
