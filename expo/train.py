@@ -19,7 +19,7 @@ from expo.config import ConfigError, RunConfig, fail, parse_command_line
 from expo.data import Prompted
 from expo.evaluate import evaluate
 from expo.learner.mini_batch import MiniBatch, Sample
-from expo.plan import print_plan
+from expo.planning.plan import print_plan
 from expo.report import write_report
 from expo.reporting.reader import commits_of, results_table
 from expo.rewards.compose import RewardError

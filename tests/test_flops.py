@@ -15,7 +15,7 @@ from expo.learner.flops import (
     peak_flops,
     training_flops,
 )
-from expo.plan import SHIPPED_SHAPES, find_shape
+from expo.planning.plan import SHIPPED_SHAPES, find_shape
 
 SIZES = {
     "vocab_size": 101,

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from expo.config import RunConfig
 from expo.learner.flops import ModelShape
 from expo.learner.model import run_transformer
-from expo.memory import RUNTIME_BYTES, Footprint
+from expo.planning.memory import RUNTIME_BYTES, Footprint
 
 # V 1000, H 64, I 160, 2 layers, Q 96, K 48: 64,000 + 2 * layer + 64 + 64,000
 SHAPE = ModelShape(1000, 64, 160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, is_tied=False)

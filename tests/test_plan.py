@@ -10,8 +10,8 @@ import pytest
 
 from expo.config import RECIPES, ConfigError, ModelSection, load_config, parse_command_line
 from expo.learner.flops import ModelShape
-from expo.memory import GIB, Footprint
-from expo.plan import Machine, check_batches, check_memory, describe, find_shape, plan_machine
+from expo.planning.memory import GIB, Footprint
+from expo.planning.plan import Machine, check_batches, check_memory, describe, find_shape, plan_machine
 from expo.train import main
 
 PAPERS = ("expo-r1-distill-qwen-1.5b.yaml", "expo-qwen3-8b-base.yaml")
@@ -146,7 +146,7 @@ def test_a_model_out_of_reach_is_refused_in_one_line(monkeypatch):
     def unreachable(path, **_):
         raise OSError(f"cannot reach {path}\nat all")
 
-    monkeypatch.setattr("expo.plan.AutoConfig.from_pretrained", unreachable)
+    monkeypatch.setattr("expo.planning.plan.AutoConfig.from_pretrained", unreachable)
     with pytest.raises(ConfigError, match=r"model\.path = some/model is not at hand") as error:
         find_shape(ModelSection(path="some/model"))
     assert "\n" not in str(error.value)

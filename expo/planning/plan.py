@@ -1,6 +1,6 @@
 """What a run will take, before it takes it: `python -m expo.train CONFIG.yaml --dry-run [--ranks N]`.
 
-Needs the model's shape and nothing else: no weights, no GPU, no question file. Memory comes from `expo/memory.py`, the
+Needs the model's shape and nothing else: no weights, no GPU, no question file. Memory comes from `expo/planning/memory.py`, the
 model's parameters from `expo/learner/flops.py`; this room finds the shape, prints, and refuses what cannot work.
 """
 
@@ -19,7 +19,7 @@ from expo.config import RECIPES, ConfigError, ModelSection, RunConfig
 from expo.data import count_questions
 from expo.learner.flops import ModelShape
 from expo.learner.model import check_model_path
-from expo.memory import GIB, RUNTIME_BYTES, Footprint, Part
+from expo.planning.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.rollout.vllm.common import check_ranks
 from expo.runtime.cli import Invocation
 

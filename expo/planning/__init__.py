@@ -1,0 +1,1 @@
+"""What a run will take: memory, steps and disk, before it starts."""
