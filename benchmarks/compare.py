@@ -144,7 +144,7 @@ def sign_test(values: Sequence[float]) -> float:
 
 def verdicts(ratios_of: Mapping[str, Sequence[float]]) -> dict[str, str]:
     """ "slower", "faster" or "" for each job; any false word at all has a chance of at most 5 %."""
-    from expo.ablation.paired import holm  # here: the worker of an old commit has none
+    from expo.experiments.ablation.paired import holm  # here: the worker of an old commit has none
 
     beyond = holm([sign_test(values) for values in ratios_of.values()])
     return {

@@ -15,12 +15,13 @@ import pytest
 import torch
 from scipy import stats
 
-from expo.ablation.__main__ import main
-from expo.ablation.page import MARKS, section, tables, with_section
-from expo.ablation.page import main as write_page
-from expo.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
-from expo.ablation.plan import ARMS, EVALUATED, POOLS, SHARED, parse_arm, plan_runs, with_arms
-from expo.ablation.results import (
+from expo.config import ConfigError
+from expo.experiments.ablation.__main__ import main
+from expo.experiments.ablation.page import MARKS, section, tables, with_section
+from expo.experiments.ablation.page import main as write_page
+from expo.experiments.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
+from expo.experiments.ablation.plan import ARMS, EVALUATED, POOLS, SHARED, parse_arm, plan_runs, with_arms
+from expo.experiments.ablation.results import (
     MEASURES,
     Outcome,
     Point,
@@ -32,7 +33,6 @@ from expo.ablation.results import (
     read_outcome,
     secondary_contrasts,
 )
-from expo.config import ConfigError
 from expo.ledger.questions import is_held_out, running_totals
 from expo.ledger.skewed import crosses_a_ten, skewed_questions
 from tests.ranks.running import RANK

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expo.config import RECIPES, ConfigError, load_config
-from expo.smollm2 import PACKAGE, convert, find_weights, main
+from expo.experiments.smollm2 import PACKAGE, convert, find_weights, main
 from expo.train import train
 
 MISSING = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]

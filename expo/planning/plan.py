@@ -1,6 +1,6 @@
 """What a run will take, before it takes it: `python -m expo.train CONFIG.yaml --dry-run [--ranks N]`.
 
-Needs the model's shape and nothing else: no weights, no GPU, no question file. Memory comes from `expo/planning/memory.py`, the
+Needs the model's shape and nothing else: no weights, no GPU, no question file. Memory comes from `memory.py`, the
 model's parameters from `expo/learner/flops.py`; this room finds the shape, prints, and refuses what cannot work.
 """
 

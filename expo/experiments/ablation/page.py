@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.ablation.paired import Mean
-from expo.ablation.plan import BASELINE
-from expo.ablation.results import (
+from expo.config import ConfigError, fail
+from expo.experiments.ablation.paired import Mean
+from expo.experiments.ablation.plan import BASELINE
+from expo.experiments.ablation.results import (
     MEASURES,
     Contrast,
     Outcome,
@@ -28,7 +29,6 @@ from expo.ablation.results import (
     scores,
     secondary_contrasts,
 )
-from expo.config import ConfigError, fail
 from expo.reporting.figures import draw_lines
 from expo.runtime.atomic_io import write_bytes_whole
 

