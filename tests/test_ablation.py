@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from expo.config import ConfigError
-from expo.experiments.ablation.__main__ import main
+from expo.experiments.ablation.command import main
 from expo.experiments.ablation.page import MARKS, section, tables, with_section
 from expo.experiments.ablation.page import main as write_page
 from expo.experiments.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile

@@ -99,8 +99,3 @@ def _write_results(runs: Sequence[Run], settings: dict[str, Any], out: Path) -> 
     write_bytes_whole(out / "results.md", text.encode())
     write_record(out, record)
     return text
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are asked to save and end then too
-    sys.exit(main())
