@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 MODULES = sorted([*ROOT.glob("expo/**/*.py"), *ROOT.glob("expo_kernels/**/*.py")])
 
 # what each room may import beside the standard library; a name covers its submodules

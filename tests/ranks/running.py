@@ -10,7 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests import ROOT
+
 LIVES = ROOT / "tests" / "ranks" / "lives.py"
 QUICK = {
     "run.steps": 6,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.ranks.running import ROOT, argv, life, lived, said
+from tests import ROOT
+from tests.ranks.running import argv, life, lived, said
 
 pytestmark = pytest.mark.slow
 ELSEWHERE = {"phase": "join", "do": "move", "path": "here", "on_ranks": [1]}

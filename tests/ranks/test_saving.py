@@ -7,7 +7,8 @@ import zlib
 
 import pytest
 
-from tests.ranks.running import ROOT, argv, environment, facts, life, lived, rows_of, said
+from tests import ROOT
+from tests.ranks.running import argv, environment, facts, life, lived, rows_of, said
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,6 @@ the end DIR holds results.json, results.md and two pictures; `python -m expo.abl
 import argparse
 import json
 import re
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,11 +4,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
 PAGES = {page: PYTHON.findall(page.read_text(encoding="utf-8")) for page in SOURCES}

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from expo.learner.flops import ModelShape
 from expo.planning.memory import GIB, Footprint
 from expo.planning.plan import Machine, check_batches, check_memory, describe, find_shape, plan_machine
 from expo.train import main
+from tests import ROOT
 
 PAPERS = ("expo-r1-distill-qwen-1.5b.yaml", "expo-qwen3-8b-base.yaml")
 A100 = Machine(num_ranks=8, ranks_per_node=8, memory_gib=80.0, source="given")
@@ -49,7 +49,7 @@ def error_of(capsys, *argv):
 def test_the_papers_recipes_are_planned_with_nothing_at_hand(name, tmp_path):
     # no hub, an empty cache, an empty folder
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "expo.train", str(RECIPES / name), "--dry-run", "--ranks", "8"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -95,7 +95,7 @@ def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
 def test_a_run_whose_server_is_killed_while_it_generates_is_as_if_it_had_not_been(run):
     settings = {"rollout.engine": "vllm-server", "rollout.batch_size": 4}
     undisturbed, expected = run(ALONE, **settings)
-    killed, rows = run(ALONE, program="tests.on_vllm.killed_server", **settings)
+    killed, rows = run(ALONE, program="tests.vllm.killed_server", **settings)
     num_done = int(re.fullmatch(r"killed after (\d+)\n", killed.stderr)[1])
     assert 0 < num_done < 16
     assert unmeasured(rows) == unmeasured(expected)

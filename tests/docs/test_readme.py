@@ -1,7 +1,6 @@
 """The README's promises: its example runs as printed, its commands exist."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ import yaml
 
 from expo.config import RunConfig
 from expo.runtime.cli import field_names
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

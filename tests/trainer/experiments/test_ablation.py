@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +34,10 @@ from expo.experiments.ablation.results import (
 )
 from expo.ledger.questions import is_held_out, running_totals
 from expo.ledger.skewed import crosses_a_ten, skewed_questions
+from tests import ROOT
 from tests.ranks.running import RANK
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 FACTS = {"versions": {"torch": "2"}}
 
 

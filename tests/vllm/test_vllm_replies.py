@@ -11,7 +11,7 @@ from expo.learner.batch import collate
 from expo.learner.model import PolicyModule
 from expo.rollout import Request, Sampling, request_seed
 from expo.runtime.signals import StopRequested
-from tests.on_vllm.conftest import PROMPTS, new_engine, save_model
+from tests.vllm.conftest import PROMPTS, new_engine, save_model
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=12)
 

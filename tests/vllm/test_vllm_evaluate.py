@@ -12,8 +12,8 @@ from expo.evaluation.config import parse_command_line
 from expo.evaluation.frozen import FrozenPolicy
 from expo.rollout import Request, Sampling, request_seed
 from expo.train import train
-from tests.on_vllm.conftest import PROMPTS
-from tests.test_evaluate import LAYOUTS, in_layout
+from tests.trainer.evaluation.test_evaluate import LAYOUTS, in_layout
+from tests.vllm.conftest import PROMPTS
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,7 @@ from expo.rollout import Reply
 from expo.rollout.data_parallel import SharedEngine
 from expo.run.metrics import Display
 from expo.runtime.signals import StopRequested, StopSwitch
+from tests import ROOT
 
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 
@@ -275,7 +275,7 @@ def test_a_question_that_comes_again_is_asked_once_and_reported(tmp_path, capsys
     assert "27 rows hold 6 questions" in capsys.readouterr().out
 
 
-LAYOUTS = sorted(path for path in (Path(__file__).parent / "questions").glob("*.jsonl") if "dapo" not in path.name)
+LAYOUTS = sorted(path for path in (ROOT / "tests/trainer/data/questions").glob("*.jsonl") if "dapo" not in path.name)
 """Rows with the columns of each published benchmark."""
 
 
@@ -324,7 +324,7 @@ def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
 
 
 def test_the_flags_of_the_documented_protocols_are_understood():
-    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     protocols = re.findall(r"`(--num-samples [^`]+)`", text)
     assert len(protocols) == 3
     sections = [parse_command_line(["m", "--sets", "s", *flags.split()]).config for flags in protocols]

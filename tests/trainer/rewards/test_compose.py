@@ -15,7 +15,7 @@ from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 from expo.runtime.distributed import Ranks
 from expo.train import main, train
-from tests.test_train import quick, rows_of
+from tests.trainer.test_train import quick, rows_of
 
 RIGHT, WRONG = Verdict("correct", "1"), Verdict("wrong", "2")
 FUNCTIONS = """

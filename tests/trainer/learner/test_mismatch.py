@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expo.learner.mismatch import summary
-from tests.test_policy import BETA, make, samples
+from tests.trainer.learner.test_policy import BETA, make, samples
 
 
 def test_figures_worked_by_hand():

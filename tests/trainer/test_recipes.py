@@ -10,6 +10,7 @@ from expo.config import RECIPES, ConfigError, load_config
 from expo.data.hub import NAMED
 from expo.evaluation.config import parse_command_line
 from expo.train import main
+from tests import ROOT
 
 NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
 PAPERS = [name for name in NAMES if name.startswith(("expo-", "grpo-"))]
@@ -104,7 +105,7 @@ def test_the_papers_benchmarks_are_sets_of_the_hub():
 
 def test_the_pages_commands_evaluate_every_run_on_the_six_benchmarks(tmp_path, monkeypatch):
     """As the shell would: its loop over runs, whose folders are the recipes' here."""
-    page = (Path(__file__).parent.parent / "docs/experiment.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    page = (ROOT / "docs/experiment.md").read_text(encoding="utf-8").replace("\\\n", " ")
     (loop,) = re.findall(r"for run in ([^;]+); do\n +torchrun [^\n]*? -m expo\.evaluate ([^\n]+)\n", page)
     assert [f"{run}.yaml" for run in sorted(loop[0].split())] == PAPERS
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 
 from expo.rollout.vllm import in_process
 from expo.rollout.weight_sync import SyncError
-from tests.on_vllm.conftest import BY_PROBE
+from tests.vllm.conftest import BY_PROBE
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

@@ -14,7 +14,7 @@ from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 from expo.train import draw_questions, main, train, training_samples
 from expo_kernels import CurriculumTable
-from tests.test_train import quick, rows_of, train_until_it_dies, untimed, weights_of
+from tests.trainer.test_train import quick, rows_of, train_until_it_dies, untimed, weights_of
 
 # half of all pairs of replies are both right or both wrong
 PAIRS = {"rollout__group_size": 2, "rollout__max_resamples": 2, "run__checkpoint_every": 3, "run__steps": 6}

@@ -11,8 +11,8 @@ from expo.rollout.vllm.transfer import broadcast, interface
 from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.weight_sync import SyncError
 from expo.runtime.signals import StopRequested
-from tests.on_vllm.conftest import BY_PROBE
-from tests.on_vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
+from tests.vllm.conftest import BY_PROBE
+from tests.vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 
 
 def process_of(served):
