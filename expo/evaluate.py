@@ -113,7 +113,7 @@ def measure(invocation: Invocation) -> Path:
         left = list(chunks_left(parts))
         if left:
             sample(parts, left)
-        if parts.ranks.is_first:
+        if parts.ranks.is_rank0:
             finish(parts)
         return parts.folder.path
 

@@ -238,7 +238,9 @@ def evaluate_if_due(parts: Parts, position: Position) -> float | None:
     if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
         return None
     with parts.guard("sync"):
-        is_known = parts.ranks.on_first(lambda: step in [row["step"] for row in parts.folder.read_rows("evaluations")])
+        is_known = parts.ranks.run_on_rank0(
+            lambda: step in [row["step"] for row in parts.folder.read_rows("evaluations")]
+        )
     if is_known:
         return None
     with parts.guard("evaluation"), parts.display.bar(f"evaluation after step {step}, replies", total) as bar:
@@ -309,7 +311,7 @@ def finish(parts: Parts, position: Position) -> None:
     folder, config = parts.folder, parts.config
     with parts.guard("save"):
         export(parts)
-    if not parts.ranks.is_first:
+    if not parts.ranks.is_rank0:
         return
     evaluations = folder.read_rows("evaluations")
     summary = {
@@ -334,7 +336,7 @@ def export(parts: Parts) -> None:
         parts.policy.export(path)
         parts.tokenizer.save_pretrained(path)
 
-    if parts.ranks.is_first:
+    if parts.ranks.is_rank0:
         write_whole(parts.folder.path / "export", write)
     else:
         parts.policy.export(parts.folder.path)

@@ -79,18 +79,18 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
             stack.enter_context(switch.listening())
             if config.run.threads is not None:
                 torch.set_num_threads(config.run.threads)
-            display = Display(is_shown=ranks.is_first)
-            questions = ranks.together(lambda: _load_sets(config, display))
+            display = Display(is_shown=ranks.is_rank0)
+            questions = ranks.raise_on_all_ranks(lambda: _load_sets(config, display))
             checkpoint = _checkpoint(invocation, ranks)
             # an engine with weights of its own needs the memory of the device
             device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
-            policy = ranks.together(lambda: FrozenPolicy(config, device, checkpoint))
-            sets = ranks.together(lambda: _render_sets(config, questions, policy.tokenizer))
-            facts = ranks.on_first(lambda: _facts(invocation, checkpoint, questions, sets, policy))
-            folder = RunFolder(config.run.dir, is_writer=ranks.is_first)
+            policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config, device, checkpoint))
+            sets = ranks.raise_on_all_ranks(lambda: _render_sets(config, questions, policy.tokenizer))
+            facts = ranks.run_on_rank0(lambda: _facts(invocation, checkpoint, questions, sets, policy))
+            folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
             stack.callback(folder.release)
-            ranks.together(folder.take)
-            done = ranks.on_first(lambda: _take_up(folder, facts))
+            ranks.raise_on_all_ranks(folder.take)
+            done = ranks.run_on_rank0(lambda: _take_up(folder, facts))
             verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
         yield Evaluation(
             config=config,

@@ -162,8 +162,8 @@ def load_states(engine: Any, folder: Path, ranks: Ranks, *, converts: bool) -> d
         path, state = engine.load_checkpoint(str(folder), tag=TAG)
     assert path is not None, f"{folder} holds no DeepSpeed checkpoint"
     if converts:
-        ranks.wait()
-        if ranks.is_first:
+        ranks.barrier()
+        if ranks.is_rank0:
             shutil.rmtree(folder)
     found: dict[str, Any] = state
     return found
@@ -186,5 +186,5 @@ def _universal(folder: Path, ranks: Ranks) -> Path:
                 f"for {ranks.size}: {problem}; resume with as many as made it"
             )
 
-    ranks.on_first(convert)
+    ranks.run_on_rank0(convert)
     return converted

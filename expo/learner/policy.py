@@ -198,7 +198,7 @@ class DeepSpeedPolicy:
         self._updates_done += 1
         return {
             **means.over(mini_batch.num_tokens, self._ranks),
-            "ratio_max": self._ranks.maximum([ratio_max])[0],
+            "ratio_max": self._ranks.all_reduce_max([ratio_max])[0],
             "grad_norm": norm,
             "learning_rate": rate,
             "skipped": float(not applied),
@@ -263,7 +263,7 @@ class DeepSpeedPolicy:
     def export(self, folder: Path) -> None:
         """Writes safetensors in `policy.dtype`, config and generation config, by rank 0; all ranks call it."""
         state = {name: value.cpu() for name, value in self.named_weights()}
-        if not self._ranks.is_first:
+        if not self._ranks.is_rank0:
             return
         names = set(self.model.state_dict())
         tied = {name: state[kept] for name, kept in getattr(self.model, "all_tied_weights_keys", {}).items()}
@@ -290,7 +290,7 @@ class _TokenMeans:
 
     def over(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
         """The means, by name, of a step with `num_tokens` tokens over all ranks."""
-        loss, *sums = ranks.total(self._sums)
+        loss, *sums = ranks.all_reduce_sum(self._sums)
         return dict(zip(self.names, [loss, *(value / max(num_tokens, 1) for value in sums)], strict=True))
 
 

@@ -98,7 +98,7 @@ class Shaping:
             except RewardError as error:
                 return str(error)
 
-        found = self._ranks.on_first(call)
+        found = self._ranks.run_on_rank0(call)
         if isinstance(found, str):
             raise RewardError(found)
         return found

@@ -64,16 +64,16 @@ class ReplyCache:
         path = self._folder / f"step-{step:06d}-round-{round_index}.gz"
         facts = {"settings": self._settings, "step": step, "round": round_index, "questions": list(question_ids)}
         probe = self._probe_logps()
-        found = self._ranks.on_first(lambda: self._read(path, facts, probe))
+        found = self._ranks.run_on_rank0(lambda: self._read(path, facts, probe))
         if found is None:
             found = sample()
-            if self._ranks.is_first:
+            if self._ranks.is_rank0:
                 self._write(path, {**facts, "probe": probe, **_packed(found)})
         return found
 
     def drop(self, step: int) -> None:
         """Deletes what was sampled up to `step`, and what a process that died has half written."""
-        if not self._ranks.is_first or not self._folder.is_dir():
+        if not self._ranks.is_rank0 or not self._folder.is_dir():
             return
         remove_leftovers(self._folder)
         for path in self._folder.glob("step-*-round-*.gz"):

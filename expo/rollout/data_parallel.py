@@ -50,7 +50,7 @@ class SharedEngine:
 
         mine: list[list[Reply]] | str
         try:
-            mine = self._engine.generate(self._ranks.share(requests, self._width), sampling, tell)
+            mine = self._engine.generate(self._ranks.shard(requests, self._width), sampling, tell)
         except StopRequested as request:
             mine = str(request)
         shares = self._ranks.gather(mine)[:: self._width]
@@ -59,7 +59,7 @@ class SharedEngine:
                 raise StopRequested(share)
         if on_progress is not None and left:
             on_progress(left)
-        return self._ranks.joined([share for share in shares if not isinstance(share, str)])
+        return self._ranks.unshard([share for share in shares if not isinstance(share, str)])
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Has every rank's engine take the policy's weights."""
@@ -102,7 +102,7 @@ class SharedVerifier:
         """
         mine: list[Verdict] | Exception
         try:
-            mine = self._verifier.grade(self._ranks.share(replies), self._ranks.share(answers))
+            mine = self._verifier.grade(self._ranks.shard(replies), self._ranks.shard(answers))
         except (ValueError, RuntimeError) as error:
             mine = error
         shares = self._ranks.gather(mine)
@@ -111,7 +111,7 @@ class SharedVerifier:
         for share in shares:
             if isinstance(share, Exception):
                 raise share
-        return self._ranks.joined([share for share in shares if not isinstance(share, Exception)])
+        return self._ranks.unshard([share for share in shares if not isinstance(share, Exception)])
 
     def close(self) -> None:
         """Ends this rank's worker processes."""

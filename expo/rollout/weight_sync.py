@@ -147,7 +147,7 @@ class WeightSync:
         theirs = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
         ours = self._policy_logps = self._score_by_policy()
         apart = (ours - theirs).abs().nan_to_num(nan=torch.inf)
-        (largest,) = self._ranks.maximum([float(apart.max())])
+        (largest,) = self._ranks.all_reduce_max([float(apart.max())])
         if largest > self._tolerance:
             row, column = divmod(int(apart.argmax()), apart.shape[1])
             raise SyncError(

@@ -72,7 +72,7 @@ class Checkpoints:
         Raises: CheckpointError if a rank could not write; nothing that was there before is lost.
         """
         path = self.folder / f"step-{position.step:06d}"
-        if self._ranks.from_first(path.is_dir()):
+        if self._ranks.broadcast_from_rank0(path.is_dir()):
             return path
         temporary = path.with_name(f".{path.name}.part")
         try:
@@ -88,7 +88,7 @@ class Checkpoints:
             }
             self._together(lambda: self._put_in_place(temporary, path, facts))
         except CheckpointError as error:
-            if self._ranks.is_first:
+            if self._ranks.is_rank0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {path} could not be written ({error}); earlier ones are untouched"
@@ -109,27 +109,27 @@ class Checkpoints:
         return [made for _, made in found]  # type: ignore[misc]  # None only beside a problem
 
     def _make_room(self, temporary: Path) -> None:
-        if self._ranks.is_first:
+        if self._ranks.is_rank0:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "policy").mkdir(parents=True)
 
     def _write(self, temporary: Path, position: Position, policy: Policy) -> None:
         policy.save(temporary / "policy")
         _save(position.random or random_states(), temporary / f"random-rank{self._ranks.rank}.pt")
-        if self._ranks.is_first:
+        if self._ranks.is_rank0:
             shared = {name: value for name, value in vars(position).items() if name != "random"}
             _save(shared, temporary / "position.pt")
 
     def _checksums(self, temporary: Path) -> dict[str, list[int]]:
         """Size and CRC-32 of this rank's share of the files, flushed to disk."""
         found = {}
-        for path in self._ranks.share(sorted(path for path in temporary.rglob("*") if path.is_file())):
+        for path in self._ranks.shard(sorted(path for path in temporary.rglob("*") if path.is_file())):
             flush(path)
             found[path.relative_to(temporary).as_posix()] = [path.stat().st_size, _crc(path)]
         return found
 
     def _put_in_place(self, temporary: Path, path: Path, facts: Mapping[str, Any]) -> None:
-        if not self._ranks.is_first:
+        if not self._ranks.is_rank0:
             return
         manifest = {**facts, "crc": _crc_of_facts(facts)}
         write_bytes_whole(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -142,7 +142,7 @@ class Checkpoints:
 
     def retain(self, newest: int, *, best: bool) -> None:
         """Deletes all but the `newest` last ones, and the one of the highest score where `best`."""
-        if not self._ranks.is_first:
+        if not self._ranks.is_rank0:
             return
         every = self.list()
         kept = set(every[-newest:])
@@ -171,7 +171,7 @@ class Checkpoints:
 
     def tidy(self) -> None:
         """Removes what processes that died have left half written or half deleted."""
-        if self._ranks.is_first:
+        if self._ranks.is_rank0:
             remove_leftovers(self.folder)
 
     def newest_whole(self) -> Path | None:
@@ -181,12 +181,12 @@ class Checkpoints:
 
         Raises: CheckpointError if there are some, but not one is whole.
         """
-        every = self._ranks.from_first(self.list())
+        every = self._ranks.broadcast_from_rank0(self.list())
         for path in reversed(every):
             problems = [problem for problem in self._ranks.gather(self._problem(path)) if problem]
             if not problems:
                 return path
-            if self._ranks.is_first:
+            if self._ranks.is_rank0:
                 sys.stderr.write(f"checkpoint {path} is not whole ({problems[0]}); looking at the one before\n")
         if every:
             raise CheckpointError(
@@ -200,7 +200,7 @@ class Checkpoints:
 
         Raises: CheckpointError if there is none, or it does not agree with its manifest.
         """
-        every = self._ranks.from_first({_step(path): path for path in self.list()})
+        every = self._ranks.broadcast_from_rank0({_step(path): path for path in self.list()})
         if step not in every:
             known = ", ".join(map(str, every)) or "none"
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
@@ -214,7 +214,7 @@ class Checkpoints:
             facts = _facts(path)
             if self._config_hash not in (None, facts["config_hash"]):
                 return "it belongs to a run of other settings"
-            for name in self._ranks.share(sorted(facts["files"])):
+            for name in self._ranks.shard(sorted(facts["files"])):
                 size, crc = facts["files"][name]
                 if not (path / name).is_file():
                     return f"{name} is missing"
@@ -234,8 +234,8 @@ class Checkpoints:
         own = path / f"random-rank{self._ranks.rank}.pt"
         if self._ranks.size == ranks_before:
             _set_random_states(torch.load(own, map_location="cpu", weights_only=True))
-        self._ranks.wait()
-        if self._ranks.is_first:
+        self._ranks.barrier()
+        if self._ranks.is_rank0:
             # newer ones are not whole, and the run is about to write them again
             self._delete([later for later in self.list() if _step(later) > _step(path)])
             with suppress(OSError):

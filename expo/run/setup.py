@@ -131,10 +131,10 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Parts]:
             # not before: a process that waits for others has nothing to save, and can only die of the signal
             stack.enter_context(switch.listening())
             watchdog.siblings = _processes_here(ranks)
-            inputs = ranks.together(lambda: load_inputs(config))
+            inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
             folder = open_folder(config, resume, ranks)
             watchdog.folder = folder.path
-            ranks.on_first(lambda: require_same_questions(folder.path / "data.json", inputs.sets))
+            ranks.run_on_rank0(lambda: require_same_questions(folder.path / "data.json", inputs.sets))
             parts = _build_parts(config, inputs, folder, ranks, watchdog, switch, resume)
         try:
             yield parts
@@ -199,9 +199,9 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
     Raises: ConfigError if it holds a run that was not asked to go on, a run of another configuration, or one that a
         process is still at work on.
     """
-    path = ranks.on_first(lambda: _checked_folder(config, resume))
-    folder = RunFolder(path, is_writer=ranks.is_first)
-    ranks.together(folder.take)
+    path = ranks.run_on_rank0(lambda: _checked_folder(config, resume))
+    folder = RunFolder(path, is_writer=ranks.is_rank0)
+    ranks.raise_on_all_ranks(folder.take)
     folder.write_text("config.yaml", config.to_yaml())
     return folder
 
@@ -254,7 +254,7 @@ def _build_parts(
     """Loads the model and its reference; sets PyTorch's number of threads."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    display = Display(is_shown=ranks.is_first)
+    display = Display(is_shown=ranks.is_rank0)
     policy = DeepSpeedPolicy(config, ranks)
     _record_data(inputs, folder, display)
     engine = build_engine(config, policy, ranks, switch, display, folder.path)
@@ -285,7 +285,7 @@ def _build_parts(
         folder=folder,
         checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings),
         display=display,
-        trackers=open_trackers(config.run.trackers, folder.path, config, resume) if ranks.is_first else [],
+        trackers=open_trackers(config.run.trackers, folder.path, config, resume) if ranks.is_rank0 else [],
         throughput=Throughput(config, policy.model.config, ranks),
         watchdog=watchdog,
         switch=switch,

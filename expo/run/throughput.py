@@ -43,7 +43,7 @@ class Throughput:
         """Entries of metrics.jsonl that are about speed and memory, as `STEP_METRICS` names them."""
         trained = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
         positions = sum(mini_batch.num_positions for mini_batch in mini_batches)
-        peak, reserved = self._ranks.maximum(_memory())
+        peak, reserved = self._ranks.all_reduce_max(_memory())
         return {
             "rollout_tokens_per_second": graded.num_tokens / timer.seconds_of("rollout"),
             "training_tokens_per_second": trained / timer.seconds_of("update"),

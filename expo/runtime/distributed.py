@@ -25,11 +25,11 @@ class Ranks:
         self.device, self.rank, self.size = device, rank, size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T], width: int = 1) -> list[T]:
+    def shard(self, items: Sequence[T], width: int = 1) -> list[T]:
         """This rank's part of `items`: every size-th, starting at its number; `width` ranks on end have one part."""
         return list(items[self.rank // width :: self.size // width])
 
@@ -41,12 +41,12 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def joined(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """What `share` took apart, in its first order."""
+    def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """What `shard` split, in its first order."""
         total = sum(len(share) for share in shares)
         return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
 
-    def from_first(self, value: T) -> T:
+    def broadcast_from_rank0(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
@@ -54,51 +54,51 @@ class Ranks:
         dist.broadcast_object_list(held, src=0)
         return held[0]
 
-    def on_first(self, make: Callable[[], T]) -> T:
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; a ConfigError it raises is raised on every rank, any other
         error as a RuntimeError on the others.
         """
         found: list[Any] = [None, None]
-        if self.is_first:
+        if self.is_rank0:
             try:
                 found[0] = make()
             except ConfigError as error:
                 found[1] = error
             except Exception as error:
-                self.from_first([None, RuntimeError(f"rank 0: {error!r}")])
+                self.broadcast_from_rank0([None, RuntimeError(f"rank 0: {error!r}")])
                 raise
-        value, problem = self.from_first(found)
+        value, problem = self.broadcast_from_rank0(found)
         if problem is not None:
             raise problem
         result: T = value
         return result
 
-    def together(self, make: Callable[[], T]) -> T:
+    def raise_on_all_ranks(self, make: Callable[[], T]) -> T:
         """What `make` returns on this rank; a ConfigError that one rank raises is raised on every rank."""
         problem = None
         try:
             made = make()
         except ConfigError as error:
-            problem = error if self.is_first else ConfigError(f"rank {self.rank}: {error}")
+            problem = error if self.is_rank0 else ConfigError(f"rank {self.rank}: {error}")
         problems = [found for found in self.gather(problem) if found is not None]
         if problems:
             raise problems[0]
         return made
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the ranks."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
-    def maximum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Largest of each value over the ranks."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        return self._all_reduce(values, dist.ReduceOp.MAX)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every rank has come here."""
         if self.size > 1:
-            self.total([0.0])
+            self.all_reduce_sum([0.0])
 
-    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+    def _all_reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.size == 1:
             return list(values)
         held: Tensor = torch.tensor(values, dtype=torch.float64)
@@ -132,7 +132,7 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
             store = dist.HashStore()  # type: ignore[attr-defined]  # in this process alone: no port is opened
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
-    ranks.device = ranks.together(lambda: _device(device_name))
+    ranks.device = ranks.raise_on_all_ranks(lambda: _device(device_name))
     return ranks
 
 

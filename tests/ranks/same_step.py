@@ -63,7 +63,7 @@ def main() -> None:
         found[path, stage, packing, aggregation] = parameters_after_three_steps(
             path, stage, packing, aggregation, 40, ranks
         )
-    if ranks.is_first:
+    if ranks.is_rank0:
         torch.save(found, out)
     leave_ranks()
 

@@ -49,7 +49,7 @@ class ServerEngine:
         self._version: str | None = None
         if not config.vllm.servers:
             _require_room(config.vllm, ranks)
-        urls, self.version = ranks.on_first(lambda: self._open(folder))
+        urls, self.version = ranks.run_on_rank0(lambda: self._open(folder))
         mine = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
         chosen = mine or [urls[ranks.rank % len(urls)]]
         self._servers = [Server(url, config.vllm.patience_s) for url in chosen]
@@ -130,7 +130,7 @@ class ServerEngine:
         for _ in weights:  # the other ranks, and rank 0 if it failed: gathering is a thing of all
             pass
         version = None if self._weights is None else self._weights.version
-        self._version, problem = self._ranks.from_first((version, problem))
+        self._version, problem = self._ranks.broadcast_from_rank0((version, problem))
         if problem is not None:
             raise EngineError(problem)
 
