@@ -31,7 +31,7 @@ from expo.evaluation.scores import (
 from expo.evaluation.session import Evaluation, open_evaluation
 from expo.evaluation.tables import scores_table
 from expo.rewards.answers import judge_exactly
-from expo.rewards.graded import Graded, Grader, grade
+from expo.rewards.graded import GradedRollouts, Grader, grade
 from expo.rewards.verifier import GoldError
 from expo.rollout import Request, RolloutEngine, Sampling, request_seed
 from expo.rollout.weight_sync import SyncError
@@ -55,7 +55,7 @@ def ask(
     max_new_tokens: int,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
-) -> Graded:
+) -> GradedRollouts:
     """evaluation.num_samples graded replies to each question."""
     requests = [
         Request(

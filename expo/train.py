@@ -23,7 +23,7 @@ from expo.planning.plan import print_plan
 from expo.report import write_report
 from expo.reporting.reader import commits_of, results_table
 from expo.rewards.compose import RewardError
-from expo.rewards.graded import Graded, grade
+from expo.rewards.graded import GradedRollouts, grade
 from expo.rewards.groups import Rollouts
 from expo.rewards.verifier import GoldError
 from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
@@ -74,7 +74,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     with timer.phase("curriculum"):
                         drawn = draw_questions(parts)
                     rollouts = roll_out(parts, step, drawn, timer)
-                    sampled, kept = rollouts.sampled, rollouts.kept
+                    sampled, kept = rollouts.sampled, rollouts.kept_groups
                     with timer.phase("curriculum"):
                         parts.curriculum.update(drawn[: len(sampled.asked)], sampled.correct.mean(dim=1))
                     advantages = group_advantages(
@@ -124,7 +124,7 @@ def draw_questions(parts: Parts) -> Tensor:
 
 
 def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollouts:
-    """Graded groups of the first questions drawn; then, for rollout.max_resamples rounds at most, of as many of the
+    """GradedRollouts groups of the first questions drawn; then, for rollout.max_resamples rounds at most, of as many of the
     next ones as there are groups still missing that teach something.
     """
     section = parts.config.rollout
@@ -134,7 +134,7 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
         with timer.phase("rollout"):
             asked, replies = sample_replies(parts, step, len(rollouts.rounds), questions)
         with timer.phase("reward"):
-            graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
+            graded = parts.reward_composer.shape(grade(parts.verifier, asked, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
         missing = rollouts.num_missing
     return rollouts
@@ -159,7 +159,7 @@ def sample_replies(
     return asked, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
 
 
-def training_samples(graded: Graded, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
+def training_samples(graded: GradedRollouts, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
     """Every reply with its prompt and its advantage, question after question; truncated ones left out if so asked."""
     value = iter(advantages.tolist())
     return [
@@ -217,7 +217,7 @@ def update_policy(
     return updates, bad_updates
 
 
-def record(parts: Parts, step: int, graded: Graded, row: Mapping[str, Any]) -> None:
+def record(parts: Parts, step: int, graded: GradedRollouts, row: Mapping[str, Any]) -> None:
     """Writes down a step: its metrics, some of its replies, and where the curriculum stands."""
     kept = graded.rows()[: parts.config.run.completions_per_step]
     parts.folder.append("completions", *({"step": step, **row} for row in kept))

@@ -19,7 +19,7 @@ from expo.rewards.graded import fractions
 
 NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then move by under 5 % of its width
 
-Row = Mapping[str, Any]  # one reply, as `Graded.rows` has it
+Row = Mapping[str, Any]  # one reply, as `GradedRollouts.rows` has it
 Agree = Callable[[Sequence[tuple[str, str]]], list[bool]]  # whether two stated answers are one, pair by pair
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, RewardSection
-from expo.rewards.graded import Graded
+from expo.rewards.graded import GradedRollouts
 from expo.runtime.distributed import Ranks
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
@@ -51,7 +51,7 @@ def _load(name: str) -> RewardFunction:
     return function
 
 
-class Shaping:
+class RewardComposer:
     """Adds up what `config.reward` rewards.
 
     Args:
@@ -67,7 +67,7 @@ class Shaping:
         self._section, self._max_new_tokens = section, max_new_tokens
         self._functions, self._ranks = functions, ranks
 
-    def shape(self, graded: Graded) -> Graded:
+    def shape(self, graded: GradedRollouts) -> GradedRollouts:
         """The same replies with their shaped rewards and the parts of them.
 
         Raises: RewardError, on every rank.
@@ -84,7 +84,7 @@ class Shaping:
             rewards = rewards + section.overlong_penalty * parts["overlong"]
         return replace(graded, shaped=rewards, reward_parts=parts)
 
-    def _called(self, graded: Graded) -> dict[str, list[float]]:
+    def _called(self, graded: GradedRollouts) -> dict[str, list[float]]:
         """What each function says of every reply, or the same RewardError on all ranks."""
         rows = [
             (reply.text, prompted.question.answer, prompted.question.text)

@@ -21,7 +21,7 @@ class Grader(Protocol):
 
 
 @dataclass(frozen=True)
-class Graded:
+class GradedRollouts:
     """Q questions with G replies each: `replies[q][g]` was graded `verdicts[q][g]`.
 
     shaped: [Q, G] float32, rewards where they are more than the verdict's; reward_parts: [Q, G] float32 each, what
@@ -49,9 +49,9 @@ class Graded:
         """[Q, G] int64, tokens of each reply, its end-of-sequence token included."""
         return torch.tensor([[len(reply.token_ids) for reply in group] for group in self.replies])
 
-    def select(self, questions: Sequence[int]) -> "Graded":
+    def select(self, questions: Sequence[int]) -> "GradedRollouts":
         """The groups of some questions, by their index in `asked`."""
-        return Graded(
+        return GradedRollouts(
             [self.asked[q] for q in questions],
             [self.replies[q] for q in questions],
             [self.verdicts[q] for q in questions],
@@ -99,18 +99,18 @@ def fractions(kinds: Sequence[str], cut: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequence[Reply]]) -> Graded:
+def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequence[Reply]]) -> GradedRollouts:
     """Verdicts for all replies, graded in one call."""
     texts = [reply.text for group in replies for reply in group]
     answers = [prompted.question.answer for prompted, group in zip(asked, replies, strict=True) for _ in group]
     verdicts = iter(verifier.grade(texts, answers))
-    return Graded(asked, replies, [[next(verdicts) for _ in group] for group in replies])
+    return GradedRollouts(asked, replies, [[next(verdicts) for _ in group] for group in replies])
 
 
-def joined(parts: Sequence[Graded]) -> Graded:
+def joined(parts: Sequence[GradedRollouts]) -> GradedRollouts:
     """The groups of all parts, one after the other; parts that were shaped, all in one way."""
     shaped = [part.shaped for part in parts if part.shaped is not None]
-    return Graded(
+    return GradedRollouts(
         [prompted for part in parts for prompted in part.asked],
         [group for part in parts for group in part.replies],
         [group for part in parts for group in part.verdicts],

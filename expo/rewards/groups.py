@@ -11,23 +11,23 @@ from functools import cached_property
 
 from torch import Tensor
 
-from expo.rewards.graded import Graded, joined
+from expo.rewards.graded import GradedRollouts, joined
 
 
 @dataclass(frozen=True)
 class Rollouts:
     """Groups sampled in rounds, in the order in which their questions were drawn; `size` of them are learnt from."""
 
-    rounds: Sequence[Graded]
+    rounds: Sequence[GradedRollouts]
     size: int
 
     @cached_property
-    def sampled(self) -> Graded:
+    def sampled(self) -> GradedRollouts:
         """Every group."""
         return joined(self.rounds)
 
     @cached_property
-    def kept(self) -> Graded:
+    def kept_groups(self) -> GradedRollouts:
         """The first `size` groups that teach something; where these are too few, the first of the others with them."""
         first = teaches(self.sampled.rewards).int().argsort(descending=True, stable=True)[: self.size]
         return self.sampled.select(first.sort().values.tolist())

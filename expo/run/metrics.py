@@ -31,7 +31,7 @@ from rich.table import Column
 
 from expo.config import ConfigError
 from expo.reporting.reader import starts_of
-from expo.rewards.graded import Graded
+from expo.rewards.graded import GradedRollouts
 from expo.runtime.atomic_io import write_bytes_whole
 from expo_kernels import CurriculumTable
 
@@ -302,7 +302,7 @@ class Bar:
 
 def step_row(
     step: int,
-    graded: Graded,
+    graded: GradedRollouts,
     beta_eff: float,
     updates: Sequence[Mapping[str, float]],
     curriculum: CurriculumTable,

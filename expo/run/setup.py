@@ -30,7 +30,7 @@ from expo.data.record import require_same_questions, set_lines, set_record
 from expo.evaluation.frozen import FrozenPolicy
 from expo.learner.model import check_model_path, empty_copy, load_tokenizer
 from expo.learner.policy import DeepSpeedPolicy, Policy
-from expo.rewards.compose import RewardFunction, Shaping, load_reward_functions
+from expo.rewards.compose import RewardComposer, RewardFunction, load_reward_functions
 from expo.rewards.verifier import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.cache import ReplyCache
@@ -98,7 +98,7 @@ class Parts:
     sync: WeightSync
     cache: ReplyCache
     verifier: SharedVerifier
-    shaping: Shaping
+    reward_composer: RewardComposer
     curriculum: CurriculumTable
     generator: torch.Generator  # draws questions
     train_set: list[Prompted]
@@ -276,7 +276,7 @@ def _build_parts(
             is_on=config.rollout.keep_replies,
         ),
         verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
-        shaping=Shaping(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
+        reward_composer=RewardComposer(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
         curriculum=_curriculum(config, len(inputs.train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
         train_set=inputs.train_set,

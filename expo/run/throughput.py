@@ -13,7 +13,7 @@ import torch
 from expo.config import ConfigError, RunConfig
 from expo.learner.flops import ModelShape, peak_flops, training_flops
 from expo.learner.mini_batch import MiniBatch
-from expo.rewards.graded import Graded
+from expo.rewards.graded import GradedRollouts
 from expo.run.metrics import PhaseTimer
 from expo.runtime.distributed import Ranks
 
@@ -39,7 +39,9 @@ class Throughput:
         except ConfigError:
             self._peak = None
 
-    def row(self, graded: Graded, mini_batches: Sequence[MiniBatch], timer: PhaseTimer) -> dict[str, float | None]:
+    def row(
+        self, graded: GradedRollouts, mini_batches: Sequence[MiniBatch], timer: PhaseTimer
+    ) -> dict[str, float | None]:
         """Entries of metrics.jsonl that are about speed and memory, as `STEP_METRICS` names them."""
         trained = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
         positions = sum(mini_batch.num_positions for mini_batch in mini_batches)

@@ -9,8 +9,8 @@ import expo.train
 from expo.config import ConfigError, RewardSection
 from expo.data import Prompted, Question
 from expo.formats import boxed, think_then_answer
-from expo.rewards.compose import RewardError, Shaping, load_reward_functions, overlong_penalties
-from expo.rewards.graded import Graded
+from expo.rewards.compose import RewardComposer, RewardError, load_reward_functions, overlong_penalties
+from expo.rewards.graded import GradedRollouts
 from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 from expo.runtime.distributed import Ranks
@@ -46,12 +46,12 @@ def functions(tmp_path, monkeypatch):
 def graded():
     """One question, replies "a" (right) and "cc" (wrong), of 3 and 9 tokens."""
     replies = [Reply([5] * 3, [-0.5] * 3, False, "a"), Reply([5] * 9, [-0.5] * 9, True, "cc")]
-    return Graded([Prompted(Question("id", "q", "1"), [5])], [replies], [[RIGHT, WRONG]])
+    return GradedRollouts([Prompted(Question("id", "q", "1"), [5])], [replies], [[RIGHT, WRONG]])
 
 
 def shaped(load=load_reward_functions, **section):
     section = RewardSection(**section)
-    return Shaping(section, 10, load(section.functions), Ranks(torch.device("cpu"), 0, 1)).shape(graded())
+    return RewardComposer(section, 10, load(section.functions), Ranks(torch.device("cpu"), 0, 1)).shape(graded())
 
 
 def test_overlong_replies_pay_by_equation_13():

@@ -8,7 +8,7 @@ import torch
 import expo.train
 from expo.config import load_config
 from expo.data import Prompted, Question
-from expo.rewards.graded import Graded
+from expo.rewards.graded import GradedRollouts
 from expo.rewards.groups import Rollouts, teaches
 from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
@@ -25,7 +25,7 @@ def round_of(*patterns):
     """Groups of replies, right where a pattern has a 1."""
     verdicts = [[Verdict("correct" if mark == "1" else "wrong", "") for mark in pattern] for pattern in patterns]
     asked = [Prompted(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
-    return Graded(asked, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
+    return GradedRollouts(asked, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
 
 
 def kept(size, *rounds):
@@ -56,7 +56,7 @@ def test_equal_rewards_teach_nothing_whatever_their_float_deviation(value):
 
 def test_truncated_replies_are_left_out_where_asked():
     cut = Reply([5, 6], [-0.5, -0.7], True, "")
-    graded = Graded(round_of("01").asked, [[REPLY, cut]], round_of("01").verdicts)
+    graded = GradedRollouts(round_of("01").asked, [[REPLY, cut]], round_of("01").verdicts)
     for mask_truncated in (False, True):
         samples = training_samples(graded, torch.tensor([1.0, -1.0]), mask_truncated=mask_truncated)
         assert [sample.is_left_out for sample in samples] == [False, mask_truncated]
