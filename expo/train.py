@@ -82,7 +82,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     )
                     beta = akl_beta(sampled.correct, config.kl.beta, rho=config.kl.rho)
                     with timer.phase("reference"):
-                        parts.engine.rest()
+                        parts.engine.sleep()
                         samples = training_samples(kept, advantages, mask_truncated=config.objective.mask_truncated)
                         mini_batches = parts.policy.prepare(samples)
                     leave_if_asked(parts)

@@ -18,7 +18,7 @@ from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_qu
 from expo.evaluation.scores import Agree
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
-from expo.rollout.data_parallel import SharedEngine, SharedVerifier
+from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.checkpoint import CheckpointError, Checkpoints
@@ -41,7 +41,7 @@ class Evaluation:
     config: RunConfig
     ranks: Ranks
     policy: FrozenPolicy
-    verifier: SharedVerifier
+    verifier: DataParallelVerifier
     agree: Agree  # by this rank's own verifier
     sets: dict[str, list[Prompted]]
     facts: dict[str, Any]
@@ -51,7 +51,7 @@ class Evaluation:
     watchdog: Watchdog
     switch: StopSwitch
 
-    def start_engine(self) -> SharedEngine:
+    def start_engine(self) -> DataParallelEngine:
         """The rollout engine, with the weights that it must have.
 
         Raises: SyncError if they turn out to be others.
@@ -96,7 +96,7 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
             config=config,
             ranks=ranks,
             policy=policy,
-            verifier=SharedVerifier(verifier, ranks),
+            verifier=DataParallelVerifier(verifier, ranks),
             agree=verifier.agree,
             sets=sets,
             facts=facts,

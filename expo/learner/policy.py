@@ -249,7 +249,7 @@ class DeepSpeedPolicy:
         self._updates_done = state["updates_done"]
 
     @property
-    def is_whole(self) -> bool:
+    def is_unsharded(self) -> bool:
         """Whether `model` holds every weight on every rank, so that an engine can share it."""
         return self._section.zero_stage < 3
 

@@ -11,7 +11,7 @@ from expo.runtime.distributed import Ranks
 from expo.runtime.signals import StopRequested, StopSwitch
 
 
-class SharedEngine:
+class DataParallelEngine:
     """A rollout engine on every rank, each sampling its share of the requests.
 
     Args:
@@ -25,9 +25,9 @@ class SharedEngine:
         self._engine, self._ranks, self._switch, self._width = engine, ranks, switch, width
 
     @property
-    def holds_weights(self) -> bool:
+    def needs_weight_sync(self) -> bool:
         """Whether every rank's engine has weights of its own."""
-        return self._engine.holds_weights
+        return self._engine.needs_weight_sync
 
     def generate(
         self,
@@ -75,16 +75,16 @@ class SharedEngine:
         """What this rank's engine holds."""
         return self._engine.describe_weights()
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Has every rank's engine give back what memory it can, until the next `load_weights`."""
-        self._engine.rest()
+        self._engine.sleep()
 
     def close(self) -> None:
         """Ends what this rank's engine has started."""
         self._engine.close()
 
 
-class SharedVerifier:
+class DataParallelVerifier:
     """A verifier on every rank, each grading its share of the replies.
 
     Args:

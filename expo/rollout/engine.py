@@ -53,7 +53,7 @@ class RolloutEngine(Protocol):
     """Samples replies from the policy's present weights."""
 
     @property
-    def holds_weights(self) -> bool:
+    def needs_weight_sync(self) -> bool:
         """Whether the weights are a copy that `load_weights` must bring up to date, and not the policy's own."""
 
     def generate(
@@ -79,7 +79,7 @@ class RolloutEngine(Protocol):
     def describe_weights(self) -> list[dict[str, Described]]:
         """What it holds, by its own names; for each process that holds some."""
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """No reply is wanted before the next `load_weights`: memory may be given back until then."""
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ class TransformersEngine:
         self._end_ids = end_ids(model, tokenizer)
 
     @property
-    def holds_weights(self) -> bool:
+    def needs_weight_sync(self) -> bool:
         """Whether `model` is a copy of the policy's."""
         return not self._is_shared
 
@@ -98,7 +98,7 @@ class TransformersEngine:
         """What it holds."""
         return [describe(self._model.named_parameters())]
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Between calls nothing is held but the model."""
 
     def close(self) -> None:

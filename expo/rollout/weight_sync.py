@@ -109,7 +109,7 @@ class WeightSync:
         samples = WeightSamples()
         weights = samples.passing(self._policy.named_weights())
         self._engine.load_weights(weights)
-        if not self._engine.holds_weights:
+        if not self._engine.needs_weight_sync:
             return None
         for _ in weights:  # what the engine left, if it did
             pass

@@ -34,7 +34,7 @@ from expo.rewards.compose import RewardComposer, RewardFunction, load_reward_fun
 from expo.rewards.verifier import Verifier
 from expo.rollout import RolloutEngine, end_ids, request_seed
 from expo.rollout.cache import ReplyCache
-from expo.rollout.data_parallel import SharedEngine, SharedVerifier
+from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm.common import check_vllm, version, version_warning
 from expo.rollout.vllm.in_process import VllmEngine
@@ -94,10 +94,10 @@ class Parts:
     config: RunConfig
     ranks: Ranks
     policy: Policy
-    engine: SharedEngine
+    engine: DataParallelEngine
     sync: WeightSync
     cache: ReplyCache
-    verifier: SharedVerifier
+    verifier: DataParallelVerifier
     reward_composer: RewardComposer
     curriculum: CurriculumTable
     generator: torch.Generator  # draws questions
@@ -275,7 +275,7 @@ def _build_parts(
             display.line,
             is_on=config.rollout.keep_replies,
         ),
-        verifier=SharedVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
+        verifier=DataParallelVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
         reward_composer=RewardComposer(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
         curriculum=_curriculum(config, len(inputs.train_set)),
         generator=torch.Generator().manual_seed(request_seed(config.run.seed, "questions")),
@@ -313,10 +313,10 @@ def build_engine(
     switch: StopSwitch,
     display: Display,
     folder: Path,
-) -> SharedEngine:
+) -> DataParallelEngine:
     """The rollout engine of all ranks, on the policy's own weights or on copies that are yet to be synced."""
     width = config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
-    return SharedEngine(_engine(config, policy, ranks, display, folder), ranks, switch, width)
+    return DataParallelEngine(_engine(config, policy, ranks, display, folder), ranks, switch, width)
 
 
 def _engine(
@@ -340,9 +340,9 @@ def _engine(
             max_tokens=config.max_tokens,
             num_ranks=ranks.size,
         )
-    model = policy.model if policy.is_whole else empty_copy(policy.model, policy.dtype, ranks.device)
+    model = policy.model if policy.is_unsharded else empty_copy(policy.model, policy.dtype, ranks.device)
     return TransformersEngine(
-        model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=policy.is_whole
+        model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=policy.is_unsharded
     )
 
 

@@ -32,7 +32,7 @@ from expo.learner.model import load_model
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
 from expo.rewards.verifier import GoldError
-from expo.rollout.data_parallel import SharedEngine
+from expo.rollout.data_parallel import DataParallelEngine
 
 PATIENCE_S = 300
 
@@ -94,7 +94,7 @@ def arrange(fault, rank):
         case "start":
             before(expo.run.setup, "_build_parts")
         case "weights":
-            before(SharedEngine, "load_weights")
+            before(DataParallelEngine, "load_weights")
         case "checkpoint":
             before(expo.run.checkpoint.Checkpoints, "save")
         case "export":

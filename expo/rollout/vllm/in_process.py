@@ -94,7 +94,7 @@ class VllmEngine:
         _keep_teardown_to_ourselves(self._llm)
 
     @property
-    def holds_weights(self) -> bool:
+    def needs_weight_sync(self) -> bool:
         """True: they are a copy of the policy's."""
         return True
 
@@ -123,7 +123,7 @@ class VllmEngine:
         self._llm.apply_model(pack_tied_head)
         self._reset_cache()
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Gives weights and cache back, where `section.sleep` says so."""
         if self._sleeps and not self._is_asleep:
             with _silent():

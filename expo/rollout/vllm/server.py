@@ -89,7 +89,7 @@ class ServerEngine:
         return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads)
 
     @property
-    def holds_weights(self) -> bool:
+    def needs_weight_sync(self) -> bool:
         """True: they are a copy of the policy's."""
         return True
 
@@ -148,7 +148,7 @@ class ServerEngine:
         found: list[dict[str, Described]] = server.post("/collective_rpc", {"method": "describe_weights"})["results"]
         return found
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """The servers have GPUs of their own."""
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resolve
 from expo.rewards.verifier import Verifier
 from expo.rollout import Reply
-from expo.rollout.data_parallel import SharedEngine
+from expo.rollout.data_parallel import DataParallelEngine
 from expo.run.metrics import Display
 from expo.runtime.signals import StopRequested, StopSwitch
 from tests import ROOT
@@ -205,13 +205,13 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
     assert not (out / "results.json").exists()
 
     asked = []
-    generate = SharedEngine.generate
+    generate = DataParallelEngine.generate
 
     def counted(engine, requests, *rest):
         asked.extend(requests)
         return generate(engine, requests, *rest)
 
-    monkeypatch.setattr(SharedEngine, "generate", counted)
+    monkeypatch.setattr(DataParallelEngine, "generate", counted)
     measured(questions, out, small)
     num_whole = kept.count("\n") // NUM_SAMPLES
     assert num_whole > 8, "two portions of four questions were whole, and the third in part"
