@@ -33,7 +33,7 @@ from expo.evaluation.tables import scores_table
 from expo.rewards.answers import judge_exactly
 from expo.rewards.graded import GradedRollouts, Grader, grade
 from expo.rewards.verifier import GoldError
-from expo.rollout import Request, RolloutEngine, Sampling, request_seed
+from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
 from expo.rollout.weight_sync import SyncError
 from expo.run.checkpoint import CheckpointError
 from expo.run.metrics import describe_environment
@@ -58,7 +58,7 @@ def ask(
 ) -> GradedRollouts:
     """evaluation.num_samples graded replies to each question."""
     requests = [
-        Request(
+        GenerationRequest(
             prompted.prompt_ids,
             [request_seed(seed, "evaluate", prompted.question.id, i) for i in range(config.num_samples)],
         )

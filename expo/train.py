@@ -26,7 +26,7 @@ from expo.rewards.compose import RewardError
 from expo.rewards.graded import GradedRollouts, grade
 from expo.rewards.groups import Rollouts
 from expo.rewards.verifier import GoldError
-from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
+from expo.rollout import EngineError, GenerationRequest, Reply, Sampling, request_seed
 from expo.rollout.weight_sync import SyncError
 from expo.run.checkpoint import CheckpointError, Position, random_states
 from expo.run.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
@@ -153,7 +153,7 @@ def sample_replies(
     for prompted in asked:
         key = (config.run.seed, "rollout", step, prompted.question.id)
         seeds = [request_seed(*key, sample) for sample in range(config.rollout.group_size)]
-        requests.append(Request(prompted.prompt_ids, seeds))
+        requests.append(GenerationRequest(prompted.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
     ids = [prompted.question.id for prompted in asked]
     return asked, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from expo.rewards.verifier import Verdict, Verifier
-from expo.rollout import Reply, Request, RolloutEngine, Sampling
+from expo.rollout import GenerationRequest, Reply, RolloutEngine, Sampling
 from expo.rollout.weight_samples import Described
 from expo.runtime.distributed import Ranks
 from expo.runtime.signals import StopRequested, StopSwitch
@@ -31,7 +31,7 @@ class DataParallelEngine:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:

@@ -24,7 +24,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One prompt and a seed for each reply wanted."""
 
     prompt_ids: Sequence[int]
@@ -58,7 +58,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expo.learner.model import head_logits, run_transformer
-from expo.rollout.engine import Reply, Request, Sampling, end_ids
+from expo.rollout.engine import GenerationRequest, Reply, Sampling, end_ids
 from expo.rollout.weight_samples import Described, describe
 from expo_kernels import token_logps
 
@@ -54,7 +54,7 @@ class TransformersEngine:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
@@ -104,7 +104,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing was started."""
 
-    def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
+    def _batches(self, requests: Sequence[GenerationRequest]) -> list[list["_Job"]]:
         """Requests by prompt length, cut so that no batch has more than batch_size replies."""
         batches: list[list[_Job]] = []
         room = 0

@@ -10,7 +10,7 @@ from expo.config import load_config
 from expo.evaluate import measure
 from expo.evaluation.config import parse_command_line
 from expo.evaluation.frozen import FrozenPolicy
-from expo.rollout import Request, Sampling, request_seed
+from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.train import train
 from tests.trainer.evaluation.test_evaluate import LAYOUTS, in_layout
 from tests.vllm.conftest import PROMPTS
@@ -18,7 +18,10 @@ from tests.vllm.conftest import PROMPTS
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8])
 def test_top_p_draws_from_the_likeliest_tokens_alone(pair, top_p):
-    asked = [Request(prompt, [request_seed("top_p", row, n) for n in range(64)]) for row, prompt in enumerate(PROMPTS)]
+    asked = [
+        GenerationRequest(prompt, [request_seed("top_p", row, n) for n in range(64)])
+        for row, prompt in enumerate(PROMPTS)
+    ]
     for request, group in zip(asked, pair.engine.generate(asked, Sampling(0.7, 1, top_p)), strict=True):
         with torch.no_grad():
             logits = pair.policy.model(torch.tensor([list(request.prompt_ids)])).logits[0, -1]
@@ -30,7 +33,7 @@ def test_top_p_draws_from_the_likeliest_tokens_alone(pair, top_p):
 
 
 def test_temperature_zero_takes_the_likeliest_token(pair):
-    asked = [Request(prompt, [0, 1]) for prompt in PROMPTS]
+    asked = [GenerationRequest(prompt, [0, 1]) for prompt in PROMPTS]
     for request, group in zip(asked, pair.engine.generate(asked, Sampling(0.0, 1)), strict=True):
         with torch.no_grad():
             logits = pair.policy.model(torch.tensor([list(request.prompt_ids)])).logits[0, -1]

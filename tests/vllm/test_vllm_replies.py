@@ -9,7 +9,7 @@ import torch
 
 from expo.learner.batch import collate
 from expo.learner.model import PolicyModule
-from expo.rollout import Request, Sampling, request_seed
+from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.runtime.signals import StopRequested
 from tests.vllm.conftest import PROMPTS, new_engine, save_model
 
@@ -18,7 +18,7 @@ SAMPLING = Sampling(temperature=1.0, max_new_tokens=12)
 
 def requests(samples=8):
     return [
-        Request(prompt, [request_seed("vllm", row, sample) for sample in range(samples)])
+        GenerationRequest(prompt, [request_seed("vllm", row, sample) for sample in range(samples)])
         for row, prompt in enumerate(PROMPTS)
     ]
 
@@ -48,7 +48,7 @@ def test_logps_are_the_policys_at_the_temperature(pair, temperature):
 def test_a_seed_gives_the_same_reply_in_any_order_and_after_a_restart(pair):
     expected = tokens(pair.engine.generate(requests(), SAMPLING))
     assert len({tuple(ids) for ids in expected[0]}) > 1, "eight seeds gave one reply"
-    backwards = [Request(request.prompt_ids, request.seeds[::-1]) for request in requests()[::-1]]
+    backwards = [GenerationRequest(request.prompt_ids, request.seeds[::-1]) for request in requests()[::-1]]
     found = tokens(pair.engine.generate(backwards, SAMPLING))
     assert [group[::-1] for group in found[::-1]] == expected
     again = new_engine(pair.path, pair.policy)
@@ -80,7 +80,7 @@ def test_replies_end_at_an_end_token_or_are_truncated(pair):
 
 
 def test_prompts_that_do_not_fit_one_pass_wait_for_the_next(pair):
-    long = [Request(prompt * 9, [request_seed("long", row, sample) for sample in range(64)])
+    long = [GenerationRequest(prompt * 9, [request_seed("long", row, sample) for sample in range(64)])
             for row, prompt in enumerate(PROMPTS)]  # fmt: skip
     wide = new_engine(pair.path, pair.policy, num_replies=256)
     wide.load_weights(pair.policy.named_weights())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from expo.config import ConfigError, VllmSection
-from expo.rollout.engine import Reply, Request, Sampling
+from expo.rollout.engine import GenerationRequest, Reply, Sampling
 from expo.rollout.weight_samples import Described, describe
 
 MADE_FOR = ((0, 32), (0, 34))  # from the first version on, before the second
@@ -117,7 +117,7 @@ def _cpu_settings(section: VllmSection, least_tokens: int) -> dict[str, Any]:
 
 
 def reply_jobs(
-    requests: Sequence[Request], sampling: Sampling, stop_ids: frozenset[int]
+    requests: Sequence[GenerationRequest], sampling: Sampling, stop_ids: frozenset[int]
 ) -> list[tuple[Sequence[int], dict[str, Any]]]:
     """A prompt and vLLM's `SamplingParams` for every reply wanted, in order."""
     options = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, VllmSection
-from expo.rollout.engine import Reply, Request, Sampling
+from expo.rollout.engine import GenerationRequest, Reply, Sampling
 from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
     check_ranks,
@@ -100,7 +100,7 @@ class VllmEngine:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, RunConfig, VllmSection
-from expo.rollout.engine import EngineError, Reply, Request, Sampling
+from expo.rollout.engine import EngineError, GenerationRequest, Reply, Sampling
 from expo.rollout.vllm.client import Away, Crowd, Server, insist
 from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
 from expo.rollout.vllm.supervisor import Keeper, ServerProcess
@@ -95,7 +95,7 @@ class ServerEngine:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expo.rollout import Request, Sampling, request_seed
+from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.rollout.transformers import TransformersEngine, _draw
 from expo_kernels import token_logps
 
@@ -18,7 +18,7 @@ def engine(ledger_model):
 
 def requests(tokenizer, samples=4):
     return [
-        Request(tokenizer(text)["input_ids"], [request_seed("test", text, n) for n in range(samples)])
+        GenerationRequest(tokenizer(text)["input_ids"], [request_seed("test", text, n) for n in range(samples)])
         for text in QUESTIONS
     ]
 
