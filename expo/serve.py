@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--guarded", action="store_true")  # end when our stdin closes
-    parser.add_argument("--ward", type=Path)  # folder to remove then
+    parser.add_argument("--cleanup-dir", type=Path)  # folder to remove then
     own, others = parser.parse_known_args(argv)
     if own.guarded:
-        guard(own.ward)
+        guard(own.cleanup_dir)
     config = parse_command_line(others, PROGRAM).config
     try:
         check_vllm()

@@ -24,8 +24,8 @@ def generate(engine, requests, sampling, on_progress=None):
         num_done += count
         if num_done and not is_killed:
             is_killed = True
-            (keeper,) = engine._keepers
-            os.killpg(keeper._process._process.pid, signal.SIGKILL)
+            (supervisor,) = engine._keepers
+            os.killpg(supervisor._process._process.pid, signal.SIGKILL)
             print(f"killed after {num_done}", file=sys.stderr)
         if on_progress is not None:
             on_progress(count)

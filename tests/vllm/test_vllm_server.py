@@ -16,8 +16,8 @@ from tests.vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 
 
 def process_of(served):
-    (keeper,) = served.engine._keepers
-    return keeper._process._process
+    (supervisor,) = served.engine._keepers
+    return supervisor._process._process
 
 
 def kill(served):
@@ -147,9 +147,9 @@ def test_a_server_that_is_sent_weights_reads_files_too(pairs, monkeypatch):
     served.sync.run()
     served.move(16)
     files = WeightFiles(None)
-    (keeper,) = served.engine._keepers
+    (supervisor,) = served.engine._keepers
     monkeypatch.setattr(served.engine, "_weights", files)
-    monkeypatch.setattr(keeper, "_weights", files)
+    monkeypatch.setattr(supervisor, "_weights", files)
     assert served.sync.run() < 1e-5
     files.close()
 
@@ -157,14 +157,14 @@ def test_a_server_that_is_sent_weights_reads_files_too(pairs, monkeypatch):
 def test_a_stopped_server_ends_the_wait(served, monkeypatch):
     engine, asked = served.engine, requests()
     expected = tokens(engine.generate(asked, SAMPLING))
-    (keeper,) = engine._keepers
+    (supervisor,) = engine._keepers
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_section", engine._section.model_copy(update={"patience_s": 3.0}))
-        patch.setattr(engine, "_servers", [Server(keeper.server.url, 3.0)])
-        os.killpg(keeper._process._process.pid, signal.SIGSTOP)
+        patch.setattr(engine, "_servers", [Server(supervisor.server.url, 3.0)])
+        os.killpg(supervisor._process._process.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineError, match=r"vllm\.patience_s = 3 s"):
                 engine.generate(asked, SAMPLING)
         finally:
-            os.killpg(keeper._process._process.pid, signal.SIGCONT)
+            os.killpg(supervisor._process._process.pid, signal.SIGCONT)
     assert tokens(engine.generate(asked, SAMPLING)) == expected

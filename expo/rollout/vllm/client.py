@@ -24,7 +24,7 @@ KEEPALIVE_S = 30  # after which the system asks whether a silent server's machin
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
 
 
-class Away(Exception):  # noqa: N818  # not an error: it may be back
+class ServerUnavailable(Exception):  # noqa: N818  # not an error: it may be back
     """A server did not answer, or not as one that is well; asking again may help.
 
     Args:
@@ -56,13 +56,13 @@ class Server:
         self._asking = threading.Lock()  # held by the one call that asks for all that wait
 
     def connect(self) -> http.client.HTTPConnection:
-        """A new connection. Raises: Away."""
+        """A new connection. Raises: ServerUnavailable."""
         asked, seconds = time.monotonic(), min(ANSWER_S, self._patience_s)
         connection = http.client.HTTPConnection(*self.place, timeout=seconds)
         try:
             connection.connect()
         except OSError as error:
-            raise Away(f"{error}", self._alive_until(asked)) from error
+            raise ServerUnavailable(f"{error}", self._alive_until(asked)) from error
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
@@ -86,7 +86,7 @@ class Server:
     def call(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> Any:
         """The answer, read from JSON; None if it is empty.
 
-        Raises: Away if there is none or the server failed; EngineError if it refuses the call.
+        Raises: ServerUnavailable if there is none or the server failed; EngineError if it refuses the call.
         """
         asked = time.monotonic()
         try:
@@ -96,27 +96,27 @@ class Server:
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise Away(f"{path}: {error!r}", self._alive_until(asked)) from error
+            raise ServerUnavailable(f"{path}: {error!r}", self._alive_until(asked)) from error
         if response.status >= 500:
-            raise Away(f"{path}: {response.status} {_shortened(answer)}")
+            raise ServerUnavailable(f"{path}: {response.status} {_shortened(answer)}")
         self._heard = time.monotonic()
         if response.status >= 400:
             raise EngineError(f"the vLLM server {self.url} refuses {path}: {response.status} {_shortened(answer)}")
         return json.loads(answer) if answer else None
 
     def _wait(self, place: socket.socket, path: str, asked: float) -> None:
-        """Returns when an answer has begun or the connection has ended. Raises: Away if the server shows no life."""
+        """Returns when an answer has begun or the connection has ended. Raises: ServerUnavailable if the server shows no life."""
         while not _has_come(place, min(LOOK_S, self._patience_s / 4)):
             if not self._asking.acquire(blocking=False):
                 continue
             try:
-                with suppress(Away):
+                with suppress(ServerUnavailable):
                     self.get(HEALTH)
             finally:
                 self._asking.release()
             since = self._alive_until(asked)
             if time.monotonic() - since > self._patience_s:
-                raise Away(f"{path}: no answer, and none to {HEALTH}", since)
+                raise ServerUnavailable(f"{path}: no answer, and none to {HEALTH}", since)
 
     def _alive_until(self, asked: float) -> float:
         return max(asked, self._heard)
@@ -139,7 +139,7 @@ def _shortened(answer: bytes) -> str:
     return " ".join(answer.decode(errors="replace").split())[:300]
 
 
-class Patience:
+class Backoff:
     """How long to go on asking a server that is away.
 
     Args:
@@ -157,7 +157,7 @@ class Patience:
         """Starts anew."""
         self._since, self._pause = None, FIRST_PAUSE_S
 
-    def wait(self, reason: Away) -> None:
+    def wait(self, reason: ServerUnavailable) -> None:
         """Returns when it is time to ask again. Raises: EngineError if it has been away for too long."""
         now = time.monotonic()
         if self._since is None:
@@ -174,14 +174,14 @@ class Patience:
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
 
 
-def insist(server: Server, seconds: float, check: Callable[[], None], ask: Callable[[], Any]) -> Any:
-    """What `ask` returns, asked again while the server is away. Raises: as `Patience.wait`."""
-    patience = Patience(server, seconds, check)
+def retry(server: Server, seconds: float, check: Callable[[], None], ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, asked again while the server is away. Raises: as `Backoff.wait`."""
+    backoff = Backoff(server, seconds, check)
     while True:
         try:
             return ask()
-        except Away as reason:
-            patience.wait(reason)
+        except ServerUnavailable as reason:
+            backoff.wait(reason)
 
 
 class Call:
@@ -192,7 +192,7 @@ class Call:
         path: what for.
         body: with what.
 
-    Raises: Away if it cannot be reached.
+    Raises: ServerUnavailable if it cannot be reached.
     """
 
     def __init__(self, server: Server, path: str, body: Any = None) -> None:
@@ -209,16 +209,16 @@ class Call:
             self._problem = error
 
     def check(self) -> None:
-        """Raises: Away or EngineError if it has failed."""
+        """Raises: ServerUnavailable or EngineError if it has failed."""
         if self._problem is not None:
             raise self._problem
 
     def result(self, seconds: float) -> None:
-        """Returns when it is done. Raises: as `check`; Away if that takes longer."""
+        """Returns when it is done. Raises: as `check`; ServerUnavailable if that takes longer."""
         self._thread.join(seconds)
         if self._thread.is_alive():
             self.hang_up()
-            raise Away(f"{self._path}: no answer within {seconds:g} s")
+            raise ServerUnavailable(f"{self._path}: no answer within {seconds:g} s")
         self.hang_up()
         self.check()
 
@@ -229,7 +229,7 @@ class Call:
         self._connection.close()
 
 
-class Crowd:
+class RequestPool:
     """Many calls at once, each on a thread with a connection of its own.
 
     Args:
@@ -248,7 +248,7 @@ class Crowd:
     def run(
         self, path: str, bodies: Sequence[Any], read: Callable[[Any], Any], on_progress: Callable[[int], None]
     ) -> list[Any]:
-        """What `read` makes of each answer, in order; an answer that it finds Away is asked for again.
+        """What `read` makes of each answer, in order; an answer that it finds ServerUnavailable is asked for again.
 
         `on_progress` is told how many were finished since it was last told. If anything is raised meanwhile, the calls
         under way are hung up, at which a server forgets them.
@@ -310,9 +310,9 @@ class Crowd:
 class _Line:
     """One thread's connection to one server, made anew after each failure."""
 
-    def __init__(self, crowd: Crowd, server: Server, seconds: float) -> None:
-        self._crowd, self._server = crowd, server
-        self._patience = Patience(server, seconds, crowd.check)
+    def __init__(self, pool: RequestPool, server: Server, seconds: float) -> None:
+        self._crowd, self._server = pool, server
+        self._patience = Backoff(server, seconds, pool.check)
         self._connection: http.client.HTTPConnection | None = None
 
     def ask(self, path: str, body: Any, read: Callable[[Any], Any]) -> Any:
@@ -324,7 +324,7 @@ class _Line:
                 found = read(self._server.call(self._connection, "POST", path, body))
                 self._patience.answered()
                 return found
-            except Away as reason:
+            except ServerUnavailable as reason:
                 self.close()
                 self._patience.wait(reason)
 

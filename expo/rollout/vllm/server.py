@@ -15,9 +15,9 @@ from torch import Tensor
 
 from expo.config import ConfigError, RunConfig, VllmSection
 from expo.rollout.engine import EngineError, GenerationRequest, Reply, Sampling
-from expo.rollout.vllm.client import Away, Crowd, Server, insist
+from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
 from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
-from expo.rollout.vllm.supervisor import Keeper, ServerProcess
+from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.vllm.transfer.group import BACKEND
@@ -44,7 +44,7 @@ class ServerEngine:
     def __init__(self, config: RunConfig, tokenizer: Any, end_ids: frozenset[int], ranks: Ranks, folder: Path) -> None:
         self._config, self._section, self._ranks = config, config.vllm, ranks
         self._tokenizer, self._end_ids = tokenizer, end_ids
-        self._keepers: list[Keeper] = []
+        self._keepers: list[Supervisor] = []
         self._weights: WeightFiles | WeightBroadcast | None = None
         self._version: str | None = None
         if not config.vllm.servers:
@@ -69,13 +69,13 @@ class ServerEngine:
         )
         self._weights = weights
         for server, process in zip(servers, processes, strict=True):
-            self._keepers.append(Keeper(server, process, weights, section.patience_s))
+            self._keepers.append(Supervisor(server, process, weights, section.patience_s))
         try:
-            for keeper in self._keepers:
-                keeper.start()
-            for keeper in self._keepers:
-                keeper.wait_until_ready()
-                version = require_settings(self._config, keeper.server, on_gpu=self._ranks.device.type == "cuda")
+            for supervisor in self._keepers:
+                supervisor.start()
+            for supervisor in self._keepers:
+                supervisor.wait_until_ready()
+                version = require_settings(self._config, supervisor.server, on_gpu=self._ranks.device.type == "cuda")
         except BaseException:
             self.close()
             raise
@@ -123,8 +123,8 @@ class ServerEngine:
         try:
             if self._weights is not None:
                 self._weights.take(weights)
-                for keeper in self._keepers:
-                    keeper.sync()
+                for supervisor in self._keepers:
+                    supervisor.sync()
         except EngineError as error:
             problem = str(error)
         for _ in weights:  # the other ranks, and rank 0 if it failed: gathering is a thing of all
@@ -139,12 +139,12 @@ class ServerEngine:
         found = []
         for server in self._servers:
             ask = functools.partial(self._describe, server)
-            found += insist(server, self._section.patience_s, self._check, ask)
+            found += retry(server, self._section.patience_s, self._check, ask)
         return found
 
     def _describe(self, server: Server) -> list[dict[str, Described]]:
         if server.get("/weight_info")["weight_version"] != self._version:
-            raise Away(NOT_PRESENT)
+            raise ServerUnavailable(NOT_PRESENT)
         found: list[dict[str, Described]] = server.post("/collective_rpc", {"method": "describe_weights"})["results"]
         return found
 
@@ -153,8 +153,8 @@ class ServerEngine:
 
     def close(self) -> None:
         """Ends the servers that the run has started, and what the weights went through."""
-        for keeper in self._keepers:
-            keeper.close()
+        for supervisor in self._keepers:
+            supervisor.close()
         if self._weights is not None:
             self._weights.close()
 
@@ -162,22 +162,22 @@ class ServerEngine:
         self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
     ) -> list[Any]:
         """The servers' choices, in order."""
-        crowd = Crowd(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
+        pool = RequestPool(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
         bodies = [{"token_ids": list(prompt), "sampling_params": options} for prompt, options in jobs]
-        return crowd.run(GENERATE, bodies, self._choice, on_progress or _ignore)
+        return pool.run(GENERATE, bodies, self._choice, on_progress or _ignore)
 
     def _check(self) -> None:
-        for keeper in self._keepers:
-            keeper.check()
+        for supervisor in self._keepers:
+            supervisor.check()
 
     def _choice(self, answer: Any) -> Any:
-        """The one choice in an answer. Raises: Away if it was not finished, or not by the present weights."""
+        """The one choice in an answer. Raises: ServerUnavailable if it was not finished, or not by the present weights."""
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
-            raise Away(f"it broke a reply off: {choice['finish_reason']}")
+            raise ServerUnavailable(f"it broke a reply off: {choice['finish_reason']}")
         versions = {span["version"] for span in choice["weight_versions"]}
         if self._version is not None and versions != {self._version}:
-            raise Away(NOT_PRESENT)
+            raise ServerUnavailable(NOT_PRESENT)
         return choice
 
     def _reply(self, choice: Any) -> Reply:
@@ -213,7 +213,7 @@ def require_settings(config: RunConfig, server: Server, *, on_gpu: bool) -> str:
     """The version of a server's vLLM. Raises: ConfigError if its settings would make other replies than the run's."""
 
     def ask(path: str) -> Any:
-        return insist(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
+        return retry(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
 
     try:
         info, version = ask("/server_info?config_format=json"), str(ask("/version")["version"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from expo.config import ConfigError
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm.client import HEALTH, Away, Server, insist
+from expo.rollout.vllm.client import HEALTH, Server, ServerUnavailable, retry
 from expo.rollout.vllm.transfer.interface import Weights
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
@@ -53,7 +53,7 @@ class ServerProcess:
         self._log = log
         self._command = [sys.executable, "-m", "expo.serve", str(config_path), f"--port={port}", "--guarded"]
         if folder is not None:
-            self._command.append(f"--ward={folder}")
+            self._command.append(f"--cleanup-dir={folder}")
         self._environment = dict(os.environ)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             self._environment.pop(name, None)  # the server is no rank of the run
@@ -93,14 +93,14 @@ class ServerProcess:
         self._process.wait()
         self._process = None
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """Where its log is, and the end of it on one line."""
         with suppress(OSError):
             return f"{self._log} ends with: {' '.join(self._log.read_text(errors='replace')[-LOG_TAIL:].split())}"
         return f"its log is {self._log}"
 
 
-class Keeper:
+class Supervisor:
     """Looks after one server.
 
     Args:
@@ -116,7 +116,7 @@ class Keeper:
         self._problem: EngineError | None = None
         self._closing = threading.Event()
         self._at_work = threading.Lock()  # one brings weights at a time
-        self._thread = threading.Thread(target=self._watch, name=f"keeper of {server.url}", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name=f"supervisor of {server.url}", daemon=True)
 
     def start(self) -> None:
         """Starts the server, if that is ours to do."""
@@ -126,14 +126,14 @@ class Keeper:
     def wait_until_ready(self) -> None:
         """Returns when it answers, and looks after it from then on. Raises: ConfigError if it does not start."""
         try:
-            insist(self.server, self._patience_s, self._require_life, lambda: self.server.get(HEALTH))
+            retry(self.server, self._patience_s, self._require_life, lambda: self.server.get(HEALTH))
         except EngineError as error:
             raise ConfigError(str(error)) from error
         self._thread.start()
 
     def _require_life(self) -> None:
         if self._process is not None and self._process.is_dead:
-            raise EngineError(f"the vLLM server does not start; {self._process.last_words()}")
+            raise EngineError(f"the vLLM server does not start; {self._process.log_tail()}")
 
     def check(self) -> None:
         """Raises: EngineError if the server cannot be kept."""
@@ -142,7 +142,7 @@ class Keeper:
 
     def sync(self) -> None:
         """Returns when the server has the present weights. Raises: EngineError."""
-        insist(self.server, self._patience_s, self.check, self._bring)
+        retry(self.server, self._patience_s, self.check, self._bring)
         self._restarts = 0
 
     def _bring(self) -> None:
@@ -156,7 +156,7 @@ class Keeper:
         while not self._closing.wait(LOOK_S):
             try:
                 self._look()
-            except Away:
+            except ServerUnavailable:
                 continue
             except EngineError as error:
                 self._problem = error
@@ -167,7 +167,7 @@ class Keeper:
             if self._restarts == MAX_RESTARTS:
                 raise EngineError(
                     f"the vLLM server has died {MAX_RESTARTS + 1} times since the last weight sync; "
-                    f"{self._process.last_words()}; mend that, then go on with --resume"
+                    f"{self._process.log_tail()}; mend that, then go on with --resume"
                 )
             self._restarts += 1
             self._process.end()

@@ -15,8 +15,8 @@ import pytest
 
 from expo.config import ConfigError
 from expo.rollout import EngineError
-from expo.rollout.vllm.client import HEALTH, Away, Crowd, Server, insist
-from expo.rollout.vllm.supervisor import Keeper, ServerProcess
+from expo.rollout.vllm.client import HEALTH, RequestPool, Server, ServerUnavailable, retry
+from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.runtime.signals import StopRequested
 from expo.train import main
 
@@ -70,8 +70,8 @@ def server():
 WEIGHTS = SimpleNamespace(version="new", bring=None)
 
 
-def crowd(server, seconds=5.0):
-    return Crowd([server], 4, seconds, lambda: None)
+def pool(server, seconds=5.0):
+    return RequestPool([server], 4, seconds, lambda: None)
 
 
 def same(answer):
@@ -80,7 +80,7 @@ def same(answer):
 
 def test_answers_come_in_order_and_failed_calls_again(server):
     counts = []
-    assert crowd(server).run("/", list(range(8)) * 3, same, counts.append) == [2 * number for number in range(8)] * 3
+    assert pool(server).run("/", list(range(8)) * 3, same, counts.append) == [2 * number for number in range(8)] * 3
     assert sum(counts) == 24
     assert Doubler.failed.is_set()
 
@@ -91,20 +91,20 @@ def test_an_answer_that_is_found_wanting_is_asked_for_again(server):
     def read(answer):
         if answer in wanting:
             wanting.remove(answer)
-            raise Away("made by older weights")
+            raise ServerUnavailable("made by older weights")
         return answer
 
-    assert crowd(server).run("/", [1, 2, 3], read, lambda count: None) == [2, 4, 6]
+    assert pool(server).run("/", [1, 2, 3], read, lambda count: None) == [2, 4, 6]
 
 
 def test_a_refused_call_ends_the_others_with_a_clear_line(server):
     with pytest.raises(EngineError, match="refuses /: 422"):
-        crowd(server).run("/", [9, 8, 9], same, lambda count: None)
+        pool(server).run("/", [9, 8, 9], same, lambda count: None)
 
 
 def test_a_server_that_stays_away_ends_the_wait(server):
     with pytest.raises(EngineError, match=r"vllm\.patience_s = 0\.5 s"):
-        crowd(Server(NOBODY), 0.5).run("/", [1], same, lambda count: None)
+        pool(Server(NOBODY), 0.5).run("/", [1], same, lambda count: None)
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ def silent():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda silent: insist(silent, 1.0, lambda: None, lambda: silent.get(HEALTH)),
-        lambda silent: insist(silent, 1.0, lambda: None, lambda: silent.post("/collective_rpc")),
-        lambda silent: crowd(silent, 1.0).run("/", [1, 2, 3], same, lambda count: None),
-        lambda silent: Keeper(silent, None, WEIGHTS, 1.0).sync(),
+        lambda silent: retry(silent, 1.0, lambda: None, lambda: silent.get(HEALTH)),
+        lambda silent: retry(silent, 1.0, lambda: None, lambda: silent.post("/collective_rpc")),
+        lambda silent: pool(silent, 1.0).run("/", [1, 2, 3], same, lambda count: None),
+        lambda silent: Supervisor(silent, None, WEIGHTS, 1.0).sync(),
     ],
     ids=["asked whether it lives", "told to do something", "asked for replies", "given weights"],
 )
@@ -132,16 +132,16 @@ def test_a_server_that_accepts_and_never_answers_ends_the_wait(silent, ask):
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"vllm\.patience_s = 1 s"):
         ask(silent)
-    assert time.monotonic() - started < 20  # patience is a promise
+    assert time.monotonic() - started < 20  # backoff is a promise
 
 
 def test_a_server_that_cannot_be_asked_ends_a_run_at_its_start(silent):
     with pytest.raises(ConfigError, match=r"vllm\.patience_s = 1 s"):
-        Keeper(silent, None, WEIGHTS, 1.0).wait_until_ready()
+        Supervisor(silent, None, WEIGHTS, 1.0).wait_until_ready()
 
 
 def test_a_slow_server_in_good_health_is_waited_for(server):
-    assert crowd(Server(server.url, SLOW_S / 2), SLOW_S / 2).run("/", [10, 10], same, lambda count: None) == [20, 20]
+    assert pool(Server(server.url, SLOW_S / 2), SLOW_S / 2).run("/", [10, 10], same, lambda count: None) == [20, 20]
 
 
 def test_calls_under_way_are_hung_up_when_the_run_is_to_stop(server):
@@ -150,7 +150,7 @@ def test_calls_under_way_are_hung_up_when_the_run_is_to_stop(server):
 
     before = threading.active_count()
     with pytest.raises(StopRequested):
-        crowd(server).run("/", [9, 9], same, stop)
+        pool(server).run("/", [9, 9], same, stop)
     for _ in range(100):
         if threading.active_count() <= before:
             return
@@ -168,11 +168,11 @@ def test_a_run_without_its_servers_says_so(capsys, tmp_path):
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path):
     process = ServerProcess(tmp_path / "missing.yaml", tmp_path / "log", tmp_path / "weights", [], None)
-    keeper = Keeper(Server(process.url), process, None, 60.0)
-    keeper.start()
+    supervisor = Supervisor(Server(process.url), process, None, 60.0)
+    supervisor.start()
     with pytest.raises(ConfigError, match=r"does not start; .* cannot read the config file"):
-        keeper.wait_until_ready()
-    keeper.close()
+        supervisor.wait_until_ready()
+    supervisor.close()
 
 
 GUARDED = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expo.config import ConfigError
-from expo.rollout.vllm.client import Away, Server
+from expo.rollout.vllm.client import Server, ServerUnavailable
 from expo.rollout.vllm.server import _require_broadcast
 from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
@@ -138,10 +138,10 @@ def test_a_failure_known_otherwise_ends_a_wait_and_leaves_nothing_to_wait_for(st
     group.start(torch.zeros(2**27, dtype=torch.uint8))
 
     def check():
-        raise Away("it said so")
+        raise ServerUnavailable("it said so")
 
     started = time.monotonic()
-    with pytest.raises(Away, match="it said so"):
+    with pytest.raises(ServerUnavailable, match="it said so"):
         group.wait(check)
     group.close()
     assert time.monotonic() - started < PATIENCE_S / 2
@@ -160,9 +160,9 @@ def test_weights_are_kept_for_a_server_that_is_away(monkeypatch, capsys):
     broadcast.take(weights().items())
     assert broadcast.version is not None
     assert "127.0.0.1:9 did not take the weights" in capsys.readouterr().err
-    with pytest.raises(Away, match="refused"):
+    with pytest.raises(ServerUnavailable, match="refused"):
         broadcast.bring(server, broadcast.version)
-    with pytest.raises(Away, match="newer weights"):
+    with pytest.raises(ServerUnavailable, match="newer weights"):
         broadcast.bring(server, "an older version")
     assert_same({name: value for bucket in broadcast._kept[1] for name, value in bucket.tensors()}, weights())
     broadcast.close()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expo.rollout.engine import EngineError
-from expo.rollout.vllm.client import Away, Call, Server
+from expo.rollout.vllm.client import Call, Server, ServerUnavailable
 from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.group import (
     END,
@@ -67,7 +67,7 @@ class WeightBroadcast:
                 copy.append(bucket.kept())
                 yield bucket
 
-        # one that its keeper is bringing the old ones to is left to that thread
+        # one that its supervisor is bringing the old ones to is left to that thread
         lines = [line for line in self._lines.values() if line.lock.acquire(blocking=False)]
         try:
             _deliver(lines, copied(), "nccl" if self._device.type == "cuda" else "gloo", version)
@@ -81,12 +81,12 @@ class WeightBroadcast:
         self._kept = version, copy
 
     def bring(self, server: Server, version: str) -> None:
-        """Gives the server the copy, through a new group. Raises: Away, EngineError."""
+        """Gives the server the copy, through a new group. Raises: ServerUnavailable, EngineError."""
         line = self._lines[server.url]
         with line.lock:
             kept = self._kept
             if kept is None or kept[0] != version:
-                raise Away("newer weights are on their way to it")
+                raise ServerUnavailable("newer weights are on their way to it")
             line.close()  # what it was part of, if it was
             _deliver([line], kept[1], "gloo", version)
             line.close()  # the next sync is not over gloo, if there are GPUs
@@ -96,7 +96,7 @@ class WeightBroadcast:
     def close(self) -> None:
         """Leaves the servers."""
         for line in self._lines.values():
-            with suppress(Away, EngineError):
+            with suppress(ServerUnavailable, EngineError):
                 Call(line.server, "/shutdown_weight_transfer_engine").result(SHUTDOWN_S)
             line.close()
 
@@ -112,7 +112,7 @@ class _Line:
     def __init__(self, server: Server, size: int, patience_s: float) -> None:
         self.server, self._size, self._patience_s = server, size, patience_s
         self.lock = threading.Lock()
-        self.problem: Away | EngineError | None = None
+        self.problem: ServerUnavailable | EngineError | None = None
         self._group: Group | None = None
         self._call: Call | None = None
         self._prefix, self._notes = "", list[str]()
@@ -123,10 +123,10 @@ class _Line:
             return
         try:
             step(*given)
-        except (Away, EngineError) as error:
+        except (ServerUnavailable, EngineError) as error:
             self.problem = error
         except (GroupError, OSError) as error:
-            self.problem = Away(f"{error}")
+            self.problem = ServerUnavailable(f"{error}")
         if self.problem is not None:
             self.close()
 
@@ -137,7 +137,7 @@ class _Line:
         self._prefix, self._notes = version, []
         try:
             self.server.post("/start_weight_update")
-        except Away:  # it may be that another run died in the middle of an update
+        except ServerUnavailable:  # it may be that another run died in the middle of an update
             self.server.post("/finish_weight_update")
             self.server.post("/start_weight_update")
         self._call = Call(self.server, "/update_weights", {"update_info": {"version": version}})

@@ -54,7 +54,7 @@ class WeightFiles:
         self.version = uuid.uuid4().hex
 
     def bring(self, server: Server, version: str) -> None:
-        """Has the server read the files and use what they hold. Raises: Away, EngineError."""
+        """Has the server read the files and use what they hold. Raises: ServerUnavailable, EngineError."""
         server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder)]})
         settle(server, version)
 

@@ -1,8 +1,8 @@
-"""What both ways of weights to a server share: what a keeper may ask of them, and how a server comes to use them."""
+"""What both ways of weights to a server share: what a supervisor may ask of them, and how a server comes to use them."""
 
 from typing import Protocol
 
-from expo.rollout.vllm.client import Away, Server
+from expo.rollout.vllm.client import Server, ServerUnavailable
 
 BUCKET_BYTES = 2**28  # of weights held on their way
 
@@ -15,13 +15,13 @@ class Weights(Protocol):
         """What they are called; None: there are none that could be brought now."""
 
     def bring(self, server: Server, version: str) -> None:
-        """Has the server take them. Raises: Away if it fails; EngineError if they cannot be brought again."""
+        """Has the server take them. Raises: ServerUnavailable if it fails; EngineError if they cannot be brought again."""
 
 
 def settle(server: Server, version: str) -> None:
     """Has a server that was given weights repair a tied head, forget what it computed with older ones, and name them.
 
-    Raises: Away, EngineError.
+    Raises: ServerUnavailable, EngineError.
     """
     server.post("/collective_rpc", {"method": "pack_tied_head"})
     reset_cache(server)
@@ -31,4 +31,4 @@ def settle(server: Server, version: str) -> None:
 def reset_cache(server: Server) -> None:
     """Drops the prefix cache; what runs meanwhile is computed anew."""
     if not server.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
-        raise Away("it kept its prefix cache, made by older weights")
+        raise ServerUnavailable("it kept its prefix cache, made by older weights")
