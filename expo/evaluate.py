@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.config import ConfigError, EvaluationSection, fail
-from expo.data import Prompted
+from expo.data import Prompt
 from expo.evaluation import compare
 from expo.evaluation.config import PROGRAM, Invocation, parse_command_line
 from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
@@ -50,7 +50,7 @@ CHUNK_BATCHES = 4  # batches of replies between two writes: what an evaluation t
 def ask(
     engine: RolloutEngine,
     verifier: Grader,
-    asked: Sequence[Prompted],
+    asked: Sequence[Prompt],
     config: EvaluationSection,
     max_new_tokens: int,
     seed: int,
@@ -59,10 +59,10 @@ def ask(
     """evaluation.num_samples graded replies to each question."""
     requests = [
         GenerationRequest(
-            prompted.prompt_ids,
-            [request_seed(seed, "evaluate", prompted.question.id, i) for i in range(config.num_samples)],
+            prompt.prompt_ids,
+            [request_seed(seed, "evaluate", prompt.question.id, i) for i in range(config.num_samples)],
         )
-        for prompted in asked
+        for prompt in asked
     ]
     sampling = Sampling(config.temperature, max_new_tokens, config.top_p)
     return grade(verifier, asked, engine.generate(requests, sampling, on_progress))
@@ -71,7 +71,7 @@ def ask(
 def evaluate(
     engine: RolloutEngine,
     verifier: Grader,
-    sets: Mapping[str, Sequence[Prompted]],
+    sets: Mapping[str, Sequence[Prompt]],
     config: EvaluationSection,
     max_new_tokens: int,
     seed: int,
@@ -118,7 +118,7 @@ def measure(invocation: Invocation) -> Path:
         return parts.folder.path
 
 
-def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompted]]]) -> None:
+def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompt]]]) -> None:
     """Writes down the replies to what is left, portion by portion, and then where and how long that took."""
     started = time.perf_counter()
     config, n = parts.config, parts.config.evaluation.num_samples
@@ -143,7 +143,7 @@ def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompted]]]) ->
     parts.folder.write_json("environment.json", {**describe_environment(), **took})
 
 
-def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompted]]]:
+def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompt]]]:
     """Set by set the questions that have no replies yet, in portions that are written down together."""
     replies = CHUNK_BATCHES * parts.config.rollout.batch_size * parts.ranks.size
     size = max(replies // parts.config.evaluation.num_samples, parts.ranks.size)

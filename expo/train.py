@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expo.config import ConfigError, RunConfig, fail, parse_command_line
-from expo.data import Prompted
+from expo.data import Prompt
 from expo.evaluate import evaluate
 from expo.learner.mini_batch import MiniBatch, Sample
 from expo.planning.plan import print_plan
@@ -140,9 +140,7 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
     return rollouts
 
 
-def sample_replies(
-    parts: Parts, step: int, round_index: int, drawn: Tensor
-) -> tuple[list[Prompted], list[list[Reply]]]:
+def sample_replies(parts: Parts, step: int, round_index: int, drawn: Tensor) -> tuple[list[Prompt], list[list[Reply]]]:
     """Drawn questions and group_size replies to each; seeds follow from run, step, question and sample alone.
 
     What the run had sampled in this very place before it died is not sampled again.
@@ -150,12 +148,12 @@ def sample_replies(
     config = parts.config
     asked = [parts.train_set[index] for index in drawn.tolist()]
     requests = []
-    for prompted in asked:
-        key = (config.run.seed, "rollout", step, prompted.question.id)
+    for prompt in asked:
+        key = (config.run.seed, "rollout", step, prompt.question.id)
         seeds = [request_seed(*key, sample) for sample in range(config.rollout.group_size)]
-        requests.append(GenerationRequest(prompted.prompt_ids, seeds))
+        requests.append(GenerationRequest(prompt.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-    ids = [prompted.question.id for prompted in asked]
+    ids = [prompt.question.id for prompt in asked]
     return asked, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
 
 
@@ -163,8 +161,8 @@ def training_samples(graded: GradedRollouts, advantages: Tensor, *, mask_truncat
     """Every reply with its prompt and its advantage, question after question; truncated ones left out if so asked."""
     value = iter(advantages.tolist())
     return [
-        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
-        for prompted, group in zip(graded.asked, graded.replies, strict=True)
+        Sample(prompt.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
+        for prompt, group in zip(graded.asked, graded.replies, strict=True)
         for reply in group
     ]
 

@@ -2,7 +2,7 @@
 
 from expo.data.gradable import bad_questions, only_gradable
 from expo.data.overlap import Overlap, find_overlap
-from expo.data.prompts import PROMPTS, Prompted, render_prompt, render_prompts, render_whole_set
+from expo.data.prompts import PROMPTS, Prompt, render_prompt, render_prompts, render_whole_set
 from expo.data.questions import Question, QuestionSet, question_id
 from expo.data.sources import BUILT_IN, count_questions, load_questions
 
@@ -10,7 +10,7 @@ __all__ = [
     "BUILT_IN",
     "PROMPTS",
     "Overlap",
-    "Prompted",
+    "Prompt",
     "Question",
     "QuestionSet",
     "bad_questions",

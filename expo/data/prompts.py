@@ -20,7 +20,7 @@ PROMPTS = {
 
 
 @dataclass(frozen=True)
-class Prompted:
+class Prompt:
     """A question and the token ids that ask it."""
 
     question: Question
@@ -45,15 +45,15 @@ def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> li
     return list(encoded["input_ids"])
 
 
-def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompted]:
+def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:
     """The questions whose prompts fit data.max_prompt_tokens, with those prompts.
 
     Raises: ConfigError if the tokenizer has no chat template though one is asked for, or no prompt fits.
     """
-    rendered = [Prompted(question, render_prompt(question, config, tokenizer)) for question in questions]
-    fitting = [prompted for prompted in rendered if len(prompted.prompt_ids) <= config.max_prompt_tokens]
+    rendered = [Prompt(question, render_prompt(question, config, tokenizer)) for question in questions]
+    fitting = [prompt for prompt in rendered if len(prompt.prompt_ids) <= config.max_prompt_tokens]
     if not fitting:
-        shortest = min(len(prompted.prompt_ids) for prompted in rendered)
+        shortest = min(len(prompt.prompt_ids) for prompt in rendered)
         raise ConfigError(
             f"no prompt fits data.max_prompt_tokens = {config.max_prompt_tokens}; the shortest has {shortest} tokens: "
             f"raise it"
@@ -61,13 +61,13 @@ def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer
     return fitting
 
 
-def render_whole_set(name: str, questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompted]:
+def render_whole_set(name: str, questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:
     """All questions of an evaluation set with their prompts: with some left out, its score would be another set's.
 
     Raises: ConfigError that names the set if a prompt exceeds data.max_prompt_tokens, or as `render_prompt`.
     """
-    rendered = [Prompted(question, render_prompt(question, config, tokenizer)) for question in questions]
-    lengths = [len(prompted.prompt_ids) for prompted in rendered]
+    rendered = [Prompt(question, render_prompt(question, config, tokenizer)) for question in questions]
+    lengths = [len(prompt.prompt_ids) for prompt in rendered]
     num_long = sum(length > config.max_prompt_tokens for length in lengths)
     if num_long:
         raise ConfigError(

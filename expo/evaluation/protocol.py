@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.config import RunConfig
-from expo.data import Prompted, QuestionSet
+from expo.data import Prompt, QuestionSet
 from expo.data.record import left_out
 
 PROTOCOL = "protocol.json"  # the facts, written before the first reply
@@ -36,14 +36,14 @@ def protocol_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def facts_of_questions(questions: QuestionSet, asked: Sequence[Prompted], first_prompt: str) -> dict[str, Any]:
+def facts_of_questions(questions: QuestionSet, asked: Sequence[Prompt], first_prompt: str) -> dict[str, Any]:
     """Where a set comes from, checksums of its questions and of their prompts' tokens, and one prompt as text."""
     return {
         "source": questions.source,
         "num_questions": len(questions.questions),
         "left_out": left_out(questions, 0),
         "questions_sha256": questions.digest,
-        "prompts_sha256": hashlib.sha256(repr([list(prompted.prompt_ids) for prompted in asked]).encode()).hexdigest(),
+        "prompts_sha256": hashlib.sha256(repr([list(prompt.prompt_ids) for prompt in asked]).encode()).hexdigest(),
         "first_prompt": first_prompt,
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from expo.config import ConfigError, RunConfig
-from expo.data import Prompted, QuestionSet, load_questions, only_gradable, render_whole_set
+from expo.data import Prompt, QuestionSet, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
 from expo.evaluation.config import Invocation
 from expo.evaluation.frozen import FrozenPolicy
@@ -43,7 +43,7 @@ class Evaluation:
     policy: FrozenPolicy
     verifier: DataParallelVerifier
     agree: Agree  # by this rank's own verifier
-    sets: dict[str, list[Prompted]]
+    sets: dict[str, list[Prompt]]
     facts: dict[str, Any]
     done: dict[str, int]
     folder: RunFolder
@@ -144,7 +144,7 @@ def _checkpoint(invocation: Invocation, ranks: Ranks) -> Path | None:
     return found
 
 
-def _render_sets(config: RunConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompted]]:
+def _render_sets(config: RunConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
     return {name: render_whole_set(name, found.questions, config.data, tokenizer) for name, found in sets.items()}
 
 
@@ -152,7 +152,7 @@ def _facts(
     invocation: Invocation,
     checkpoint: Path | None,
     questions: dict[str, QuestionSet],
-    sets: dict[str, list[Prompted]],
+    sets: dict[str, list[Prompt]],
     policy: FrozenPolicy,
 ) -> dict[str, Any]:
     environment = describe_environment()

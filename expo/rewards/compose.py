@@ -87,8 +87,8 @@ class RewardComposer:
     def _called(self, graded: GradedRollouts) -> dict[str, list[float]]:
         """What each function says of every reply, or the same RewardError on all ranks."""
         rows = [
-            (reply.text, prompted.question.answer, prompted.question.text)
-            for prompted, group in zip(graded.asked, graded.replies, strict=True)
+            (reply.text, prompt.question.answer, prompt.question.text)
+            for prompt, group in zip(graded.asked, graded.replies, strict=True)
             for reply in group
         ]
 

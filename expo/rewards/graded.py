@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expo.data import Prompted
+from expo.data import Prompt
 from expo.rewards.verifier import Verdict
 from expo.rollout import Reply
 
@@ -28,7 +28,7 @@ class GradedRollouts:
     they are made of beside the verdict, by name, before their weights.
     """
 
-    asked: Sequence[Prompted]
+    asked: Sequence[Prompt]
     replies: Sequence[Sequence[Reply]]
     verdicts: Sequence[Sequence[Verdict]]
     shaped: Tensor | None = None
@@ -73,10 +73,10 @@ class GradedRollouts:
         """Every reply as it is written down, question after question."""
         return [
             {
-                "question_id": prompted.question.id,
-                "level": prompted.question.level,
-                "question": prompted.question.text,
-                "answer": prompted.question.answer,
+                "question_id": prompt.question.id,
+                "level": prompt.question.level,
+                "question": prompt.question.text,
+                "answer": prompt.question.answer,
                 "reply": reply.text,
                 "stated": verdict.answer,
                 "verdict": verdict.kind,
@@ -85,7 +85,7 @@ class GradedRollouts:
                 "num_tokens": len(reply.token_ids),
                 "truncated": reply.is_truncated,
             }
-            for prompted, *columns in zip(self.asked, self.replies, self.verdicts, self.rewards.tolist(), strict=True)
+            for prompt, *columns in zip(self.asked, self.replies, self.verdicts, self.rewards.tolist(), strict=True)
             for reply, verdict, reward in zip(*columns, strict=True)
         ]
 
@@ -99,10 +99,10 @@ def fractions(kinds: Sequence[str], cut: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def grade(verifier: Grader, asked: Sequence[Prompted], replies: Sequence[Sequence[Reply]]) -> GradedRollouts:
+def grade(verifier: Grader, asked: Sequence[Prompt], replies: Sequence[Sequence[Reply]]) -> GradedRollouts:
     """Verdicts for all replies, graded in one call."""
     texts = [reply.text for group in replies for reply in group]
-    answers = [prompted.question.answer for prompted, group in zip(asked, replies, strict=True) for _ in group]
+    answers = [prompt.question.answer for prompt, group in zip(asked, replies, strict=True) for _ in group]
     verdicts = iter(verifier.grade(texts, answers))
     return GradedRollouts(asked, replies, [[next(verdicts) for _ in group] for group in replies])
 
@@ -111,7 +111,7 @@ def joined(parts: Sequence[GradedRollouts]) -> GradedRollouts:
     """The groups of all parts, one after the other; parts that were shaped, all in one way."""
     shaped = [part.shaped for part in parts if part.shaped is not None]
     return GradedRollouts(
-        [prompted for part in parts for prompted in part.asked],
+        [prompt for part in parts for prompt in part.asked],
         [group for part in parts for group in part.replies],
         [group for part in parts for group in part.verdicts],
         torch.cat(shaped) if shaped else None,

@@ -18,7 +18,7 @@ import torch
 from expo.config import ConfigError, RunConfig, changed_settings, load_config
 from expo.data import (
     Overlap,
-    Prompted,
+    Prompt,
     QuestionSet,
     find_overlap,
     load_questions,
@@ -76,8 +76,8 @@ class Inputs:
 
     train: QuestionSet
     evaluation: dict[str, QuestionSet]
-    train_set: list[Prompted]
-    evaluation_sets: dict[str, list[Prompted]]
+    train_set: list[Prompt]
+    evaluation_sets: dict[str, list[Prompt]]
     overlap: Overlap
     reward_functions: dict[str, RewardFunction]
 
@@ -101,8 +101,8 @@ class Parts:
     reward_composer: RewardComposer
     curriculum: CurriculumTable
     generator: torch.Generator  # draws questions
-    train_set: list[Prompted]
-    evaluation_sets: dict[str, list[Prompted]]
+    train_set: list[Prompt]
+    evaluation_sets: dict[str, list[Prompt]]
     tokenizer: Any
     folder: RunFolder
     checkpoints: Checkpoints
@@ -169,14 +169,14 @@ def load_inputs(config: RunConfig) -> Inputs:
     overlap = find_overlap(train_set, evaluation)
     train_set = overlap.drop_from(train_set, config.data.drop_overlap)
     tokenizer = load_tokenizer(config.model)
-    prompted = render_prompts(train_set.questions, config.data, tokenizer)
-    _require_enough(config, len(prompted))
+    prompt = render_prompts(train_set.questions, config.data, tokenizer)
+    _require_enough(config, len(prompt))
     evaluation_prompted = {
         name: render_whole_set(f"evaluation.sets.{name}", loaded.questions, config.data, tokenizer)
         for name, loaded in evaluation.items()
     }
     reward_functions = load_reward_functions(config.reward.functions)
-    return Inputs(train_set, evaluation, prompted, evaluation_prompted, overlap, reward_functions)
+    return Inputs(train_set, evaluation, prompt, evaluation_prompted, overlap, reward_functions)
 
 
 def _require_enough(config: RunConfig, num_questions: int) -> None:
@@ -258,7 +258,7 @@ def _build_parts(
     policy = DeepSpeedPolicy(config, ranks)
     _record_data(inputs, folder, display)
     engine = build_engine(config, policy, ranks, switch, display, folder.path)
-    probe = make_probe([prompted.prompt_ids for prompted in inputs.train_set], config.max_tokens)
+    probe = make_probe([prompt.prompt_ids for prompt in inputs.train_set], config.max_tokens)
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
     settings = hashlib.sha256(repr(sorted(_settings_of(config).items())).encode()).hexdigest()
     return Parts(
@@ -295,8 +295,8 @@ def _build_parts(
 def _record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
     """Shows what the sets hold and what was left out of them, and writes it to data.json."""
     records = {}
-    prompted = [inputs.train_set, *inputs.evaluation_sets.values()]
-    for (name, loaded), asked in zip(inputs.sets.items(), prompted, strict=True):
+    prompt = [inputs.train_set, *inputs.evaluation_sets.values()]
+    for (name, loaded), asked in zip(inputs.sets.items(), prompt, strict=True):
         num_long = len(loaded.questions) - len(asked)
         records[name] = set_record(loaded, num_long)
         for line in set_lines(loaded, num_long):

@@ -192,7 +192,7 @@ def test_chat_template_wraps_one_user_message():
 def test_long_prompts_are_left_out():
     section = DataSection(train="x", prompt="plain", chat_template=False, max_prompt_tokens=2)
     kept = render_prompts([Question("1", "a b c", "1"), Question("2", "a b", "1")], section, WordTokenizer())
-    assert [prompted.question.id for prompted in kept] == ["2"]
+    assert [prompt.question.id for prompt in kept] == ["2"]
     with pytest.raises(ConfigError, match="the shortest has 3 tokens"):
         render_prompts([Question("1", "a b c", "1")], section, WordTokenizer())
 

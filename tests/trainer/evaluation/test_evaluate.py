@@ -13,7 +13,7 @@ import pytest
 from expo import evaluate as evaluate_module
 from expo import ledger
 from expo.config import ConfigError, EvaluationSection, load_config
-from expo.data import Prompted, Question
+from expo.data import Prompt, Question
 from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resolve
 from expo.rewards.verifier import Verifier
@@ -39,7 +39,7 @@ class KnownEngine:
 
 
 def test_evaluation_reports_each_set_and_level():
-    asked = [Prompted(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
+    asked = [Prompt(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
     section = EvaluationSection(num_samples=10)
     result = evaluate(KnownEngine(), Verifier(), {"set": asked}, section, max_new_tokens=5, seed=0)
     found = result["sets"]["set"]

@@ -7,7 +7,7 @@ import torch
 
 import expo.train
 from expo.config import ConfigError, RewardSection
-from expo.data import Prompted, Question
+from expo.data import Prompt, Question
 from expo.formats import boxed, think_then_answer
 from expo.rewards.compose import RewardComposer, RewardError, load_reward_functions, overlong_penalties
 from expo.rewards.graded import GradedRollouts
@@ -46,7 +46,7 @@ def functions(tmp_path, monkeypatch):
 def graded():
     """One question, replies "a" (right) and "cc" (wrong), of 3 and 9 tokens."""
     replies = [Reply([5] * 3, [-0.5] * 3, False, "a"), Reply([5] * 9, [-0.5] * 9, True, "cc")]
-    return GradedRollouts([Prompted(Question("id", "q", "1"), [5])], [replies], [[RIGHT, WRONG]])
+    return GradedRollouts([Prompt(Question("id", "q", "1"), [5])], [replies], [[RIGHT, WRONG]])
 
 
 def shaped(load=load_reward_functions, **section):

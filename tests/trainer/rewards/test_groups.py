@@ -7,7 +7,7 @@ import torch
 
 import expo.train
 from expo.config import load_config
-from expo.data import Prompted, Question
+from expo.data import Prompt, Question
 from expo.rewards.graded import GradedRollouts
 from expo.rewards.groups import Rollouts, teaches
 from expo.rewards.verifier import Verdict
@@ -24,14 +24,12 @@ REPLY = Reply([5, 6], [-0.5, -0.7], False, "")
 def round_of(*patterns):
     """Groups of replies, right where a pattern has a 1."""
     verdicts = [[Verdict("correct" if mark == "1" else "wrong", "") for mark in pattern] for pattern in patterns]
-    asked = [Prompted(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
+    asked = [Prompt(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
     return GradedRollouts(asked, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
 
 
 def kept(size, *rounds):
-    return [
-        prompted.question.id for prompted in Rollouts([round_of(*patterns) for patterns in rounds], size).kept.asked
-    ]
+    return [prompt.question.id for prompt in Rollouts([round_of(*patterns) for patterns in rounds], size).kept.asked]
 
 
 def test_groups_that_teach_are_kept_in_the_order_drawn_and_others_fill_up():
