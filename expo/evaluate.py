@@ -4,7 +4,7 @@
     python -m expo.evaluate compare A B
 
 Replies are seeded by question and sample number alone: two evaluations use the same random numbers, and in float32 on
-a CPU the order in which questions are asked, or where an evaluation was interrupted, changes nothing. On GPUs or in
+a CPU the order in which questions are prompts, or where an evaluation was interrupted, changes nothing. On GPUs or in
 bfloat16 the shape of a batch moves the rounding of its log-probs, and so, now and then, a token.
 """
 
@@ -50,7 +50,7 @@ CHUNK_BATCHES = 4  # batches of replies between two writes: what an evaluation t
 def ask(
     engine: RolloutEngine,
     verifier: Grader,
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     config: EvaluationSection,
     max_new_tokens: int,
     seed: int,
@@ -65,7 +65,7 @@ def ask(
         for prompt in asked
     ]
     sampling = Sampling(config.temperature, max_new_tokens, config.top_p)
-    return grade(verifier, asked, engine.generate(requests, sampling, on_progress))
+    return grade(verifier, prompts, engine.generate(requests, sampling, on_progress))
 
 
 def evaluate(
@@ -85,8 +85,8 @@ def evaluate(
     n = config.num_samples
     ks = [k for k in KS if k < n or k == n == 1]
     results = {}
-    for name, asked in sets.items():
-        graded = ask(engine, verifier, asked, config, max_new_tokens, seed, on_progress)
+    for name, prompts in sets.items():
+        graded = ask(engine, verifier, prompts, config, max_new_tokens, seed, on_progress)
         results[name] = score_set(graded.rows(), n, ks, ks)
     return {
         "seconds": time.perf_counter() - started,

@@ -76,7 +76,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     rollouts = roll_out(parts, step, drawn, timer)
                     sampled, kept = rollouts.sampled, rollouts.kept_groups
                     with timer.phase("curriculum"):
-                        parts.curriculum.update(drawn[: len(sampled.asked)], sampled.correct.mean(dim=1))
+                        parts.curriculum.update(drawn[: len(sampled.prompts)], sampled.correct.mean(dim=1))
                     advantages = group_advantages(
                         kept.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
                     )
@@ -132,9 +132,9 @@ def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollo
     while missing and len(drawn) and len(rollouts.rounds) <= section.max_resamples:
         questions, drawn = drawn[:missing], drawn[missing:]
         with timer.phase("rollout"):
-            asked, replies = sample_replies(parts, step, len(rollouts.rounds), questions)
+            prompts, replies = sample_replies(parts, step, len(rollouts.rounds), questions)
         with timer.phase("reward"):
-            graded = parts.reward_composer.shape(grade(parts.verifier, asked, replies))
+            graded = parts.reward_composer.shape(grade(parts.verifier, prompts, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
         missing = rollouts.num_missing
     return rollouts
@@ -146,7 +146,7 @@ def sample_replies(parts: Parts, step: int, round_index: int, drawn: Tensor) -> 
     What the run had sampled in this very place before it died is not sampled again.
     """
     config = parts.config
-    asked = [parts.train_set[index] for index in drawn.tolist()]
+    prompts = [parts.train_set[index] for index in drawn.tolist()]
     requests = []
     for prompt in asked:
         key = (config.run.seed, "rollout", step, prompt.question.id)
@@ -154,7 +154,7 @@ def sample_replies(parts: Parts, step: int, round_index: int, drawn: Tensor) -> 
         requests.append(GenerationRequest(prompt.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
     ids = [prompt.question.id for prompt in asked]
-    return asked, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
+    return prompts, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
 
 
 def training_samples(graded: GradedRollouts, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
@@ -162,7 +162,7 @@ def training_samples(graded: GradedRollouts, advantages: Tensor, *, mask_truncat
     value = iter(advantages.tolist())
     return [
         Sample(prompt.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
-        for prompt, group in zip(graded.asked, graded.replies, strict=True)
+        for prompt, group in zip(graded.prompts, graded.replies, strict=True)
         for reply in group
     ]
 
@@ -231,7 +231,7 @@ def evaluate_if_due(parts: Parts, position: Position) -> float | None:
     Returns: mean pass@1 over the sets; None if nothing was evaluated.
     """
     config, sets, step = parts.config, parts.evaluation_sets, position.step
-    total = sum(len(asked) for asked in sets.values()) * config.evaluation.num_samples
+    total = sum(len(asked) for prompts in sets.values()) * config.evaluation.num_samples
     is_edge = step == 0 or is_over(config, position)
     if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
         return None

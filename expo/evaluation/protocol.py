@@ -36,7 +36,7 @@ def protocol_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def facts_of_questions(questions: QuestionSet, asked: Sequence[Prompt], first_prompt: str) -> dict[str, Any]:
+def facts_of_questions(questions: QuestionSet, prompts: Sequence[Prompt], first_prompt: str) -> dict[str, Any]:
     """Where a set comes from, checksums of its questions and of their prompts' tokens, and one prompt as text."""
     return {
         "source": questions.source,

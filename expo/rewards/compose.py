@@ -88,7 +88,7 @@ class RewardComposer:
         """What each function says of every reply, or the same RewardError on all ranks."""
         rows = [
             (reply.text, prompt.question.answer, prompt.question.text)
-            for prompt, group in zip(graded.asked, graded.replies, strict=True)
+            for prompt, group in zip(graded.prompts, graded.replies, strict=True)
             for reply in group
         ]
 

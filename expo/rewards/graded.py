@@ -28,7 +28,7 @@ class GradedRollouts:
     they are made of beside the verdict, by name, before their weights.
     """
 
-    asked: Sequence[Prompt]
+    prompts: Sequence[Prompt]
     replies: Sequence[Sequence[Reply]]
     verdicts: Sequence[Sequence[Verdict]]
     shaped: Tensor | None = None
@@ -52,7 +52,7 @@ class GradedRollouts:
     def select(self, questions: Sequence[int]) -> "GradedRollouts":
         """The groups of some questions, by their index in `asked`."""
         return GradedRollouts(
-            [self.asked[q] for q in questions],
+            [self.prompts[q] for q in questions],
             [self.replies[q] for q in questions],
             [self.verdicts[q] for q in questions],
             None if self.shaped is None else self.shaped[questions],
@@ -85,7 +85,7 @@ class GradedRollouts:
                 "num_tokens": len(reply.token_ids),
                 "truncated": reply.is_truncated,
             }
-            for prompt, *columns in zip(self.asked, self.replies, self.verdicts, self.rewards.tolist(), strict=True)
+            for prompt, *columns in zip(self.prompts, self.replies, self.verdicts, self.rewards.tolist(), strict=True)
             for reply, verdict, reward in zip(*columns, strict=True)
         ]
 
@@ -99,19 +99,19 @@ def fractions(kinds: Sequence[str], cut: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def grade(verifier: Grader, asked: Sequence[Prompt], replies: Sequence[Sequence[Reply]]) -> GradedRollouts:
+def grade(verifier: Grader, prompts: Sequence[Prompt], replies: Sequence[Sequence[Reply]]) -> GradedRollouts:
     """Verdicts for all replies, graded in one call."""
     texts = [reply.text for group in replies for reply in group]
-    answers = [prompt.question.answer for prompt, group in zip(asked, replies, strict=True) for _ in group]
+    answers = [prompt.question.answer for prompt, group in zip(prompts, replies, strict=True) for _ in group]
     verdicts = iter(verifier.grade(texts, answers))
-    return GradedRollouts(asked, replies, [[next(verdicts) for _ in group] for group in replies])
+    return GradedRollouts(prompts, replies, [[next(verdicts) for _ in group] for group in replies])
 
 
 def joined(parts: Sequence[GradedRollouts]) -> GradedRollouts:
     """The groups of all parts, one after the other; parts that were shaped, all in one way."""
     shaped = [part.shaped for part in parts if part.shaped is not None]
     return GradedRollouts(
-        [prompt for part in parts for prompt in part.asked],
+        [prompt for part in parts for prompt in part.prompts],
         [group for part in parts for group in part.replies],
         [group for part in parts for group in part.verdicts],
         torch.cat(shaped) if shaped else None,

@@ -39,7 +39,7 @@ class Rollouts:
 
     def metrics(self) -> dict[str, int]:
         """Entries of metrics.jsonl, as `STEP_METRICS` lists them."""
-        num_sampled = len(self.sampled.asked)
+        num_sampled = len(self.sampled.prompts)
         return {
             "groups_sampled": num_sampled,
             "groups_dropped": num_sampled - self.size,

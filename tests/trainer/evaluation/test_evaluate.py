@@ -39,7 +39,7 @@ class KnownEngine:
 
 
 def test_evaluation_reports_each_set_and_level():
-    asked = [Prompt(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
+    prompts = [Prompt(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
     section = EvaluationSection(num_samples=10)
     result = evaluate(KnownEngine(), Verifier(), {"set": asked}, section, max_new_tokens=5, seed=0)
     found = result["sets"]["set"]
@@ -204,7 +204,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
     assert not kept.endswith("\n")
     assert not (out / "results.json").exists()
 
-    asked = []
+    prompts = []
     generate = DataParallelEngine.generate
 
     def counted(engine, requests, *rest):

@@ -24,12 +24,12 @@ REPLY = Reply([5, 6], [-0.5, -0.7], False, "")
 def round_of(*patterns):
     """Groups of replies, right where a pattern has a 1."""
     verdicts = [[Verdict("correct" if mark == "1" else "wrong", "") for mark in pattern] for pattern in patterns]
-    asked = [Prompt(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
-    return GradedRollouts(asked, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
+    prompts = [Prompt(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
+    return GradedRollouts(prompts, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
 
 
 def kept(size, *rounds):
-    return [prompt.question.id for prompt in Rollouts([round_of(*patterns) for patterns in rounds], size).kept.asked]
+    return [prompt.question.id for prompt in Rollouts([round_of(*patterns) for patterns in rounds], size).kept.prompts]
 
 
 def test_groups_that_teach_are_kept_in_the_order_drawn_and_others_fill_up():
@@ -54,7 +54,7 @@ def test_equal_rewards_teach_nothing_whatever_their_float_deviation(value):
 
 def test_truncated_replies_are_left_out_where_asked():
     cut = Reply([5, 6], [-0.5, -0.7], True, "")
-    graded = GradedRollouts(round_of("01").asked, [[REPLY, cut]], round_of("01").verdicts)
+    graded = GradedRollouts(round_of("01").prompts, [[REPLY, cut]], round_of("01").verdicts)
     for mask_truncated in (False, True):
         samples = training_samples(graded, torch.tensor([1.0, -1.0]), mask_truncated=mask_truncated)
         assert [sample.is_left_out for sample in samples] == [False, mask_truncated]
