@@ -63,13 +63,13 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         EngineError: if a rollout engine in another process cannot go on.
     """
     with open_run(config, resume) as parts:
-        position = take_up(parts, resume)
+        position = resume_run(parts, resume)
         try:
             evaluate_if_due(parts, position)
             with parts.display.bar("step", config.run.steps, done=position.step) as bar:
                 while not is_over(config, position):
                     step = position.step + 1
-                    leave_if_asked(parts)
+                    raise_if_stop_requested(parts)
                     timer = PhaseTimer(parts.guard)
                     with timer.phase("curriculum"):
                         drawn = draw_questions(parts)
@@ -85,7 +85,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                         parts.engine.sleep()
                         samples = training_samples(kept, advantages, mask_truncated=config.objective.mask_truncated)
                         mini_batches = parts.policy.prepare(samples)
-                    leave_if_asked(parts)
+                    raise_if_stop_requested(parts)
                     with timer.phase("update"):
                         updates, bad_updates = update_policy(parts, step, mini_batches, beta, position.bad_updates)
                     with timer.phase("sync"):
@@ -178,7 +178,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def leave_if_asked(parts: Parts) -> None:
+def raise_if_stop_requested(parts: Parts) -> None:
     """Raises StopRequested on every rank if one of them has been asked to stop."""
     with parts.guard("sync"):
         reasons = [reason for reason in parts.ranks.gather(parts.switch.reason) if reason is not None]
@@ -283,7 +283,7 @@ def save(parts: Parts, position: Position, score: float | None = None, *, must: 
             parts.display.line(f"warning: {error}; free some space")
 
 
-def take_up(parts: Parts, resume: bool) -> Position:
+def resume_run(parts: Parts, resume: bool) -> Position:
     """Where the run stands: after the newest whole checkpoint, if it is to resume and there is one, or at its start."""
     with parts.guard("save"):
         position = position_after(parts, step=0)

@@ -68,7 +68,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def take_up(path: Path, n: int) -> dict[str, int]:
+def resume_replies(path: Path, n: int) -> dict[str, int]:
     """How many questions of each set have all n replies in a file of replies; what comes after them is cut off."""
     done: dict[str, int] = {}
     if not path.exists():

@@ -14,7 +14,7 @@ from expo.data import Prompt, QuestionSet, load_questions, only_gradable, render
 from expo.data.record import set_lines
 from expo.evaluation.config import Invocation
 from expo.evaluation.frozen import FrozenPolicy
-from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, take_up
+from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, resume_replies
 from expo.evaluation.scores import Agree
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
@@ -90,7 +90,7 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
             folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
             stack.callback(folder.release)
             ranks.raise_on_all_ranks(folder.take)
-            done = ranks.run_on_rank0(lambda: _take_up(folder, facts))
+            done = ranks.run_on_rank0(lambda: _resume(folder, facts))
             verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
         yield Evaluation(
             config=config,
@@ -172,7 +172,7 @@ def _facts(
     }
 
 
-def _take_up(folder: RunFolder, facts: dict[str, Any]) -> dict[str, int]:
+def _resume(folder: RunFolder, facts: dict[str, Any]) -> dict[str, int]:
     """What is done already in the folder, or a new folder.
 
     Raises: ConfigError if it holds an evaluation that was made in another way.
@@ -189,4 +189,4 @@ def _take_up(folder: RunFolder, facts: dict[str, Any]) -> dict[str, int]:
         raise ConfigError(f"--out = {folder.path} holds something else than an evaluation; give another folder")
     else:
         folder.write_json(PROTOCOL, facts)
-    return take_up(folder.path / f"{REPLIES}.jsonl", facts["protocol"]["num_samples"])
+    return resume_replies(folder.path / f"{REPLIES}.jsonl", facts["protocol"]["num_samples"])
