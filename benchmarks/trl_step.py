@@ -22,10 +22,10 @@ import expo.train
 from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.learner.model import check_model_path
-from expo.learner.policy import Sample
 from expo.rewards.verifier import Verifier
 from expo.run.setup import open_run
 from expo.runtime.logging_filters import errors_only
+from expo.types import Sample
 
 QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32
 MICRO_BATCH, MICRO_BATCH_TOKENS = 64, 2048  # of one forward-backward pass: TRL counts replies, we tokens with padding

@@ -12,10 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-# ConfigError and fail are named here too, for the programs that read a configuration and end where it is wrong
-from expo.runtime.cli import ConfigError as ConfigError
 from expo.runtime.cli import Invocation, Overrides, as_yaml, filled, parse, read_recipe
-from expo.runtime.cli import fail as fail
 from expo_kernels import Objective
 from expo_kernels.objective import READ_BY, RolloutCorrection
 

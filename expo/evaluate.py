@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError, EvaluationSection, fail
-from expo.data import Prompt
+from expo.config import EvaluationSection
+from expo.errors import ExpoError, StopRequested
 from expo.evaluation import compare
 from expo.evaluation.config import PROGRAM, Invocation, parse_command_line
 from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
@@ -32,13 +32,11 @@ from expo.evaluation.session import Evaluation, open_evaluation
 from expo.evaluation.tables import scores_table
 from expo.rewards.answers import judge_exactly
 from expo.rewards.graded import GradedRollouts, Grader, grade
-from expo.rewards.verifier import GoldError
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
-from expo.rollout.weight_sync import SyncError
-from expo.run.checkpoint import CheckpointError
 from expo.run.metrics import describe_environment
+from expo.runtime.cli import fail
 from expo.runtime.distributed import leave_ranks
-from expo.runtime.signals import StopRequested
+from expo.types import Prompt
 
 __all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]
 
@@ -62,7 +60,7 @@ def ask(
             prompt.prompt_ids,
             [request_seed(seed, "evaluate", prompt.question.id, i) for i in range(config.num_samples)],
         )
-        for prompt in asked
+        for prompt in prompts
     ]
     sampling = Sampling(config.temperature, max_new_tokens, config.top_p)
     return grade(verifier, prompts, engine.generate(requests, sampling, on_progress))
@@ -104,10 +102,10 @@ def measure(invocation: Invocation) -> Path:
 
     Raises:
         ConfigError: if the evaluation cannot be, or the folder holds another.
-        CheckpointError: if the checkpoint asked for is not there or not whole.
+        CheckpointError: if the checkpoint prompts for is not there or not whole.
         GoldError: if a gold answer turned out to be one that replies cannot be graded against.
         SyncError: if the rollout engine's weights turned out not to be the model's.
-        StopRequested: if it was asked to stop; all whole questions are kept.
+        StopRequested: if it was prompts to stop; all whole questions are kept.
     """
     with open_evaluation(invocation) as parts:
         left = list(chunks_left(parts))
@@ -220,12 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     invocation = parse_command_line(given)
     try:
         measure(invocation)
-    except ConfigError as error:
-        fail(PROGRAM, error)
-    except (CheckpointError, GoldError, SyncError) as error:
-        fail(PROGRAM, error, code=1)
     except StopRequested as request:
-        fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"), code=1)
+        fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"))
+    except ExpoError as error:
+        fail(PROGRAM, error)
     leave_ranks()
     return 0
 

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from expo.errors import NotARunError
 from expo.reporting.figures import draw_pictures
 from expo.reporting.page import render_page
-from expo.reporting.reader import NotARunError, read_run
+from expo.reporting.reader import read_run
 from expo.runtime.atomic_io import write_bytes_whole
 
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from expo.config import ConfigError, RunConfig, fail, parse_command_line
+from expo.config import RunConfig, parse_command_line
+from expo.errors import ConfigError
 from expo.learner.model import check_model_path
 from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
 from expo.rollout.vllm.supervisor import guard
 from expo.rollout.vllm.transfer.group import BACKEND
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.serve"
 WORKER = "expo.rollout.vllm.worker.WeightReader"

@@ -15,32 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError, RunConfig, fail, parse_command_line
-from expo.data import Prompt
+from expo.config import RunConfig, parse_command_line
+from expo.errors import CheckpointError, Diverged, ExpoError, StopRequested
 from expo.evaluate import evaluate
-from expo.learner.mini_batch import MiniBatch, Sample
+from expo.learner.mini_batch import MiniBatch
 from expo.planning.plan import print_plan
 from expo.report import write_report
 from expo.reporting.reader import commits_of, results_table
-from expo.rewards.compose import RewardError
 from expo.rewards.graded import GradedRollouts, grade
 from expo.rewards.groups import Rollouts
-from expo.rewards.verifier import GoldError
-from expo.rollout import EngineError, GenerationRequest, Reply, Sampling, request_seed
-from expo.rollout.weight_sync import SyncError
-from expo.run.checkpoint import CheckpointError, Position, random_states
+from expo.rollout import GenerationRequest, Sampling, request_seed
+from expo.run.checkpoint import Position, random_states
 from expo.run.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
 from expo.run.setup import Parts, open_run
 from expo.runtime.atomic_io import write_whole
+from expo.runtime.cli import fail
 from expo.runtime.distributed import leave_ranks
-from expo.runtime.signals import StopRequested
+from expo.types import Prompt, Reply, Sample
 from expo_kernels import akl_beta, group_advantages
 
 PROGRAM = "python -m expo.train"
-
-
-class Diverged(Exception):  # noqa: N818  # a state of the run, as its message says
-    """Losses or gradients that are not finite came too often in a row."""
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
@@ -124,7 +118,7 @@ def draw_questions(parts: Parts) -> Tensor:
 
 
 def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollouts:
-    """GradedRollouts groups of the first questions drawn; then, for rollout.max_resamples rounds at most, of as many of the
+    """Graded groups of the first questions drawn; then, for rollout.max_resamples rounds at most, of as many of the
     next ones as there are groups still missing that teach something.
     """
     section = parts.config.rollout
@@ -148,12 +142,12 @@ def sample_replies(parts: Parts, step: int, round_index: int, drawn: Tensor) -> 
     config = parts.config
     prompts = [parts.train_set[index] for index in drawn.tolist()]
     requests = []
-    for prompt in asked:
+    for prompt in prompts:
         key = (config.run.seed, "rollout", step, prompt.question.id)
         seeds = [request_seed(*key, sample) for sample in range(config.rollout.group_size)]
         requests.append(GenerationRequest(prompt.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-    ids = [prompt.question.id for prompt in asked]
+    ids = [prompt.question.id for prompt in prompts]
     return prompts, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
 
 
@@ -231,7 +225,7 @@ def evaluate_if_due(parts: Parts, position: Position) -> float | None:
     Returns: mean pass@1 over the sets; None if nothing was evaluated.
     """
     config, sets, step = parts.config, parts.evaluation_sets, position.step
-    total = sum(len(asked) for prompts in sets.values()) * config.evaluation.num_samples
+    total = sum(len(prompts) for prompts in sets.values()) * config.evaluation.num_samples
     is_edge = step == 0 or is_over(config, position)
     if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
         return None
@@ -350,10 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if invocation.dry_run:
             return print_plan(invocation)
         train(invocation.config, invocation.resume)
-    except ConfigError as error:
+    except ExpoError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, EngineError, GoldError, RewardError, SyncError) as error:
-        fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0
 

@@ -2,16 +2,14 @@
 
 from expo.data.gradable import bad_questions, only_gradable
 from expo.data.overlap import Overlap, find_overlap
-from expo.data.prompts import PROMPTS, Prompt, render_prompt, render_prompts, render_whole_set
-from expo.data.questions import Question, QuestionSet, question_id
+from expo.data.prompts import PROMPTS, render_prompt, render_prompts, render_whole_set
+from expo.data.questions import QuestionSet, question_id
 from expo.data.sources import BUILT_IN, count_questions, load_questions
 
 __all__ = [
     "BUILT_IN",
     "PROMPTS",
     "Overlap",
-    "Prompt",
-    "Question",
     "QuestionSet",
     "bad_questions",
     "count_questions",

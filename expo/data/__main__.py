@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from expo.config import ConfigError, DataSection, ModelSection, fail
+from expo.config import DataSection, ModelSection
 from expo.data import sources
 from expo.data.gradable import bad_questions
 from expo.data.overlap import find_overlap
 from expo.data.prompts import PROMPTS, render_prompt
 from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
+from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from expo.config import ConfigError
 from expo.data.layouts import Record, Table, columns_to_read
+from expo.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".parquet")
 ROWS_AT_ONCE = 10_000  # of a Parquet file: some 10 MB of questions

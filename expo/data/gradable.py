@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from expo.config import ConfigError
-from expo.data.questions import Question, QuestionSet, name_some
+from expo.data.questions import QuestionSet, name_some
+from expo.errors import ConfigError
 from expo.rewards.verifier import ungradable_answers
+from expo.types import Question
 
 
 def bad_questions(loaded: QuestionSet) -> list[Question]:

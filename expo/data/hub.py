@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expo.config import ConfigError
 from expo.data.layouts import Table, columns_to_read
+from expo.errors import ConfigError
 
 ROWS_AT_ONCE = 10_000
 SYNTAX = "owner/name[/configuration][:split][@revision]"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expo.config import ConfigError
 from expo.data.prompts import PROMPTS
 from expo.data.questions import Row
+from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
 
 Record = Mapping[str, Any]

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from expo.config import ConfigError
-from expo.data.questions import Question, QuestionSet
+from expo.data.questions import QuestionSet
+from expo.errors import ConfigError
+from expo.types import Question
 
 RUN = 8  # tokens
 MAX_HOLDERS = 10  # questions of one side that may hold a telling run

@@ -1,11 +1,11 @@
 """The prompts made of questions: a template by name, then the tokenizer's chat template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from expo.config import ConfigError, DataSection
-from expo.data.questions import Question
+from expo.config import DataSection
+from expo.errors import ConfigError
+from expo.types import Prompt, Question
 
 PROMPTS = {
     "plain": "{question}",
@@ -17,14 +17,6 @@ PROMPTS = {
     ),
 }
 """Templates by name; `dapo` is the wording of DAPO-17K (arXiv 2503.14476)."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question and the token ids that ask it."""
-
-    question: Question
-    prompt_ids: list[int]
 
 
 def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> list[int]:

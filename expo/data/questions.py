@@ -11,20 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
+from expo.types import Question
 
 NUM_EXAMPLES = 5  # ids named in a note
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question: a stable `id`, its `text`, the gold `answer`, and the name of its difficulty `level`."""
-
-    id: str
-    text: str
-    answer: str
-    level: str = ""
 
 
 @dataclass(frozen=True)

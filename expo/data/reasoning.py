@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
-from expo.config import ConfigError
 from expo.data.questions import Row
+from expo.errors import ConfigError
 
 PREFIX = "reasoning-gym:"
 FAMILIES = (

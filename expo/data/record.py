@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError
 from expo.data.questions import QuestionSet
+from expo.errors import ConfigError
 
 
 def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:

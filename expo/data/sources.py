@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from expo import ledger
-from expo.config import ConfigError
 from expo.data import arithmetic
 from expo.data.files import SUFFIXES, local_tables
 from expo.data.hub import NAMED, NamedSet, find_named, hub_table, parse_hub_source
 from expo.data.layouts import Table, read_table
 from expo.data.questions import QuestionSet, Row, merge_rows
 from expo.data.reasoning import PREFIX, reasoning_rows
+from expo.errors import ConfigError
 
 BUILT_IN: dict[str, Callable[[], list[ledger.LedgerQuestion]]] = {
     "ledger:train": partial(ledger.train_questions, seed=0),

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError, fail
+from expo.errors import ConfigError
 from expo.evaluation.protocol import RESULTS, differences
 from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
 from expo.evaluation.tables import SHARES, estimates_of
@@ -21,6 +21,7 @@ from expo.reporting.figures import Picture, draw_curves
 from expo.reporting.page import comparison_table, document, figure, pairs, section
 from expo.reporting.reader import Comparison, Estimate, pass_at, table_cells, text_table
 from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.evaluate compare"
 

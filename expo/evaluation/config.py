@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError, RunConfig, VllmSection, load_config
+from expo.config import RunConfig, VllmSection, load_config
+from expo.errors import ConfigError
 from expo.runtime.cli import add_field, fail, filled, flag_parser, read_flags
 
 PROGRAM = "python -m expo.evaluate"

@@ -25,7 +25,7 @@ class FrozenPolicy:
     Raises: ConfigError if the model does not load.
     """
 
-    is_whole = True  # every weight is here
+    is_unsharded = True  # every weight is here
 
     def __init__(self, config: RunConfig, device: torch.device, checkpoint: Path | None = None) -> None:
         self.dtype: torch.dtype = getattr(torch, config.policy.dtype)

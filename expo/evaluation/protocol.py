@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from expo.config import RunConfig
-from expo.data import Prompt, QuestionSet
+from expo.data import QuestionSet
 from expo.data.record import left_out
+from expo.types import Prompt
 
 PROTOCOL = "protocol.json"  # the facts, written before the first reply
 REPLIES = "replies"  # .jsonl: every reply, those of a question side by side
@@ -43,7 +44,7 @@ def facts_of_questions(questions: QuestionSet, prompts: Sequence[Prompt], first_
         "num_questions": len(questions.questions),
         "left_out": left_out(questions, 0),
         "questions_sha256": questions.digest,
-        "prompts_sha256": hashlib.sha256(repr([list(prompt.prompt_ids) for prompt in asked]).encode()).hexdigest(),
+        "prompts_sha256": hashlib.sha256(repr([list(prompt.prompt_ids) for prompt in prompts]).encode()).hexdigest(),
         "first_prompt": first_prompt,
     }
 

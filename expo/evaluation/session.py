@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from expo.config import ConfigError, RunConfig
-from expo.data import Prompt, QuestionSet, load_questions, only_gradable, render_whole_set
+from expo.config import RunConfig
+from expo.data import QuestionSet, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
+from expo.errors import CheckpointError, ConfigError
 from expo.evaluation.config import Invocation
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, resume_replies
@@ -21,13 +22,14 @@ from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
-from expo.run.checkpoint import CheckpointError, Checkpoints
+from expo.run.checkpoint import Checkpoints
 from expo.run.metrics import Display, RunFolder, describe_environment
 from expo.run.setup import build_engine
 from expo.runtime.atomic_io import remove_leftovers
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
+from expo.types import Prompt
 
 
 @dataclass(frozen=True)

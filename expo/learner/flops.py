@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 
 # dense bfloat16 products with float32 sums, FLOP/s, from the makers' data sheets; the first name that is found counts
 PEAK_FLOPS = {

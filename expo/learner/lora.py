@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 
 ADAPTER = "default"
 

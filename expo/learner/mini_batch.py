@@ -13,23 +13,7 @@ from torch import Tensor
 from expo.config import PolicySection
 from expo.learner.batch import Batch, collate, pack, share_by_tokens, split_by_tokens
 from expo.runtime.distributed import Ranks
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One reply to learn from: prompt_ids, reply_ids, the rollout's logps of those in nats, and its advantage.
-
-    One that is left out takes its place among the mini-batches and no part in the loss, its denominators included.
-    """
-
-    prompt_ids: Sequence[int]
-    reply_ids: Sequence[int]
-    rollout_logps: Sequence[float]
-    advantage: float
-    is_left_out: bool = False
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.reply_ids)
+from expo.types import Sample
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from expo import ledger
-from expo.config import ConfigError, ModelSection
+from expo.config import ModelSection
+from expo.errors import ConfigError
 from expo.learner.batch import Batch
 from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 

@@ -17,10 +17,11 @@ from expo.config import PolicySection, RunConfig
 from expo.learner.batch import Batch
 from expo.learner.deepspeed import load_states, loading_parts, save_states, start_engine, whole_parameters
 from expo.learner.lora import adapters_off, add_adapters, merged
-from expo.learner.mini_batch import MicroBatch, MiniBatch, Sample, mini_batches
+from expo.learner.mini_batch import MicroBatch, MiniBatch, mini_batches
 from expo.learner.mismatch import Mismatch
 from expo.learner.model import PolicyModule, load_model, logit_softcap
 from expo.runtime.distributed import Ranks
+from expo.types import Sample
 
 
 class Policy(Protocol):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from expo.config import RECIPES, ConfigError, ModelSection, RunConfig
+from expo.config import RECIPES, ModelSection, RunConfig
 from expo.data import count_questions
+from expo.errors import ConfigError
 from expo.learner.flops import ModelShape
 from expo.learner.model import check_model_path
 from expo.planning.memory import GIB, RUNTIME_BYTES, Footprint, Part

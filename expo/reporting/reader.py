@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from expo.errors import NotARunError
+
 Record = dict[str, Any]  # one line of a .jsonl file
 Scores = dict[str, Any]  # the scores of one evaluation: set name -> {"num_questions", "pass_at", "by_level", ...}
 
@@ -43,10 +45,6 @@ class Records:
         """The value of `section.name` in the run's configuration; None where it has none."""
         values = self.config.get(section)
         return values.get(name) if isinstance(values, dict) else None
-
-
-class NotARunError(ValueError):
-    """The folder was not written by the trainer."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError, RewardSection
+from expo.config import RewardSection
+from expo.errors import ConfigError, RewardError
 from expo.rewards.graded import GradedRollouts
 from expo.runtime.distributed import Ranks
 
@@ -22,10 +23,6 @@ by side; gives one finite number for each reply, in order. It runs on rank 0, an
 `deadline.reward`."""
 
 SHOWN_CHARS = 300  # of a reply, in messages
-
-
-class RewardError(Exception):
-    """A reward function raised, or gave something other than a finite number for each reply."""
 
 
 def load_reward_functions(names: Iterable[str]) -> dict[str, RewardFunction]:

@@ -8,9 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expo.data import Prompt
-from expo.rewards.verifier import Verdict
-from expo.rollout import Reply
+from expo.types import Prompt, Reply, Verdict
 
 
 class Grader(Protocol):
@@ -50,7 +48,7 @@ class GradedRollouts:
         return torch.tensor([[len(reply.token_ids) for reply in group] for group in self.replies])
 
     def select(self, questions: Sequence[int]) -> "GradedRollouts":
-        """The groups of some questions, by their index in `asked`."""
+        """The groups of some questions, by their index in `prompts`."""
         return GradedRollouts(
             [self.prompts[q] for q in questions],
             [self.replies[q] for q in questions],

@@ -8,10 +8,10 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Self
 
+from expo.errors import GoldError
 from expo.rewards import messages
 from expo.rewards.answers import (
     canonical_number,
@@ -23,34 +23,10 @@ from expo.rewards.answers import (
     stated_gold,
 )
 from expo.rewards.pool import Pair, WorkerPool
-
-Kind = Literal["correct", "wrong", "unparsed", "timeout"]
+from expo.types import Verdict, VerdictKind
 
 # Verdicts remembered: the distinct answers of a dozen steps of 2,048 replies; some 10 MB.
 _MEMO_SIZE: Final = 32_768
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one reply earned.
-
-    Attributes:
-        kind: "correct"; "wrong"; "unparsed" when the reply states no answer; "timeout" when its answer could
-            not be graded within the limits on time and memory.
-        answer: The answer as the reply states it, None when unparsed.
-    """
-
-    kind: Kind
-    answer: str | None
-
-    @property
-    def reward(self) -> float:
-        """1 for a correct reply, 0 for any other."""
-        return 1.0 if self.kind == "correct" else 0.0
-
-
-class GoldError(ValueError):
-    """A gold answer that replies cannot be graded against; `check_answers` finds these beforehand."""
 
 
 class Verifier:
@@ -118,7 +94,7 @@ class Verifier:
             None if text is None else (normalise_for(gold, text), gold)
             for text, gold in zip(stated, golds, strict=True)
         ]
-        known: dict[Pair, Kind] = {}
+        known: dict[Pair, VerdictKind] = {}
         undecided: list[Pair] = []
         for pair in dict.fromkeys(pairs):
             if pair is not None:
@@ -151,8 +127,8 @@ class Verifier:
             outcomes = self._pool.run([("", gold) for gold in golds], check_gold_only=True)
         return [gold for (_, gold), outcome in outcomes.items() if outcome != messages.CORRECT]
 
-    def _grade_by_algebra(self, pairs: list[Pair]) -> dict[Pair, Kind]:
-        known: dict[Pair, Kind] = {}
+    def _grade_by_algebra(self, pairs: list[Pair]) -> dict[Pair, VerdictKind]:
+        known: dict[Pair, VerdictKind] = {}
         with self._lock:
             for pair in pairs:
                 if pair in self._memo:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.rollout import Reply
 from expo.runtime.atomic_io import remove_leftovers, write_bytes_whole
 from expo.runtime.distributed import Ranks
+from expo.types import Reply
 
 # nats, on the probe, in bfloat16 too: both sides are the policy's own, through one path, so that the same weights are
 # at 0 on the same machine; where other ranks or kernels round otherwise by more, replies are sampled again

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from expo.rewards.verifier import Verdict, Verifier
-from expo.rollout import GenerationRequest, Reply, RolloutEngine, Sampling
+from expo.errors import StopRequested
+from expo.rewards.verifier import Verifier
+from expo.rollout import GenerationRequest, RolloutEngine, Sampling
 from expo.rollout.weight_samples import Described
 from expo.runtime.distributed import Ranks
-from expo.runtime.signals import StopRequested, StopSwitch
+from expo.runtime.signals import StopSwitch
+from expo.types import Reply, Verdict
 
 
 class DataParallelEngine:

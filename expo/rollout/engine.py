@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from expo.rollout.weight_samples import Described
+from expo.types import Reply
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,6 @@ class GenerationRequest:
 
     prompt_ids: Sequence[int]
     seeds: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One sampled reply.
-
-    token_ids: the reply with its end-of-sequence token, if it came to one; logps: log-probability of each of them
-    in nats, at the sampling temperature; is_truncated: cut at max_new_tokens; text: decoded, no special tokens.
-    """
-
-    token_ids: list[int]
-    logps: list[float]
-    is_truncated: bool
-    text: str
-
-
-class EngineError(Exception):
-    """An engine cannot go on, and the run with it; the run can be resumed."""
 
 
 class RolloutEngine(Protocol):

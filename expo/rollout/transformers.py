@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from expo.learner.model import head_logits, run_transformer
-from expo.rollout.engine import GenerationRequest, Reply, Sampling, end_ids
+from expo.rollout.engine import GenerationRequest, Sampling, end_ids
 from expo.rollout.weight_samples import Described, describe
+from expo.types import Reply
 from expo_kernels import token_logps
 
 KEEP_ROWS_ABOVE = 0.75  # share of rows still running under which ended ones are worth copying the cache to drop

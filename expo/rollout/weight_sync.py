@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from expo.errors import SyncError
 from expo.learner.batch import Batch, collate
 from expo.rollout import RolloutEngine
 from expo.rollout.weight_samples import WeightSamples
@@ -23,10 +24,6 @@ MAX_TOKENS = 128  # of a sequence: two blocks of vLLM's cache or more
 # nats. On the embedded model float32 is within 2e-5, and noise of 1e-4 on every weight that is not brought over makes
 # 1.5e-2; in bfloat16, where both sides round every product, up to 0.38 was seen: it shows gross failures
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.0}
-
-
-class SyncError(Exception):
-    """Policy and rollout engine do not agree after a sync."""
 
 
 class Source(Protocol):

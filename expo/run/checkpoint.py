@@ -21,6 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from expo.errors import CheckpointError
 from expo.learner.policy import Policy
 from expo.runtime.atomic_io import flush, remove_leftovers, write_bytes_whole
 from expo.runtime.distributed import Ranks
@@ -42,10 +43,6 @@ class Position:
     bad_updates: int = 0  # skipped updates in a row
     reply_tokens: int = 0  # sampled so far
     random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: as they are when it is saved
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written, and earlier ones are as they were; or not one of them can be read."""
 
 
 class Checkpoints:

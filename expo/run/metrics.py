@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 from expo.reporting.reader import starts_of
 from expo.rewards.graded import GradedRollouts
 from expo.runtime.atomic_io import write_bytes_whole

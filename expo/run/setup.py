@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from expo.config import ConfigError, RunConfig, changed_settings, load_config
+from expo.config import RunConfig, changed_settings, load_config
 from expo.data import (
     Overlap,
-    Prompt,
     QuestionSet,
     find_overlap,
     load_questions,
@@ -27,6 +26,7 @@ from expo.data import (
     render_whole_set,
 )
 from expo.data.record import require_same_questions, set_lines, set_record
+from expo.errors import ConfigError
 from expo.evaluation.frozen import FrozenPolicy
 from expo.learner.model import check_model_path, empty_copy, load_tokenizer
 from expo.learner.policy import DeepSpeedPolicy, Policy
@@ -47,6 +47,7 @@ from expo.run.trackers import Tracker, check_trackers, open_trackers
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
+from expo.types import Prompt
 from expo_kernels import CurriculumTable
 
 RUNS = Path("runs")
@@ -169,14 +170,14 @@ def load_inputs(config: RunConfig) -> Inputs:
     overlap = find_overlap(train_set, evaluation)
     train_set = overlap.drop_from(train_set, config.data.drop_overlap)
     tokenizer = load_tokenizer(config.model)
-    prompt = render_prompts(train_set.questions, config.data, tokenizer)
-    _require_enough(config, len(prompt))
-    evaluation_prompted = {
+    prompts = render_prompts(train_set.questions, config.data, tokenizer)
+    _require_enough(config, len(prompts))
+    evaluation_prompts = {
         name: render_whole_set(f"evaluation.sets.{name}", loaded.questions, config.data, tokenizer)
         for name, loaded in evaluation.items()
     }
     reward_functions = load_reward_functions(config.reward.functions)
-    return Inputs(train_set, evaluation, prompt, evaluation_prompted, overlap, reward_functions)
+    return Inputs(train_set, evaluation, prompts, evaluation_prompts, overlap, reward_functions)
 
 
 def _require_enough(config: RunConfig, num_questions: int) -> None:
@@ -295,9 +296,9 @@ def _build_parts(
 def _record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
     """Shows what the sets hold and what was left out of them, and writes it to data.json."""
     records = {}
-    prompt = [inputs.train_set, *inputs.evaluation_sets.values()]
-    for (name, loaded), asked in zip(inputs.sets.items(), prompt, strict=True):
-        num_long = len(loaded.questions) - len(asked)
+    prompts_of_sets = [inputs.train_set, *inputs.evaluation_sets.values()]
+    for (name, loaded), prompts in zip(inputs.sets.items(), prompts_of_sets, strict=True):
+        num_long = len(loaded.questions) - len(prompts)
         records[name] = set_record(loaded, num_long)
         for line in set_lines(loaded, num_long):
             display.line(line)

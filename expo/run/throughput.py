@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from expo.config import ConfigError, RunConfig
+from expo.config import RunConfig
+from expo.errors import ConfigError
 from expo.learner.flops import ModelShape, peak_flops, training_flops
 from expo.learner.mini_batch import MiniBatch
 from expo.rewards.graded import GradedRollouts

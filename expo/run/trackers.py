@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from expo.config import ConfigError, RunConfig
+from expo.config import RunConfig
+from expo.errors import ConfigError
 from expo.run.metrics import STEP_METRICS
 from expo.runtime.atomic_io import write_bytes_whole
 

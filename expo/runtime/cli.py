@@ -16,12 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from expo.errors import ConfigError, ExpoError
+
 Config = TypeVar("Config", bound=BaseModel)
 Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; later ones hold
-
-
-class ConfigError(Exception):
-    """A run that cannot be: the message is one line that says what was given, what is expected, how to fix it."""
 
 
 class Invocation(BaseModel, Generic[Config]):
@@ -232,8 +230,8 @@ def _value(name: str, text: str) -> Any:
         raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
 
 
-def fail(prog: str, error: Exception, code: int = 2) -> NoReturn:
-    """Ends the process with one line on stderr; of many ranks, which fail alike, the first one speaks."""
+def fail(prog: str, error: ExpoError) -> NoReturn:
+    """Ends the process with the error's exit code and one line on stderr, which only rank 0 prints."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{prog}: error: {error}\n")
-    raise SystemExit(code) from None
+    raise SystemExit(error.exit_code) from None

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 
 T = TypeVar("T")
 

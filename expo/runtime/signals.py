@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from expo.errors import StopRequested
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopRequested(Exception):  # noqa: N818  # not an error: the run ends well
-    """The run is to save and end; the message says who asked."""
 
 
 class StopSwitch:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: trying again may help
+from expo.errors import DEADLINE_EXIT_CODE
+
 SIBLING_GRACE_S = 3.0  # for the other ranks of this machine to write down their own stacks
 BACKSTOP_S = 8.0  # after the deadline; our own thread needs no more than twice SIBLING_GRACE_S
 
@@ -88,7 +89,7 @@ class Watchdog:
         for process in [*siblings, *children]:
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
-        os._exit(EXIT_CODE)
+        os._exit(DEADLINE_EXIT_CODE)
 
     def _report(self, headline: str) -> None:
         with suppress(OSError, ValueError):

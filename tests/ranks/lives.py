@@ -28,10 +28,10 @@ import expo.run.checkpoint
 import expo.run.setup
 import expo.train
 from expo.config import ModelSection
+from expo.errors import GoldError
 from expo.learner.model import load_model
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
-from expo.rewards.verifier import GoldError
 from expo.rollout.data_parallel import DataParallelEngine
 
 PATIENCE_S = 300

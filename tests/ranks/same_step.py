@@ -9,9 +9,9 @@ import sys
 import torch
 
 from expo.config import load_config
-from expo.learner.mini_batch import Sample
 from expo.learner.policy import DeepSpeedPolicy
 from expo.runtime.distributed import Ranks, join_ranks, leave_ranks
+from expo.types import Sample
 
 STAGES, PACKING, AGGREGATIONS = (0, 1, 2, 3), (False, True), ("token", "sequence", "constant")
 # prompt and reply tokens

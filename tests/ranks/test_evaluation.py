@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from expo.errors import CheckpointError
 from expo.evaluate import measure
 from expo.evaluation.config import parse_command_line
-from expo.run.checkpoint import CheckpointError
 from tests.ranks.running import argv, environment, life, lived, write_questions
 
 pytestmark = pytest.mark.slow

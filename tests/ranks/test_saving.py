@@ -13,7 +13,7 @@ from tests.ranks.running import argv, environment, facts, life, lived, rows_of, 
 pytestmark = pytest.mark.slow
 
 
-def is_unsharded(path):
+def is_whole(path):
     """Whether every file of a checkpoint is as its manifest says."""
     files = json.loads((path / "manifest.json").read_text())["files"]
     contents = {name: (path / name).read_bytes() for name in files}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from expo.config import RECIPES, ConfigError, load_config
+from expo.config import RECIPES, load_config
 from expo.data.hub import NAMED
+from expo.errors import ConfigError
 from expo.evaluation.config import parse_command_line
 from expo.train import main
 from tests import ROOT

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import expo.run.metrics
 import expo.train
 from expo.config import load_config
+from expo.errors import Diverged
 from expo.learner.policy import DeepSpeedPolicy
 from expo.run.metrics import RunFolder
-from expo.train import Diverged, main, train
+from expo.train import main, train
 
 QUICK = {
     "run.steps": 4,

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expo.config import load_config
+from expo.errors import SyncError
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine
-from expo.rollout.weight_sync import SyncError, WeightSync, make_probe
+from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
 
 MAX_TOKENS = 96

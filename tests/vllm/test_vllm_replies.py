@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expo.errors import StopRequested
 from expo.learner.batch import collate
 from expo.learner.model import PolicyModule
 from expo.rollout import GenerationRequest, Sampling, request_seed
-from expo.runtime.signals import StopRequested
 from tests.vllm.conftest import PROMPTS, new_engine, save_model
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=12)

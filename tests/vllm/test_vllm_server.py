@@ -5,12 +5,11 @@ import signal
 
 import pytest
 
-from expo.rollout import EngineError, Sampling
+from expo.errors import EngineError, StopRequested, SyncError
+from expo.rollout import Sampling
 from expo.rollout.vllm.client import Server
 from expo.rollout.vllm.transfer import broadcast, interface
 from expo.rollout.vllm.transfer.files import WeightFiles
-from expo.rollout.weight_sync import SyncError
-from expo.runtime.signals import StopRequested
 from tests.vllm.conftest import BY_PROBE
 from tests.vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
 

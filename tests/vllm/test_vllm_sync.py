@@ -2,8 +2,8 @@
 
 import pytest
 
+from expo.errors import SyncError
 from expo.rollout.vllm import in_process
-from expo.rollout.weight_sync import SyncError
 from tests.vllm.conftest import BY_PROBE
 
 

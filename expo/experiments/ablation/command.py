@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError, fail
+from expo.errors import AblationError, ConfigError, ExpoError
 from expo.experiments.ablation.page import tables, write_record
 from expo.experiments.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan_runs, with_arms
 from expo.experiments.ablation.results import as_record, read_outcome
-from expo.experiments.ablation.runs import RunFailed, run_all
+from expo.experiments.ablation.runs import run_all
 from expo.reporting.reader import starts_of
 from expo.run.metrics import ENVIRONMENT, Display
 from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.cli import fail
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 
@@ -58,12 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         display = Display()
         run_all(runs, options.jobs, display)
         display.line(_write_results(runs, settings, options.out))
-    except ConfigError as error:
+    except ExpoError as error:
         fail(PROGRAM, error)
-    except RunFailed as error:
-        fail(PROGRAM, error, code=1)
     except KeyboardInterrupt:
-        fail(PROGRAM, RunFailed("stopped; give the same command to go on"), code=1)
+        fail(PROGRAM, AblationError("stopped; run the same command again to continue"))
     return 0
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError, fail
+from expo.errors import ConfigError
 from expo.experiments.ablation.paired import Mean
 from expo.experiments.ablation.plan import BASELINE
 from expo.experiments.ablation.results import (
@@ -31,6 +31,7 @@ from expo.experiments.ablation.results import (
 )
 from expo.reporting.figures import draw_lines
 from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.ablation.page"
 MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_bytes_whole(options.page, with_section(options.page, section(record)).encode())
         write_record(options.page.parent / "ablation", record)
     except (ConfigError, OSError) as error:
-        fail(PROGRAM, error)
+        fail(PROGRAM, ConfigError(str(error)))
     return 0
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo.config import ConfigError, RunConfig, changed_settings, load_config, parse_command_line
+from expo.config import RunConfig, changed_settings, load_config, parse_command_line
+from expo.errors import ConfigError
 from expo.ledger import LedgerQuestion, train_questions
 from expo.ledger.skewed import skewed_questions
 from expo.runtime.atomic_io import write_bytes_whole

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from expo.errors import AblationError
 from expo.experiments.ablation.plan import Run
 from expo.run.metrics import Display
 from expo.runtime.atomic_io import write_bytes_whole
@@ -15,14 +16,10 @@ POLL_SECONDS = 0.2
 LOG = "log.txt"  # what a run prints, in its folder
 
 
-class RunFailed(Exception):  # noqa: N818  # a state of the ablation, as its message says
-    """A run ended before its end."""
-
-
 def run_all(runs: Sequence[Run], num_jobs: int, display: Display) -> None:
     """Runs what is not finished, `num_jobs` side by side on one core each, and shows what is done.
 
-    Raises: RunFailed if one of them ends before its end, once those beside it have been asked to save and end.
+    Raises: AblationError if one of them ends before its end, once those beside it have been asked to save and end.
     """
     waiting = [run for run in runs if not run.is_finished]
     under_way: dict[subprocess.Popen[bytes], Run] = {}
@@ -63,7 +60,7 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
 def _require_finished(run: Run, exit_code: int) -> None:
     if run.is_finished:
         return
-    raise RunFailed(
+    raise AblationError(
         f"{run.name} ended with exit code {exit_code} before its end ({_last_line(run.folder / LOG)}); see "
         f"{run.folder / LOG}, then give the same command to go on"
     )

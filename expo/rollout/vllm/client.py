@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from expo.config import VllmSection
-from expo.rollout.engine import EngineError
+from expo.errors import EngineError
 
 PATIENCE_S: float = VllmSection().patience_s
 HEALTH = "/health"
@@ -105,7 +105,7 @@ class Server:
         return json.loads(answer) if answer else None
 
     def _wait(self, place: socket.socket, path: str, asked: float) -> None:
-        """Returns when an answer has begun or the connection has ended. Raises: ServerUnavailable if the server shows no life."""
+        """Waits until an answer begins or the connection ends. Raises: ServerUnavailable if the server is silent."""
         while not _has_come(place, min(LOOK_S, self._patience_s / 4)):
             if not self._asking.acquire(blocking=False):
                 continue

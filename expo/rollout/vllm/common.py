@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from expo.config import ConfigError, VllmSection
-from expo.rollout.engine import GenerationRequest, Reply, Sampling
+from expo.config import VllmSection
+from expo.errors import ConfigError
+from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.weight_samples import Described, describe
+from expo.types import Reply
 
 MADE_FOR = ((0, 32), (0, 34))  # from the first version on, before the second
 MADE_FOR_TEXT = "0.32 on, below 0.34"

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError, VllmSection
-from expo.rollout.engine import GenerationRequest, Reply, Sampling
+from expo.config import VllmSection
+from expo.errors import ConfigError
+from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
     check_ranks,
@@ -29,6 +30,7 @@ from expo.rollout.vllm.common import (
 )
 from expo.rollout.weight_samples import Described
 from expo.runtime.logging_filters import errors_only
+from expo.types import Reply
 
 NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
     "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import ConfigError, RunConfig, VllmSection
-from expo.rollout.engine import EngineError, GenerationRequest, Reply, Sampling
+from expo.config import RunConfig, VllmSection
+from expo.errors import ConfigError, EngineError
+from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
 from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
 from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
@@ -23,6 +24,7 @@ from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.vllm.transfer.group import BACKEND
 from expo.rollout.weight_samples import Described
 from expo.runtime.distributed import Ranks
+from expo.types import Reply
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
 NOT_PRESENT = "it has not been given the present weights"
@@ -171,7 +173,7 @@ class ServerEngine:
             supervisor.check()
 
     def _choice(self, answer: Any) -> Any:
-        """The one choice in an answer. Raises: ServerUnavailable if it was not finished, or not by the present weights."""
+        """The one choice in an answer. Raises: ServerUnavailable if it is unfinished or made by stale weights."""
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerUnavailable(f"it broke a reply off: {choice['finish_reason']}")

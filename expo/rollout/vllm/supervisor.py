@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from expo.config import ConfigError
-from expo.rollout.engine import EngineError
+from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import HEALTH, Server, ServerUnavailable, retry
 from expo.rollout.vllm.transfer.interface import Weights
 

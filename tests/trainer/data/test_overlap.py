@@ -2,8 +2,9 @@
 
 import pytest
 
-from expo.config import ConfigError
-from expo.data import Question, QuestionSet, find_overlap
+from expo.data import QuestionSet, find_overlap
+from expo.errors import ConfigError
+from expo.types import Question
 
 LONG = (
     "A rectangular garden has a fence of $60$ metres. The gardener plants tulips along its shorter side, one every "

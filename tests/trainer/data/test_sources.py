@@ -7,11 +7,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from expo.config import ConfigError, DataSection
+from expo.config import DataSection
 from expo.data import count_questions, load_questions, question_id, render_prompt
 from expo.data.__main__ import main
 from expo.data.hub import NAMED, HubSource, hub_table, parse_hub_source
 from expo.data.reasoning import FAMILIES
+from expo.errors import ConfigError
 from expo.rewards.verifier import Verifier
 
 FIXTURES = sorted((Path(__file__).parent / "questions").glob("*.jsonl"))  # real columns, rows written for the tests

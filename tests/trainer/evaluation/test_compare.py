@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 from expo.evaluate import main
 from expo.evaluation.compare import Results, compare
 from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two

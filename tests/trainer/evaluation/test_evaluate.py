@@ -12,15 +12,15 @@ import pytest
 
 from expo import evaluate as evaluate_module
 from expo import ledger
-from expo.config import ConfigError, EvaluationSection, load_config
-from expo.data import Prompt, Question
+from expo.config import EvaluationSection, load_config
+from expo.errors import ConfigError, StopRequested
 from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resolve
 from expo.rewards.verifier import Verifier
-from expo.rollout import Reply
 from expo.rollout.data_parallel import DataParallelEngine
 from expo.run.metrics import Display
-from expo.runtime.signals import StopRequested, StopSwitch
+from expo.runtime.signals import StopSwitch
+from expo.types import Prompt, Question, Reply
 from tests import ROOT
 
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
@@ -41,7 +41,7 @@ class KnownEngine:
 def test_evaluation_reports_each_set_and_level():
     prompts = [Prompt(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
     section = EvaluationSection(num_samples=10)
-    result = evaluate(KnownEngine(), Verifier(), {"set": asked}, section, max_new_tokens=5, seed=0)
+    result = evaluate(KnownEngine(), Verifier(), {"set": prompts}, section, max_new_tokens=5, seed=0)
     found = result["sets"]["set"]
     assert found["pass_at"]["1"]["mean"] == pytest.approx((0 + 1 + 2 + 3) / 40)
     assert found["pass_at"]["8"]["mean"] == pytest.approx(sum(pass_at_k(10, c, 8) for c in range(4)) / 4)
@@ -204,7 +204,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
     assert not kept.endswith("\n")
     assert not (out / "results.json").exists()
 
-    prompts = []
+    asked = []
     generate = DataParallelEngine.generate
 
     def counted(engine, requests, *rest):

@@ -83,11 +83,11 @@ def test_the_majoritys_score_splits_ties_evenly(verifier, replies, expected):
 
 
 def test_answers_are_compared_only_where_a_majority_is_open():
-    prompts = []
+    asked = []
 
     def agree(pairs):
         asked.extend(pairs)
         return [False] * len(pairs)
 
     majority_scores([group("c c c 1 2"), group("1 2 3"), group("c 4 5")], agree)
-    assert prompts == [("4", "5")]
+    assert asked == [("4", "5")]

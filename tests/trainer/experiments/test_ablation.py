@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 from expo.experiments.ablation.command import main
 from expo.experiments.ablation.page import MARKS, section, tables, with_section
 from expo.experiments.ablation.page import main as write_page

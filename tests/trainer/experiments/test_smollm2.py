@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expo.config import RECIPES, ConfigError, load_config
+from expo.config import RECIPES, load_config
+from expo.errors import ConfigError
 from expo.experiments.smollm2 import PACKAGE, convert, find_weights, main
 from expo.train import train
 

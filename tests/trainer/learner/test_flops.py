@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from expo.config import ConfigError, ModelSection
+from expo.config import ModelSection
+from expo.errors import ConfigError
 from expo.learner.flops import (
     ModelShape,
     forward_flops,

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from expo.config import PolicySection
-from expo.learner.mini_batch import Sample, mini_batches
+from expo.learner.mini_batch import mini_batches
 from expo.runtime.distributed import Ranks
+from expo.types import Sample
 
 # prompt and reply tokens
 LENGTHS = [(9, 14), (4, 7), (6, 1), (3, 25), (5, 5), (8, 12)] * 2

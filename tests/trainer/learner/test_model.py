@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 from expo.learner.batch import Batch
 from expo.learner.model import head_logits, hidden_states, logit_softcap
 

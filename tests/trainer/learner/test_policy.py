@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expo.config import load_config
-from expo.learner.mini_batch import Sample
 from expo.learner.policy import DeepSpeedPolicy
 from expo.runtime.distributed import join_ranks
+from expo.types import Sample
 
 BETA = torch.tensor(0.0131)
 TEXTS = [("3+8-2+7=", "11,9,\\boxed{16}"), ("1+1=", "\\boxed{2}"), ("4+5-9=", "9,\\boxed{1}")]

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from expo.config import RECIPES, ConfigError, ModelSection, load_config, parse_command_line
+from expo.config import RECIPES, ModelSection, load_config, parse_command_line
+from expo.errors import ConfigError
 from expo.learner.flops import ModelShape
 from expo.planning.memory import GIB, Footprint
 from expo.planning.plan import Machine, check_batches, check_memory, describe, find_shape, plan_machine

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from expo import report
+from expo.errors import NotARunError
 from expo.report import main, write_report
 from expo.reporting.figures import PICTURES, drawing
-from expo.reporting.reader import Estimate, NotARunError, Records, change, read_run, results_table
+from expo.reporting.reader import Estimate, Records, change, read_run, results_table
 from expo.runtime import atomic_io
 
 HOSTILE = "<script>alert('1 & 2')</script> </pre> \\boxed{12}"

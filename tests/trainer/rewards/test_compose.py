@@ -6,15 +6,14 @@ import pytest
 import torch
 
 import expo.train
-from expo.config import ConfigError, RewardSection
-from expo.data import Prompt, Question
+from expo.config import RewardSection
+from expo.errors import ConfigError, RewardError
 from expo.formats import boxed, think_then_answer
-from expo.rewards.compose import RewardComposer, RewardError, load_reward_functions, overlong_penalties
+from expo.rewards.compose import RewardComposer, load_reward_functions, overlong_penalties
 from expo.rewards.graded import GradedRollouts
-from expo.rewards.verifier import Verdict
-from expo.rollout import Reply
 from expo.runtime.distributed import Ranks
 from expo.train import main, train
+from expo.types import Prompt, Question, Reply, Verdict
 from tests.trainer.test_train import quick, rows_of
 
 RIGHT, WRONG = Verdict("correct", "1"), Verdict("wrong", "2")

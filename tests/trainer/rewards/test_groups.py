@@ -7,12 +7,10 @@ import torch
 
 import expo.train
 from expo.config import load_config
-from expo.data import Prompt, Question
 from expo.rewards.graded import GradedRollouts
 from expo.rewards.groups import Rollouts, teaches
-from expo.rewards.verifier import Verdict
-from expo.rollout import Reply
 from expo.train import draw_questions, main, train, training_samples
+from expo.types import Prompt, Question, Reply, Verdict
 from expo_kernels import CurriculumTable
 from tests.trainer.test_train import quick, rows_of, train_until_it_dies, untimed, weights_of
 

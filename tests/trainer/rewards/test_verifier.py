@@ -17,8 +17,10 @@ import pytest
 pytest.importorskip("math_verify")
 
 import expo.rewards.verifier as verifier_module
+from expo.errors import GoldError
 from expo.rewards.answers import extract_answer, normalise
-from expo.rewards.verifier import GoldError, Verdict, Verifier, check_answers, ungradable_answers
+from expo.rewards.verifier import Verifier, check_answers, ungradable_answers
+from expo.types import Verdict
 
 TIMEOUT_S = 1.5
 # Each keeps math-verify busy for a minute or more.

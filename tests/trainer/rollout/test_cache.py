@@ -8,11 +8,11 @@ import torch
 
 import expo.train
 from expo.config import load_config
-from expo.rollout import Reply
 from expo.rollout.cache import ReplyCache
 from expo.rollout.transformers import TransformersEngine
 from expo.runtime.distributed import Ranks
 from expo.train import train
+from expo.types import Reply
 from tests.ranks.running import argv, life, lived, rows_of, untimed
 
 REPLIES = [

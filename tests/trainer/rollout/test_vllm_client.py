@@ -13,11 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from expo.config import ConfigError
-from expo.rollout import EngineError
+from expo.errors import ConfigError, EngineError, StopRequested
 from expo.rollout.vllm.client import HEALTH, RequestPool, Server, ServerUnavailable, retry
 from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
-from expo.runtime.signals import StopRequested
 from expo.train import main
 
 SLOW_S = 4.0

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from expo.config import ConfigError
+from expo.errors import ConfigError
 from expo.rollout.vllm.client import Server, ServerUnavailable
 from expo.rollout.vllm.server import _require_broadcast
 from expo.rollout.vllm.transfer import interface

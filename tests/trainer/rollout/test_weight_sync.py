@@ -5,14 +5,15 @@ import importlib.util
 import pytest
 import torch
 
-from expo.config import ConfigError, VllmSection, load_config
+from expo.config import VllmSection, load_config
+from expo.errors import ConfigError, SyncError
 from expo.learner.model import empty_copy
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm.common import version_warning
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.weight_samples import WeightSamples, describe
-from expo.rollout.weight_sync import Probe, SyncError, WeightSync, make_probe
+from expo.rollout.weight_sync import Probe, WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
 from expo.train import main
 

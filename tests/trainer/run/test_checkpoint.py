@@ -10,7 +10,8 @@ import numpy
 import pytest
 import torch
 
-from expo.run.checkpoint import CheckpointError, Checkpoints, Position
+from expo.errors import CheckpointError
+from expo.run.checkpoint import Checkpoints, Position
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.distributed import join_ranks
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from expo.config import ConfigError, load_config
+from expo.config import load_config
+from expo.errors import ConfigError
 from expo.run.metrics import STEP_METRICS
 from expo.run.trackers import ID_FILE, check_trackers, open_trackers
 from tests import ROOT

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from expo.config import DEFAULT_RECIPE, ConfigError, RunConfig, load_config, parse_command_line
+from expo.config import DEFAULT_RECIPE, RunConfig, load_config, parse_command_line
+from expo.errors import ConfigError
 from expo.runtime.cli import field_names
 
 MINIMAL = {"model": {"path": "somewhere"}, "data": {"train": "questions.jsonl"}}

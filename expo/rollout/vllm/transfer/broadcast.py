@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.rollout.engine import EngineError
+from expo.errors import EngineError
 from expo.rollout.vllm.client import Call, Server, ServerUnavailable
 from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.group import (

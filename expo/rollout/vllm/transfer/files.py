@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from expo.config import ConfigError
-from expo.rollout.engine import EngineError
+from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import Server
 from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, settle
 

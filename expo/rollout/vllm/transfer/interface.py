@@ -1,4 +1,4 @@
-"""What both ways of weights to a server share: what a supervisor may ask of them, and how a server comes to use them."""
+"""The interface of both weight transfers: what a supervisor calls, and how a server switches to new weights."""
 
 from typing import Protocol
 
@@ -15,7 +15,7 @@ class Weights(Protocol):
         """What they are called; None: there are none that could be brought now."""
 
     def bring(self, server: Server, version: str) -> None:
-        """Has the server take them. Raises: ServerUnavailable if it fails; EngineError if they cannot be brought again."""
+        """Has the server load them. Raises: ServerUnavailable if it fails; EngineError if they cannot be sent again."""
 
 
 def settle(server: Server, version: str) -> None:
