@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
-import compiling
+from tests import compiling
 
 from expo_kernels import _curriculum_kernels, _launch
 from expo_kernels import _row_launchers as kernels
