@@ -12,11 +12,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
-from tests import compiling
-
 from expo_kernels import _curriculum_kernels, _launch
 from expo_kernels import _row_launchers as kernels
 from expo_kernels.objective import Objective
+from tests import compiling
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)  # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 3
 GROUP_SIZES = (2, 4, 8, 16, 32, 64)

@@ -10,12 +10,12 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
-from tests import compiling
 import triton
 import triton.language as tl
 
 from expo_kernels import _row_launchers as kernels
 from expo_kernels.objective import Objective
+from tests import compiling
 
 CPU = torch.device("cpu")
 TARGET = compiling.TARGETS["sm_90"]
