@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.worktrees import checked_out
-from tests.golden.digests import PARTS, Record, differences
+from tests.golden.digests import PARTS, Record, differences, shortened
 from tests.golden.runs import GoldenRun
 from tests.golden.trees import record_of
 
@@ -66,7 +66,7 @@ def main() -> int:
             lines = compare(part, base, head, folder)
             num_unequal += len(lines)
             said = f"{len(lines)} unequal entries" if lines else "equal"
-            print(f"{said}, {time.monotonic() - started:.0f} s", *lines, sep="\n  ", flush=True)
+            print(f"{said}, {time.monotonic() - started:.0f} s", *shortened(lines), sep="\n  ", flush=True)
     print(f"{options.head} has the bits of {options.base}" if num_unequal == 0 else f"{num_unequal} unequal entries")
     return int(num_unequal > 0)
 

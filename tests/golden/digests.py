@@ -18,6 +18,7 @@ Record = dict[str, dict[str, Any]]
 RECORDS = Path(__file__).parent / "records"
 PARTS = ("torch", "kernels", "runs")
 HOW_TO_RECORD = "if the change is meant, record anew: python -m tests.golden.record"
+MOST_LINES = 20  # of a failure that are shown
 # of the summaries, where other instructions or versions have made them: about one rounding of an element
 TOLERANCES = {"bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-5, "float32": 1e-5}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "deepspeed")
@@ -110,6 +111,12 @@ def differences(expected: Record, found: Record, *, exact: bool) -> list[str]:
             elif not (_equal(before[name], after[name]) if exact else _close(before[name], after[name])):
                 lines.append(f"{case}: {name}: expected {json.dumps(before[name])}, found {json.dumps(after[name])}")
     return lines
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first of many lines."""
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], f"and {more} more"] if more > 0 else lines
 
 
 def _equal(expected: Any, found: Any) -> bool:

@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 
-from tests.golden.digests import HOW_TO_RECORD, RECORDS, differences, digest, load, read, write
+from tests.golden.digests import HOW_TO_RECORD, RECORDS, differences, digest, load, read, shortened, write
 from tests.golden.runs import out_of_reach, resumed_unlike_plain
 from tests.golden.trees import ROOT, record_of
 
-MOST_LINES = 20
-
 
 def said(part, lines):
-    more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    return "\n".join([f"{len(lines)} golden entries of {part} differ", *lines[:MOST_LINES], *more, HOW_TO_RECORD])
+    return "\n".join([f"{len(lines)} golden entries of {part} differ", *shortened(lines), HOW_TO_RECORD])
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("kernels", marks=pytest.mark.slow)])
