@@ -68,9 +68,9 @@ class Ranks:
             except Exception as error:
                 self.broadcast_from_rank0([None, RuntimeError(f"rank 0: {error!r}")])
                 raise
-        result, error = self.broadcast_from_rank0(outcome)
-        if error is not None:
-            raise error
+        result, raised = self.broadcast_from_rank0(outcome)
+        if raised is not None:
+            raise raised
         value: T = result
         return value
 
@@ -79,12 +79,12 @@ class Ranks:
 
         Raises: on every rank, an ExpoError that one rank raised; of several, that of the lowest rank.
         """
-        error = None
+        raised = None
         try:
             result = function()
-        except ExpoError as raised:
-            error = raised if self.is_rank0 else type(raised)(f"rank {self.rank}: {raised}")
-        errors = [error for error in self.gather(error) if error is not None]
+        except ExpoError as error:
+            raised = error if self.is_rank0 else type(error)(f"rank {self.rank}: {error}")
+        errors = [error for error in self.gather(raised) if error is not None]
         if errors:
             raise errors[0]
         return result
