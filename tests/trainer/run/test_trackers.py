@@ -112,7 +112,7 @@ def test_a_tracker_that_fails_is_reported_once_and_never_ends_the_run(tmp_path, 
     for tracker in trackers:
         tracker.close()
     said = capsys.readouterr().err
-    assert said == f"tracker {library.name} failed (no network at step 1); the run goes on without it\n"
+    assert said == f"tracker {library.name} failed (no network at step 1); the run continues without it\n"
     assert scalars(tmp_path)["accuracy"] == [(1, 0.1), (2, 0.2)]
 
 
