@@ -33,8 +33,8 @@ STEP_METRICS = {
     "rollout_logp_difference_max": "the largest of these, nats",
     "rollout_ratio_median": "median over the same tokens of w = exp(policy - rollout engine)",
     "rollout_ratio_p99": "99th percentile of w: the smallest with 99 % of the tokens at or below it",
-    "rollout_effective_sample_fraction": "(sum w)^2 / (tokens * sum w^2): effective sample size of the tokens, weighted by "
-    "w, as a share of their number; 1 if all w are equal",
+    "rollout_effective_sample_fraction": "(sum w)^2 / (tokens * sum w^2): effective sample size of the tokens, weighted "
+    "by w, as a share of their number; 1 if all w are equal",
     "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
     "null if they share their weights",
     "sync_weights_compared": "weights of the rollout engine that equal the policy's exactly after the sync, compared "
@@ -52,8 +52,8 @@ STEP_METRICS = {
     "mfu": "model FLOPs of the reference and update phases, recomputation not counted (expo/learner/flops.py), over "
     "their seconds and the peak bfloat16 FLOP/s of all GPUs; null if that peak is unknown",
     "padding_fraction": "share of the positions in training batches that are padding",
-    "memory_peak_gib": "peak memory so far, the largest of all ranks: GPU tensors, or without a GPU the resident set; GiB",
-    "memory_reserved_gib": "peak GPU memory reserved by the allocator, the largest of all ranks, or the resident set; GiB",
+    "memory_peak_gib": "peak memory so far, the largest of all ranks: GPU tensors, without a GPU the resident set; GiB",
+    "memory_reserved_gib": "peak GPU memory reserved so far, the largest of all ranks; without a GPU as above; GiB",
     "skipped_updates": "optimizer steps skipped because loss or gradient was not finite",
     "seconds": "wall-clock seconds of the whole step; seconds/<phase> are those of its phases",
 }
