@@ -33,7 +33,7 @@ STEP_METRICS = {
     "rollout_logp_difference_max": "the largest of these, nats",
     "rollout_ratio_median": "median over the same tokens of w = exp(policy - rollout engine)",
     "rollout_ratio_p99": "99th percentile of w: the smallest with 99 % of the tokens at or below it",
-    "rollout_effective_sample_fraction": "(sum w)^2 / (tokens * sum w^2): effective sample size of the tokens, weighted "
+    "rollout_effective_sample_fraction": "(sum w)^2 / (tokens * sum w^2): effective sample size of the tokens weighted "
     "by w, as a share of their number; 1 if all w are equal",
     "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
     "null if they share their weights",
