@@ -82,7 +82,7 @@ def test_parts_are_weighted_and_added(functions):
         ("lost_rewards:f", "No module named 'lost_rewards'"),
         ("broken_rewards:f", "SyntaxError"),
         ("own_rewards:lost", "has no attribute 'lost'"),
-        ("own_rewards:not_a_function", "is a int; name a function"),
+        ("own_rewards:not_a_function", "is a int; give the name of a function"),
     ],
 )
 def test_functions_that_are_not_there_are_named_at_load(functions, name, expected):
