@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -59,7 +60,7 @@ def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
     try:
         options = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.path = {config.path} does not load: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of model.path = {config.path} has no end-of-sequence token; set eos_token")

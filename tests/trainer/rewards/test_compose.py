@@ -1,4 +1,4 @@
-"""What is added to the verdict: the overlong penalty, users' functions and their failures, formats."""
+"""The reward behind the advantages: overlong penalty, reward functions and their failures."""
 
 import sys
 
@@ -8,7 +8,6 @@ import torch
 import expo.run.lifecycle
 from expo.config import RewardSection
 from expo.errors import ConfigError, RewardError
-from expo.formats import boxed, think_then_answer
 from expo.rewards.compose import RewardComposer, load_reward_functions, overlong_penalties
 from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
@@ -85,7 +84,7 @@ def test_parts_are_weighted_and_added(functions):
         ("own_rewards:not_a_function", "is a int; give the name of a function"),
     ],
 )
-def test_functions_that_are_not_there_are_named_at_load(functions, name, expected):
+def test_functions_that_cannot_be_imported_are_named_at_load(functions, name, expected):
     with pytest.raises(ConfigError, match=expected) as error:
         functions([name])
     assert name in str(error.value)
@@ -106,16 +105,6 @@ def test_functions_that_fail_are_named_with_the_reply(functions, name, expected)
     with pytest.raises(RewardError, match=f"own_rewards:{name} .*{expected}") as error:
         shaped(functions, functions={f"own_rewards:{name}": 1.0})
     assert "\n" not in str(error.value)
-
-
-def test_formats():
-    replies = [r"so \boxed{4}", r"\boxed{", r"\boxed{}", "4"]
-    assert boxed(replies, [""] * 4, [""] * 4) == [1.0, 0.0, 0.0, 0.0]
-    kept = ["<think>a</think>4", " <think>\na\n</think>\n\n4\n", "in the prompt</think> 4"]
-    broken = ["4", "<think>a</think> ", "<think>a</think>b</think>4", "<think><think>a</think>4", "a<think>b</think>4"]
-    broken += ["<think>a</think>4<think>", ""]
-    found = think_then_answer(kept + broken, [], [])
-    assert found == [1.0] * len(kept) + [0.0] * len(broken)
 
 
 def test_shaping_moves_advantages_and_neither_accuracy_nor_beta_nor_pass_rates(tmp_path, monkeypatch):
