@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
     return train(quick(folder))
 
 
-def test_a_run_is_a_folder(finished):
+def test_a_run_writes_its_files(finished):
     expected = {
         "config.yaml", "environment.json", "metrics.jsonl", "completions.jsonl", "curriculum.jsonl",
         "evaluations.jsonl", "summary.json", "report.html", "pictures", "checkpoints", "export",
@@ -108,7 +108,7 @@ def checkpoints_of(run):
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_the_exported_policy_is_the_last_checkpoints(finished):
+def test_the_exported_policy_equals_the_last_checkpoint(finished):
     state = torch.load(
         finished / "checkpoints/step-000004/policy/policy/mp_rank_00_model_states.pt", weights_only=False
     )["module"]
@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypat
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_run_ends_with_the_step_that_reaches_its_budget_of_reply_tokens(finished, tmp_path, monkeypatch):
+def test_a_run_ends_with_the_step_that_spends_its_token_budget(finished, tmp_path, monkeypatch):
     sampled = [0] * 5
     for reply in rows_of(finished, "completions"):
         sampled[reply["step"]] += reply["num_tokens"]

@@ -33,7 +33,7 @@ def chokes_on_many(replies, answers, questions): return [1.0 / (2 - len(replies)
 
 @pytest.fixture
 def functions(tmp_path, monkeypatch):
-    """The module `own_rewards`, importable."""
+    """Makes the modules `own_rewards` and `broken_rewards` importable."""
     (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
     (tmp_path / "broken_rewards.py").write_text("def f(:")
     monkeypatch.syspath_prepend(tmp_path)
@@ -52,12 +52,12 @@ def shaped(load=load_reward_functions, **section):
     return RewardComposer(section, 10, load(section.functions), Ranks(torch.device("cpu"), 0, 1)).shape(graded())
 
 
-def test_overlong_replies_pay_by_equation_13():
+def test_overlong_penalties_follow_equation_13():
     lengths = torch.tensor([1, 15, 16, 17, 18, 20])
     torch.testing.assert_close(overlong_penalties(lengths, 20, 4), torch.tensor([0, 0, 0, -0.25, -0.5, -1]))
 
 
-def test_a_reward_of_the_verdict_alone_is_the_verdict():
+def test_without_further_terms_the_reward_is_the_verdict():
     found = shaped()
     assert torch.equal(found.rewards, found.correct)
     assert found.reward_parts == {}
@@ -107,7 +107,7 @@ def test_functions_that_fail_are_named_with_the_reply(functions, name, expected)
     assert "\n" not in str(error.value)
 
 
-def test_shaping_moves_advantages_and_neither_accuracy_nor_beta_nor_pass_rates(tmp_path, monkeypatch):
+def test_shaping_changes_advantages_but_not_accuracy_beta_or_pass_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
     plain = train(quick(tmp_path, run__steps=1, optimizer__warmup_steps=0))
     options = {"reward__functions": {"expo.formats:boxed": 0.5}, "reward__overlong_buffer": 20}

@@ -91,7 +91,7 @@ def test_every_group_sampled_counts(resampled):
 
 
 @pytest.mark.parametrize("kind", ["gcs", "uniform"])
-def test_further_questions_follow_those_of_a_step_without_rounds(kind):
+def test_further_rounds_do_not_change_the_questions_of_the_first(kind):
     def draw(rounds):
         overrides = {"curriculum.kind": kind, "rollout.max_resamples": rounds, "rollout.questions_per_step": 8}
         config, generator = load_config(None, list(overrides.items())), torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def test_further_questions_follow_those_of_a_step_without_rounds(kind):
     assert sorted(draw(5)) == list(range(20))
 
 
-def test_the_first_round_is_the_step_of_a_run_without_others(resampled, tmp_path):
+def test_the_first_round_equals_the_step_of_a_run_without_resampling(resampled, tmp_path):
     plain = train(quick(tmp_path, **{**PAIRS, "run__steps": 2, "rollout__max_resamples": 0}))
     alone, more = ([row for row in rows_of(run, "completions") if row["step"] == 1] for run in (plain, resampled))
     assert len(more) > len(alone) == 4 * 2

@@ -119,7 +119,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
 
 
-def test_saving_a_step_again_leaves_it_as_it_is(tmp_path):
+def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
     store = checkpoints(tmp_path)
     store.save(position(1), Weights("first"))
     path = store.save(position(1), Weights("second"))

@@ -26,7 +26,7 @@ def test_rewinding_drops_later_steps_of_every_file(tmp_path):
     assert [row["step"] for row in folder.read_rows("completions")] == [0, 0, 1, 1, 2, 2]
 
 
-def test_starts_of_a_run_are_kept_those_in_older_files_too(tmp_path):
+def test_every_start_of_a_run_is_kept_also_in_the_older_format(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json(ENVIRONMENT, {"commit": "older", "versions": {"torch": "2"}})
     for step in (3, 5):
