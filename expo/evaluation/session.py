@@ -19,13 +19,15 @@ from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_qu
 from expo.evaluation.scores import Agree
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
+from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.checkpoint import Checkpoints
-from expo.run.metrics import Display, RunFolder, describe_environment
-from expo.run.setup import build_engine
+from expo.run.environment import describe_environment
+from expo.run.folder import RunFolder
 from expo.runtime.atomic_io import remove_leftovers
+from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
@@ -91,7 +93,7 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
             facts = ranks.run_on_rank0(lambda: _facts(invocation, checkpoint, questions, sets, policy))
             folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
             stack.callback(folder.release)
-            ranks.raise_on_all_ranks(folder.take)
+            ranks.raise_on_all_ranks(folder.lock)
             done = ranks.run_on_rank0(lambda: _resume(folder, facts))
             verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
         yield Evaluation(

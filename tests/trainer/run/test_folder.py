@@ -1,11 +1,13 @@
-"""What a run writes: whole lines, rewinding, phase times, and a line for people without a terminal."""
+"""The folder of a run: incomplete lines, rewinding, starts of a resumed run, and a folder that is not writable."""
 
-import time
+import pytest
 
-from expo.run.metrics import ENVIRONMENT, Display, PhaseTimer, RunFolder, describe_environment
+from expo.errors import ConfigError, FolderError
+from expo.run.environment import ENVIRONMENT
+from expo.run.folder import RunFolder
 
 
-def test_a_line_cut_short_is_left_out(tmp_path):
+def test_an_incomplete_line_is_left_out(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.append("metrics", {"step": 1}, {"step": 2})
     with (folder.path / "metrics.jsonl").open("a") as file:
@@ -24,27 +26,7 @@ def test_rewinding_drops_later_steps_of_every_file(tmp_path):
     assert [row["step"] for row in folder.read_rows("completions")] == [0, 0, 1, 1, 2, 2]
 
 
-def test_phases_add_up_to_the_step():
-    timer = PhaseTimer()
-    for name in ("rollout", "update", "rollout"):
-        with timer.phase(name):
-            time.sleep(0.02)
-    metrics = timer.metrics()
-    assert 0.04 <= metrics["seconds/rollout"] < metrics["seconds"]
-    phases = metrics["seconds/rollout"] + metrics["seconds/update"]
-    assert phases <= metrics["seconds"] < phases + 0.02
-
-
-def test_without_a_terminal_progress_is_plain_lines(capsys):
-    with Display().bar("replies", total=100) as bar:
-        for _ in range(100):
-            bar.advance()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
-    assert lines[-1].startswith("replies 100/100")
-
-
-def test_starts_of_a_run_are_kept_those_in_older_files_too(tmp_path):
+def test_every_start_of_a_run_is_kept_also_in_the_older_format(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json(ENVIRONMENT, {"commit": "older", "versions": {"torch": "2"}})
     for step in (3, 5):
@@ -55,7 +37,11 @@ def test_starts_of_a_run_are_kept_those_in_older_files_too(tmp_path):
     assert starts[0]["versions"]["torch"]
 
 
-def test_environment_names_versions_and_machine():
-    environment = describe_environment()
-    assert environment["versions"]["torch"]
-    assert environment["machine"]["cpus"] >= 1
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run cannot be written"):
+        RunFolder(tmp_path / "file" / "run")
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "metrics.jsonl").mkdir()
+    with pytest.raises(FolderError, match="cannot be written"):
+        folder.append("metrics", {"step": 1})
