@@ -21,7 +21,8 @@ from expo.evaluate import evaluate
 from expo.learner.mini_batch import MiniBatch
 from expo.planning.plan import print_plan
 from expo.report import write_report
-from expo.reporting.reader import commits_of, results_table
+from expo.reporting.comparison import results_table
+from expo.reporting.reader import commits_of
 from expo.rewards.graded import GradedRollouts, grade
 from expo.rewards.groups import Rollouts
 from expo.rollout import GenerationRequest, Sampling, request_seed

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from expo.experiments.ablation.paired import Difference, Mean, holm, mean_over_seeds, paired_difference
 from expo.experiments.ablation.plan import ADDED, BASELINE, EVALUATED, Run
-from expo.reporting.reader import pass_at
+from expo.reporting.comparison import pass_at
 
 CURVE_POINTS = 9  # places along the budget at which curves of several runs are averaged
 
