@@ -83,8 +83,7 @@ def comparison_table(
 
 def _row(comparison: Comparison, *, is_first: bool) -> Row:
     name, num_questions, metric, before, after, change = table_cells(comparison)
-    cells = (_cell(text) for text in (before, after, change))
-    return Row(name, num_questions, is_first, metric, *cells, trend=_trend(comparison))
+    return Row(name, num_questions, is_first, metric, _cell(before), _cell(after), _cell(change), _trend(comparison))
 
 
 def _trend(comparison: Comparison) -> str:
