@@ -144,7 +144,8 @@ def _family(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> li
                 keys.append((pool, arm, reference, measure))
                 differences.append(paired_difference(*([value(outcome) for outcome in each] for each in arms)))
     significant = holm([difference.p for difference in differences])
-    return [Contrast(*key, *result) for key, *result in zip(keys, differences, significant, strict=True)]
+    tests = zip(keys, differences, significant, strict=True)
+    return [Contrast(*key, difference, is_significant) for key, difference, is_significant in tests]
 
 
 def curves(outcomes: Sequence[Outcome], budget: int, *, is_paired: bool) -> dict[str, dict[str, Curve]]:

@@ -198,7 +198,7 @@ def test_curves_equal_numbers_worked_by_hand():
 
 
 def made_outcomes(*, gain, num_seeds=5, better="better", same="same"):
-    """One arm gains `gain` over the baseline, one gains nothing; each seed has its own level, each run its own noise."""
+    """One arm gains `gain` over the baseline, one gains nothing; seeds have their own level, runs their own noise."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for seed in range(num_seeds):
