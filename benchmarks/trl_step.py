@@ -24,7 +24,7 @@ from expo.config import ModelSection
 from expo.data import PROMPTS, load_questions
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
-from expo.run.setup import open_run
+from expo.run.setup import RunBookkeeping, open_run
 from expo.runtime.logging_filters import errors_only
 from expo.types import Sample
 
@@ -49,11 +49,12 @@ class FirstUpdate:
 
 def our_first_update(folder: Path, samples: list[Sample]) -> FirstUpdate:
     """Our update of the initial weights on given replies and advantages."""
-    with open_run(step_config(folder, 1), False) as parts:
-        before = _copy(parts.policy.named_weights())
-        (mini_batch,) = parts.policy.prepare(samples)
-        metrics = parts.policy.update(mini_batch, torch.tensor(BETA))
-        return FirstUpdate(metrics["grad_norm"], _change(before, _copy(parts.policy.named_weights())))
+    with open_run(step_config(folder, 1), False) as run:
+        policy = run.learner.policy
+        before = _copy(policy.named_weights())
+        (mini_batch,) = policy.prepare(samples)
+        metrics = policy.update(mini_batch, torch.tensor(BETA))
+        return FirstUpdate(metrics["grad_norm"], _change(before, _copy(policy.named_weights())))
 
 
 def trl_first_update(folder: Path, questions: int) -> tuple[list[Sample], FirstUpdate]:
@@ -87,15 +88,17 @@ def _samples(batch: dict[str, Any]) -> list[Sample]:
 
 def our_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
     """Seconds of our steps except the first, from one recorded step to the next."""
-    steps_so_far, ends, record = [], [], expo.train.record
+    steps_so_far, ends, record_step = [], [], RunBookkeeping.record_step
 
-    def timed_record(parts: Any, step: int, graded: Any, row: dict[str, Any]) -> None:
-        record(parts, step, graded, row)
+    def timed_record(
+        bookkeeping: RunBookkeeping, step: int, graded: Any, row: dict[str, Any], curriculum: dict[str, Any]
+    ) -> None:
+        record_step(bookkeeping, step, graded, row, curriculum)
         ends.append(time.perf_counter())
         phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
         steps_so_far.append({**phases, "reply_tokens": graded.num_tokens})
 
-    with mock.patch.object(expo.train, "record", timed_record):
+    with mock.patch.object(RunBookkeeping, "record_step", timed_record):
         expo.train.train(step_config(folder, steps, questions))
     return steps_between(steps_so_far, ends)
 

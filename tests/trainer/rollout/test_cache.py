@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 
-import expo.train
+import expo.run.lifecycle
 from expo.config import load_config
 from expo.rollout.cache import ReplyCache
 from expo.rollout.transformers import TransformersEngine
 from expo.runtime.distributed import Ranks
 from expo.train import train
 from expo.types import Reply
-from tests.ranks.running import argv, life, lived, rows_of, untimed
+from tests.ranks.running import argv, launch, rows_of, run_launches, untimed
 
 REPLIES = [
     [Reply([5, 16, 2], [-0.1, -1 / 3, -2.5e-8], False, "à\n"), Reply([7], [-20.0], True, "")],
@@ -130,7 +130,9 @@ def test_a_run_killed_after_sampling_samples_nothing_twice(tmp_path, monkeypatch
     whole = argv(tmp_path, "whole", **options)
     killed = argv(tmp_path, "killed", **options)
     fault = {"phase": "gradient", "do": "kill", "nth": 5}
-    codes = lived(tmp_path, [life("whole", whole, ranks=1), life("killed", killed, ranks=1, fault=fault)], ranks=1)
+    codes = run_launches(
+        tmp_path, [launch("whole", whole, ranks=1), launch("killed", killed, ranks=1, fault=fault)], ranks=1
+    )
     assert codes == {"whole": [0], "killed": [-9]}
     steps = [row["step"] for row in rows_of(tmp_path / "killed", "metrics")]
     assert steps == [1, 2, 3, 4]
@@ -141,7 +143,7 @@ def test_a_run_killed_after_sampling_samples_nothing_twice(tmp_path, monkeypatch
         return real(engine, requests, *rest)
 
     monkeypatch.setattr(TransformersEngine, "generate", generate)
-    monkeypatch.setattr(expo.train, "write_report", lambda _: "left out here")
+    monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
     train(load_config(tmp_path / "killed" / "config.yaml", []), resume=True)
     rounds = {row["step"]: 1 + row["resampling_rounds"] for row in rows_of(tmp_path / "whole", "metrics")}
     assert len(calls) == rounds[6]
