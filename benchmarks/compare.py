@@ -14,12 +14,11 @@ import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -30,9 +29,9 @@ from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import Machine
 from benchmarks.shapes import Case, Shape, dtype_for, shapes_for, side_shape
 from benchmarks.step_settings import QUESTIONS, step_config
+from benchmarks.worktrees import checked_out
 from expo_kernels import CurriculumTable, linear_token_logps
 
-ROOT = Path(__file__).parent.parent
 ROUNDS = 15
 SMALL_TABLE = 10**6  # questions
 STEP_JOB, STEPS = "training step", 3  # steps of its training run; the first one is not timed
@@ -128,23 +127,6 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
-
-
-@contextmanager
-def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """`folder` with the files of a commit and the benchmarks of this tree."""
-    _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
-    try:
-        shutil.rmtree(folder / "benchmarks", ignore_errors=True)
-        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
-        yield folder
-    finally:
-        _git("worktree", "remove", "--force", str(folder))
-
-
-def _git(*arguments: str) -> None:
-    if subprocess.run(["git", *arguments], cwd=ROOT, check=False).returncode:
-        raise SystemExit(f"git {' '.join(arguments)} failed; both commits must be in this repository")
 
 
 def ratios(base: Worker, head: Worker, name: str, rounds: int) -> list[float]:
