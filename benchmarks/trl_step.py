@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import expo.train
-from expo.config import ModelSection, RunConfig
+from benchmarks.step_settings import BETA, BETAS, CLIP, GROUP_SIZE, LR, MAX_NEW_TOKENS, QUESTIONS, step_config
+from expo.config import ModelSection
 from expo.data import PROMPTS, load_questions
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
@@ -27,33 +28,9 @@ from expo.run.setup import RunBookkeeping, open_run
 from expo.runtime.logging_filters import errors_only
 from expo.types import Sample
 
-QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32
-MICRO_BATCH, MICRO_BATCH_TOKENS = 64, 2048  # of one forward-backward pass: TRL counts replies, we tokens with padding
-LR, BETAS, BETA, CLIP = 2e-4, (0.9, 0.99), 0.02, 0.2
+MICRO_BATCH = 64  # replies of one forward and backward pass in TRL; ours counts tokens, padding included
 
 Step = dict[str, float]  # seconds by phase, and "step" for the whole
-
-
-def our_config(folder: Path, steps: int, questions: int = QUESTIONS) -> RunConfig:
-    """The run's configuration."""
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": folder, "steps": steps, "checkpoint_every": 0, "threads": torch.get_num_threads()},
-            "model": {"path": "ledger"},
-            "data": {"train": "ledger:train", "prompt": "plain", "chat_template": False, "max_prompt_tokens": 32},
-            "rollout": {
-                "questions_per_step": questions,
-                "group_size": GROUP_SIZE,
-                "max_new_tokens": MAX_NEW_TOKENS,
-                "batch_size": QUESTIONS * GROUP_SIZE,
-            },
-            "curriculum": {"kind": "uniform"},
-            "kl": {"beta": BETA, "rho": "constant"},
-            "objective": {"clip_low": CLIP, "clip_high": CLIP, "dual_clip": None, "aggregation": "sequence"},
-            "policy": {"dtype": "float32", "micro_batch_tokens": MICRO_BATCH_TOKENS, "updates_per_step": 1},
-            "optimizer": {"lr": LR, "betas": BETAS, "weight_decay": 0.0, "warmup_steps": 0},
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +49,7 @@ class FirstUpdate:
 
 def our_first_update(folder: Path, samples: list[Sample]) -> FirstUpdate:
     """Our update on given replies and advantages, from the starting weights."""
-    with open_run(our_config(folder, 1), False) as run:
+    with open_run(step_config(folder, 1), False) as run:
         policy = run.learner.policy
         before = _copied(policy.named_weights())
         (mini_batch,) = policy.prepare(samples)
@@ -120,7 +97,7 @@ def our_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step
         found.append({**phases, "reply_tokens": graded.num_tokens})
 
     with mock.patch.object(RunBookkeeping, "record_step", clocked):
-        expo.train.train(our_config(folder, steps, questions))
+        expo.train.train(step_config(folder, steps, questions))
     return steps_between(found, ends)
 
 
