@@ -82,7 +82,7 @@ def test_unlike_evaluations_are_refused_unless_told():
     assert compare(a, results([1, 2, 3], 4, temperature=0.6), anyway=True)
     assert compare(a, results([1, 2, 3], 4, seed=1)), "other random numbers are no other protocol"
     other = results([1, 2, 3], 4)
-    other.facts["questions"]["set"]["questions_sha256"] = "1"
+    other.content["questions"]["set"]["questions_sha256"] = "1"
     with pytest.raises(ConfigError, match=r"questions_sha256\.set \(0 -> 1\)"):
         compare(a, other)
 
@@ -93,7 +93,7 @@ def test_told_to_it_compares_the_questions_and_ks_that_both_have():
     assert [(line.metric, line.num_questions) for line in lines] == [("pass@1", 3), ("pass@2", 3), ("pass@4", 3)]
     assert lines[0].change.mean == pytest.approx(0)
     apart = copy.deepcopy(b)
-    for question in apart.facts["sets"]["set"]["questions"]:
+    for question in apart.content["sets"]["set"]["questions"]:
         question["id"] += "x"
     with pytest.raises(ConfigError, match="no question in common"):
         compare(a, apart, anyway=True)
@@ -101,7 +101,7 @@ def test_told_to_it_compares_the_questions_and_ks_that_both_have():
 
 def write(folder, found):
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(found.facts))
+    (folder / "results.json").write_text(json.dumps(found.content))
     return folder
 
 
