@@ -13,7 +13,7 @@ from expo.runtime.signals import StopSwitch
 
 
 class Deadlines:
-    """A watchdog that notes which phases a block is in."""
+    """A watchdog that records the current phases."""
 
     def __init__(self):
         self.now = []
@@ -25,25 +25,25 @@ class Deadlines:
         self.now.pop()
 
 
-def test_answers_of_a_majority_are_compared_once_under_a_deadline_with_progress(monkeypatch, capsys):
+def test_each_pair_is_compared_once_under_a_deadline_with_progress(monkeypatch, capsys):
     monkeypatch.setattr(agreement, "PAIRS_PER_CHUNK", 2)
     watchdog = Deadlines()
-    looked_at = []
+    compared = []
     with Verifier(workers=1) as verifier:
 
         def agree(pairs):
             assert watchdog.now == [("evaluation", 60)]
-            looked_at.append(list(pairs))
+            compared.append(list(pairs))
             return verifier.agree(pairs)
 
         comparer = AnswerComparer(agree, Display(), watchdog, StopSwitch(), deadline_s=60)
         pairs = [("x+1", "1+x"), ("1", "2"), ("x+1", "x+2"), ("x+1", "1+x"), ("y+2", "2+y"), ("7", "7")]
         assert comparer(pairs) == [True, False, False, True, True, True]
-    assert looked_at == [[("x+1", "1+x"), ("x+1", "x+2")], [("y+2", "2+y")]]
+    assert compared == [[("x+1", "1+x"), ("x+1", "x+2")], [("y+2", "2+y")]]
     assert "answers compared 3/3" in capsys.readouterr().out
 
 
-def test_comparing_answers_ends_when_asked_to_stop():
+def test_a_stop_request_ends_the_comparison():
     comparer = AnswerComparer(None, Display(), Deadlines(), StopSwitch(save_by_minutes=-1), deadline_s=60)
     with pytest.raises(StopRequested):
         comparer([("x+1", "1+x")])

@@ -10,7 +10,7 @@ from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resol
 from tests import ROOT
 
 
-def test_the_flags_of_the_documented_protocols_are_understood():
+def test_the_flags_of_the_documented_protocols_are_parsed():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     protocols = re.findall(r"`(--num-samples [^`]+)`", text)
     assert len(protocols) == 3
@@ -22,7 +22,7 @@ def test_the_flags_of_the_documented_protocols_are_understood():
     ]
 
 
-def test_a_run_whose_replies_came_from_servers_is_evaluated_without_them(tmp_path):
+def test_a_run_with_vllm_servers_is_evaluated_without_them(tmp_path):
     servers = [("rollout.engine", "vllm-server"), ("vllm.servers", ["http://gone:1"])]
     (tmp_path / "config.yaml").write_text(load_config(None, servers).to_yaml())
     with pytest.raises(ConfigError, match="vllm-server is for training; give --engine=vllm or --engine=transformers"):
@@ -44,7 +44,7 @@ def test_a_run_whose_replies_came_from_servers_is_evaluated_without_them(tmp_pat
         ),
     ],
 )
-def test_a_run_is_evaluated_whatever_its_training_wanted(tmp_path, trained, evaluated):
+def test_settings_of_training_do_not_restrict_its_evaluation(tmp_path, trained, evaluated):
     (tmp_path / "config.yaml").write_text(load_config(None, list(trained.items())).to_yaml())
     name, value = evaluated
     assert resolve(str(tmp_path), None, [evaluated]).config.settings[name] == value

@@ -1,4 +1,4 @@
-"""Evaluations: of a known engine within a run, and of models by `python -m expo.evaluate`."""
+"""Evaluations: with a scripted engine within a run, and of models by `python -m expo.evaluate`."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ from tests import ROOT
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 
 
-class KnownEngine:
-    """Answers the right number for the first `right` samples of a question, 7 for the next, then nothing."""
+class ScriptedEngine:
+    """The first `right` replies to a question are correct, the next one is 7, and the others have no answer."""
 
     def generate(self, requests, sampling, on_progress=None):
         groups = []
@@ -35,7 +35,7 @@ class KnownEngine:
 def test_evaluation_reports_each_set_and_level():
     prompts = [Prompt(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
     section = EvaluationSection(num_samples=10)
-    result = evaluate(KnownEngine(), Verifier(), {"set": prompts}, section, max_new_tokens=5, seed=0)
+    result = evaluate(ScriptedEngine(), Verifier(), {"set": prompts}, section, max_new_tokens=5, seed=0)
     found = result["sets"]["set"]
     assert found["pass_at"]["1"]["mean"] == pytest.approx((0 + 1 + 2 + 3) / 40)
     assert found["pass_at"]["8"]["mean"] == pytest.approx(sum(pass_at_k(10, c, 8) for c in range(4)) / 4)
@@ -53,7 +53,7 @@ def test_evaluation_reports_each_set_and_level():
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A file of held-out ledgers."""
+    """A file of held-out questions."""
     path = tmp_path_factory.mktemp("questions") / "sums.jsonl"
     return write_questions(path, ledger.held_out_questions()[::12])
 
@@ -75,7 +75,7 @@ def measured(questions, out, *more):
 
 @pytest.fixture(scope="module")
 def whole(questions, tmp_path_factory):
-    """The folder of an evaluation that nothing disturbed."""
+    """The folder of an evaluation that was not interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     measured(questions, out)
     return out
@@ -120,7 +120,7 @@ def test_the_protocol_is_in_the_results(whole):
     assert not {"seconds", "started"} & set(results)
 
 
-def test_two_evaluations_give_equal_bytes_whatever_the_batch(whole, questions, tmp_path):
+def test_two_evaluations_with_different_batches_give_equal_bytes(whole, questions, tmp_path):
     measured(questions, tmp_path / "again", "--rollout.batch_size=24")
     assert_same_bytes(tmp_path / "again", whole)
 
@@ -146,7 +146,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same_bytes(
+def test_a_killed_evaluation_resumes_without_sampling_again_and_ends_with_the_same_bytes(
     whole, questions, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # libraries tested before in this process may have left it behind
@@ -157,21 +157,21 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
     assert not kept.endswith("\n")
     assert not (out / "results.json").exists()
 
-    asked = []
+    sampled = []
     generate = DataParallelEngine.generate
 
     def counted(engine, requests, *rest):
-        asked.extend(requests)
+        sampled.extend(requests)
         return generate(engine, requests, *rest)
 
     monkeypatch.setattr(DataParallelEngine, "generate", counted)
     measured(questions, out, small)
     num_whole = kept.count("\n") // NUM_SAMPLES
-    assert num_whole > 8, "two portions of four questions were whole, and the third in part"
-    assert len(asked) == NUM_QUESTIONS - num_whole
+    assert num_whole > 8, "two chunks of four questions are complete, and the third in part"
+    assert len(sampled) == NUM_QUESTIONS - num_whole
     assert_same_bytes(out, whole)
     measured(questions, out)
-    assert len(asked) == NUM_QUESTIONS - num_whole, "a finished evaluation asks nothing"
+    assert len(sampled) == NUM_QUESTIONS - num_whole, "a finished evaluation samples nothing"
     assert_same_bytes(out, whole)
 
 
@@ -182,7 +182,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
         (["--top-p", "0.9", "--seed=1"], "protocol.top_p (1.0 -> 0.9), protocol.seed (0 -> 1)"),
     ],
 )
-def test_a_folder_of_another_protocol_is_refused_with_the_difference(whole, questions, more, expected):
+def test_a_folder_of_another_protocol_is_refused_and_the_difference_named(whole, questions, more, expected):
     before = (whole / "results.json").read_bytes()
     with pytest.raises(ConfigError) as error:
         measured(questions, whole, *more)
@@ -190,7 +190,7 @@ def test_a_folder_of_another_protocol_is_refused_with_the_difference(whole, ques
     assert (whole / "results.json").read_bytes() == before
 
 
-def test_a_folder_of_other_questions_or_of_something_else_is_refused(whole, questions, tmp_path):
+def test_a_folder_of_other_questions_or_other_files_is_refused(whole, questions, tmp_path):
     other = write_questions(tmp_path / "sums.jsonl", ledger.held_out_questions()[1::12])
     with pytest.raises(ConfigError, match=r"questions\.sums\.source .* questions\.sums\.questions_sha256"):
         measured(other, whole)
@@ -199,7 +199,7 @@ def test_a_folder_of_other_questions_or_of_something_else_is_refused(whole, ques
 
 
 def write_repeated(path, questions, times):
-    """As BytedTsinghua-SIA/AIME-2024: rows with ids of their own, `times[i]` of them for the i-th question."""
+    """Like BytedTsinghua-SIA/AIME-2024: `times[i]` rows for the i-th question, each with its own id."""
     rows = [
         {"id": f"{r}-{i}", "question": q.question, "answer": q.answer}
         for i, q in enumerate(questions)
@@ -219,7 +219,7 @@ def test_a_file_that_repeats_each_question_is_refused(tmp_path, times):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_question_that_comes_again_is_asked_once_and_reported(tmp_path, capsys):
+def test_a_repeated_question_is_evaluated_once_and_reported(tmp_path, capsys):
     path = write_repeated(tmp_path / "some.jsonl", ledger.held_out_questions()[:6], [1, 1, 3, 1, 1, 20])
     results = measured(path, tmp_path / "out", "--num-samples=2")
     assert results["questions"]["some"]["num_questions"] == results["sets"]["some"]["num_questions"] == 6
@@ -233,7 +233,7 @@ LAYOUTS = sorted(path for path in (ROOT / "tests/trainer/data/questions").glob("
 
 
 def in_layout(like, question, index):
-    """A row with the columns and types of another, that asks a ledger."""
+    """A row with the columns and types of another row and the content of a ledger question."""
     row = dict(like)
     for key, value in like.items():
         if key.lower() in ("problem", "question"):
@@ -245,7 +245,7 @@ def in_layout(like, question, index):
     return row
 
 
-def test_a_file_in_the_columns_of_any_benchmark_gives_the_same_pass_at_1(whole, tmp_path):
+def test_a_file_with_the_columns_of_any_benchmark_gives_the_same_pass_at_1(whole, tmp_path):
     sets = []
     for path in LAYOUTS:
         like = json.loads(path.read_text().splitlines()[0])
@@ -271,6 +271,6 @@ def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):
     assert sharp["sets"]["sums"]["pass_at"]["4"] == greedy["sets"]["sums"]["pass_at"]["1"]
 
 
-def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
+def test_prompts_that_are_too_long_are_refused_and_not_left_out(questions, tmp_path):
     with pytest.raises(ConfigError, match=r"sums: the prompts of \d+ questions are longer .*; raise it to \d+"):
         measured(questions, tmp_path / "out", "--data.max_prompt_tokens=8")
