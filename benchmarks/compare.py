@@ -1,9 +1,9 @@
-"""Compares the speed of two commits: `python -m benchmarks.compare BASE [--head HEAD]` or `make bench-compare BASE=...`.
+"""Compares the speed of two commits: `python -m benchmarks.compare BASE [--head HEAD]`, `make bench-compare BASE=...`.
 
 Each commit is checked out into its own folder and runs in its own process with this tree's benchmarks. The two
 alternate within rounds, so that other load on the machine affects both; the ratio of a round is HEAD's time / BASE's.
-The output is the median and quartiles of the ratios and which jobs became slower or faster, by a two-sided sign test with
-Holm's correction over all jobs, so that the probability of any false positive in a comparison is at most 5 %.
+The output is the median and quartiles of the ratios and which jobs became slower or faster, by a two-sided sign test
+with Holm's correction over all jobs, so that the probability of any false positive in a comparison is at most 5 %.
 
 Workers run with the `expo` package of any commit, so this module and all that it imports use only the public names of
 `expo_kernels`, and of `expo` only `expo.train.train` and `expo.config.RunConfig`.
@@ -14,12 +14,11 @@ import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -30,12 +29,12 @@ from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import Machine
 from benchmarks.shapes import Case, Shape, dtype_for, shapes_for, side_shape
 from benchmarks.step_settings import QUESTIONS, step_config
+from benchmarks.worktrees import checked_out
 from expo_kernels import CurriculumTable, linear_token_logps
 
-ROOT = Path(__file__).parent.parent
 ROUNDS = 15
 SMALL_TABLE = 10**6  # questions
-STEPS = 3  # of a training run; the first one is not timed
+STEP_JOB, STEPS = "training step", 3  # steps of its training run; the first one is not timed
 
 Job = Callable[[], float]  # runs once and returns its milliseconds
 
@@ -67,7 +66,7 @@ def make_jobs(machine: Machine, *, tiny: bool) -> dict[str, Job]:
     jobs["log-probs"] = lambda: machine.time(lambda: linear_token_logps(hidden, weight, inputs.ids))
     table = CurriculumTable(SMALL_TABLE, device=machine.device)
     jobs["curriculum draw"] = lambda: machine.time(lambda: table.sample(256))
-    jobs["training step"] = lambda: step_ms(questions=2 if tiny else QUESTIONS)
+    jobs[STEP_JOB] = lambda: step_ms(questions=2 if tiny else QUESTIONS)
     return jobs
 
 
@@ -91,8 +90,9 @@ def _shapes(kind: str, *, tiny: bool) -> tuple[Shape, ...]:
 def serve(machine: Machine, only: str, *, tiny: bool) -> None:
     """A worker: prints the names of its jobs, then the milliseconds of every job whose name it reads."""
     jobs = {name: job for name, job in make_jobs(machine, tiny=tiny).items() if only in name}
-    for job in jobs.values():
-        job()  # warm-up
+    for name, job in jobs.items():
+        if name != STEP_JOB:  # a training run has its own warm-up step
+            job()
     print("\t".join(jobs), flush=True)
     for line in sys.stdin:
         print(jobs[line.rstrip("\n")](), flush=True)
@@ -127,23 +127,6 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
-
-
-@contextmanager
-def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """`folder` with the files of a commit and the benchmarks of this tree."""
-    _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
-    try:
-        shutil.rmtree(folder / "benchmarks", ignore_errors=True)
-        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
-        yield folder
-    finally:
-        _git("worktree", "remove", "--force", str(folder))
-
-
-def _git(*arguments: str) -> None:
-    if subprocess.run(["git", *arguments], cwd=ROOT, check=False).returncode:
-        raise SystemExit(f"git {' '.join(arguments)} failed; both commits must be in this repository")
 
 
 def ratios(base: Worker, head: Worker, name: str, rounds: int) -> list[float]:
@@ -226,9 +209,7 @@ def main() -> int:
         print("\n".join(significant) or "no significant difference")
         needed = min_rounds(len(results))
         if options.rounds < needed:
-            print(
-                f"--rounds={options.rounds} cannot show a significant difference in {len(results)} jobs: use {needed} or more"
-            )
+            print(f"--rounds={options.rounds} cannot show significance for {len(results)} jobs: use {needed} or more")
     return 0
 
 
