@@ -33,7 +33,7 @@ from expo.evaluation.tables import scores_table
 from expo.rewards.answers import judge_exactly
 from expo.rewards.graded import GradedRollouts, Grader, grade
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
-from expo.run.metrics import describe_environment
+from expo.run.environment import describe_environment
 from expo.runtime.cli import fail
 from expo.runtime.distributed import leave_ranks
 from expo.types import Prompt

@@ -26,11 +26,13 @@ from expo.rewards.graded import GradedRollouts, grade
 from expo.rewards.groups import Rollouts
 from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.run.checkpoint import Position, random_states
-from expo.run.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
+from expo.run.environment import ENVIRONMENT
+from expo.run.metrics import curriculum_row, progress_note, step_row
 from expo.run.setup import Parts, open_run
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.cli import fail
 from expo.runtime.distributed import leave_ranks
+from expo.runtime.timer import PhaseTimer
 from expo.types import Prompt, Reply, Sample
 from expo_kernels import akl_beta, group_advantages
 

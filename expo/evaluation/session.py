@@ -19,13 +19,15 @@ from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_qu
 from expo.evaluation.scores import Agree
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
+from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.checkpoint import Checkpoints
-from expo.run.metrics import Display, RunFolder, describe_environment
-from expo.run.setup import build_engine
+from expo.run.environment import describe_environment
+from expo.run.folder import RunFolder
 from expo.runtime.atomic_io import remove_leftovers
+from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog

@@ -27,23 +27,21 @@ from expo.data import (
 )
 from expo.data.record import require_same_questions, set_lines, set_record
 from expo.errors import ConfigError
-from expo.evaluation.frozen import FrozenPolicy
-from expo.learner.model import check_model_path, empty_copy, load_tokenizer
+from expo.learner.model import check_model_path, load_tokenizer
 from expo.learner.policy import DeepSpeedPolicy, Policy
 from expo.rewards.compose import RewardComposer, RewardFunction, load_reward_functions
 from expo.rewards.verifier import Verifier
-from expo.rollout import RolloutEngine, end_ids, request_seed
+from expo.rollout import request_seed
+from expo.rollout.build import build_engine
 from expo.rollout.cache import ReplyCache
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
-from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm.common import check_vllm, version, version_warning
-from expo.rollout.vllm.in_process import VllmEngine
-from expo.rollout.vllm.server import ServerEngine
+from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.checkpoint import Checkpoints
-from expo.run.metrics import Display, RunFolder
+from expo.run.folder import RunFolder
 from expo.run.throughput import Throughput
 from expo.run.trackers import Tracker, check_trackers, open_trackers
+from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
@@ -305,53 +303,6 @@ def _record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
     for line in inputs.overlap.lines():
         display.line(line)
     folder.write_json("data.json", {"sets": records, "overlap": inputs.overlap.to_json()})
-
-
-def build_engine(
-    config: RunConfig,
-    policy: DeepSpeedPolicy | FrozenPolicy,
-    ranks: Ranks,
-    switch: StopSwitch,
-    display: Display,
-    folder: Path,
-) -> DataParallelEngine:
-    """The rollout engine of all ranks, on the policy's own weights or on copies that are yet to be synced."""
-    width = config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
-    return DataParallelEngine(_engine(config, policy, ranks, display, folder), ranks, switch, width)
-
-
-def _engine(
-    config: RunConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
-) -> RolloutEngine:
-    stop_ids = end_ids(policy.model, policy.tokenizer)
-    if config.rollout.engine == "vllm-server":
-        servers = ServerEngine(config, policy.tokenizer, stop_ids, ranks, folder)
-        _warn(display, servers.version)
-        return servers
-    if config.rollout.engine == "vllm":
-        _warn(display, version())
-        return VllmEngine(
-            check_model_path(config.model),
-            policy.tokenizer,
-            stop_ids,
-            config.vllm,
-            dtype=policy.dtype,
-            device=ranks.device,
-            num_replies=config.rollout.batch_size,
-            max_tokens=config.max_tokens,
-            num_ranks=ranks.size,
-        )
-    model = policy.model if policy.is_unsharded else empty_copy(policy.model, policy.dtype, ranks.device)
-    return TransformersEngine(
-        model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=policy.is_unsharded
-    )
-
-
-def _warn(display: Display, found: str) -> None:
-    """Points out a vLLM that the adapters were not tested with."""
-    warning = version_warning(found)
-    if warning is not None:
-        display.line(warning)
 
 
 def _curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:

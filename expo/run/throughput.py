@@ -15,8 +15,8 @@ from expo.errors import ConfigError
 from expo.learner.flops import ModelShape, peak_flops, training_flops
 from expo.learner.mini_batch import MiniBatch
 from expo.rewards.graded import GradedRollouts
-from expo.run.metrics import PhaseTimer
 from expo.runtime.distributed import Ranks
+from expo.runtime.timer import PhaseTimer
 
 GIB = 2**30
 

@@ -8,12 +8,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import expo.run.metrics
+import expo.run.environment
 import expo.train
 from expo.config import load_config
 from expo.errors import Diverged
 from expo.learner.policy import DeepSpeedPolicy
-from expo.run.metrics import RunFolder
+from expo.run.folder import RunFolder
 from expo.train import main, train
 
 QUICK = {
@@ -117,9 +117,9 @@ def test_the_exported_policy_is_the_last_checkpoints(finished):
 
 def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatch):
     config = quick(tmp_path, rollout__keep_replies=False)
-    monkeypatch.setattr(expo.run.metrics, "_commit", lambda: "begun by")
+    monkeypatch.setattr(expo.run.environment, "_commit", lambda: "begun by")
     train_until_it_dies(config, 4, monkeypatch)
-    monkeypatch.setattr(expo.run.metrics, "_commit", lambda: "ended by")
+    monkeypatch.setattr(expo.run.environment, "_commit", lambda: "ended by")
     assert checkpoints_of(config.run.dir) == ["step-000002"]
     assert [row["step"] for row in rows_of(config.run.dir, "metrics")] == [1, 2, 3]
     resumed = train(config, resume=True)

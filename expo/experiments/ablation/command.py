@@ -18,9 +18,10 @@ from expo.experiments.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARE
 from expo.experiments.ablation.results import as_record, read_outcome
 from expo.experiments.ablation.runs import run_all
 from expo.reporting.reader import starts_of
-from expo.run.metrics import ENVIRONMENT, Display
+from expo.run.environment import ENVIRONMENT
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.cli import fail
+from expo.runtime.console import Display
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 

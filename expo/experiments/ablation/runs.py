@@ -9,8 +9,8 @@ from pathlib import Path
 
 from expo.errors import AblationError
 from expo.experiments.ablation.plan import Run
-from expo.run.metrics import Display
 from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.console import Display
 
 POLL_SECONDS = 0.2
 LOG = "log.txt"  # what a run prints, in its folder

@@ -18,7 +18,7 @@ from expo.evaluate import agreements, evaluate, measure, pass_at_k
 from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resolve
 from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import DataParallelEngine
-from expo.run.metrics import Display
+from expo.runtime.console import Display
 from expo.runtime.signals import StopSwitch
 from expo.types import Prompt, Question, Reply
 from tests import ROOT
@@ -175,7 +175,7 @@ def test_two_evaluations_give_equal_bytes_whatever_the_batch(whole, questions, t
 KILLED = """
 import json, os, signal, sys
 from expo.evaluate import main
-from expo.run.metrics import RunFolder
+from expo.run.folder import RunFolder
 
 append, calls = RunFolder.append, []
 

@@ -27,7 +27,10 @@ def round_of(*patterns):
 
 
 def kept(size, *rounds):
-    return [prompt.question.id for prompt in Rollouts([round_of(*patterns) for patterns in rounds], size).kept_groups.prompts]
+    return [
+        prompt.question.id
+        for prompt in Rollouts([round_of(*patterns) for patterns in rounds], size).kept_groups.prompts
+    ]
 
 
 def test_groups_that_teach_are_kept_in_the_order_drawn_and_others_fill_up():

@@ -2,7 +2,10 @@
 
 import time
 
-from expo.run.metrics import ENVIRONMENT, Display, PhaseTimer, RunFolder, describe_environment
+from expo.run.environment import ENVIRONMENT, describe_environment
+from expo.run.folder import RunFolder
+from expo.runtime.console import Display
+from expo.runtime.timer import PhaseTimer
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):
