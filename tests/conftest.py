@@ -1,20 +1,36 @@
-"""Every test runs with uninitialised memory filled with NaN, so an output left unwritten shows itself."""
+"""Every test runs with uninitialised memory filled with NaN, from one seed, and leaves no files or processes behind."""
 
 import os
+import uuid
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.leftovers import MARK, end_processes, repository_files
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers or TRL are imported: no test asks a hub for anything
 
 # no deadline: a shared machine is slow at times; no database: nothing is left behind in the working tree
-settings.register_profile("house", deadline=None, database=None, max_examples=60)
-settings.load_profile("house")
+settings.register_profile("expo", deadline=None, database=None, max_examples=60)
+settings.load_profile("expo")
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers():
+    """Fails a test that leaves a new file in the repository, or a process of ours running."""
+    files, mark = repository_files(), uuid.uuid4().hex
+    os.environ[MARK] = mark
+    yield
+    del os.environ[MARK]  # what a fixture of a wider scope starts may outlive a test
+    running, new = end_processes(mark), repository_files() - files
+    assert not running, f"the test left processes running: {running}"
+    assert not new, f"the test left files in the repository: {sorted(new)}"
 
 
 @pytest.fixture(autouse=True)
 def _nan_filled_memory():
+    """An output left unwritten shows itself."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -88,9 +88,13 @@ def test_a_missing_term_is_found_before_bfloat16_is_timed(loss_of, found):
         check_formula(wrong, Case(TINY, "bfloat16"), CPU)
 
 
-def test_bfloat16_alone_would_let_a_missing_penalty_pass():
+@pytest.mark.parametrize("loss_of", [without_penalty, without_clip])
+def test_a_missing_term_in_bfloat16_is_a_failure_and_not_timed(loss_of):
     inputs = make_inputs(Case(TINY, "bfloat16"), CPU)
-    checked_errors(with_loss(without_penalty), inputs, truth_of(inputs))
+    entries = [("tiny", with_loss(loss_of), inputs), ("tiny", contender(OURS), inputs)]
+    measured = measure_losses(entries, Machine(CPU), once_each, lambda name: None)
+    assert [failure.split(" on ")[0] for failure in measured.failures] == ["eager log_softmax"]
+    assert ["ms" in row for row in measured.rows] == [False, True]
 
 
 @pytest.mark.parametrize("case", [dataclasses.replace(case, dtype="bfloat16") for case in CASES], ids=str)
