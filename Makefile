@@ -8,6 +8,7 @@
 # make gpu-bench   the same on a GPU
 # make bench-report   pages, pictures and the README's table from committed results
 # make bench-compare BASE=<commit>   HEAD's speed over that of another commit, round by round
+# make golden-compare BASE=<commit>   whether HEAD computes the bits of another commit: losses, gradients, runs, resumed runs
 # make clean   remove the environment
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare clean
+.PHONY: train test lint docs vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -75,6 +76,9 @@ bench-report: $(READY)
 
 bench-compare: $(READY)
 	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
+
+golden-compare: $(READY)
+	$(BIN)/python -m tests.golden.compare $(BASE) $(ARGS)
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -9,12 +9,11 @@ sign test of each, corrected for all of them (Holm), so that the chance of even 
 import argparse
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -24,7 +23,7 @@ from benchmarks.contenders import OURS, contender
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import Machine
 from benchmarks.shapes import Case, Shape, dtype_for, shapes_for, side_shape
-from benchmarks.stamp import ROOT
+from benchmarks.worktrees import checked_out
 from expo_kernels import CurriculumTable, linear_token_logps
 
 ROUNDS = 15
@@ -106,23 +105,6 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
-
-
-@contextmanager
-def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """`folder` with a commit's tree, but this tree's benchmarks."""
-    _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
-    try:
-        shutil.rmtree(folder / "benchmarks", ignore_errors=True)
-        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
-        yield folder
-    finally:
-        _git("worktree", "remove", "--force", str(folder))
-
-
-def _git(*arguments: str) -> None:
-    if subprocess.run(["git", *arguments], cwd=ROOT, check=False).returncode:
-        raise SystemExit(f"git {' '.join(arguments)} failed; give two commits of this repository")
 
 
 def ratios(base: Worker, head: Worker, name: str, rounds: int) -> list[float]:
