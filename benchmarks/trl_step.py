@@ -23,7 +23,7 @@ from expo.config import ModelSection, RunConfig
 from expo.data import PROMPTS, load_questions
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
-from expo.run.setup import open_run
+from expo.run.setup import RunBookkeeping, open_run
 from expo.runtime.logging_filters import errors_only
 from expo.types import Sample
 
@@ -72,11 +72,12 @@ class FirstUpdate:
 
 def our_first_update(folder: Path, samples: list[Sample]) -> FirstUpdate:
     """Our update on given replies and advantages, from the starting weights."""
-    with open_run(our_config(folder, 1), False) as parts:
-        before = _copied(parts.policy.named_weights())
-        (mini_batch,) = parts.policy.prepare(samples)
-        metrics = parts.policy.update(mini_batch, torch.tensor(BETA))
-        return FirstUpdate(metrics["grad_norm"], _moved(before, _copied(parts.policy.named_weights())))
+    with open_run(our_config(folder, 1), False) as run:
+        policy = run.learner.policy
+        before = _copied(policy.named_weights())
+        (mini_batch,) = policy.prepare(samples)
+        metrics = policy.update(mini_batch, torch.tensor(BETA))
+        return FirstUpdate(metrics["grad_norm"], _moved(before, _copied(policy.named_weights())))
 
 
 def trl_first_update(folder: Path, questions: int) -> tuple[list[Sample], FirstUpdate]:
@@ -110,15 +111,15 @@ def _samples(batch: dict[str, Any]) -> list[Sample]:
 
 def our_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
     """Seconds of each of our steps but the first, from one recorded step to the next."""
-    found, ends, record = [], [], expo.train.record
+    found, ends, record = [], [], RunBookkeeping.record_step
 
-    def clocked(parts: Any, step: int, graded: Any, row: dict[str, Any]) -> None:
-        record(parts, step, graded, row)
+    def clocked(books: RunBookkeeping, step: int, graded: Any, row: dict[str, Any], curriculum: dict[str, Any]) -> None:
+        record(books, step, graded, row, curriculum)
         ends.append(time.perf_counter())
         phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
         found.append({**phases, "reply_tokens": graded.num_tokens})
 
-    with mock.patch.object(expo.train, "record", clocked):
+    with mock.patch.object(RunBookkeeping, "record_step", clocked):
         expo.train.train(our_config(folder, steps, questions))
     return steps_between(found, ends)
 

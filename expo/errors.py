@@ -34,6 +34,10 @@ class GoldError(ExpoError, ValueError):
     """A gold answer that no reply can be graded against."""
 
 
+class GraderError(ExpoError, RuntimeError):
+    """The processes that grade replies cannot start, or were ended from outside."""
+
+
 class RewardError(ExpoError):
     """A reward function raised, or returned something other than one finite number for each reply."""
 
@@ -48,6 +52,10 @@ class SyncError(ExpoError):
 
 class CheckpointError(ExpoError):
     """A checkpoint cannot be written, found or read."""
+
+
+class FolderError(ExpoError):
+    """A file in the folder of a run cannot be written; the run can be resumed."""
 
 
 class Diverged(ExpoError):  # noqa: N818  # the state of a run, as its message says

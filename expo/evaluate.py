@@ -31,7 +31,7 @@ from expo.evaluation.scores import (
 from expo.evaluation.session import Evaluation, open_evaluation
 from expo.evaluation.tables import scores_table
 from expo.rewards.answers import judge_exactly
-from expo.rewards.graded import GradedRollouts, Grader, grade
+from expo.rewards.groups import GradedRollouts, Grader, grade
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
 from expo.run.environment import describe_environment
 from expo.runtime.cli import fail

@@ -22,7 +22,7 @@ HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"
 ONLY_IN = {
     "vllm": {"expo/rollout/vllm/in_process.py", "expo/rollout/vllm/worker.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
-    "deepspeed": {"expo/learner/deepspeed.py", "expo/evaluation/saved_weights.py"},
+    "deepspeed": {"expo/learner/_compat_deepspeed.py", "expo/evaluation/saved_weights.py"},
     "math_verify": {"expo/rewards/worker.py"},
     "matplotlib": {
         f"expo/reporting/figures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")

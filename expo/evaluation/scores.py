@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expo.rewards.answers import normalise
-from expo.rewards.graded import fractions
+from expo.rewards.groups import fractions
 
 NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then move by under 5 % of its width
 

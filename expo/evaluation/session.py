@@ -93,7 +93,7 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
             facts = ranks.run_on_rank0(lambda: _facts(invocation, checkpoint, questions, sets, policy))
             folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
             stack.callback(folder.release)
-            ranks.raise_on_all_ranks(folder.take)
+            ranks.raise_on_all_ranks(folder.lock)
             done = ranks.run_on_rank0(lambda: _resume(folder, facts))
             verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
         yield Evaluation(

@@ -1,10 +1,7 @@
-"""The DeepSpeed engine under a policy: its settings, models that ZeRO has split over the ranks, and its checkpoints."""
+"""The DeepSpeed engine under a policy: its settings, models that ZeRO 3 partitions over the ranks, and checkpoints."""
 
-import os
 import shutil
 import subprocess
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,24 +12,29 @@ from torch import Tensor
 
 from expo.config import PolicySection
 from expo.errors import ConfigError
+from expo.learner._compat_deepspeed import (
+    collect_write_errors,
+    load_deepspeed,
+    num_elements,
+    set_universal_loading,
+    universal_conversion,
+)
 from expo.runtime.distributed import Ranks
 from expo.runtime.logging_filters import errors_only
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or DeepSpeed looks for one
-
-GATHER_ELEMENTS = 2**28  # parameters that ZeRO 3 brings together at once when weights leave the policy: 1 GiB
-BUCKET_ELEMENTS = 2 * 10**8  # of gradients reduced at once; DeepSpeed holds a buffer of that size, 2 GB by its default
-TAG = "policy"  # the name under which an engine saves its states
+GATHER_ELEMENTS = 2**28  # parameters that ZeRO 3 gathers at once for the rollout engine and the export: 1 GiB
+BUCKET_ELEMENTS = 2 * 10**8  # gradients reduced at once; DeepSpeed allocates a buffer of that size, by default of 2 GB
+TAG = "policy"  # the tag of an engine's checkpoint
 
 
 def start_engine(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, section: PolicySection, max_grad_norm: float
 ) -> Any:
-    """DeepSpeed's engine for `module`; without an optimizer, one that only runs it forward."""
-    deepspeed = _library()
-    # without ZeRO the norm is taken by the policy: DeepSpeed would not tell it, nor skip a step by it
+    """DeepSpeed's engine for `module`; without an optimizer, for forward passes only."""
+    deepspeed = load_deepspeed()
+    # without ZeRO the policy clips: DeepSpeed would not report the norm, nor skip a step with a non-finite one
     clip = max_grad_norm if section.zero_stage and optimizer is not None else 0.0
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    num_parameters = sum(num_elements(parameter) for parameter in module.parameters())
     settings = {**_settings(section, num_parameters), "gradient_clipping": clip}
     return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
@@ -42,7 +44,7 @@ def _settings(section: PolicySection, num_parameters: int = BUCKET_ELEMENTS) -> 
     bucket = min(num_parameters, BUCKET_ELEMENTS)
     offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # counts passes; what a pass holds is ours to say
+        "train_micro_batch_size_per_gpu": 1,  # counts forward passes; the policy chooses the sequences of each
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": section.zero_stage,
@@ -51,64 +53,54 @@ def _settings(section: PolicySection, num_parameters: int = BUCKET_ELEMENTS) -> 
             **({"offload_optimizer": offload} if section.offload_optimizer else {}),
             **({"offload_param": offload} if section.offload_parameters else {}),
         },
-        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: no compiler needed, fused on a GPU
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: needs no compiler, fused on a GPU
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
 
 
-def _library() -> Any:
-    """The library, loaded when first used; it takes seconds."""
-    with errors_only():
-        import deepspeed
-    # of its own calls, which its users cannot change
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    # its shared-memory collectives for CPUs would be compiled on the spot, and spin for ever where a rank has died
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-# --- models that ZeRO 3 has split
+# --- models that ZeRO 3 partitions
 
 
 @contextmanager
-def loading_parts(section: PolicySection) -> Iterator[None]:
-    """Inside, ZeRO 3 has transformers load each rank's part of a model only."""
+def partitioned_loading(section: PolicySection) -> Iterator[None]:
+    """With ZeRO 3, a model that transformers loads inside is partitioned while it loads."""
     if section.zero_stage < 3:
         yield
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    _library()
-    held = HfDeepSpeedConfig(_settings(section))  # type: ignore[no-untyped-call]
+    load_deepspeed()
+    # transformers holds only a weak reference to it
+    hf_config = HfDeepSpeedConfig(_settings(section))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-        del held
+        del hf_config
 
 
-def whole_parameters(model: Any, dtype: torch.dtype, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
-    """A copy of every parameter, whole, in `dtype` under its name; all ranks go through it together."""
-    deepspeed = _library()
+def gathered_parameters(model: Any, dtype: torch.dtype, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+    """An unsharded copy of every parameter in `dtype` with its name; all ranks iterate together."""
+    deepspeed = load_deepspeed()
     bucket: list[tuple[str, Any]] = []
 
     def flush() -> list[tuple[str, Tensor]]:
         parameters = [parameter for _, parameter in bucket]
         with deepspeed.zero.GatheredParameters(parameters) if zero_stage == 3 else nullcontext():
-            # copies: what is gathered is gone when the block ends
-            found = [(name, value.detach().to(dtype, copy=True)) for name, value in bucket]
+            # copied: gathered parameters are freed at the end of the block
+            copies = [(name, value.detach().to(dtype, copy=True)) for name, value in bucket]
         bucket.clear()
-        return found
+        return copies
 
-    held = 0
+    bucket_size = 0
     for name, parameter in model.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        if bucket and held + size > GATHER_ELEMENTS:
+        size = num_elements(parameter)
+        if bucket and bucket_size + size > GATHER_ELEMENTS:
             yield from flush()
-            held = 0
+            bucket_size = 0
         bucket.append((name, parameter))
-        held += size
+        bucket_size += size
     yield from flush()
 
 
@@ -116,75 +108,55 @@ def whole_parameters(model: Any, dtype: torch.dtype, zero_stage: int) -> Iterato
 
 
 def save_states(engine: Any, folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes the engine's states, and `state` beside them; every rank writes its part.
+    """Writes the states of the engine, and `state` beside them; every rank writes its part.
 
-    Raises: OSError if this rank could not, after all ranks have come through.
+    Raises: OSError if this rank could not write, after all ranks have finished.
     """
-    with errors_only(), _writing_on(engine) as failures:
+    with errors_only(), collect_write_errors(engine) as errors:
         engine.save_checkpoint(str(folder), tag=TAG, client_state=dict(state), save_latest=False)
-    if failures:
-        raise OSError(str(failures[0]).splitlines()[0]) from failures[0]
-
-
-@contextmanager
-def _writing_on(engine: Any) -> Iterator[list[Exception]]:
-    """Inside, a file that cannot be written is listed and the engine goes on: its ranks wait for each other after
-    writing, and one that an error kept away would leave the others waiting.
-    """
-    failures: list[Exception] = []
-    writer = engine.checkpoint_engine
-    write = writer.save
-
-    def attempt(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch.save gives a RuntimeError for some full disks
-            failures.append(error)
-
-    writer.save = attempt
-    # two scripts that nothing here reads, copied by rank 0 alone
-    engine._copy_recovery_script = lambda _: None
-    try:
-        yield failures
-    finally:
-        del writer.save, engine._copy_recovery_script
+    if errors:
+        raise OSError(str(errors[0]).splitlines()[0]) from errors[0]
 
 
 def load_states(engine: Any, folder: Path, ranks: Ranks, *, converts: bool) -> dict[str, Any]:
-    """Takes up what `save_states` wrote, and returns the state beside it.
+    """Restores what `save_states` wrote, and returns the state beside it.
 
     Args:
-        converts: put what ZeRO has split together and split it anew, for another number of ranks.
+        engine: to restore.
+        folder: that `save_states` was given.
+        ranks: the processes of the run.
+        converts: whether to convert states that ZeRO partitioned for another number of ranks.
+
+    Raises: ConfigError if the states cannot be converted.
     """
     if converts:
-        folder = _universal(folder, ranks)
-    engine._config.load_universal_checkpoint = converts  # read by load_checkpoint alone
+        folder = _convert_to_universal(folder, ranks)
+    set_universal_loading(engine, is_universal=converts)
     with errors_only():
-        path, state = engine.load_checkpoint(str(folder), tag=TAG)
+        path, loaded = engine.load_checkpoint(str(folder), tag=TAG)
     assert path is not None, f"{folder} holds no DeepSpeed checkpoint"
     if converts:
         ranks.barrier()
         if ranks.is_rank0:
             shutil.rmtree(folder)
-    found: dict[str, Any] = state
-    return found
+    state: dict[str, Any] = loaded
+    return state
 
 
-def _universal(folder: Path, ranks: Ranks) -> Path:
-    """A copy of a DeepSpeed checkpoint that any number of ranks can load, beside the one it is made from."""
+def _convert_to_universal(folder: Path, ranks: Ranks) -> Path:
+    """A copy of a DeepSpeed checkpoint that any number of ranks can load, beside the original."""
     converted = folder.parent.with_name(f".{folder.parent.name}.universal")
 
     def convert() -> None:
         shutil.rmtree(converted, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        paths = ["--input_folder", str(folder / TAG), "--output_folder", str(converted / TAG)]
-        done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
+        command = universal_conversion(folder / TAG, converted / TAG)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             problem = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             shutil.rmtree(converted, ignore_errors=True)
             raise ConfigError(
-                f"the checkpoint {folder.parent} was made by another number of ranks and could not be converted "
-                f"for {ranks.size}: {problem}; resume with as many as made it"
+                f"the checkpoint {folder.parent} was saved by another number of ranks and could not be converted "
+                f"for {ranks.size}: {problem}; resume with the number of ranks that saved it"
             )
 
     ranks.run_on_rank0(convert)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from expo import ledger
 from expo.config import ModelSection
 from expo.errors import ConfigError
+from expo.learner._compat_deepspeed import is_partitioned
 from expo.learner.batch import Batch
 from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 
@@ -63,8 +64,9 @@ def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
         raise ConfigError(f"the tokenizer of model.path = {config.path} has no end-of-sequence token; set eos_token")
     logit_softcap(model)
     _turn_off_dropout(model)
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # by ZeRO 3, and placed
-    return model if is_partitioned else model.to(device), tokenizer
+    if not any(is_partitioned(parameter) for parameter in model.parameters()):  # ZeRO 3 has placed those
+        model = model.to(device)
+    return model, tokenizer
 
 
 def empty_copy(model: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection, RunConfig
-from expo.learner.batch import Batch
-from expo.learner.deepspeed import load_states, loading_parts, save_states, start_engine, whole_parameters
+from expo.learner._compat_deepspeed import num_dimensions
+from expo.learner.batch import Batch, MicroBatch, MiniBatch, mini_batches
+from expo.learner.deepspeed import gathered_parameters, load_states, partitioned_loading, save_states, start_engine
 from expo.learner.lora import adapters_off, add_adapters, merged
-from expo.learner.mini_batch import MicroBatch, MiniBatch, mini_batches
 from expo.learner.mismatch import Mismatch
 from expo.learner.model import PolicyModule, load_model, logit_softcap
 from expo.runtime.distributed import Ranks
@@ -65,7 +65,7 @@ class DeepSpeedPolicy:
         self._updates_done = 0
         self._mismatch = Mismatch()
         self.dtype: torch.dtype = getattr(torch, section.dtype)
-        with loading_parts(section):
+        with partitioned_loading(section):
             self.model, self.tokenizer = load_model(config.model, ranks.device)
             wants_reference = config.kl.beta > 0 and section.lora_rank == 0
             reference = load_model(config.model, ranks.device)[0] if wants_reference else None
@@ -258,7 +258,7 @@ class DeepSpeedPolicy:
         """Every weight, whole, in `policy.dtype` under its name in the model, adapters merged in; a tied head is
         named once. All ranks go through it together; a tensor may be kept.
         """
-        whole = whole_parameters(self.model, self.dtype, self._section.zero_stage)
+        whole = gathered_parameters(self.model, self.dtype, self._section.zero_stage)
         yield from merged(dict(whole), self.model).items() if self._section.lora_rank else whole
 
     def export(self, folder: Path) -> None:
@@ -298,7 +298,7 @@ class _TokenMeans:
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; norms and biases without."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    dims = {id(parameter): len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters}
+    dims = {id(parameter): num_dimensions(parameter) for parameter in parameters}
     return [
         {"params": [p for p in parameters if dims[id(p)] >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if dims[id(p)] < 2], "weight_decay": 0.0},

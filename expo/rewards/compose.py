@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expo.config import RewardSection
 from expo.errors import ConfigError, RewardError
-from expo.rewards.graded import GradedRollouts
+from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
@@ -82,23 +82,16 @@ class RewardComposer:
         return replace(graded, shaped=rewards, reward_parts=parts)
 
     def _called(self, graded: GradedRollouts) -> dict[str, list[float]]:
-        """What each function says of every reply, or the same RewardError on all ranks."""
+        """The values of each function for every reply, by its name. Raises: RewardError, on every rank."""
         rows = [
             (reply.text, prompt.question.answer, prompt.question.text)
             for prompt, group in zip(graded.prompts, graded.replies, strict=True)
             for reply in group
         ]
 
-        def call() -> dict[str, list[float]] | str:
-            try:
-                return {name: _values(name, function, rows) for name, function in self._functions.items()}
-            except RewardError as error:
-                return str(error)
-
-        found = self._ranks.run_on_rank0(call)
-        if isinstance(found, str):
-            raise RewardError(found)
-        return found
+        return self._ranks.run_on_rank0(
+            lambda: {name: _values(name, function, rows) for name, function in self._functions.items()}
+        )
 
 
 _Row = tuple[str, str, str]  # reply, answer, question

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Final
 
+from expo.errors import GraderError
 from expo.rewards import messages
 
 WORKER: Final = "expo.rewards.worker"  # named, not imported: a process of its own runs it
@@ -79,7 +80,7 @@ class _Template:
             is_ready = False
         if not is_ready:
             self.close()
-            raise RuntimeError(
+            raise GraderError(
                 f"the grading process did not start (status {self.process.returncode}); its error is on standard "
                 "error, and `pip install 'expo-rl[train]'` installs what it needs"
             )
@@ -116,7 +117,7 @@ class _Template:
         except OSError:
             reply = b""
         if not reply:
-            raise RuntimeError("something outside ended the grading process; grade again, which starts a new one")
+            raise GraderError("the grading process was ended from outside; grading again starts a new one")
         return reply
 
 

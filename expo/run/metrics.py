@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from expo.rewards.graded import GradedRollouts
+from expo.rewards.groups import GradedRollouts
 from expo.runtime.timer import PhaseTimer
 from expo_kernels import CurriculumTable
 

@@ -12,9 +12,9 @@ import torch
 
 from expo.config import RunConfig
 from expo.errors import ConfigError
+from expo.learner.batch import MiniBatch
 from expo.learner.flops import ModelShape, peak_flops, training_flops
-from expo.learner.mini_batch import MiniBatch
-from expo.rewards.graded import GradedRollouts
+from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
 from expo.runtime.timer import PhaseTimer
 

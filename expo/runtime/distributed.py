@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, share work, and agree.
+"""The processes of a run: joining, sharing work, collectives, and errors that every rank raises.
 
-Started by `deepspeed` or `torchrun`, each rank reads its place from the environment; started plainly, a run is one
-rank. Objects travel over gloo, tensors of the policy over NCCL where there are GPUs.
+Under `deepspeed` or `torchrun`, each rank reads its number from the environment; without a launcher, a run is one rank.
+Objects are sent over gloo, tensors of the policy over NCCL where there are GPUs.
 """
 
 import os
@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expo.errors import ConfigError
+from expo.errors import ConfigError, ExpoError
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those of the run; rank 0 writes the run's folder."""
+    """The rank of this process, and collectives over all ranks of the run."""
 
     def __init__(self, device: torch.device, rank: int, size: int) -> None:
         self.device, self.rank, self.size = device, rank, size
@@ -30,11 +30,11 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Sequence[T], width: int = 1) -> list[T]:
-        """This rank's part of `items`: every size-th, starting at its number; `width` ranks on end have one part."""
+        """This rank's share of `items`: every size-th one from its number on; `width` consecutive ranks share it."""
         return list(items[self.rank // width :: self.size // width])
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in their order, on every rank."""
+        """The values of all ranks in order of rank, on every rank; they are pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -42,7 +42,7 @@ class Ranks:
         return values
 
     def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """What `shard` split, in its first order."""
+        """The items that `shard` split, in their original order."""
         total = sum(len(share) for share in shares)
         return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
 
@@ -50,40 +50,44 @@ class Ranks:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0)
+        return objects[0]
 
-    def run_on_rank0(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; a ConfigError it raises is raised on every rank, any other
-        error as a RuntimeError on the others.
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
+        """Calls `function` on rank 0 and returns its result on every rank.
+
+        Raises: on every rank, an ExpoError that rank 0 raised; any other error is a RuntimeError on the other ranks.
         """
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, error
         if self.is_rank0:
             try:
-                found[0] = make()
-            except ConfigError as error:
-                found[1] = error
+                outcome[0] = function()
+            except ExpoError as error:
+                outcome[1] = error
             except Exception as error:
                 self.broadcast_from_rank0([None, RuntimeError(f"rank 0: {error!r}")])
                 raise
-        value, problem = self.broadcast_from_rank0(found)
-        if problem is not None:
-            raise problem
-        result: T = value
-        return result
+        result, raised = self.broadcast_from_rank0(outcome)
+        if raised is not None:
+            raise raised
+        value: T = result
+        return value
 
-    def raise_on_all_ranks(self, make: Callable[[], T]) -> T:
-        """What `make` returns on this rank; a ConfigError that one rank raises is raised on every rank."""
-        problem = None
+    def raise_on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Calls `function` on every rank and returns this rank's result.
+
+        Raises: on every rank, an ExpoError that one rank raised; of several, that of the lowest rank.
+        """
+        raised = None
         try:
-            made = make()
-        except ConfigError as error:
-            problem = error if self.is_rank0 else ConfigError(f"rank {self.rank}: {error}")
-        problems = [found for found in self.gather(problem) if found is not None]
-        if problems:
-            raise problems[0]
-        return made
+            result = function()
+        except ExpoError as error:
+            raised = error if self.is_rank0 else type(error)(f"rank {self.rank}: {error}")
+        errors = [error for error in self.gather(raised) if error is not None]
+        if errors:
+            raise errors[0]
+        return result
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the ranks."""
@@ -94,27 +98,27 @@ class Ranks:
         return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
+        """Returns once every rank has called it."""
         if self.size > 1:
             self.all_reduce_sum([0.0])
 
     def _all_reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.size == 1:
             return list(values)
-        held: Tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(held, op=operation)
-        found: list[float] = held.tolist()
-        return found
+        reduced: Tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(reduced, op=operation)
+        result: list[float] = reduced.tolist()
+        return result
 
 
 def join_ranks(device_name: str, timeout_s: float) -> Ranks:
-    """Joins the other processes of the run, if there are any; a process that has joined before stays so.
+    """Joins the other processes of the run, if there are any; does nothing in a process that has joined already.
 
     Args:
         device_name: torch device of this rank's policy; "auto": GPU number LOCAL_RANK, else the CPU.
-        timeout_s: seconds after which a collective that waits for another rank fails.
+        timeout_s: seconds that a collective waits for the other ranks before it fails.
 
-    Raises: ConfigError if the device cannot be used or the environment names no place among the ranks.
+    Raises: ConfigError if the device cannot be used, or the environment does not give this process a rank.
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and device_name != "cpu" else "gloo"
@@ -128,8 +132,8 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
                     f"torchrun or deepspeed, or unset it"
                 ) from error
         else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-            store = dist.HashStore()  # type: ignore[attr-defined]  # in this process alone: no port is opened
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
+            store = dist.HashStore()  # type: ignore[attr-defined]  # local to this process: no port is opened
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     ranks.device = ranks.raise_on_all_ranks(lambda: _device(device_name))
@@ -137,7 +141,7 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
 
 
 def leave_ranks() -> None:
-    """Leaves the other processes; the last thing a process does with them."""
+    """Leaves the process group; no collective may follow."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

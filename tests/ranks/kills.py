@@ -20,14 +20,14 @@ LEARNING_SAVES = 3
 
 def tell_of_saves(pipe):
     """A byte down the pipe when a save begins, another when it ends."""
-    real = expo.train.save
+    real = expo.train.save_checkpoint
 
     def save(*args, **kwargs):
         os.write(pipe, b"(")
         real(*args, **kwargs)
         os.write(pipe, b")")
 
-    expo.train.save = save
+    expo.train.save_checkpoint = save
 
 
 def born(arguments):

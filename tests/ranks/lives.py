@@ -25,6 +25,7 @@ import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
 import expo.run.checkpoint
+import expo.run.lifecycle
 import expo.run.setup
 import expo.train
 from expo.config import ModelSection
@@ -92,15 +93,15 @@ def arrange(fault, rank):
         case "join":
             before(expo.run.setup, "join_ranks")
         case "start":
-            before(expo.run.setup, "_build_parts")
+            before(expo.run.setup, "_build_run")
         case "weights":
             before(DataParallelEngine, "load_weights")
         case "checkpoint":
             before(expo.run.checkpoint.Checkpoints, "save")
         case "export":
-            before(expo.train, "export")
+            before(expo.run.lifecycle, "export")
         case "record":
-            before(expo.train, "record")
+            before(expo.run.setup.RunBookkeeping, "record_step")
         case "grading":  # answers are with the verifier's processes
             real_grade = expo.train.grade
 
@@ -117,16 +118,16 @@ def arrange(fault, rank):
         case "convert":  # what children write is cut there too
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         case name:
-            real = expo.run.setup.Parts.guard
+            real = expo.run.setup.Run.guard
 
             @contextmanager
-            def guard(parts, phase):
-                with real(parts, phase):
+            def guard(run, phase):
+                with real(run, phase):
                     if phase == name:
                         entered()
                     yield
 
-            expo.run.setup.Parts.guard = guard
+            expo.run.setup.Run.guard = guard
 
 
 def arrange_full_disk(fault):
@@ -188,7 +189,7 @@ def live(life, rank):
         for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
             del os.environ[name]
     arrange(life["fault"], rank)
-    expo.train.write_report = lambda _: "left out here"  # seconds of drawing, which no rank waits for
+    expo.run.lifecycle.write_report = lambda _: "left out here"  # seconds of drawing, which no rank waits for
     return expo.train.main(life["argv"])
 
 

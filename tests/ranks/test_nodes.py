@@ -32,7 +32,7 @@ def test_two_nodes_train_are_killed_and_go_on(tmp_path):
     nodes = start_nodes(tmp_path, "second", [life("run", [*command, "--resume"], here=True)])
     said_by_nodes = [node.communicate(timeout=240) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said_by_nodes
-    assert any("going on after step 2 of 3" in out for out, _ in said_by_nodes)
+    assert any("resuming after step 2 of 3" in out for out, _ in said_by_nodes)
     assert lived(tmp_path, [life("whole", argv(tmp_path, "whole", **quick))]) == {"whole": [0, 0]}, said(
         tmp_path, "whole"
     )

@@ -30,7 +30,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
             whole, moved = f"{before}-{stage}", f"{before}-to-{after}-{stage}"
             assert codes[whole] == [0] * before
             assert codes[moved] == [0] * after, said(tmp_path, moved)
-            assert "going on after step 2" in said(tmp_path, moved)
+            assert "resuming after step 2" in said(tmp_path, moved)
             left, right = rows_of(tmp_path / whole, "metrics"), rows_of(tmp_path / moved, "metrics")
             for name in ("loss", "kl", "grad_norm", "accuracy"):
                 assert right[2][name] == pytest.approx(left[2][name], abs=1e-6), (moved, name)
@@ -39,5 +39,5 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
             assert names == ["latest", "step-000002", "step-000004"]
     assert codes["failing"] == [2]
     (line,) = [line for line in said(tmp_path, "failing").splitlines() if "error" in line]
-    assert "was made by another number of ranks and could not be converted for 1" in line
-    assert "resume with as many as made it" in line
+    assert "was saved by another number of ranks and could not be converted for 1" in line
+    assert "resume with the number of ranks that saved it" in line

@@ -63,13 +63,13 @@ def test_a_spoiled_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
     for way in WAYS:
         assert codes[way] == [0, 0], said(tmp_path, way)
         assert "step-000003 is not whole" in said(tmp_path, way)
-        assert "going on after step 2 of 3" in said(tmp_path, way)
+        assert "resuming after step 2 of 3" in said(tmp_path, way)
         assert facts(tmp_path / way) == whole
         assert is_whole(tmp_path / way / "checkpoints" / "step-000003"), "it is written again"
         assert checkpoints(tmp_path / way) == checkpoints(tmp_path / "whole")
         assert said(tmp_path, way, rank=1) == ""
     assert codes["all"] == [1, 1]
-    assert "not one of the 3 checkpoints" in said(tmp_path, "all").splitlines()[-1]
+    assert "none of the 3 checkpoints" in said(tmp_path, "all").splitlines()[-1]
     assert rows_of(tmp_path / "all", "metrics") == rows_of(tmp_path / "whole", "metrics"), "nothing is begun anew"
 
 

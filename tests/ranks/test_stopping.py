@@ -41,7 +41,7 @@ def test_a_signal_in_any_phase_leaves_a_checkpoint_of_the_same_run(tmp_path):
     for phase, (_, step) in PHASES.items():
         if step is not None:
             assert f"stopped by SIGTERM after step {step};" in said(tmp_path, phase), phase
-            assert f"going on after step {step} of 3" in said(tmp_path, f"{phase}-resumed")
+            assert f"resuming after step {step} of 3" in said(tmp_path, f"{phase}-resumed")
         assert facts(tmp_path / phase) == whole, phase
 
 
@@ -74,7 +74,7 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, problems = process.communicate(timeout=120)
-    assert "stopped by SIGTERM after step 0; go on with --resume" in out, problems
+    assert "stopped by SIGTERM after step 0; continue with --resume" in out, problems
     assert process.returncode == 1, "torchrun says so of any signal"
     command = argv(tmp_path, "run", resume=True, **quick)
     codes = lived(tmp_path, [life("whole", argv(tmp_path, "whole", **quick)), life("resumed", command)])

@@ -213,7 +213,7 @@ def test_a_finished_run_is_not_overwritten(finished, capsys):
 
 def test_two_processes_do_not_work_in_one_folder(finished, capsys):
     other = RunFolder(finished)
-    other.take()
+    other.lock()
     with pytest.raises(SystemExit) as stop:
         main([str(finished / "config.yaml"), "--resume"])
     other.release()

@@ -9,7 +9,7 @@ from expo.config import DataSection, ModelSection, load_config
 from expo.data import PROMPTS, load_questions, only_gradable, question_id, render_prompt, render_prompts
 from expo.errors import ConfigError
 from expo.learner.model import load_model
-from expo.run.setup import load_inputs
+from expo.run.inputs import load_inputs
 from expo.train import train
 from expo.types import Question
 

@@ -374,10 +374,10 @@ def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys, m
     assert said.endswith("python -m expo.ablation: error: stopped; give the same command to go on\n")
     before = steps_of(half)
     assert not (half / "summary.json").exists()
-    assert f"stopped by SIGTERM after step {len(before)}; go on with --resume" in (half / "log.txt").read_text()
+    assert f"stopped by SIGTERM after step {len(before)}; continue with --resume" in (half / "log.txt").read_text()
     assert [path.name for path in (half / "checkpoints").glob("step-*")] == [f"step-{len(before):06d}"]
     assert main(argv) == 0
-    assert f"going on after step {len(before)} of" in (half / "log.txt").read_text()
+    assert f"resuming after step {len(before)} of" in (half / "log.txt").read_text()
     after = steps_of(half)
     assert after[: len(before)] == before, "what was done before the stop is not done again"
     assert [step for step, _ in after] == list(range(1, len(after) + 1))

@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-import expo.train
+import expo.run.lifecycle
 from expo.config import RewardSection
 from expo.errors import ConfigError, RewardError
 from expo.formats import boxed, think_then_answer
 from expo.rewards.compose import RewardComposer, load_reward_functions, overlong_penalties
-from expo.rewards.graded import GradedRollouts
+from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
 from expo.train import main, train
 from expo.types import Prompt, Question, Reply, Verdict
@@ -119,7 +119,7 @@ def test_formats():
 
 
 def test_shaping_moves_advantages_and_neither_accuracy_nor_beta_nor_pass_rates(tmp_path, monkeypatch):
-    monkeypatch.setattr(expo.train, "write_report", lambda _: "left out here")
+    monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
     plain = train(quick(tmp_path, run__steps=1, optimizer__warmup_steps=0))
     options = {"reward__functions": {"expo.formats:boxed": 0.5}, "reward__overlong_buffer": 20}
     run = train(quick(tmp_path, "shaped", run__steps=1, optimizer__warmup_steps=0, **options))

@@ -1,14 +1,11 @@
 """Groups that teach nothing, replaced: which are kept, what is counted, and a run that draws further questions."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-import expo.train
+import expo.run.lifecycle
 from expo.config import load_config
-from expo.rewards.graded import GradedRollouts
-from expo.rewards.groups import Rollouts, teaches
+from expo.rewards.groups import GradedRollouts, Rollouts, has_unequal_rewards
 from expo.train import draw_questions, main, train, training_samples
 from expo.types import Prompt, Question, Reply, Verdict
 from expo_kernels import CurriculumTable
@@ -50,7 +47,7 @@ def test_what_was_sampled_is_counted():
 def test_equal_rewards_teach_nothing_whatever_their_float_deviation(value):
     rewards = torch.full((2, 7), value)
     rewards[1, 3] = torch.nextafter(rewards[1, 3], torch.ones(()))
-    assert teaches(rewards).tolist() == [False, True]
+    assert has_unequal_rewards(rewards).tolist() == [False, True]
 
 
 def test_truncated_replies_are_left_out_where_asked():
@@ -65,7 +62,7 @@ def test_truncated_replies_are_left_out_where_asked():
 def _no_report():
     """Drawing takes longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expo.train, "write_report", lambda _: "left out here")
+        patch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
         yield
 
 
@@ -97,14 +94,8 @@ def test_every_group_sampled_counts(resampled):
 def test_further_questions_follow_those_of_a_step_without_rounds(kind):
     def draw(rounds):
         overrides = {"curriculum.kind": kind, "rollout.max_resamples": rounds, "rollout.questions_per_step": 8}
-        return draw_questions(
-            SimpleNamespace(
-                config=load_config(None, list(overrides.items())),
-                train_set=range(20),
-                curriculum=CurriculumTable(20),
-                generator=torch.Generator().manual_seed(0),
-            )
-        ).tolist()
+        config, generator = load_config(None, list(overrides.items())), torch.Generator().manual_seed(0)
+        return draw_questions(range(20), CurriculumTable(20), generator, config).tolist()
 
     assert len(draw(0)) == 8
     assert draw(1)[:8] == draw(5)[:8] == draw(0)

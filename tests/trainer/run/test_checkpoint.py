@@ -103,9 +103,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, file, d
 
 def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
     checkpoints(tmp_path, "a").save(position(1), Weights(1))
-    with pytest.raises(CheckpointError, match="not one of the 1 checkpoints"):
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         checkpoints(tmp_path, "b").newest_whole()
-    assert "belongs to a run of other settings" in capsys.readouterr().err
+    assert "belongs to a run with other settings" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3Config
 
 from expo.config import load_config
-from expo.learner.mini_batch import MiniBatch
+from expo.learner.batch import MiniBatch
 from expo.run.throughput import Throughput
 from expo.runtime.distributed import Ranks
 
