@@ -17,15 +17,22 @@ settings.load_profile("expo")
 
 
 @pytest.fixture(autouse=True)
-def _no_leftovers():
-    """Fails a test that leaves a new file in the repository, or a process of ours running."""
-    files, mark = repository_files(), uuid.uuid4().hex
-    os.environ[MARK] = mark
+def _no_new_files():
+    """Fails a test that leaves a new file in the repository."""
+    before = repository_files()
     yield
-    del os.environ[MARK]  # what a fixture of a wider scope starts may outlive a test
-    running, new = end_processes(mark), repository_files() - files
-    assert not running, f"the test left processes running: {running}"
+    new = repository_files() - before
     assert not new, f"the test left files in the repository: {sorted(new)}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_running_processes():
+    """Fails a test file that leaves processes of ours running; a file, since its fixtures may start some lazily."""
+    os.environ[MARK] = mark = uuid.uuid4().hex
+    yield
+    del os.environ[MARK]
+    running = end_processes(mark)
+    assert not running, f"these tests left processes running: {running}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What a test must not leave behind: files in the repository, and processes of ours."""
+"""What tests must not leave behind: files in the repository, and processes of ours."""
 
 import os
 import re

@@ -28,7 +28,7 @@ def test_a_process_that_outlives_its_test_is_found_and_ended(sleeper, monkeypatc
     assert sleeper.wait(timeout=60) < 0
 
 
-def test_every_test_has_a_mark_of_its_own():
+def test_the_processes_of_a_test_file_are_marked():
     assert len(os.environ[leftovers.MARK]) == 32
 
 
