@@ -1,13 +1,12 @@
 """Every test runs with uninitialised memory filled with NaN, from one seed, and leaves no files or processes behind."""
 
 import os
-import uuid
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.leftovers import MARK, end_processes, repository_files
+from tests.leftovers import no_running_processes, repository_files
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers or TRL are imported: no test asks a hub for anything
 
@@ -28,11 +27,8 @@ def _no_new_files():
 @pytest.fixture(autouse=True, scope="module")
 def _no_running_processes():
     """Fails a test file that leaves processes of ours running; a file, since its fixtures may start some lazily."""
-    os.environ[MARK] = mark = uuid.uuid4().hex
-    yield
-    del os.environ[MARK]
-    running = end_processes(mark)
-    assert not running, f"these tests left processes running: {running}"
+    with no_running_processes():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,9 @@ import re
 import signal
 import sys
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests import ROOT
@@ -56,3 +59,13 @@ def end_processes(mark: str) -> list[str]:
         except ProcessLookupError:
             continue
     return list(left.values())
+
+
+@contextmanager
+def no_running_processes() -> Iterator[None]:
+    """Marks every process that is started inside, and fails if one is still running at the end."""
+    os.environ[MARK] = mark = uuid.uuid4().hex
+    yield
+    del os.environ[MARK]
+    running = end_processes(mark)
+    assert not running, f"these tests left processes running: {running}"
