@@ -66,6 +66,6 @@ def no_running_processes() -> Iterator[None]:
     """Marks every process that is started inside, and fails if one is still running at the end."""
     os.environ[MARK] = mark = uuid.uuid4().hex
     yield
-    del os.environ[MARK]
+    os.environ.pop(MARK, None)
     running = end_processes(mark)
     assert not running, f"these tests left processes running: {running}"
