@@ -70,8 +70,8 @@ def run(tree):
     assert len(options) == len(RECIPES)
     command = [sys.executable, "-m", "expo.train", "--run.dir=run", *SMALL, *options]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
     return tree / "run"
 
 
@@ -85,10 +85,10 @@ def test_the_reward_is_logged_and_shapes_the_advantages(run):
     assert all(row["reward"] == pytest.approx(row["accuracy"] + 0.2) for row in metrics)
 
 
-def test_the_questions_of_the_data_source_are_asked(run):
-    asked = {row["question"] for row in rows(run / "completions.jsonl")}
-    assert asked
-    assert asked <= {f"{n}+{n}=" for n in range(1, 10)}
+def test_the_run_trains_on_the_questions_of_the_data_source(run):
+    questions = {row["question"] for row in rows(run / "completions.jsonl")}
+    assert questions
+    assert questions <= {f"{n}+{n}=" for n in range(1, 10)}
 
 
 def test_the_tracker_has_every_number_of_every_step(run):
@@ -111,9 +111,9 @@ def test_the_engine_has_every_method_of_the_protocol(tree):
     source = (tree / "expo" / "rollout" / "uncached.py").read_text(encoding="utf-8")
     names = {}
     exec(compile(source, "uncached.py", "exec"), names)
-    wanted = {name for name in vars(RolloutEngine) if not name.startswith("_")}
-    assert wanted
-    assert [name for name in wanted if not hasattr(names["UncachedEngine"], name)] == []
+    methods = {name for name in vars(RolloutEngine) if not name.startswith("_")}
+    assert methods
+    assert [name for name in methods if not hasattr(names["UncachedEngine"], name)] == []
 
 
 def test_a_diff_that_no_longer_fits_is_found():
