@@ -1,4 +1,4 @@
-"""Another commit's tree beside this one, for whatever sets two commits side by side."""
+"""Checks out another commit into a folder, for tools that compare two commits."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 @contextmanager
 def checked_out(commit: str, folder: Path, ours: Sequence[str] = ("benchmarks",)) -> Iterator[Path]:
-    """`folder` with a commit's tree, but this tree's folders of the names `ours`."""
+    """`folder` with the files of a commit, except the folders in `ours`, which are copied from this tree."""
     _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
     try:
         for name in ours:
@@ -24,4 +24,4 @@ def checked_out(commit: str, folder: Path, ours: Sequence[str] = ("benchmarks",)
 
 def _git(*arguments: str) -> None:
     if subprocess.run(["git", *arguments], cwd=ROOT, check=False).returncode:
-        raise SystemExit(f"git {' '.join(arguments)} failed; give two commits of this repository")
+        raise SystemExit(f"git {' '.join(arguments)} failed; both commits must be in this repository")

@@ -1,7 +1,7 @@
-"""Every error that ends a command, in one tree, with the exit code of its command.
+"""The errors that end a command, each with the exit code of the command.
 
-A command prints one line on stderr and exits with `exit_code`. Exit code 0 means success, and 75 a phase that
-outlasted its deadline (`expo/runtime/watchdog.py`).
+A command prints the error as one line on stderr and exits with its `exit_code`. Exit code 0 means success; 75 means
+that a phase exceeded its deadline (`expo/runtime/watchdog.py`).
 """
 
 from typing import ClassVar
@@ -19,19 +19,19 @@ class ExpoError(Exception):
 
 
 class ConfigError(ExpoError):
-    """A configuration, a file or a combination of both that cannot work; the message says what to change."""
+    """A configuration, a file or a combination of both is invalid; the message says what to change."""
 
     exit_code = 2
 
 
 class NotARunError(ExpoError, ValueError):
-    """A folder that is not the folder of a run."""
+    """The folder is not the folder of a run."""
 
     exit_code = 2
 
 
 class GoldError(ExpoError, ValueError):
-    """A gold answer that no reply can be graded against."""
+    """No reply can be graded against a gold answer."""
 
 
 class GraderError(ExpoError, RuntimeError):
@@ -59,12 +59,12 @@ class FolderError(ExpoError):
 
 
 class Diverged(ExpoError):  # noqa: N818  # the state of a run, as its message says
-    """Too many updates in a row had a loss or a gradient that was not finite."""
+    """Too many updates in a row had a non-finite loss or gradient."""
 
 
 class AblationError(ExpoError):
     """A run of an ablation failed."""
 
 
-class StopRequested(ExpoError):  # noqa: N818  # not a failure: training saves and ends well
-    """A signal, or run.save_by_minutes, asks the run to save and to end."""
+class StopRequested(ExpoError):  # noqa: N818  # not a failure: training saves a checkpoint and ends
+    """A signal, or run.save_by_minutes, asks the run to save a checkpoint and end."""

@@ -132,11 +132,11 @@ def sample_rollouts(
     section = config.rollout
     rollouts, missing = Rollouts([], section.questions_per_step), section.questions_per_step
     while missing and len(prompts) and len(rollouts.rounds) <= section.max_resamples:
-        asked, prompts = prompts[:missing], prompts[missing:]
+        current, prompts = prompts[:missing], prompts[missing:]
         with timer.phase("rollout"):
-            replies = sample_replies(rollout, asked, step, len(rollouts.rounds), config)
+            replies = sample_replies(rollout, current, step, len(rollouts.rounds), config)
         with timer.phase("reward"):
-            graded = rollout.reward_composer.shape(grade(rollout.verifier, asked, replies))
+            graded = rollout.reward_composer.shape(grade(rollout.verifier, current, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
         missing = rollouts.num_missing
     return rollouts

@@ -1,4 +1,4 @@
-"""The values that travel from a question to the gradient, each defined once."""
+"""The values on the way from a question to the gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ VerdictKind = Literal["correct", "wrong", "unparsed", "timeout"]
 class Question:
     """A question with a checkable answer.
 
-    id: stable, unique in its set; text: what is asked; answer: the gold answer; level: name of its difficulty, or "".
+    id: stable, unique in its set; text: its wording; answer: the gold answer; level: name of its difficulty, or "".
     """
 
     id: str
@@ -33,7 +33,7 @@ class Reply:
     """One sampled reply.
 
     token_ids: its tokens, with the end-of-sequence token if it has one; logps: their log-probabilities in nats at the
-    sampling temperature; is_truncated: whether it was cut at max_new_tokens; text: decoded without special tokens.
+    sampling temperature; is_truncated: whether max_new_tokens ended it; text: decoded without special tokens.
     """
 
     token_ids: list[int]
@@ -61,11 +61,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sample:
-    """One reply to train on.
+    """One reply as a training sample.
 
     prompt_ids, reply_ids: token ids; rollout_logps: log-probabilities of reply_ids under the rollout engine, nats;
-    advantage: of the reply; is_left_out: whether it is left out of the loss and its denominators (it keeps its place
-    among the mini-batches).
+    advantage: of the reply; is_left_out: whether loss and denominators exclude it (it still counts when samples are
+    split into mini-batches).
     """
 
     prompt_ids: Sequence[int]

@@ -23,6 +23,7 @@ ONLY_IN = {
     "vllm": {"expo/rollout/vllm/in_process.py", "expo/rollout/vllm/worker.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/learner/_compat_deepspeed.py", "expo/evaluation/saved_weights.py"},
+    "jinja2": {"expo/reporting/templates.py"},
     "math_verify": {"expo/rewards/worker.py"},
     "matplotlib": {
         f"expo/reporting/figures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")

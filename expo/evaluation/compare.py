@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from expo.errors import ConfigError
 from expo.evaluation.protocol import RESULTS, differences
 from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
 from expo.evaluation.tables import SHARES, estimates_of
-from expo.reporting.figures import Picture, draw_curves
-from expo.reporting.page import comparison_table, document, figure, pairs, section
-from expo.reporting.reader import Comparison, Estimate, pass_at, table_cells, text_table
+from expo.reporting.comparison import Comparison, Estimate, pass_at, table_cells, text_table
+from expo.reporting.figures import RenderedFigure, draw_curves
+from expo.reporting.templates import comparison_table
+from expo.reporting.templates import render as render_template
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.cli import fail
 
@@ -127,7 +127,7 @@ def _labelled(a: Results, b: Results) -> dict[str, Results]:
     return {f"A: {a.label}": a, f"B: {b.label}": b}
 
 
-def draw(a: Results, b: Results, lines: Sequence[Comparison]) -> list[Picture]:
+def draw(a: Results, b: Results, lines: Sequence[Comparison]) -> list[RenderedFigure]:
     """pass@k over k of both, a picture for each set."""
     pictures = []
     for name in dict.fromkeys(line.set_name for line in lines):
@@ -139,28 +139,25 @@ def draw(a: Results, b: Results, lines: Sequence[Comparison]) -> list[Picture]:
     return pictures
 
 
-def render(a: Results, b: Results, lines: Sequence[Comparison], pictures: Sequence[Picture]) -> str:
+def render(a: Results, b: Results, lines: Sequence[Comparison], figures: Sequence[RenderedFigure]) -> str:
     """The page as HTML text."""
-    guide = (
-        '<p class="soft under">Difference: B - A over the same questions, with its 95 % interval by a bootstrap over '
-        "questions. Coloured: an interval that leaves out zero; of twenty such lines one is coloured by chance.</p>"
-    )
     shares = {
         f"{name}, {label}": ", ".join(f"{found[f'{share}_fraction']:.1%} {share}" for share in SHARES)
         for label, results in _labelled(a, b).items()
         for name, found in results.facts["sets"].items()
     }
     models = {label: results.facts["model"] for label, results in _labelled(a, b).items()}
-    differing = incomparable(a, b)
-    notice = f'<p class="notice">They differ in more than the model: {escape(", ".join(differing))}</p>'
-    body = (
-        f"<h1>{escape(a.label)} (A) and {escape(b.label)} (B)</h1>\n{notice if differing else ''}",
-        section("Scores", comparison_table(lines, "Set", ("Metric", "A", "B", "Difference")) + guide),
-        section("pass@k", f'<div class="grid">{"".join(figure(picture) for picture in pictures)}</div>'),
-        section("Replies", pairs(shares)),
-        section("How they were made", pairs({**models, **a.facts["protocol"]})),
+    return render_template(
+        "compare.html.j2",
+        title=f"{a.label} and {b.label} · EXPO evaluations",
+        label_a=a.label,
+        label_b=b.label,
+        other_differences=incomparable(a, b),
+        scores=comparison_table(lines, "Set", ("Metric", "A", "B", "Difference")),
+        figures=figures,
+        reply_shares=shares,
+        protocol={**models, **a.facts["protocol"]},
     )
-    return document(f"{a.label} and {b.label} · EXPO evaluations", body)
 
 
 def main(argv: Sequence[str]) -> int:

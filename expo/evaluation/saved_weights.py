@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expo.config import PolicySection
 from expo.learner.deepspeed import TAG
-from expo.learner.lora import add_adapters, merged
+from expo.learner.lora import add_adapters, merge_adapters
 from expo.runtime.logging_filters import errors_only
 
 
@@ -27,7 +27,7 @@ def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) ->
         with torch.device("meta"):  # for the names and scales of the adapters alone
             shape = type(model)(model.config)
         add_adapters(shape, section.lora_rank, section.lora_alpha)
-        saved = merged(saved, shape)
+        saved = merge_adapters(saved, shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(saved[name])

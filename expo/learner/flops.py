@@ -1,8 +1,8 @@
-"""A language model's shape: its parameters, its floating-point operations, and what a GPU can do of them in a second.
+"""Parameter counts and FLOPs of a language model, and the peak FLOP/s of GPUs.
 
 Source: Kaplan et al., arXiv 2001.08361, section 2.1, and Chowdhery et al. (PaLM), arXiv 2204.02311, appendix B. We
-differ twice: attention is counted over the positions that a causal model really attends to, half of the square in
-those texts, and the head only for the tokens whose log-probs are asked for. Letters: L tokens of a sequence.
+differ twice: attention is counted over the positions that a causal model attends to, half of the square in those texts,
+and the head only for the tokens whose log-probs are computed. Letters: L tokens of a sequence.
 """
 
 import re
@@ -12,14 +12,14 @@ from typing import Any
 
 from expo.errors import ConfigError
 
-# dense bfloat16 products with float32 sums, FLOP/s, from the makers' data sheets; the first name that is found counts
+# dense bfloat16 products with float32 accumulation, FLOP/s, from the vendors' data sheets; the first match counts
 PEAK_FLOPS = {
     "A100": 312e12,  # NVIDIA A100 data sheet, SXM and PCIe
     "A800": 312e12,  # an A100 with a slower NVLink
     "A40": 149.7e12,  # NVIDIA A40 data sheet
     "A30": 165e12,  # NVIDIA A30 data sheet
     "A10": 125e12,  # NVIDIA A10 data sheet
-    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet, half of the figure with sparsity, as all below
+    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet, half of the value with sparsity, as for all below
     "H100 NVL": 835e12,
     "H100": 989e12,  # SXM: reported as "NVIDIA H100 80GB HBM3"
     "H800": 989e12,
@@ -42,7 +42,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class _Family:
-    """What a transformers model type has besides gated MLP, RMSNorm and rotary positions; None: its config says."""
+    """Biases and norms of a transformers model type with gated MLP, RMSNorm and RoPE; None: set by its config."""
 
     qkv_bias: bool | None
     output_bias: bool | None
@@ -60,7 +60,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder: attention with grouped key-value heads, a gated MLP, RMSNorm, no bias on the head."""
+    """The shape of a dense decoder: grouped-query attention, a gated MLP, RMSNorm, a head without bias."""
 
     vocab_size: int
     hidden_size: int
@@ -70,7 +70,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     is_tied: bool
-    """Whether the head's weight is the embedding's."""
+    """Whether the head shares the embedding's weight."""
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_mlp_bias: bool = False
@@ -78,19 +78,19 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
-        """The shape that a transformers configuration describes.
+        """The shape of the model that a transformers configuration describes.
 
-        Raises: ConfigError if its model type is none of `FAMILIES`, whose parameters these formulas count.
+        Raises: ConfigError if its model type is not one of `FAMILIES`.
         """
         family = FAMILIES.get(config.model_type)
         if family is None:
             raise ConfigError(
-                f"parameters and FLOPs of a model of type {config.model_type} cannot be counted, only those of "
-                f"{', '.join(FAMILIES)}; leave out what counts them, such as --dry-run"
+                f"parameters and FLOPs of a model of type {config.model_type} cannot be counted; the known types "
+                f"are {', '.join(FAMILIES)}. Leave out what needs the count, such as --dry-run"
             )
 
-        def has_bias(of_family: bool | None, name: str) -> bool:
-            return bool(getattr(config, name)) if of_family is None else of_family
+        def has_bias(family_default: bool | None, name: str) -> bool:
+            return bool(getattr(config, name)) if family_default is None else family_default
 
         return cls(
             vocab_size=config.vocab_size,
@@ -133,7 +133,7 @@ class ModelShape:
 
     @property
     def layer_matmul_parameters(self) -> int:
-        """Weights of one layer's linear maps, biases apart."""
+        """Weights of one layer's linear maps, without biases."""
         return sum(inputs * outputs for inputs, outputs in self.layer_products)
 
     @property
@@ -149,29 +149,29 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """V * H; as many again in the head unless it is tied."""
+        """V * H, the parameters of the embedding."""
         return self.vocab_size * self.hidden_size
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of the head that are not the embedding's."""
+        """Parameters of the head; 0 if it is tied."""
         return 0 if self.is_tied else self.embedding_parameters
 
     @property
     def num_parameters(self) -> int:
-        """Embedding, layers, last norm, head."""
+        """All parameters: embedding, layers, last norm, head."""
         layers = self.num_layers * self.layer_parameters
         return self.embedding_parameters + layers + self.hidden_size + self.head_parameters
 
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of adapters of `rank` on every linear map but the head: rank * (inputs + outputs) each."""
+        """Parameters of LoRA adapters on every linear map except the head: rank * (inputs + outputs) each."""
         return self.num_layers * sum(rank * (inputs + outputs) for inputs, outputs in self.layer_products)
 
 
 def layer_flops(shape: ModelShape, num_tokens: int, sum_of_contexts: float) -> float:
-    """FLOPs of one forward pass through the layers: 2 a weight and token, and attention.
+    """FLOPs of one forward pass through the layers: 2 for each weight and token, and attention.
 
-    Attention: each query meets the keys of its context and weighs their values, 4 * heads * head_dim FLOPs a position.
+    Attention: each query multiplies the keys and values of its context, 4 * heads * head_dim FLOPs a position.
     """
     products = 2 * shape.layer_matmul_parameters * num_tokens
     return shape.num_layers * (products + 4 * shape.query_size * sum_of_contexts)
@@ -189,10 +189,10 @@ def forward_flops(
 
     Args:
         shape: of the model.
-        num_tokens: in all sequences, without padding.
-        sum_of_squared_lengths: over the sequences. Position t attends to t + 1 positions, so a sequence of L tokens
-            has contexts of (L^2 + L) / 2 in all.
-        num_scored: tokens whose logits are made; None: all of them.
+        num_tokens: of all sequences, without padding.
+        sum_of_squared_lengths: over the sequences. Position t attends to t + 1 positions, so the contexts of a
+            sequence of L tokens sum to (L^2 + L) / 2.
+        num_scored: tokens whose logits are computed; None: all of them.
     """
     contexts = (sum_of_squared_lengths + num_tokens) / 2
     scored = num_tokens if num_scored is None else num_scored
@@ -208,20 +208,20 @@ def training_flops(
     num_scored: int | None = None,
     trains_base: bool = True,
 ) -> float:
-    """FLOPs of learning once from sequences of these lengths (prompt and reply).
+    """FLOPs of one update on sequences of these lengths (prompt and reply).
 
-    A backward pass takes two forward passes: one for the gradients of the inputs, one for those of the weights. With
-    checkpointing the layers run forward once more but for their last product, where PyTorch stops early. Utilisation
-    of the model (MFU) is made with `gradient_checkpointing=False`, that of the hardware (HFU) with what was run.
+    A backward pass costs two forward passes: one for the gradients of the inputs, one for those of the weights. With
+    gradient checkpointing the layers run forward once more, except for their last product, where PyTorch stops early.
+    MFU (model FLOPs utilisation) uses `gradient_checkpointing=False`; HFU, that of the hardware, the actual value.
 
     Args:
         shape: of the model.
         lengths: tokens of each sequence.
         gradient_checkpointing: whether layers are recomputed.
         forward_only_passes: passes for old and reference log-probs.
-        num_scored: reply tokens, the only ones whose logits are made; None: all tokens.
-        trains_base: False with LoRA, whose frozen weights have no gradients; the adapters' own FLOPs, about a
-            hundredth of the model's, are left out.
+        num_scored: reply tokens, the only ones whose logits are computed; None: all tokens.
+        trains_base: False with LoRA, whose frozen weights have no gradients; the FLOPs of the adapters, about 1 % of
+            the model's, are not counted.
     """
     num_tokens = sum(lengths)
     contexts = (sum(length * length for length in lengths) + num_tokens) / 2
@@ -239,20 +239,20 @@ def training_flops(
 def generation_flops(shape: ModelShape, prompt_lengths: Sequence[int], reply_lengths: Sequence[int]) -> float:
     """FLOPs of sampling with a key-value cache.
 
-    Each prompt is read once, whatever the number of its replies; a reply's first token is drawn from the prompt's
-    logits, and its last is never read.
+    Each prompt is prefilled once for all its replies; the first token of a reply is sampled from the prompt's logits,
+    and the last token is not fed back.
 
     Args:
         shape: of the model.
         prompt_lengths: tokens of each distinct prompt.
-        reply_lengths: tokens of each reply, equally many for every prompt, those of one prompt adjacent.
+        reply_lengths: tokens of each reply, the same number of replies for every prompt, those of a prompt adjacent.
 
     Raises: ValueError if the replies do not divide among the prompts.
     """
     if not prompt_lengths or len(reply_lengths) % len(prompt_lengths):
         raise ValueError(
             f"{len(reply_lengths)} reply_lengths do not divide among {len(prompt_lengths)} prompt_lengths; "
-            f"give equally many for every prompt"
+            f"give the same number for every prompt"
         )
     group_size = len(reply_lengths) // len(prompt_lengths)
     squares = sum(length * length for length in prompt_lengths)
@@ -266,7 +266,7 @@ def generation_flops(shape: ModelShape, prompt_lengths: Sequence[int], reply_len
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a GPU as `torch.cuda.get_device_name()` calls it; None where it is not known."""
+    """Peak dense bfloat16 FLOP/s of a GPU by its name in `torch.cuda.get_device_name()`; None if unknown."""
     for name, peak in PEAK_FLOPS.items():
         if re.search(rf"(?<!\w){name}(?!\w)", device_name, flags=re.IGNORECASE):
             return peak

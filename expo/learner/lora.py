@@ -1,4 +1,4 @@
-"""LoRA adapters by peft, put into a model in place: the base weights are the frozen reference policy as well.
+"""LoRA adapters by peft, injected into a model in place; its frozen base weights also serve as the reference policy.
 
 Source: Hu et al., arXiv 2106.09685. Adapted weights are W + (alpha / rank) B A, with B = 0 at the start.
 """
@@ -16,7 +16,7 @@ ADAPTER = "default"
 
 
 def add_adapters(model: Any, rank: int, alpha: int) -> None:
-    """Puts an adapter on every linear layer of `model` but its head, and freezes everything else.
+    """Adds an adapter to every linear layer of `model` except its head, and freezes all other parameters.
 
     Raises: ConfigError if peft is not installed.
     """
@@ -35,8 +35,8 @@ def add_adapters(model: Any, rank: int, alpha: int) -> None:
 
 
 @contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """Inside, `model` is its base."""
+def disabled_adapters(model: Any) -> Iterator[None]:
+    """Disables the adapters inside: `model` computes what its base weights give."""
     layers = [module for module in model.modules() if _is_adapted(module)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -47,19 +47,23 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """`state`, the named weights of an adapted `model`, as a model without adapters would hold them.
+def merge_adapters(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Merges the adapters into the base weights: the weights of a model without adapters, by name.
 
-    Adapted weights are computed in float32 and returned in the base weight's dtype.
+    Args:
+        state: the named weights of `model`, adapters included.
+        model: names the adapted modules and their scaling.
+
+    Merged weights are computed in float32 and have the dtype of the base weight.
     """
-    found = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    weights = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
     for name, module in model.named_modules():
         if not _is_adapted(module) or f"{name}.base_layer.weight" not in state:
             continue
         down, up = (state[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "AB")
         base = state[f"{name}.base_layer.weight"]
-        found[f"{name}.weight"] = torch.addmm(base.float(), up, down, alpha=module.scaling[ADAPTER]).to(base.dtype)
-    return found
+        weights[f"{name}.weight"] = torch.addmm(base.float(), up, down, alpha=module.scaling[ADAPTER]).to(base.dtype)
+    return weights
 
 
 def _is_adapted(module: Any) -> bool:

@@ -1,8 +1,8 @@
-"""How far the trainer's log-probabilities are from the rollout engine's, on the tokens that were sampled.
+"""The mismatch of trainer and rollout engine: differences of their log-probabilities on the sampled tokens.
 
-The engine samples with its own numerics, so the policy that gave the replies is not quite the one that learns from
-them. Letters: N reply tokens of a step, over all its updates, micro-batches and ranks; w = exp(trainer - rollout) of
-each, the weight that would correct for it.
+The engine samples with its own numerics, so the policy that sampled the replies differs slightly from the one that is
+trained on them. Letters: N reply tokens of a step, over all its updates, micro-batches and ranks; w = exp(trainer -
+rollout) of each token, the importance weight that would correct for it.
 """
 
 import math
@@ -23,38 +23,38 @@ NAMES = (
 
 
 class Mismatch:
-    """Differences of a step, held on the device until they are asked for: nothing is waited for while it learns."""
+    """Collects the differences of a step; they stay on the device until `metrics`, so updates do not wait."""
 
     def __init__(self) -> None:
         self._differences: list[Tensor] = []
         self._masks: list[Tensor] = []
 
     def add(self, logps: Tensor, rollout_logps: Tensor, completion_mask: Tensor) -> None:
-        """Adds a micro-batch: log-probs of one shape in nats, under the policy as it was when the engine sampled."""
+        """Adds a micro-batch: log-probs in nats of one shape, of the policy that the engine sampled from."""
         self._differences.append((logps - rollout_logps).flatten())
         self._masks.append(completion_mask.flatten())
 
     def metrics(self, ranks: Ranks) -> dict[str, float]:
-        """What `STEP_METRICS` lists under these names, of all that was added on every rank; nan without a token."""
-        mine = torch.cat(self._differences)[torch.cat(self._masks)] if self._masks else torch.empty(0)
-        # quantiles of parts do not make the quantile of the whole: the tokens themselves come together, at 4 bytes each
-        return summary(mine if ranks.size == 1 else torch.cat(ranks.gather(mine.cpu())))
+        """The metrics over all tokens added on all ranks; NaN without a token. `STEP_METRICS` describes them."""
+        own = torch.cat(self._differences)[torch.cat(self._masks)] if self._masks else torch.empty(0)
+        # quantiles cannot be computed from the quantiles of each rank: all differences are gathered, 4 bytes each
+        return summary(own if ranks.size == 1 else torch.cat(ranks.gather(own.cpu())))
 
 
 def summary(differences: Tensor) -> dict[str, float]:
     """The metrics of differences trainer - rollout, [N] float32, nats, in any order."""
     if not len(differences):
         return dict.fromkeys(NAMES, math.nan)
-    apart, weights = differences.abs(), differences.double().exp()
-    found = torch.stack(
+    absolute, weights = differences.abs(), differences.double().exp()
+    values = torch.stack(
         [
-            apart.double().mean(),
-            apart.max().double(),
+            absolute.double().mean(),
+            absolute.max().double(),
             *_quantiles(weights, list(QUANTILES.values())),
             weights.sum() ** 2 / (len(weights) * weights.square().sum()),
         ]
     )
-    return dict(zip(NAMES, found.tolist(), strict=True))
+    return dict(zip(NAMES, values.tolist(), strict=True))
 
 
 def _quantiles(values: Tensor, shares: Sequence[float]) -> list[Tensor]:

@@ -1,13 +1,14 @@
-"""The language model: found, loaded, and read up to its last hidden states, which the head turns into logits.
+"""The language model: loading it, its last hidden states, and the log-probs and loss computed from them.
 
-Parameters are float32 whatever `policy.dtype`: at a learning rate of 1e-6 a bfloat16 parameter would round every update
-away. The transformer's products run in `policy.dtype` by autocast; logits are always float32.
+Parameters are float32 for every `policy.dtype`: at a learning rate of 1e-6 a bfloat16 parameter would round updates to
+zero. The matrix products of the transformer run in `policy.dtype` by autocast; logits are always float32.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -21,44 +22,45 @@ from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 
 
 def check_model_path(config: ModelSection) -> str:
-    """Where the model lies: a folder, or a hub id as given.
+    """The folder of the model, or its hub id.
 
-    Raises: ConfigError if it reads as a folder and holds no model.
+    Raises: ConfigError if model.path is neither a hub id nor a folder that holds a model.
     """
     path = str(ledger.MODEL_PATH) if config.path == "ledger" else config.path
     is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     if (Path(path) / "config.json").is_file() or (is_hub_id and not Path(path).exists()):
         return path
-    what = "has no config.json" if Path(path).is_dir() else "does not exist"
-    raise ConfigError(f'model.path = {config.path} {what}; give a transformers folder, a hub id, or "ledger"')
+    problem = "has no config.json" if Path(path).is_dir() else "does not exist"
+    raise ConfigError(f'model.path = {config.path} {problem}; give a transformers folder, a hub id, or "ledger"')
 
 
 def load_tokenizer(config: ModelSection) -> Any:
-    """The tokenizer that `model.path` names, without its model.
+    """Loads the tokenizer of `model.path`.
 
-    Raises: ConfigError if there is none.
+    Raises: ConfigError if it does not load.
     """
     path = check_model_path(config)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"model.path = {config.path} has no tokenizer that loads: {str(error).splitlines()[0]}"
+            f"the tokenizer of model.path = {config.path} does not load: {str(error).splitlines()[0]}"
         ) from error
 
 
 def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
-    """The causal language model, with float32 parameters, and the tokenizer that `model.path` names.
+    """Loads the causal language model of `model.path`, with float32 parameters, and its tokenizer.
 
-    Raises: ConfigError if there is no such model, its tokenizer cannot end a reply, or it scales its logits.
+    Raises: ConfigError if either does not load, the tokenizer has no end-of-sequence token, or the model scales its
+        logits.
     """
     path = check_model_path(config)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its bars would break into ours
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its progress bars would break ours
     tokenizer = load_tokenizer(config)
     try:
-        chosen = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **chosen)
-    except (OSError, ValueError, ImportError) as error:
+        options = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.path = {config.path} does not load: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of model.path = {config.path} has no end-of-sequence token; set eos_token")
@@ -70,7 +72,7 @@ def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
 
 
 def empty_copy(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of the same shape, with parameters of `dtype` that are yet to be filled."""
+    """A model of the same architecture whose parameters, of `dtype`, are not those of `model`: load weights into it."""
     with torch.device(device):
         copy: Any = AutoModelForCausalLM.from_config(model.config, dtype=dtype)  # type: ignore[no-untyped-call]
     copy.generation_config = model.generation_config
@@ -78,7 +80,7 @@ def empty_copy(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def _turn_off_dropout(model: Any) -> None:
-    """Old, reference and present log-probs must come from one function, not from one drawn anew at each pass."""
+    """Removes the randomness of forward passes: old, reference and current log-probs must agree at equal weights."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -87,15 +89,15 @@ def _turn_off_dropout(model: Any) -> None:
 
 
 class PolicyModule(torch.nn.Module):
-    """A language model whose forward goes from ids to log-probs or to the loss.
+    """A language model whose forward pass returns log-probs or the loss.
 
-    Hidden states and head meet inside this one forward, so that ZeRO 3, which gathers the parameters a module touches,
-    has the head's at hand.
+    The head is applied inside this forward pass, so that ZeRO 3, which gathers the parameters of the module that runs,
+    gathers the head's too.
 
     Args:
         model: a causal language model with a linear head.
-        objective: the loss; its temperature and softcap hold for the log-probs too.
-        dtype: of the transformer's products and the head's inputs.
+        objective: the loss; its temperature and softcap apply to the log-probs too.
+        dtype: of the transformer's matrix products and of the head's inputs.
         logits_budget_mb: memory for one chunk of logits in MiB; None: chosen by expo_kernels.
     """
 
@@ -104,9 +106,9 @@ class PolicyModule(torch.nn.Module):
         self.model, self.objective, self.dtype, self.logits_budget_mb = model, objective, dtype, logits_budget_mb
 
     def forward(self, batch: Batch, **loss: Any) -> Any:
-        """Log-probs of `batch`'s replies in nats, 0 elsewhere; or with loss=..., (loss, metrics, detached log-probs).
+        """Log-probs of the reply tokens, nats, 0 elsewhere; with `loss` arguments (loss, metrics, detached log-probs).
 
-        `loss` holds what linear_expo_loss takes besides: advantages, beta, old_logps and so on. Log-probs are [B, S],
+        `loss` are further arguments of linear_expo_loss: advantages, beta, old_logps and so on. Log-probs are [B, S],
         or [N] for a packed batch.
         """
         hidden = hidden_states(self.model, batch, self.dtype)
@@ -142,7 +144,7 @@ def _head(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Last hidden states [B, S, H] of a padded batch, [N, H] of a packed one, with products in `dtype`; no cache."""
+    """Last hidden states [B, S, H] of a padded batch, [N, H] of a packed one; products in `dtype`, no KV cache."""
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     output = run_transformer(model, dtype, input_ids=batch.input_ids, use_cache=False, **positions)
     hidden: Tensor = output.last_hidden_state.to(dtype)
@@ -150,14 +152,14 @@ def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def run_transformer(model: Any, dtype: torch.dtype, **inputs: Any) -> Any:
-    """Output of the model below its head, with products in `dtype`."""
-    # no cache: a matrix is used once a pass, and narrowed ones would be held until the end of it
+    """Output of the model without its head; matrix products in `dtype`."""
+    # no cache of cast weights: each is used once a pass, and would be kept in memory until its end
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
         return model.base_model(**inputs)
 
 
 def head_logits(model: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 logits [B, V] of hidden states [B, H], as the loss makes them, before the temperature."""
+    """Float32 logits [B, V] of hidden states [B, H], as the loss computes them, before the temperature."""
     weight, bias = _head(model, dtype)
     logits = torch.nn.functional.linear(
         hidden.to(dtype).float(), weight.float(), None if bias is None else bias.float()
@@ -167,7 +169,7 @@ def head_logits(model: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def logit_softcap(model: Any) -> float | None:
-    """The cap that the model puts on its logits after the head, or None.
+    """The model's final logit softcap, or None.
 
     Raises: ConfigError if the model scales its logits, which the loss would not reproduce.
     """

@@ -1,4 +1,4 @@
-"""Rewards: the verifier and its workers, reward functions, and the groups that a step trains on."""
+"""Rewards: the verifier and its worker processes, reward functions, and graded groups of replies."""
 
 from expo.errors import GoldError
 from expo.rewards.verifier import Verifier, check_answers, ungradable_answers

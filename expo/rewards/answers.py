@@ -1,20 +1,20 @@
-r"""What answer a reply states, the normal form of answers, and the verdicts that need no computer algebra.
+r"""Answers: extracting them from replies, normalising them, and the comparisons that need no computer algebra.
 
-The answer of a reply is what its last `\boxed{...}` holds, or what follows its last line-opening `Answer:` (the
-format of DAPO, arXiv 2503.14476), whichever comes later. Boxes joined by nothing but "and", "or" or a comma are one
-list, in which every member must be right. Earlier boxes are working, not answers, so listing guesses earns
-nothing. (math-verify by itself joins boxes up to 70 characters apart and calls two different ones wrong.)
-A box without its closing brace (a truncated reply) or without contents is no box.
+The answer of a reply is the content of its last `\boxed{...}`, or the text after its last `Answer:` at the start of a
+line (the format of DAPO, arXiv 2503.14476), whichever comes later. Boxes separated only by "and", "or" or a comma are
+one list, in which every member must be right. Earlier boxes count as working, not as answers, so listing guesses earns
+nothing. (math-verify by itself joins boxes up to 70 characters apart and grades two different ones as wrong.)
+A box without its closing brace (a truncated reply) or without content does not count.
 """
 
 import functools
 import re
 from typing import Final
 
-# Longer "answers" are text that ran on inside a box; gold answers have at most a few hundred characters.
+# Longer "answers" are text inside an unfinished box; gold answers have at most a few hundred characters.
 MAX_ANSWER_CHARS: Final = 2_000
-# Normal forms remembered: the distinct answers of a dozen steps of 2,048 replies; some 10 MB.
-_MEMO_SIZE: Final = 32_768
+# Normal forms cached: the distinct answers of about 12 steps of 2,048 replies; about 10 MB.
+_CACHE_SIZE: Final = 32_768
 
 _BRACES = re.compile(r"\\\\?(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _ANSWER_LINE = re.compile(
@@ -28,16 +28,16 @@ def extract_answer(reply: str) -> str | None:
     """The answer a reply states, as written; None if it states none.
 
     Args:
-        reply: The whole reply of the model, of any length; read in linear time.
+        reply: The whole reply of the model; the time is linear in its length.
     """
     boxes = _find_boxes(reply)
     answer_line = None
-    for answer_line in _ANSWER_LINE.finditer(reply):  # noqa: B007 (the last one is wanted)
+    for answer_line in _ANSWER_LINE.finditer(reply):  # noqa: B007 (the loop finds the last one)
         pass
     if answer_line is not None and (not boxes or boxes[-1][2] < answer_line.start()):
         answer = answer_line[1].strip().strip("*").strip()
         if _INNER_BOX.search(answer):
-            return None  # cut off inside its box
+            return None  # truncated inside its box
     elif boxes:
         answer = _join_last_boxes(reply, boxes)
     else:
@@ -46,12 +46,12 @@ def extract_answer(reply: str) -> str | None:
 
 
 def has_box(reply: str) -> bool:
-    """Whether a reply has a complete box that is not empty."""
+    """Whether a reply has a complete, non-empty box."""
     return bool(_find_boxes(reply))
 
 
 def _find_boxes(reply: str) -> list[tuple[int, int, int]]:
-    """Complete boxes by where they end: start of the command, start and end of the contents."""
+    """Complete boxes in order of their end: start of the command, start and end of the content."""
     if "box" not in reply:
         return []
     boxes = []
@@ -71,12 +71,12 @@ def _find_boxes(reply: str) -> list[tuple[int, int, int]]:
 
 def _join_last_boxes(reply: str, boxes: list[tuple[int, int, int]]) -> str:
     start, inner, end = boxes[-1]
-    members = {reply[inner:end].strip(): None}  # a set that keeps its order
+    members = {reply[inner:end].strip(): None}  # an ordered set
     for earlier_start, earlier_inner, earlier_end in reversed(boxes[:-1]):
         if earlier_end > start:
-            continue  # nested in a box already taken
+            continue  # nested in a box that is a member already
         glue = reply[earlier_end + 1 : start]
-        # "\boxed{5} \boxed{5}" states 5 once; blank space alone does not make a list either
+        # "\boxed{5} \boxed{5}" states 5 once; white space alone does not make a list either
         if not glue.strip() or not _LIST_GLUE.fullmatch(glue):
             break
         members[reply[earlier_inner:earlier_end].strip()] = None
@@ -115,7 +115,7 @@ _UNICODE = str.maketrans(
         "\u00a0": " ",
         "\u202f": " ",
         "\u2009": " ",
-        # the full-width forms of ASCII, as Chinese keyboards give them
+        # the full-width forms of ASCII, from Chinese keyboards
         **{chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)},
     }
 )
@@ -132,37 +132,37 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 _ZERO_FIRST = re.compile(r"\A([+-]?0),(?=\d)")
-_GROUP_MARKS = ("{,}", r"\!", r"\,")  # these part thousands, never the members of a list
+_GROUP_MARKS = ("{,}", r"\!", r"\,")  # they separate thousands, never the members of a list
 _OPENING, _CLOSING = ("(", "[", "{"), (")", "]", "}")
-# of the members of a list; thousands come as three digits after a comma without a blank
+# of the members of a list; a comma before three digits, without a space, separates thousands
 _SEPARATORS = (re.compile(r",(?!0\d)"), re.compile(r",\s"))
 _SIZED_BRACKET = re.compile(r"\\(?:left|right)(?![A-Za-z])\s*")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-# a hyphen at the end is a formula's that was cut off
+# a hyphen at the end belongs to an incomplete formula
 _WORDS = re.compile(r"[A-Za-z](?:[A-Za-z '\-]*[A-Za-z '])?")
 
 
-@functools.lru_cache(maxsize=_MEMO_SIZE)
+@functools.lru_cache(maxsize=_CACHE_SIZE)
 def normalise(text: str) -> str:
-    """The same answer without its dressing: dollars, display marks, a final stop, signs outside ASCII."""
+    """The answer without markup: dollar signs, display delimiters, a final full stop, characters outside ASCII."""
     if text.isascii() and text.isdigit():
         return text.lstrip("0") or "0"
-    plain = _undress(text)
+    plain = _strip_markup(text)
     return canonical_number(plain) or plain
 
 
 def normalise_for(gold: str, text: str) -> str:
-    """The normal form of a stated answer, in which "1,100" is two numbers if the gold answer, normalised, is a list."""
+    """The normal form of a stated answer; "1,100" is two numbers in it if the normalised gold answer is a list."""
     answer = normalise(text)
     if "," in text and canonical_number(answer) is not None and _number_lists(gold)[1]:
-        members = _undress(text)
-        # not where it is plain that thousands are meant
+        members = _strip_markup(text)
+        # unless it is clear that the comma separates thousands
         if ",0" not in members and not any(mark in text for mark in _GROUP_MARKS):
             return members.replace(",", ", ")
     return answer
 
 
-def _undress(text: str) -> str:
+def _strip_markup(text: str) -> str:
     if not text.isascii():
         text = text.translate(_UNICODE)
         text = _UNICODE_ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
@@ -187,9 +187,9 @@ def _repeating_to_fraction(match: re.Match[str]) -> str:
 
 
 def canonical_number(text: str) -> str | None:
-    """A plain integer or decimal in its one shortest form ("-1,234.50" is "-1234.5"); None for anything else.
+    """The shortest form of a plain integer or decimal ("-1,234.50" is "-1234.5"); None for anything else.
 
-    A string, so that numbers of any length are compared exactly and cheaply.
+    It is a string, so that numbers of any length are compared exactly and cheaply.
     """
     match = _NUMBER.fullmatch(text)
     if match is None:
@@ -210,7 +210,7 @@ def canonical_number(text: str) -> str | None:
 
 
 def _squash(text: str) -> str:
-    """The text without what never changes its meaning in LaTeX, for telling equal texts."""
+    """The text without LaTeX markup that never changes its meaning, for comparing texts."""
     text = _SIZED_BRACKET.sub("", text).replace(r"\displaystyle", "")
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)
@@ -224,49 +224,49 @@ def words_of(text: str) -> str | None:
         return choice[1]
     if not _WORDS.fullmatch(text):
         return None
-    # a letter alone is a choice or a variable: there A and a differ
+    # a single letter is a choice or a variable, for which A and a differ
     return " ".join(text.split()).casefold() if len(text) > 1 else text
 
 
 def _number_lists(text: str) -> tuple[str, list[list[str]]]:
-    """The brackets around a list of numbers ("", "{}", "()", "[)", ...), and the lists of two or more that it may be.
+    """The brackets around a list of numbers ("", "{}", "()", "[)", ...), and its readings as two or more numbers.
 
-    "(1,234, 5)" may be 1, 234 and 5, or 1234 and 5. No list is found in other texts.
+    "(1,234, 5)" may be 1, 234 and 5, or 1234 and 5. Other texts have no reading.
     """
     text = _SIZED_BRACKET.sub("", text).replace(r"\{", "{").replace(r"\}", "}")
     brackets = ""
     if text[:1] in _OPENING and text[-1:] in _CLOSING:
         brackets, text = text[0] + text[-1], text[1:-1]
-    found = []
+    readings = []
     for separator in _SEPARATORS:
         members = [canonical_number(member.strip()) for member in separator.split(text)]
         numbers = [number for number in members if number is not None]
-        if 2 <= len(numbers) == len(members) and numbers not in found:
-            found.append(numbers)
-    return brackets, found
+        if 2 <= len(numbers) == len(members) and numbers not in readings:
+            readings.append(numbers)
+    return brackets, readings
 
 
-@functools.lru_cache(maxsize=_MEMO_SIZE)
+@functools.lru_cache(maxsize=_CACHE_SIZE)
 def normalise_gold(answer: str) -> str:
-    """A gold answer in the form `normalise` gives; data sets also hold lists as strings: "['9.6\\n']"."""
+    """The normal form of a gold answer; some data sets hold lists as strings: "['9.6\\n']"."""
     text = stated_gold(answer)
     inner = text[1:-1].strip()
     if text[:1] + text[-1:] == "[]" and "," not in inner and canonical_number(inner) is not None:
         text = inner  # with a comma it is an interval
     elif text[:1] + text[-1:] == "{}" and "," in inner and canonical_number(inner) is not None:
-        text = inner.replace(",", ", ")  # a set of numbers, not one number by thousands
+        text = inner.replace(",", ", ")  # a set of numbers, not one number with thousands separators
     return normalise(text)
 
 
 def stated_gold(answer: str) -> str:
-    """What a reply has to put into its box for a gold answer to be right, as the data set has it.
+    """The content of a box that states a gold answer of the data set.
 
-    Taken off is what no reply would state: a list's quotes, and the text around a box.
+    It leaves out what no reply would state: the quotes of a list, and the text around a box.
     """
     text = answer.strip()
     listed = re.fullmatch(r"\[\s*(['\"])(.*)\1\s*\]", text, re.DOTALL)
     if listed:
-        # split by hand: in some sets the backslashes of LaTeX are doubled, in others not
+        # not parsed as Python: some sets double the backslashes of LaTeX, others do not
         quote = listed[1]
         members = re.split(rf"{quote}\s*,\s*{quote}", listed[2].replace("\\\\", "\\"))
         text = ", ".join(member.removesuffix(r"\n").strip() for member in members)
@@ -275,7 +275,7 @@ def stated_gold(answer: str) -> str:
 
 
 def judge_exactly(answer: str, gold: str) -> bool | None:
-    """Whether a normalised answer is right, where that needs no algebra; None where it does."""
+    """Whether a normalised answer is right; None if that needs algebra."""
     if answer == gold:
         return True
     if canonical_number(answer) is not None and canonical_number(gold) is not None:
@@ -290,16 +290,16 @@ def judge_exactly(answer: str, gold: str) -> bool | None:
         return None
     if answer_words == gold_words:
         return True
-    # a gold answer marked as text is no product of variables, so other words are another answer
+    # a gold answer in \text is not a product of variables, so other words are wrong
     return False if _TEXT_COMMAND.search(gold) else None
 
 
 def _judge_lists(answer: str, gold: str) -> bool | None:
-    """The verdict on two lists of numbers: points and intervals have an order, sets and bare lists have none."""
+    """Compares two lists of numbers: points and intervals are ordered, sets and bare lists are not."""
     (brackets, lists), (gold_brackets, gold_lists) = _number_lists(answer), _number_lists(gold)
     if not lists or not gold_lists:
         return None
     if {brackets, gold_brackets} <= {"", "{}"}:
-        # others may still be equal by the algebra's tolerance
-        return any(set(one) == set(other) for one in lists for other in gold_lists) or None
-    return any(one in gold_lists for one in lists) if brackets == gold_brackets else None
+        # otherwise they may still be equal within the algebra's tolerance
+        return any(set(members) == set(gold) for members in lists for gold in gold_lists) or None
+    return any(members in gold_lists for members in lists) if brackets == gold_brackets else None

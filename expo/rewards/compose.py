@@ -1,7 +1,7 @@
-"""The reward behind the advantages: verdict, reward functions and overlong penalty, weighted and added.
+"""The reward that advantages are computed from: the weighted sum of verdict, reward functions and overlong penalty.
 
-It shapes the advantages alone: accuracy, with it the KL coefficient, and the pass rates of the curriculum stay the
-verifier's.
+It affects the advantages only: accuracy, the KL coefficient and the curriculum's pass rates depend on the verdicts
+alone.
 """
 
 import importlib
@@ -18,15 +18,15 @@ from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
-"""Called as function(replies, answers, questions) with the texts of one rollout, B each, replies to one question side
-by side; gives one finite number for each reply, in order. It runs on rank 0, and is to finish within
+"""Called as function(replies, answers, questions) with the texts of one rollout, B of each, replies to one question
+adjacent; returns one finite number for each reply, in order. It runs on rank 0 and must finish within
 `deadline.reward`."""
 
-SHOWN_CHARS = 300  # of a reply, in messages
+SHOWN_CHARS = 300  # of a reply in an error message
 
 
 def load_reward_functions(names: Iterable[str]) -> dict[str, RewardFunction]:
-    """The functions that "package.module:function" name, by that name.
+    """Imports the functions named as "package.module:function"; returns them by that name.
 
     Raises: ConfigError if a module cannot be imported or has no such function.
     """
@@ -37,25 +37,25 @@ def _load(name: str) -> RewardFunction:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # another's module may raise anything while it is imported
+    except Exception as error:  # importing a user's module may raise anything
         raise ConfigError(
-            f"reward.functions: {name} cannot be loaded ({_said(error)}); the module must be "
-            f"installed or lie in the folder where the run is started"
+            f"reward.functions: {name} cannot be imported ({_one_line(error)}); install its "
+            f"module, or put it into the folder where the run is started"
         ) from error
     if not callable(found):
-        raise ConfigError(f"reward.functions: {name} is a {type(found).__name__}; name a function")
+        raise ConfigError(f"reward.functions: {name} is a {type(found).__name__}; give the name of a function")
     function: RewardFunction = found
     return function
 
 
 class RewardComposer:
-    """Adds up what `config.reward` rewards.
+    """Computes the reward that the config section `reward` defines.
 
     Args:
         section: the weights.
-        max_new_tokens: the longest reply.
-        functions: what `load_reward_functions` found.
-        ranks: the processes of the run; rank 0 calls the functions, so that all learn from the same numbers.
+        max_new_tokens: length limit of a reply, in tokens.
+        functions: from `load_reward_functions`.
+        ranks: the processes of the run; only rank 0 calls the functions, so that all ranks have the same rewards.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class RewardComposer:
         self._functions, self._ranks = functions, ranks
 
     def shape(self, graded: GradedRollouts) -> GradedRollouts:
-        """The same replies with their shaped rewards and the parts of them.
+        """The same rollouts with their shaped rewards and reward parts.
 
         Raises: RewardError, on every rank.
         """
         section, parts = self._section, {}
         rewards = section.correct_weight * graded.correct
         if self._functions:
-            for name, values in self._called(graded).items():
+            for name, values in self._call_functions(graded).items():
                 part = torch.tensor(values).view_as(rewards)
                 parts[name.partition(":")[2]] = part
                 rewards = rewards + section.functions[name] * part
@@ -81,7 +81,7 @@ class RewardComposer:
             rewards = rewards + section.overlong_penalty * parts["overlong"]
         return replace(graded, shaped=rewards, reward_parts=parts)
 
-    def _called(self, graded: GradedRollouts) -> dict[str, list[float]]:
+    def _call_functions(self, graded: GradedRollouts) -> dict[str, list[float]]:
         """The values of each function for every reply, by its name. Raises: RewardError, on every rank."""
         rows = [
             (reply.text, prompt.question.answer, prompt.question.text)
@@ -100,14 +100,16 @@ _Row = tuple[str, str, str]  # reply, answer, question
 def _values(name: str, function: RewardFunction, rows: Sequence[_Row]) -> list[float]:
     """One finite number for each row. Raises: RewardError with the function's name and the reply."""
     try:
-        given = _call(function, rows)
-    except Exception as error:  # another's function may raise anything
-        raise RewardError(f"reward function {name} raised {_said(error)}, {_culprit(function, rows)}") from error
+        returned = _call(function, rows)
+    except Exception as error:  # a user's function may raise anything
+        raise RewardError(
+            f"reward function {name} raised {_one_line(error)}, {_failing_reply(function, rows)}"
+        ) from error
     try:
-        values = [float(value) for value in given]
+        values = [float(value) for value in returned]
     except (TypeError, ValueError) as error:
         raise RewardError(
-            f"reward function {name} returned {_cut(given)}; return a list of numbers, one for each reply"
+            f"reward function {name} returned {_shortened(returned)}; return a list of numbers, one for each reply"
         ) from error
     if len(values) != len(rows):
         raise RewardError(
@@ -116,8 +118,8 @@ def _values(name: str, function: RewardFunction, rows: Sequence[_Row]) -> list[f
     for value, (reply, _, question) in zip(values, rows, strict=True):
         if not math.isfinite(value):
             raise RewardError(
-                f"reward function {name} returned {value} for the reply {_cut(reply)} to {_cut(question)}; return "
-                f"finite numbers"
+                f"reward function {name} returned {value} for the reply {_shortened(reply)} to {_shortened(question)}; "
+                f"return finite numbers"
             )
     return values
 
@@ -127,31 +129,31 @@ def _call(function: RewardFunction, rows: Sequence[_Row]) -> Sequence[float]:
     return function(list(replies), list(answers), list(questions))
 
 
-def _culprit(function: RewardFunction, rows: Sequence[_Row]) -> str:
-    """The first reply on which the function raises when it is given no other."""
+def _failing_reply(function: RewardFunction, rows: Sequence[_Row]) -> str:
+    """Names the first reply for which the function raises when called with that reply alone."""
     for reply, answer, question in rows:
         try:
             _call(function, [(reply, answer, question)])
         except Exception:
-            return f"given the reply {_cut(reply)} to {_cut(question)}"
+            return f"given the reply {_shortened(reply)} to {_shortened(question)}"
     return f"given {len(rows)} replies at once, though not given any of them alone"
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _cut(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def overlong_penalties(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0], like `lengths`, float32.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13): float32 in [-1, 0], of the shape of `lengths`.
 
     Args:
-        lengths: int64, tokens of replies, end-of-sequence token included.
-        max_new_tokens: L_max, the longest reply.
-        buffer: L_cache > 0, tokens before that over which the penalty grows from 0 to -1.
+        lengths: int64, tokens of each reply, end-of-sequence token included.
+        max_new_tokens: L_max, the length limit of a reply.
+        buffer: L_cache > 0, the last tokens before the limit, over which the penalty goes from 0 to -1.
     """
     return ((max_new_tokens - buffer - lengths) / buffer).clamp(-1, 0)

@@ -1,4 +1,4 @@
-"""The words that the verifier's worker processes and the trainer exchange."""
+"""The messages between the trainer and the verifier's worker processes."""
 
 from typing import Final
 

@@ -1,15 +1,14 @@
-r"""What runs outside the trainer's process: the workers that grade, and the template they are forked from.
+r"""The processes that grade outside the trainer's process: a template, and the workers that it forks.
 
-Run by `pool.py` as `python -m expo.rewards.worker FD MEMORY_BYTES ALARM_S`. It is a program of its own, not a
-`multiprocessing` child, so that starting it never runs the trainer's main module again. This first process loads and
-warms math-verify once and then only forks workers and kills them: a new worker is there in milliseconds, warm, and
-shares the memory of the libraries. Replies are parsed by math-verify's LaTeX grammar; nothing evaluates a string as
-Python.
+`pool.py` runs it as `python -m expo.rewards.worker FD MEMORY_BYTES ALARM_S`. It is a separate program, not a
+`multiprocessing` child, so that starting it never runs the trainer's main module again. The template imports and warms
+up math-verify once, then only forks and kills workers: a new worker is ready in milliseconds and shares the memory of
+the libraries. Replies are parsed by math-verify's LaTeX grammar; no string is evaluated as Python.
 
-The template answers each message on its socket: one that carries a socket gets the process id of a worker that now
-serves that socket, one that is a process id gets DONE when that worker is gone. A worker gets the JSON list
-`[answer, gold]`, or `[null, gold]` to check the gold answer alone, and replies with CORRECT, WRONG or BAD_GOLD. Over
-a pair that needs too much memory it ends without a reply.
+The template answers each message on its socket. For a message with a socket it forks a worker that serves that socket,
+and sends its process id; for a process id it ends that worker and sends DONE. A worker receives the JSON list
+`[answer, gold]`, or `[null, gold]` to check the gold answer only, and sends CORRECT, WRONG or BAD_GOLD. If a pair needs
+too much memory, the worker ends without an answer.
 """
 
 import functools
@@ -28,12 +27,12 @@ from typing import Any, Final
 from expo.rewards.answers import words_of
 from expo.rewards.messages import BAD_GOLD, CORRECT, DONE, READY, WRONG
 
-# How often an idle process looks whether its parent lives. The end of the socket says so at once, unless some other
-# process that the trainer forked still holds the trainer's side of it open.
+# How often an idle process checks that its parent is alive. The end of the socket shows it at once, unless another
+# process that the trainer forked still holds the trainer's end open.
 _PARENT_CHECK_S: Final = 5.0
 # Loose enough for 0.333333 against 1/3 (1e-6), and for values below 1 given to the six places compared.
 _RELATIVE_TOLERANCE: Final = 1e-4
-# The grammar's tables fill as they are used, at up to 0.1 s for each construction met first.
+# The grammar fills its tables lazily: up to 0.1 s for the first use of each construction.
 _WARM_UP: Final = (
     *(
         "1",
@@ -72,15 +71,15 @@ _WARM_UP: Final = (
 
 
 def serve(connection: Connection, alarm_s: int) -> None:
-    """Grades until the other side hangs up, the parent dies, or a pair exceeds the memory limit.
+    """Grades until the connection closes, the parent dies, or a pair exceeds the memory limit.
 
     Args:
-        connection: Our side of the socket.
+        connection: The worker's end of the socket.
         alarm_s: Seconds after which the kernel ends this process if a pair is still being graded. The trainer's own
-            deadline is shorter: this one matters only when the trainer has died meanwhile.
+            timeout is shorter: the alarm only matters if the trainer has died.
     """
     parent = os.getppid()
-    # the system's own action, which runs no Python code: big-integer arithmetic never yields to a handler
+    # the default action runs no Python code: big-integer arithmetic would not let a handler run
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while True:
         while not connection.poll(_PARENT_CHECK_S):
@@ -140,15 +139,15 @@ def _parse_gold(gold: str) -> Any:
     except Exception:  # the grammar raises many unrelated types
         if words_of(gold) is None:
             raise
-        # "north-east" is no product of variables; marked as text it is one symbol
+        # "north-east" is not a product of variables; as \text it is one symbol
         return _parse(rf"\text{{{gold}}}")
 
 
 def _is_equal(gold_expression: Any, expression: Any) -> bool:
     from math_verify import verify
 
-    # No time limit inside: math-verify's is a signal handler, which long integer arithmetic never lets run.
-    # An interval may be stated as an inequality, and the other way round.
+    # No time limit here: math-verify's is a signal handler, which long integer arithmetic does not let run.
+    # An interval may be stated as an inequality, and vice versa.
     is_equal = verify(
         gold_expression, expression, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
     )
@@ -156,9 +155,9 @@ def _is_equal(gold_expression: Any, expression: Any) -> bool:
 
 
 def _differ_in_size(gold_expression: Any, expression: Any) -> bool:
-    """Whether two decimals that agree in six places, as math-verify compares them, are far apart by ratio.
+    """Whether two decimals that math-verify finds equal, since it compares six places, differ in relative terms.
 
-    Six places alone would take 1e-8 for 1e-9, or for 0.
+    Six places alone would make 1e-8 equal to 1e-9 and to 0.
     """
     pair = (gold_expression, expression)
     if not all(getattr(side, "is_number", False) for side in pair):
@@ -179,7 +178,7 @@ def _fork_worker(control: socket.socket, fd: int, memory_bytes: int, alarm_s: in
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         serve(Connection(fd), alarm_s)
     finally:
-        os._exit(0)  # no clean-up that belongs to the template
+        os._exit(0)  # skips the clean-up of the template
 
 
 def _end_worker(pid: int) -> None:
@@ -188,7 +187,7 @@ def _end_worker(pid: int) -> None:
 
 
 def _manage(control: socket.socket, memory_bytes: int, alarm_s: int) -> None:
-    """Forks and kills workers as told, until the trainer hangs up or dies; no worker outlives this."""
+    """Forks and kills workers on request, until the trainer closes the socket or dies; then kills all workers."""
     trainer = os.getppid()
     workers: set[int] = set()
     try:
@@ -204,7 +203,7 @@ def _manage(control: socket.socket, memory_bytes: int, alarm_s: int) -> None:
                 workers.add(pid)
                 control.sendall(str(pid).encode())
             else:
-                # an ended worker stays ours until now, so its number cannot have gone to another process
+                # a dead worker is a zombie until now, so its process id cannot have been reused
                 _end_worker(int(message))
                 workers.remove(int(message))
                 control.sendall(DONE)
@@ -214,7 +213,7 @@ def _manage(control: socket.socket, memory_bytes: int, alarm_s: int) -> None:
 
 
 def _main() -> None:
-    # an interrupt at the keyboard goes to the trainer, which then closes the socket
+    # the trainer handles an interrupt from the keyboard, and then closes the socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     fd, memory_bytes, alarm_s = (int(word) for word in sys.argv[1:])
     logging.disable(logging.CRITICAL)
@@ -222,7 +221,7 @@ def _main() -> None:
         _grade(latex + " ", latex)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.freeze()  # keeps the libraries' memory shared with the workers
-    # from here on anything printed would be a library's remark on some model's reply
+    # from here on, only libraries would print, about the replies they parse
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with socket.socket(fileno=fd) as control:
         control.sendall(READY)

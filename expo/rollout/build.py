@@ -25,21 +25,21 @@ def build_engine(
     display: Display,
     folder: Path,
 ) -> DataParallelEngine:
-    """The rollout engine of all ranks, on the policy's own weights or on copies that are yet to be synced."""
+    """Builds the engine that rollout.engine names, on every rank. If `needs_weight_sync`, sync it before it samples."""
     width = config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
-    return DataParallelEngine(_engine(config, policy, ranks, display, folder), ranks, switch, width)
+    return DataParallelEngine(_build_rank_engine(config, policy, ranks, display, folder), ranks, switch, width)
 
 
-def _engine(
+def _build_rank_engine(
     config: RunConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
 ) -> RolloutEngine:
     stop_ids = end_ids(policy.model, policy.tokenizer)
     if config.rollout.engine == "vllm-server":
         servers = ServerEngine(config, policy.tokenizer, stop_ids, ranks, folder)
-        _warn(display, servers.version)
+        _warn_of_version(display, servers.version)
         return servers
     if config.rollout.engine == "vllm":
-        _warn(display, version())
+        _warn_of_version(display, version())
         return VllmEngine(
             check_model_path(config.model),
             policy.tokenizer,
@@ -57,8 +57,8 @@ def _engine(
     )
 
 
-def _warn(display: Display, found: str) -> None:
-    """Points out a vLLM that the adapters were not tested with."""
-    warning = version_warning(found)
+def _warn_of_version(display: Display, vllm_version: str) -> None:
+    """Prints a warning if this version of vLLM is not tested."""
+    warning = version_warning(vllm_version)
     if warning is not None:
         display.line(warning)

@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """Where and from what a run is made: commit, versions, machine."""
+    """The environment of this process: start time, commit, command, package versions and machine."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,12 +43,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The source tree's commit, with -dirty if it has changes; None where it is no git checkout."""
+    """The commit of the source tree, with -dirty if it has changes; None if it is not a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() or None

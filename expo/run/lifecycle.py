@@ -5,7 +5,8 @@ from pathlib import Path
 from expo.errors import CheckpointError, FolderError
 from expo.evaluate import evaluate
 from expo.report import write_report
-from expo.reporting.reader import commits_of, results_table
+from expo.reporting.comparison import results_table
+from expo.reporting.reader import commits_of
 from expo.run.checkpoint import Position, current_position
 from expo.run.environment import ENVIRONMENT
 from expo.run.schedule import is_due, is_over

@@ -1,6 +1,6 @@
-"""How fast a step went, how much of the hardware's speed that is, and what memory it took.
+"""Throughput, hardware utilisation and memory of a training step.
 
-Every number is of the whole run: tokens of all ranks over seconds of the phase, the largest memory of any rank.
+Every number covers all ranks: tokens of all ranks over the seconds of the phase, and the peak memory of any rank.
 """
 
 import resource
@@ -25,8 +25,8 @@ class Throughput:
     """Measures the steps of a run.
 
     Args:
-        config: the run's.
-        model_config: transformers' configuration of the model; of a type not known, FLOPs are not counted.
+        config: of the run.
+        model_config: transformers' configuration of the model; the FLOPs of an unknown model type are not counted.
         ranks: the processes of the run.
     """
 
@@ -43,15 +43,15 @@ class Throughput:
     def row(
         self, graded: GradedRollouts, mini_batches: Sequence[MiniBatch], timer: PhaseTimer
     ) -> dict[str, float | None]:
-        """Entries of metrics.jsonl that are about speed and memory, as `STEP_METRICS` names them."""
-        trained = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
-        positions = sum(mini_batch.num_positions for mini_batch in mini_batches)
+        """The entries of metrics.jsonl about throughput and memory; `STEP_METRICS` describes them."""
+        num_tokens = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
+        num_positions = sum(mini_batch.num_positions for mini_batch in mini_batches)
         peak, reserved = self._ranks.all_reduce_max(_memory())
         return {
             "rollout_tokens_per_second": graded.num_tokens / timer.seconds_of("rollout"),
-            "training_tokens_per_second": trained / timer.seconds_of("update"),
+            "training_tokens_per_second": num_tokens / timer.seconds_of("update"),
             "mfu": self._utilisation(mini_batches, timer.seconds_of("reference") + timer.seconds_of("update")),
-            "padding_fraction": 1 - trained / positions if positions else 0.0,
+            "padding_fraction": 1 - num_tokens / num_positions if num_positions else 0.0,
             "memory_peak_gib": peak / GIB,
             "memory_reserved_gib": reserved / GIB,
         }
@@ -60,13 +60,13 @@ class Throughput:
         if self._peak is None:
             return None
         policy = self._config.policy
-        makes_old_logps = policy.old_logps == "recompute" and policy.updates_per_step > 1
+        recomputes_old_logps = policy.old_logps == "recompute" and policy.updates_per_step > 1
         flops = sum(
             training_flops(
                 self._shape,
                 mini_batch.lengths,
                 gradient_checkpointing=False,
-                forward_only_passes=int(self._config.kl.beta > 0) + makes_old_logps,
+                forward_only_passes=int(self._config.kl.beta > 0) + recomputes_old_logps,
                 num_scored=mini_batch.num_tokens,
                 trains_base=policy.lora_rank == 0,
             )
@@ -76,7 +76,7 @@ class Throughput:
 
 
 def _memory() -> tuple[float, float]:
-    """Bytes: most held and most reserved so far, of the GPU; without one, the process's largest resident set, twice."""
+    """Peak bytes so far, allocated and reserved on the GPU; without one, the process's peak resident set, twice."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
     resident = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,7 +1,7 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio.
+"""Experiment trackers: TensorBoard, Weights & Biases and trackio receive the metrics besides metrics.jsonl.
 
-Each library is imported when a run asks for it and not before. One that fails is reported once on stderr and left
-alone from then on: metrics.jsonl has every number, and no run ends for a picture of it. Only rank 0 opens any.
+Each library is imported only if run.trackers names it. A tracker that fails is reported once on stderr and not used
+again: metrics.jsonl has every number, and a tracker must not end a run. Only rank 0 opens trackers.
 """
 
 import importlib
@@ -19,17 +19,17 @@ from expo.run.metrics import STEP_METRICS
 from expo.runtime.atomic_io import write_bytes_whole
 
 PROJECT = "expo"
-ID_FILE = "tracker-id.txt"  # in the run's folder: the name under which a resumed run is found again
+ID_FILE = "tracker-id.txt"  # in the run's folder: the id under which a resumed run continues in its trackers
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a run, step by step."""
+    """Receives the metrics of a run, step by step."""
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Notes the numbers of one step; what is no number, or not named in STEP_METRICS, is left out."""
+        """Logs the metrics of one step; entries that are not numbers or not in STEP_METRICS are left out."""
 
     def close(self) -> None:
-        """Writes out what is not yet written; the last call."""
+        """Writes what is still buffered; no call may follow."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class TrackerKind:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises: ConfigError if a tracker's package is not installed; it says which extra to install."""
+    """Checks that the package of each tracker can be imported.
+
+    Raises: ConfigError if one cannot; it names the extra to install.
+    """
     for name in names:
         try:
             importlib.import_module(TRACKERS[name].module)
@@ -67,20 +70,20 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], folder: Path, config: RunConfig, resume: bool) -> list[Tracker]:
-    """The trackers of the run in `folder`; a resumed run goes on in the tracker's own run.
+    """Opens the trackers of the run in `folder`; a resumed run continues in the same run of each tracker.
 
     Args:
-        names: of `run.trackers`.
-        folder: the run's, which exists.
-        config: written to those trackers that show configurations.
-        resume: whether the run goes on after a checkpoint. Steps that are taken again replace the old ones in
-            TensorBoard; Weights & Biases keeps the old ones, which are equal but for times.
+        names: from `run.trackers`.
+        folder: of the run; it exists.
+        config: sent to the trackers that show configurations.
+        resume: whether the run is resumed. Repeated steps replace the old ones in TensorBoard; Weights & Biases keeps
+            the old ones, which differ in times only.
 
     Raises: ConfigError if a tracker's package is not installed.
     """
     check_trackers(names)
     run = TrackedRun(folder, _run_id(folder, resume) if names else "", config, resume)
-    opened = [_Unfailing(name, partial(TRACKERS[name].open, run)) for name in names]
+    opened = [_SafeTracker(name, partial(TRACKERS[name].open, run)) for name in names]
     return [tracker for tracker in opened if not tracker.has_failed]
 
 
@@ -94,7 +97,7 @@ def _run_id(folder: Path, resume: bool) -> str:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """What STEP_METRICS names, `seconds/<phase>` under `seconds`; the step itself is the trackers' axis."""
+    """The numbers that STEP_METRICS names, `seconds/<phase>` by `seconds`; the step is the x-axis and left out."""
     return {
         name: float(value)
         for name, value in row.items()
@@ -105,8 +108,8 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-class _Unfailing:
-    """A tracker whose first error is reported, and is its last."""
+class _SafeTracker:
+    """A tracker that is reported at its first error, and not used again."""
 
     def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
         self._name = name
@@ -128,21 +131,21 @@ class _Unfailing:
         if tracker is not None:
             self._attempt(tracker.close)
 
-    def _attempt(self, act: Callable[[], None]) -> None:
+    def _attempt(self, call: Callable[[], None]) -> None:
         try:
-            act()
-        except Exception as error:  # whatever the library raises: its network and files are not the run's
+            call()
+        except Exception as error:  # whatever the library raises must not end the run
             self.has_failed, self._tracker = True, None
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            sys.stderr.write(f"tracker {self._name} failed ({reason}); the run goes on without it\n")
+            sys.stderr.write(f"tracker {self._name} failed ({reason}); the run continues without it\n")
 
 
 class TensorBoardTracker:
-    """Scalars in TensorBoard's files; the writer opens at the first step, which it needs to know on resuming.
+    """Writes scalars to TensorBoard's files; the writer opens at the first logged step, which it needs on resume.
 
     Args:
-        folder: where the files go.
-        resume: hide what an earlier process wrote at or after the first step.
+        folder: of the files.
+        resume: hide what an earlier process wrote at or after the first logged step.
     """
 
     def __init__(self, folder: Path, resume: bool) -> None:
@@ -150,7 +153,7 @@ class TensorBoardTracker:
         self._writer: Any = None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Adds one scalar a number, and flushes: a killed run has lost nothing."""
+        """Adds a scalar for each number, and flushes, so that a killed run loses nothing."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -166,7 +169,7 @@ class TensorBoardTracker:
 
 
 class RunTracker:
-    """A run of Weights & Biases, or of trackio, which has the same calls."""
+    """A run of Weights & Biases, or of trackio, which has the same interface."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -176,7 +179,7 @@ class RunTracker:
         self._run.log(_numbers(row), step=step)
 
     def close(self) -> None:
-        """Waits until the library has written or sent everything."""
+        """Waits until the library has written or sent all data."""
         self._run.finish()
 
 
@@ -188,7 +191,7 @@ def _open_wandb(tracked: TrackedRun) -> Tracker:
         id=tracked.id,
         name=tracked.folder.name,
         config=tracked.config.model_dump(mode="json"),
-        allow_val_change=True,  # what may change on resuming
+        allow_val_change=True,  # some settings may change on resume
         resume="allow",
         reinit="create_new",
     )
@@ -197,7 +200,7 @@ def _open_wandb(tracked: TrackedRun) -> Tracker:
 
 def _open_trackio(tracked: TrackedRun) -> Tracker:
     trackio = importlib.import_module("trackio")
-    # it finds a run again by its name, so the name has to be unique
+    # it identifies a run by its name, so the name must be unique
     run = trackio.init(
         project=PROJECT,
         name=f"{tracked.folder.name}-{tracked.id}",

@@ -1,7 +1,7 @@
-"""How a configuration is given: YAML files, `--section.field=value`, and one clear line where something is wrong.
+"""Command lines and YAML files into a configuration, with every error as one line.
 
-A configuration is a pydantic model whose fields are sections; which ones there are is the business of `expo.config`,
-whose texts are the help.
+A configuration is a pydantic model whose fields are sections. `expo.config` defines them; the descriptions of their
+fields are the text of --help.
 """
 
 import argparse
@@ -19,29 +19,29 @@ from pydantic_core import ErrorDetails
 from expo.errors import ConfigError, ExpoError
 
 Config = TypeVar("Config", bound=BaseModel)
-Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; later ones hold
+Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; the last one of a field wins
 
 
 class Invocation(BaseModel, Generic[Config]):
-    """A command line of `python -m expo.train`, understood."""
+    """The parsed command line of `python -m expo.train`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     config: Config
     resume: bool = False
     dry_run: bool = False
-    """Print what the run would take, and stop."""
+    """Print memory, steps and disk space of the run, and stop."""
     ranks: Annotated[int, Field(ge=1)] | None = None
-    """GPUs to plan for; None: as many as are here."""
+    """Number of GPUs to plan for; None: those of this machine."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory of each in GiB; None: that of the GPU here."""
+    """Memory of each in GiB; None: that of this machine's GPU."""
 
 
 # --- values
 
 
 def read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
-    """The sections of a YAML file over those of its base."""
+    """The sections of a YAML file, merged over those of its base."""
     try:
         raw = yaml.safe_load(source.read_text())
     except OSError as error:
@@ -58,29 +58,29 @@ def read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
     base = values.pop("base")
     if not isinstance(base, str) or not may_have_base:
         given = "a base of a base" if isinstance(base, str) else "not a file name"
-        raise ConfigError(f"{source}: base = {base!r} is {given}; expected one recipe that stands on its own")
-    return _laid_over(read_recipe(source.parent / base, may_have_base=False), values)
+        raise ConfigError(f"{source}: base = {base!r} is {given}; expected the file name of a recipe without a base")
+    return _merged(read_recipe(source.parent / base, may_have_base=False), values)
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections with the fields of both, `above`'s where both have one; what is no section is left to the validation."""
-    joined = dict(below)
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The fields of both, section by section; those of `above` win. Validation reports what is no section."""
+    merged = dict(below)
     for name, section in above.items():
-        lower = joined.get(name) or {}
+        lower = merged.get(name) or {}
         is_section = isinstance(lower, dict) and isinstance(section, dict)
-        joined[name] = {**lower, **section} if is_section else section
-    return joined
+        merged[name] = {**lower, **section} if is_section else section
+    return merged
 
 
 def filled(kind: type[Config], values: dict[str, Any], overrides: Overrides = (), where: str = "") -> Config:
-    """The configuration that sections and their fields make, with overrides applied.
+    """Builds the configuration from its sections, with overrides applied.
 
     Raises: ConfigError, its message beginning with `where`, if a key is unknown, a value has the wrong type or range,
-        or the values do not fit together.
+        or values contradict each other.
     """
     for dotted, value in overrides:
         section, _, field = dotted.partition(".")
-        values = _laid_over(values, {section: {field: value}})
+        values = _merged(values, {section: {field: value}})
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -90,7 +90,7 @@ def filled(kind: type[Config], values: dict[str, Any], overrides: Overrides = ()
 
 
 def as_yaml(config: BaseModel) -> str:
-    """The resolved configuration; reading it back gives an equal one."""
+    """The resolved configuration as YAML; reading it gives an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -109,21 +109,21 @@ def field_names(kind: type[BaseModel]) -> list[str]:
 
 
 def _explain(item: ErrorDetails, known: Sequence[str]) -> str:
-    """One line for one of pydantic's findings."""
+    """One line for one of pydantic's errors."""
     dotted = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {dotted}{nearest(dotted, known)}"
     if item["type"] == "missing":
         return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
-    said = item["msg"].removeprefix("Value error, ")
+    text = item["msg"].removeprefix("Value error, ")
     if not dotted:
-        return said
-    message = said[0].lower() + said[1:]
+        return text
+    message = text[0].lower() + text[1:]
     return f"{dotted} = {item['input']!r}: {message}"
 
 
 def nearest(given: str, known: Sequence[str]) -> str:
-    """The end of a message about a name that is unknown: the known one that it looks most like."""
+    """The end of a message about an unknown name: a suggestion of the most similar known one."""
     matches = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else "; --help lists the known ones"
 
@@ -134,11 +134,13 @@ def nearest(given: str, known: Sequence[str]) -> str:
 def parse(
     kind: type[Config], load: Callable[[Path | None, Overrides], Config], argv: Sequence[str], prog: str
 ) -> Invocation[Config]:
-    """The run that a command line asks for.
+    """Parses a command line of the trainer.
 
     Args:
-        kind: of the configuration; its fields are the flags.
-        load: the configuration in a file, or the default one, with overrides applied.
+        kind: the class of the configuration; its fields are the flags.
+        load: reads the configuration from a file, or the default one, and applies overrides.
+        argv: the arguments.
+        prog: the program's name in messages.
 
     Exits: 0 after --help or --print-config; 2 with one line on stderr if the command line or config is wrong.
     """
@@ -162,12 +164,16 @@ def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
         description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print memory, steps and disk of the run and stop")
-    parser.add_argument("--ranks", metavar="N", help="with --dry-run: GPUs to plan for (default: those here)")
+    parser.add_argument("--dry-run", action="store_true", help="print memory, steps and disk space of the run and stop")
     parser.add_argument(
-        "--gpu-memory-gib", metavar="GIB", help="with --dry-run: memory of each (default: that of the GPU here, or 80)"
+        "--ranks", metavar="N", help="with --dry-run: number of GPUs to plan for (default: those of this machine)"
+    )
+    parser.add_argument(
+        "--gpu-memory-gib",
+        metavar="GIB",
+        help="with --dry-run: memory of each GPU (default: that of this machine's, or 80)",
     )
     for name, section in sections_of(kind).items():
         group = parser.add_argument_group(name, section.__doc__)
@@ -177,10 +183,10 @@ def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
 
 
 def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
-    """The command line's other options, checked."""
+    """Validates the other options of the command line."""
     for name in ("ranks", "gpu_memory_gib"):
         if options[name] is not None and not options["dry_run"]:
-            raise ConfigError(f"--{name.replace('_', '-')} says what to plan for; add --dry-run, or leave it out")
+            raise ConfigError(f"--{name.replace('_', '-')} is only for --dry-run; add --dry-run, or leave it out")
     try:
         return Invocation(config=config, **options)
     except ValidationError as error:
@@ -189,15 +195,15 @@ def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
 
 
 def flag_parser(prog: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """A parser to which a program adds its flags; it takes no part of a flag for the whole."""
+    """A parser to which a program adds its flags; flags cannot be abbreviated."""
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
-    # DeepSpeed's launcher adds it to every rank's command line; LOCAL_RANK in the environment says the same
+    # DeepSpeed's launcher passes it to every rank; LOCAL_RANK in the environment has the same value
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
 
 
 def add_field(group: Any, kind: type[BaseModel], name: str, *aliases: str) -> None:
-    """Puts the flag of `section.field` among an argument parser's, under other names too, with the field's own text."""
+    """Adds the flag of `section.field`, and its aliases, to an argument parser; its help is the field's description."""
     section, field = name.split(".")
     info = sections_of(kind)[section].model_fields[field]
     default = "required" if info.is_required() else f"default: {info.get_default()}"
@@ -208,22 +214,21 @@ def add_field(group: Any, kind: type[BaseModel], name: str, *aliases: str) -> No
 def read_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str], known: Sequence[str]
 ) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    """A command line's options by name, and the fields that it gives.
+    """Parses a command line into options by name, and overrides of config fields.
 
-    Raises: ConfigError if a flag is none of the parser's, with the nearest of the `known` ones, or a field's value is
-        not YAML.
+    Raises: ConfigError if a flag is unknown, with the most similar of the `known` ones, or a field's value is not YAML.
     """
-    found, unknown = parser.parse_known_args(list(argv))
+    parsed, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
-    given = vars(found)
-    del given["local_rank"]
-    overrides = [(name, _value(name, given.pop(name))) for name in list(given) if "." in name]
-    return given, overrides
+    options = vars(parsed)
+    del options["local_rank"]
+    overrides = [(name, _value(name, options.pop(name))) for name in list(options) if "." in name]
+    return options, overrides
 
 
 def _value(name: str, text: str) -> Any:
-    """What a flag's text says, read as YAML. Raises: ConfigError if it is none."""
+    """The value of a flag, parsed as YAML. Raises: ConfigError if it is not YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -231,7 +236,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def fail(prog: str, error: ExpoError) -> NoReturn:
-    """Ends the process with the error's exit code and one line on stderr, which only rank 0 prints."""
+    """Exits with the error's exit code; rank 0 prints the error as one line on stderr."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{prog}: error: {error}\n")
     raise SystemExit(error.exit_code) from None

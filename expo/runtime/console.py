@@ -17,19 +17,19 @@ from rich.table import Column
 
 
 class Display:
-    """A live bar on a terminal, plain lines elsewhere, nothing on ranks that do not show."""
+    """The console of a run: a live progress bar on a terminal, plain lines elsewhere; silent unless `is_shown`."""
 
     def __init__(self, *, is_shown: bool = True) -> None:
         self._console = Console(quiet=not is_shown)
 
     def line(self, text: str) -> None:
-        """One line, above the bar if there is one."""
+        """Prints one line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
-        """A bar that lives inside the block."""
-        # the note takes what room is left, and is cut where there is none
+        """A progress bar that is shown until the end of the block."""
+        # the note gets the remaining width, and is cut if it is too long
         columns = (
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=12, table_column=Column(min_width=12)),
@@ -43,7 +43,7 @@ class Display:
 
 
 class Bar:
-    """Progress of one job; on no terminal it prints a line at every note, and at each tenth of an un-noted job."""
+    """Progress of one job. Without a terminal it prints a line for each note, or else for each tenth of the job."""
 
     def __init__(self, display: Display, progress: Progress, task: Any, name: str, total: int, done: int) -> None:
         self._display = display
@@ -56,10 +56,10 @@ class Bar:
         self._first = done
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Moves on by `count` of the job's units."""
-        before, self._done = self._done, self._done + count
+        """Adds `count` finished units, and shows the note."""
+        previous, self._done = self._done, self._done + count
         self._progress.update(self._task, completed=self._done, note=note)
-        passes_tenth = 10 * before // self._total < 10 * self._done // self._total
+        passes_tenth = 10 * previous // self._total < 10 * self._done // self._total
         if self._progress.disable and (note or passes_tenth):
             elapsed = time.perf_counter() - self._started
             left = elapsed / max(self._done - self._first, 1) * (self._total - self._done)

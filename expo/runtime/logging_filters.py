@@ -1,4 +1,4 @@
-"""Libraries that log what only their authors read, kept to errors."""
+"""Silences log lines of libraries that are no errors."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Inside, no log line below an error is shown, whatever logger it comes from."""
+    """Hides log lines below the level of an error, from every logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

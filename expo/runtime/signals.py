@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM, SIGUSR1 or the time given to the run, noticed where a run can be left and taken up again."""
+"""Requests to stop: SIGTERM, SIGUSR1 or a time limit, which a run checks where it can save and be resumed."""
 
 import signal
 import threading
@@ -16,7 +16,7 @@ class StopSwitch:
     """Whether this process has been asked to stop.
 
     Args:
-        save_by_minutes: minutes from now after which it counts as asked; None: never.
+        save_by_minutes: time limit in minutes from now; None: none.
     """
 
     def __init__(self, save_by_minutes: float | None = None) -> None:
@@ -25,7 +25,7 @@ class StopSwitch:
 
     @property
     def reason(self) -> str | None:
-        """Who asked, or None."""
+        """The signal or setting that requested a stop; None if there was no request."""
         if self._signal is not None:
             return self._signal.name
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -39,16 +39,16 @@ class StopSwitch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes note of the signals while inside, instead of dying by them; outside the main thread it cannot."""
+        """Records the signals while inside, in place of ending the process; has no effect outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before = {number: signal.signal(number, self._record) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

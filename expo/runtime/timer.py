@@ -11,7 +11,7 @@ class PhaseTimer:
     """Wall-clock seconds of a step, by phase.
 
     Args:
-        guard: entered with each phase's name, such as a watchdog's.
+        guard: returns the context in which the phase of that name runs, such as a watchdog's.
     """
 
     def __init__(self, guard: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()) -> None:
@@ -21,7 +21,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`."""
+        """Adds the seconds spent inside, work on the GPU included, to the phase `name`."""
         started = time.perf_counter()
         with self._guard(name):
             yield
@@ -34,10 +34,10 @@ class PhaseTimer:
         return self._seconds.get(name, 0.0)
 
     def total(self) -> float:
-        """Seconds since the timer was made."""
+        """Seconds since the timer was created."""
         return time.perf_counter() - self._started
 
     def metrics(self) -> dict[str, float]:
-        """`seconds` in all and `seconds/<phase>` for each phase."""
+        """`seconds` since the timer was created, and `seconds/<phase>` of each phase."""
         phases = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
         return {"seconds": self.total(), **phases}

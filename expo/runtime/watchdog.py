@@ -1,7 +1,7 @@
-"""Deadlines on everything that can wait for ever: at expiry the stacks are dumped and no process of the rank stays.
+"""Deadlines for phases that could hang: at expiry the stacks are dumped and all processes of the rank are killed.
 
-A thread of its own watches, so that a collective that never returns, a generation that never ends or a disk that does
-not answer is noticed all the same.
+A separate thread watches, so it also catches a collective that never returns, a generation that never ends and a disk
+that does not respond.
 """
 
 import faulthandler
@@ -16,29 +16,29 @@ from pathlib import Path
 
 from expo.errors import DEADLINE_EXIT_CODE
 
-SIBLING_GRACE_S = 3.0  # for the other ranks of this machine to write down their own stacks
-BACKSTOP_S = 8.0  # after the deadline; our own thread needs no more than twice SIBLING_GRACE_S
+SIBLING_GRACE_S = 3.0  # for the other ranks on this machine to dump their own stacks
+BACKSTOP_S = 8.0  # after the deadline; the watching thread needs at most twice SIBLING_GRACE_S
 
 
 class Watchdog:
-    """Ends this process, and the ranks beside it, when a phase takes longer than it may.
+    """Ends this process and the other ranks on this machine when a phase exceeds its deadline.
 
     Args:
-        rank: number that reports carry.
-        go_on: what to do after the deadline was raised.
+        rank: named in reports.
+        go_on: how to continue once the deadline was raised, for the report.
     """
 
-    def __init__(self, rank: int = 0, go_on: str = "go on with --resume") -> None:
+    def __init__(self, rank: int = 0, go_on: str = "continue with --resume") -> None:
         self.rank, self._go_on = rank, go_on
         self.siblings: Sequence[int] = ()  # process ids of the ranks on this machine
-        self.folder: Path | None = None  # where stacks are written besides stderr
+        self.folder: Path | None = None  # stacks are written there too, besides stderr
         self._phases: list[tuple[str, float, float]] = []  # name, seconds allowed, time of expiry
         self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextmanager
     def phase(self, name: str, seconds: float) -> Iterator[None]:
-        """The block must end within `seconds`; an error that leaves it is noted with the phase's name."""
+        """The block must end within `seconds`. An exception raised in it gets a note with rank and phase."""
         with self._changed:
             self._phases.append((name, seconds, time.monotonic() + seconds))
             self._changed.notify()
@@ -54,8 +54,8 @@ class Watchdog:
                 self._arm()
 
     def _arm(self) -> None:
-        """Has the interpreter's own timer end this process where code that never lets go of the interpreter, such as
-        a regular expression gone wild, keeps our thread from running; it says where the code stands, not the phase.
+        """Sets the interpreter's own timer as a backstop: code that never releases the GIL, such as a runaway regular
+        expression, keeps the watching thread from running. The timer dumps the stacks and ends this process.
         """
         faulthandler.cancel_dump_traceback_later()
         if self._phases:
@@ -74,10 +74,10 @@ class Watchdog:
 
     def _expire(self, name: str, seconds: float) -> None:
         headline = (
-            f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank ends now. "
-            f"Where every thread stands is below; raise the deadline if this was only slow, then {self._go_on}"
+            f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank is ended. "
+            f"The stacks of all threads follow. If the phase was only slow, raise the deadline; then {self._go_on}"
         )
-        # by a thread of its own: a reader of stderr that has died or a disk that does not answer must not keep us here
+        # in a thread: writing to a closed stderr or to a disk that does not respond may block
         report = threading.Thread(target=self._report, args=(headline,), daemon=True)
         report.start()
         report.join(SIBLING_GRACE_S)
@@ -112,13 +112,13 @@ def _is_alive(process: int) -> bool:
 
 
 def _descendants(process: int) -> list[int]:
-    """Process ids of the children, their children and so on; none where the system does not list them in /proc."""
+    """Process ids of all descendants; none where the system has no /proc."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            # "pid (name) state parent ...", and a name may hold anything
+            # "pid (name) state parent ...", where the name may contain any character
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [process]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+    processes = [process]
+    for ancestor in processes:
+        processes += [child for child, parent in parents.items() if parent == ancestor]
+    return processes[1:]

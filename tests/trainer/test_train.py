@@ -1,6 +1,7 @@
-"""The whole algorithm on the embedded task, a few steps long: learning signals, files, resume, refusals."""
+"""Short runs of the whole algorithm on the embedded task: metrics, files, resuming, and runs that are refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import expo.train
 from expo.config import load_config
 from expo.errors import Diverged
 from expo.learner.policy import DeepSpeedPolicy
+from expo.ledger import MODEL_PATH
 from expo.run.folder import RunFolder
 from expo.train import main, train
 
@@ -49,7 +51,7 @@ def untimed(rows):
 
 
 def train_until_it_dies(config, step, monkeypatch):
-    """Trains up to where a step is written down."""
+    """Trains until `step` is about to be recorded."""
     real_row = expo.train.step_row
 
     def row_or_die(at, *rest):
@@ -69,7 +71,7 @@ def finished(tmp_path_factory):
     return train(quick(folder))
 
 
-def test_a_run_is_a_folder(finished):
+def test_a_run_writes_its_files(finished):
     expected = {
         "config.yaml", "environment.json", "metrics.jsonl", "completions.jsonl", "curriculum.jsonl",
         "evaluations.jsonl", "summary.json", "report.html", "pictures", "checkpoints", "export",
@@ -106,7 +108,7 @@ def checkpoints_of(run):
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_the_exported_policy_is_the_last_checkpoints(finished):
+def test_the_exported_policy_equals_the_last_checkpoint(finished):
     state = torch.load(
         finished / "checkpoints/step-000004/policy/policy/mp_rank_00_model_states.pt", weights_only=False
     )["module"]
@@ -115,7 +117,7 @@ def test_the_exported_policy_is_the_last_checkpoints(finished):
     assert AutoTokenizer.from_pretrained(finished / "export").eos_token_id is not None
 
 
-def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     config = quick(tmp_path, rollout__keep_replies=False)
     monkeypatch.setattr(expo.run.environment, "_commit", lambda: "begun by")
     train_until_it_dies(config, 4, monkeypatch)
@@ -132,13 +134,13 @@ def test_a_resumed_run_is_the_run_that_never_died(finished, tmp_path, monkeypatc
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_run_ends_with_the_step_that_reaches_its_budget_of_reply_tokens(finished, tmp_path, monkeypatch):
+def test_a_run_ends_with_the_step_that_spends_its_token_budget(finished, tmp_path, monkeypatch):
     sampled = [0] * 5
     for reply in rows_of(finished, "completions"):
         sampled[reply["step"]] += reply["num_tokens"]
     config = quick(tmp_path, run__reply_tokens=sum(sampled[:3]) + 1)
     train_until_it_dies(config, 3, monkeypatch)
-    for _ in range(2):  # a checkpoint holds what was spent; a run that is over takes no further step
+    for _ in range(2):  # a checkpoint holds the tokens sampled; a run that is over takes no further step
         run = train(config, resume=True)
         assert untimed(rows_of(run, "metrics")) == untimed(rows_of(finished, "metrics"))[:3]
         assert [row["reply_tokens"] for row in rows_of(run, "evaluations")] == [0, sum(sampled[:4])]
@@ -147,7 +149,7 @@ def test_a_run_ends_with_the_step_that_reaches_its_budget_of_reply_tokens(finish
         assert checkpoints_of(run) == ["step-000002", "step-000003"]
 
 
-def test_updates_that_are_not_finite_are_skipped_counted_and_kept(tmp_path, monkeypatch):
+def test_non_finite_updates_are_skipped_counted_and_kept(tmp_path, monkeypatch):
     real, calls = DeepSpeedPolicy.update, []
 
     def update(policy, mini_batch, beta):
@@ -166,7 +168,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_kept(tmp_path, monk
     assert all(value.isfinite().all() for value in weights_of(run).values())
 
 
-def test_a_run_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, monkeypatch, capsys):
+def test_a_run_stops_after_consecutive_non_finite_updates(tmp_path, monkeypatch, capsys):
     real = DeepSpeedPolicy.update
 
     def update(policy, mini_batch, beta):
@@ -211,7 +213,7 @@ def test_a_finished_run_is_not_overwritten(finished, capsys):
     assert "already holds a run; add --resume" in capsys.readouterr().err
 
 
-def test_two_processes_do_not_work_in_one_folder(finished, capsys):
+def test_a_second_process_in_the_folder_is_refused(finished, capsys):
     other = RunFolder(finished)
     other.lock()
     with pytest.raises(SystemExit) as stop:
@@ -221,7 +223,7 @@ def test_two_processes_do_not_work_in_one_folder(finished, capsys):
     assert "another process is at work" in capsys.readouterr().err
 
 
-def test_resuming_as_another_run_is_refused(finished, capsys):
+def test_resuming_with_other_settings_is_refused(finished, capsys):
     argv = [str(finished / "config.yaml"), "--resume", "--kl.beta=0.5"]
     with pytest.raises(SystemExit):
         main(argv)
@@ -268,13 +270,17 @@ def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
         ({"data.train": "one.jsonl"}, "lower it to 1 or less"),
         ({"data.train": "odd.jsonl"}, "odd.jsonl"),
         ({"run.device": "warp"}, "run.device = warp"),
+        ({"run.dir": "odd.jsonl/run"}, "the folder odd.jsonl/run cannot be written"),
+        ({"model.path": "./torn"}, "model.path = ./torn does not load"),
     ],
 )
-def test_runs_that_cannot_be_exit_2_with_one_line(tmp_path, monkeypatch, capsys, override, expected):
+def test_runs_that_cannot_start_exit_2_with_one_line(tmp_path, monkeypatch, capsys, override, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "one.jsonl").write_text('{"question": "1+1=", "answer": 2}\n')
     (tmp_path / "odd.jsonl").write_text('{"question": "1+1=", "answer": "\\\\frac{"}\n' * 40)
+    shutil.copytree(MODEL_PATH, tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
     path = tmp_path / "config.yaml"
     path.write_text(quick(tmp_path).to_yaml())
     values = yaml.safe_load(path.read_text())

@@ -1,1 +1,1 @@
-"""Which part of the method helps: arms, pools and seeds as ordinary runs, compared in pairs."""
+"""The ablation of EXPO's two parts: ordinary runs by arm, pool and seed, compared in pairs."""

@@ -1,9 +1,9 @@
-"""The ablation as tables in Markdown and pictures, made from its results.json alone.
+"""Markdown tables and figures of an ablation, generated from its results.json.
 
     python -m expo.ablation.page DIR docs/experiment.md
 
-puts what DIR/results.json shows between the page's two marks, and results.json and the pictures into a folder
-`ablation` beside the page.
+writes the results in DIR/results.json between the page's two marks, and copies results.json and the figures into a
+folder `ablation` next to the page.
 """
 
 import argparse
@@ -38,58 +38,58 @@ MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")
 
 
 def tables(record: Mapping[str, Any]) -> str:
-    """What was run, scores by arm, and for each family of differences the verdict in a sentence and the differences."""
+    """The runs, the scores by arm, and for each family of differences a summary sentence and the differences."""
     outcomes = from_record(record)
-    found, added = contrasts(outcomes), secondary_contrasts(outcomes)
-    parts = [_provenance(record, outcomes), _scores_table(outcomes), _verdict(found), _contrasts_table(found)]
-    if added:
-        parts += [_secondary_verdict(added), _contrasts_table(added)]
+    primary, secondary = contrasts(outcomes), secondary_contrasts(outcomes)
+    parts = [_provenance(record, outcomes), _scores_table(outcomes), _summary(primary), _contrasts_table(primary)]
+    if secondary:
+        parts += [_secondary_summary(secondary), _contrasts_table(secondary)]
     return "\n\n".join(parts) + "\n"
 
 
-def pictures(record: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: pass@1 along the budget, and its paired differences to the baseline."""
+def figures(record: Mapping[str, Any]) -> dict[str, bytes]:
+    """PNG files by name: pass@1 along the token budget, and its paired differences to the baseline."""
     outcomes, budget = from_record(record), record["settings"]["reply_tokens"]
     return {
         "curves": draw_lines(curves(outcomes, budget, is_paired=False), "reply tokens sampled", "held-out pass@1"),
         "differences": draw_lines(
-            curves(outcomes, budget, is_paired=True), "reply tokens sampled", f"held-out pass@1, less {BASELINE}'s"
+            curves(outcomes, budget, is_paired=True), "reply tokens sampled", f"held-out pass@1 minus {BASELINE}'s"
         ),
     }
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes results.json and the pictures made of it."""
+    """Writes results.json and its figures."""
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes_whole(folder / "results.json", (json.dumps(record, indent=1) + "\n").encode())
-    for name, png in pictures(record).items():
+    for name, png in figures(record).items():
         write_bytes_whole(folder / f"{name}.png", png)
 
 
 def section(record: Mapping[str, Any]) -> str:
-    """A page's section of it: a heading, the tables, and the pictures in the folder `ablation` beside the page."""
-    return f"""## What we saw
+    """The section of a page: a heading, the tables, and the figures in the folder `ablation` next to the page."""
+    return f"""## Results
 
 {tables(record)}
-Lines are means over seeds, bands their standard errors. pass@1 on held-out questions:
+Lines are means over seeds, bands are standard errors. pass@1 on the held-out questions:
 
-![pass@1 of every arm along the budget](ablation/curves.png)
+![pass@1 of every arm along the token budget](ablation/curves.png)
 
 Paired differences to {BASELINE}:
 
-![paired differences along the budget](ablation/differences.png)
+![paired differences along the token budget](ablation/differences.png)
 """
 
 
 def with_section(page: Path, text: str) -> str:
-    """The page's text with what stands between its two marks replaced.
+    """The page's text with the part between its two marks replaced.
 
-    Raises: ConfigError if it lacks the marks.
+    Raises: ConfigError if the marks are missing.
     """
     before = page.read_text(encoding="utf-8")
     begin, end = MARKS
     if before.count(begin) != 1 or before.count(end) != 1:
-        raise ConfigError(f"{page} has not one line {begin} and one {end}; put them where the tables are to stand")
+        raise ConfigError(f"{page} needs exactly one line {begin} and one line {end}; add them where the tables belong")
     return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n\n{text}\n{end}", before, flags=re.DOTALL)
 
 
@@ -112,48 +112,51 @@ def _scores_table(outcomes: Sequence[Outcome]) -> str:
             steps = [outcome.steps for outcome in of_arm(outcomes, pool, arm)]
             cells = (_cell(scores(outcomes, pool, arm, measure)) for measure in MEASURES)
             rows.append((pool, arm, f"{min(steps)} to {max(steps)}", *cells))
-    return "Mean over seeds, ± its standard error:\n\n" + _markdown(rows)
+    return "Mean over seeds ± standard error:\n\n" + _markdown(rows)
 
 
-def _verdict(found: Sequence[Contrast]) -> str:
+def _summary(family: Sequence[Contrast]) -> str:
     return (
-        f"Of {len(found)} differences to {BASELINE}, {_num_beyond(found)} beyond noise (t tests on pairs, Holm's "
-        f"correction for all {len(found)}, 5 % for any false claim){_those_beyond(found)}."
+        f"Of {len(family)} differences to {BASELINE}, {_num_significant(family)} statistically significant (paired "
+        f"t tests with Holm's correction for all {len(family)}, family-wise error rate 5 %)"
+        f"{_list_significant(family)}."
     )
 
 
-def _secondary_verdict(found: Sequence[Contrast]) -> str:
-    arm, less = found[0].arm, found[0].less
-    said = _those_beyond(found) or f": these runs do not tell {arm} from {less}"
+def _secondary_summary(family: Sequence[Contrast]) -> str:
+    arm, reference = family[0].arm, family[0].reference
+    details = _list_significant(family) or f": these runs show no difference between {arm} and {reference}"
     return (
-        f"Secondary, added after the plan: of {len(found)} differences of {arm} to {less}, {_num_beyond(found)} beyond "
-        f"noise (Holm's correction for these {len(found)} alone, a further 5 % for any false claim){said}."
+        f"Secondary analysis, added after the plan: of {len(family)} differences between {arm} and {reference}, "
+        f"{_num_significant(family)} statistically significant (Holm's correction for these {len(family)} only, a "
+        f"separate family-wise error rate of 5 %){details}."
     )
 
 
-def _num_beyond(found: Sequence[Contrast]) -> str:
-    count = sum(contrast.is_beyond_noise for contrast in found)
+def _num_significant(family: Sequence[Contrast]) -> str:
+    count = sum(contrast.is_significant for contrast in family)
     return f"{count or 'none'} {'is' if count < 2 else 'are'}"
 
 
-def _those_beyond(found: Sequence[Contrast]) -> str:
-    said = [_sentence(contrast) for contrast in found if contrast.is_beyond_noise]
-    return ": " + "; ".join(said) if said else ""
+def _list_significant(family: Sequence[Contrast]) -> str:
+    texts = [_describe(contrast) for contrast in family if contrast.is_significant]
+    return ": " + "; ".join(texts) if texts else ""
 
 
-def _sentence(contrast: Contrast) -> str:
+def _describe(contrast: Contrast) -> str:
     return f"{contrast.arm} on the {contrast.pool} pool, {contrast.measure}: {contrast.difference.mean:+.3f}"
 
 
-def _contrasts_table(found: Sequence[Contrast]) -> str:
-    rows = [("pool", "arm", "measure", f"less {found[0].less}", "95 %, this one alone", "p, uncorrected", "verdict")]
-    for contrast in found:
+def _contrasts_table(family: Sequence[Contrast]) -> str:
+    difference = f"difference to {family[0].reference}"
+    rows = [("pool", "arm", "measure", difference, "95 % CI, uncorrected", "p, uncorrected", "after correction")]
+    for contrast in family:
         mean, error, low, high, p = contrast.difference
-        verdict = "beyond noise" if contrast.is_beyond_noise else "within noise"
+        verdict = "significant" if contrast.is_significant else "not significant"
         interval = f"[{low:+.3f}, {high:+.3f}]"
         rows.append((contrast.pool, contrast.arm, contrast.measure, _cell(Mean(mean, error), "+"), interval,
                      f"{p:.3f}" if p >= 0.001 else "< 0.001", verdict))  # fmt: skip
-    return "Paired by seed:\n\n" + _markdown(rows)
+    return "Paired differences (by seed):\n\n" + _markdown(rows)
 
 
 def _cell(value: Mean, sign: str = "") -> str:
@@ -166,10 +169,10 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 if the page or the results are not as expected."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Put an ablation's results into a Markdown page.")
+    """The command line: 0, or 2 if the page or the results cannot be read or written."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Write the results of an ablation into a Markdown page.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="the --out of the ablation")
-    parser.add_argument("page", type=Path, metavar="PAGE.md", help=f"with the lines {MARKS[0]} and {MARKS[1]}")
+    parser.add_argument("page", type=Path, metavar="PAGE.md", help=f"page with the lines {MARKS[0]} and {MARKS[1]}")
     options = parser.parse_args(argv)
     try:
         record = json.loads((options.dir / "results.json").read_text(encoding="utf-8"))

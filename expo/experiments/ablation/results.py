@@ -1,4 +1,4 @@
-"""What the runs showed: scores by arm and pool, paired differences between arms, and which are beyond noise."""
+"""Results of the runs: scores by arm and pool, paired differences between arms, and which are significant."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,16 +7,16 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from expo.experiments.ablation.paired import Difference, Mean, holm, mean_over_seeds, paired_difference
-from expo.experiments.ablation.plan import ADDED, BASELINE, EVALUATED, Run
-from expo.reporting.reader import pass_at
+from expo.experiments.ablation.plan import BASELINE, EVALUATED, SECONDARY, PlannedRun
+from expo.reporting.comparison import pass_at
 
-CURVE_POINTS = 9  # places along the budget at which curves of several runs are averaged
+CURVE_POINTS = 9  # points along the token budget at which curves are averaged over seeds
 
-Curve = list[tuple[float, float, float]]  # reply tokens, mean over seeds, its standard error
+Curve = list[tuple[float, float, float]]  # reply tokens, mean over seeds, standard error of the mean
 
 
 class Point(NamedTuple):
-    """One evaluation: reply tokens sampled until then, and mean pass@k over the held-out questions."""
+    """One evaluation: reply tokens sampled so far, and mean pass@k over the held-out questions."""
 
     step: int
     reply_tokens: int
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run: its curve, from before the first step to after the last, and what it took."""
+    """One finished run: its evaluations from before the first step to after the last, its steps, tokens and seconds."""
 
     pool: str
     arm: str
@@ -43,24 +43,24 @@ MEASURES: dict[str, Callable[[Outcome], float]] = {
     "pass@1, at the end": lambda outcome: outcome.curve[-1].pass_at_1,
     "pass@8, at the end": lambda outcome: outcome.curve[-1].pass_at_8,
 }
-"""What runs are compared by. The mean of the run is steadier than its last point."""
+"""The measures that are compared, by name. The mean over a run has less variance than its last evaluation."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm's paired difference to another on one pool by one measure."""
+    """The paired difference between an arm and a reference arm on one pool for one measure."""
 
     pool: str
     arm: str
-    less: str
-    """The arm that is taken off."""
+    reference: str
+    """The arm that is subtracted."""
     measure: str
     difference: Difference
-    is_beyond_noise: bool
-    """By Holm's correction for all contrasts of its family."""
+    is_significant: bool
+    """After Holm's correction for all contrasts of its family."""
 
 
-def read_outcome(run: Run) -> Outcome:
+def read_outcome(run: PlannedRun) -> Outcome:
     """The outcome of a finished run."""
     summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
     lines = (run.folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
@@ -77,7 +77,7 @@ def read_outcome(run: Run) -> Outcome:
 
 
 def _commits(record: Mapping[str, Any]) -> tuple[str | None, ...]:
-    """Those of a run; in older records, which name the last alone, that one."""
+    """The commits that a run used; older records contain only the last one."""
     return tuple(record["commits"]) if "commits" in record else (record["commit"],)
 
 
@@ -89,7 +89,7 @@ def _point(row: Mapping[str, Any]) -> Point:
 
 
 def curve_mean(curve: Sequence[Point]) -> float:
-    """Mean pass@1 over the reply tokens of a run, straight lines between evaluations."""
+    """Mean pass@1 over the reply tokens of a run, interpolated linearly between evaluations."""
     areas = (
         (right.reply_tokens - left.reply_tokens) * (left.pass_at_1 + right.pass_at_1) / 2
         for left, right in pairwise(curve)
@@ -98,94 +98,104 @@ def curve_mean(curve: Sequence[Point]) -> float:
 
 
 def pass_at_1_after(curve: Sequence[Point], reply_tokens: float) -> float:
-    """pass@1 when so many tokens had been sampled, straight lines between evaluations."""
+    """pass@1 after `reply_tokens` sampled tokens, interpolated linearly between evaluations."""
     for left, right in pairwise(curve):
         if reply_tokens <= right.reply_tokens:
-            share = (reply_tokens - left.reply_tokens) / (right.reply_tokens - left.reply_tokens)
-            return left.pass_at_1 + share * (right.pass_at_1 - left.pass_at_1)
+            fraction = (reply_tokens - left.reply_tokens) / (right.reply_tokens - left.reply_tokens)
+            return left.pass_at_1 + fraction * (right.pass_at_1 - left.pass_at_1)
     return curve[-1].pass_at_1
 
 
 def of_arm(outcomes: Sequence[Outcome], pool: str, arm: str) -> list[Outcome]:
-    """The outcomes of one arm on one pool, by seed."""
-    chosen = [outcome for outcome in outcomes if (outcome.pool, outcome.arm) == (pool, arm)]
-    return sorted(chosen, key=lambda outcome: outcome.seed)
+    """The outcomes of one arm on one pool, ordered by seed."""
+    selected = [outcome for outcome in outcomes if (outcome.pool, outcome.arm) == (pool, arm)]
+    return sorted(selected, key=lambda outcome: outcome.seed)
 
 
 def names(outcomes: Sequence[Outcome], field: str) -> list[str]:
-    """Pools or arms in the order in which they were planned."""
+    """Pools or arms (`field`) in the order of the plan."""
     return list(dict.fromkeys(getattr(outcome, field) for outcome in outcomes))
 
 
 def scores(outcomes: Sequence[Outcome], pool: str, arm: str, measure: str) -> Mean:
-    """One measure of one arm on one pool, over seeds."""
+    """Mean over seeds of one measure of one arm on one pool."""
     return mean_over_seeds([MEASURES[measure](outcome) for outcome in of_arm(outcomes, pool, arm)])
 
 
 def contrasts(outcomes: Sequence[Outcome]) -> list[Contrast]:
-    """The primary family, fixed before the first result: every arm less the baseline, on every pool, by every measure.
+    """The primary family, fixed before the first result: every arm minus the baseline, for every pool and measure.
 
-    Its correction knows of no other family.
+    Its correction ignores the secondary family.
     """
     return _family(outcomes, [(arm, BASELINE) for arm in names(outcomes, "arm") if arm != BASELINE])
 
 
 def secondary_contrasts(outcomes: Sequence[Outcome]) -> list[Contrast]:
-    """What the counted estimate adds to EXPO (`plan.ADDED`), corrected apart; none where one of the two did not run."""
-    return _family(outcomes, [ADDED] if set(ADDED) <= set(names(outcomes, "arm")) else [])
+    """The comparison `plan.SECONDARY`, corrected separately; empty if one of its arms did not run."""
+    return _family(outcomes, [SECONDARY] if set(SECONDARY) <= set(names(outcomes, "arm")) else [])
 
 
 def _family(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
     keys, differences = [], []
     for pool in names(outcomes, "pool"):
-        for arm, less in pairs:
+        for arm, reference in pairs:
             for measure, value in MEASURES.items():
-                arms = (of_arm(outcomes, pool, name) for name in (arm, less))
-                keys.append((pool, arm, less, measure))
+                arms = (of_arm(outcomes, pool, name) for name in (arm, reference))
+                keys.append((pool, arm, reference, measure))
                 differences.append(paired_difference(*([value(outcome) for outcome in each] for each in arms)))
-    beyond = holm([difference.p for difference in differences])
-    return [Contrast(*key, found, is_beyond) for key, found, is_beyond in zip(keys, differences, beyond, strict=True)]
+    significant = holm([difference.p for difference in differences])
+    tests = zip(keys, differences, significant, strict=True)
+    return [Contrast(*key, difference, is_significant) for key, difference, is_significant in tests]
 
 
 def curves(outcomes: Sequence[Outcome], budget: int, *, is_paired: bool) -> dict[str, dict[str, Curve]]:
-    """Mean pass@1 along the budget by pool and arm, or its paired difference to the baseline, whose own is 0."""
-    places = [budget * index / (CURVE_POINTS - 1) for index in range(CURVE_POINTS)]
-    found: dict[str, dict[str, Curve]] = {}
+    """Mean pass@1 along the token budget by pool and arm; if `is_paired`, its paired difference to the baseline."""
+    grid = [budget * index / (CURVE_POINTS - 1) for index in range(CURVE_POINTS)]
+    curves_by_pool: dict[str, dict[str, Curve]] = {}
     for pool in names(outcomes, "pool"):
         lines = {
-            arm: [[pass_at_1_after(each.curve, place) for each in of_arm(outcomes, pool, arm)] for place in places]
+            arm: [
+                [pass_at_1_after(outcome.curve, tokens) for outcome in of_arm(outcomes, pool, arm)] for tokens in grid
+            ]
             for arm in names(outcomes, "arm")
         }
         base = lines[BASELINE]
         if is_paired:
-            lines = {arm: _minus(line, base) for arm, line in lines.items()}
-        found[pool] = {
-            arm: [(place, *mean_over_seeds(values)) for place, values in zip(places, line, strict=True)]
+            lines = {arm: _subtract(line, base) for arm, line in lines.items()}
+        curves_by_pool[pool] = {
+            arm: [(tokens, *mean_over_seeds(values)) for tokens, values in zip(grid, line, strict=True)]
             for arm, line in lines.items()
         }
-    return found
+    return curves_by_pool
 
 
-def _minus(line: list[list[float]], base: list[list[float]]) -> list[list[float]]:
+def _subtract(line: list[list[float]], base: list[list[float]]) -> list[list[float]]:
     return [[a - b for a, b in zip(*values, strict=True)] for values in zip(line, base, strict=True)]
 
 
 def as_record(
     outcomes: Sequence[Outcome], settings: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All of it for results.json, named."""
+    """The content of results.json."""
     return {
         "commits": sorted({str(commit) for outcome in outcomes for commit in outcome.commits}),
         "environment": environment,
         "settings": settings,
-        "contrasts": [_named(contrast) for contrast in contrasts(outcomes)],
-        "secondary_contrasts": [_named(contrast) for contrast in secondary_contrasts(outcomes)],
+        "contrasts": [_as_dict(contrast) for contrast in contrasts(outcomes)],
+        "secondary_contrasts": [_as_dict(contrast) for contrast in secondary_contrasts(outcomes)],
         "runs": [{**asdict(outcome), "curve": [point._asdict() for point in outcome.curve]} for outcome in outcomes],
     }
 
 
-def _named(contrast: Contrast) -> dict[str, Any]:
-    return {**asdict(contrast), "difference": contrast.difference._asdict()}
+def _as_dict(contrast: Contrast) -> dict[str, Any]:
+    return {  # the keys of the file format, which is older than the names of the fields
+        "pool": contrast.pool,
+        "arm": contrast.arm,
+        "less": contrast.reference,
+        "measure": contrast.measure,
+        "difference": contrast.difference._asdict(),
+        "is_beyond_noise": contrast.is_significant,
+    }
 
 
 def from_record(record: Mapping[str, Any]) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""The runs: ordinary `python -m expo.train` processes, a few side by side, taken up again where they stand."""
+"""Executes the runs as concurrent `python -m expo.train` processes; unfinished runs are resumed."""
 
 import os
 import subprocess
@@ -8,40 +8,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expo.errors import AblationError
-from expo.experiments.ablation.plan import Run
+from expo.experiments.ablation.plan import PlannedRun
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.console import Display
 
 POLL_SECONDS = 0.2
-LOG = "log.txt"  # what a run prints, in its folder
+LOG = "log.txt"  # in the folder of a run: its output
 
 
-def run_all(runs: Sequence[Run], num_jobs: int, display: Display) -> None:
-    """Runs what is not finished, `num_jobs` side by side on one core each, and shows what is done.
+def run_all(runs: Sequence[PlannedRun], num_jobs: int, display: Display) -> None:
+    """Executes all unfinished runs, `num_jobs` at a time with one thread each, and shows the progress.
 
-    Raises: AblationError if one of them ends before its end, once those beside it have been asked to save and end.
+    Raises: AblationError if a run fails, after the other processes have saved a checkpoint and stopped.
     """
     waiting = [run for run in runs if not run.is_finished]
-    under_way: dict[subprocess.Popen[bytes], Run] = {}
+    processes: dict[subprocess.Popen[bytes], PlannedRun] = {}
     with display.bar("runs", len(runs), done=len(runs) - len(waiting)) as bar:
         try:
-            while waiting or under_way:
-                while waiting and len(under_way) < num_jobs:
+            while waiting or processes:
+                while waiting and len(processes) < num_jobs:
                     run = waiting.pop(0)
-                    under_way[_start(run)] = run
+                    processes[_start(run)] = run
                 time.sleep(POLL_SECONDS)
-                for process in [process for process in under_way if process.poll() is not None]:
-                    run = under_way.pop(process)
+                for process in [process for process in processes if process.poll() is not None]:
+                    run = processes.pop(process)
                     _require_finished(run, process.returncode)
                     bar.advance(note=run.name)
         finally:
-            for process in under_way:
-                process.terminate()  # they write a checkpoint
-            for process in under_way:
+            for process in processes:
+                process.terminate()  # on SIGTERM a run saves a checkpoint and stops
+            for process in processes:
                 process.wait()
 
 
-def _start(run: Run) -> "subprocess.Popen[bytes]":
+def _start(run: PlannedRun) -> "subprocess.Popen[bytes]":
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.folder / "config.yaml"
     write_bytes_whole(config, run.config.to_yaml().encode())
@@ -52,17 +52,17 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it through us, as a request to save and end
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then terminates the runs
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
 
-def _require_finished(run: Run, exit_code: int) -> None:
+def _require_finished(run: PlannedRun, exit_code: int) -> None:
     if run.is_finished:
         return
     raise AblationError(
-        f"{run.name} ended with exit code {exit_code} before its end ({_last_line(run.folder / LOG)}); see "
-        f"{run.folder / LOG}, then give the same command to go on"
+        f"{run.name} failed with exit code {exit_code} ({_last_line(run.folder / LOG)}); see "
+        f"{run.folder / LOG}, then run the same command again to continue"
     )
 
 

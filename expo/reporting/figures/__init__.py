@@ -1,17 +1,17 @@
-"""Pictures: of a run's report, of evaluations beside each other, and what all of them share."""
+"""The figures of reports, drawn by matplotlib as PNG."""
 
-from expo.reporting.figures.drawing import BLUE, GREY, STYLE, VERMILION, Picture, draw_lines
+from expo.reporting.figures.drawing import BLUE, GREY, STYLE, VERMILION, RenderedFigure, draw_lines
 from expo.reporting.figures.evaluations import draw_curves
-from expo.reporting.figures.run import PICTURES, draw_pictures
+from expo.reporting.figures.run import FIGURES, draw_figures
 
 __all__ = [
     "BLUE",
+    "FIGURES",
     "GREY",
-    "PICTURES",
     "STYLE",
     "VERMILION",
-    "Picture",
+    "RenderedFigure",
     "draw_curves",
+    "draw_figures",
     "draw_lines",
-    "draw_pictures",
 ]

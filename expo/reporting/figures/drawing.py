@@ -1,6 +1,6 @@
-"""What all pictures share: colours and style, panels, axes, points with intervals, the legend, the PNG.
+"""Shared by all figures: colours and style, panels, axes, error bars, legend, PNG output.
 
-matplotlib is imported where a figure is made, so that importing this file costs nothing.
+matplotlib is imported inside the functions, so that importing this module stays cheap.
 """
 
 import io
@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expo.reporting.reader import Estimate
+from expo.reporting.comparison import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart under the common kinds of colour blindness
+# Okabe and Ito's palette, distinguishable with the common kinds of colour blindness
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#333333", "#8A8F98"
-BEFORE, AFTER = VERMILION, BLUE  # the same two in every picture
+BEFORE, AFTER = VERMILION, BLUE  # the same in every figure
 LINE_COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE, ORANGE, SKY, BLACK)
 
-DPI = 144  # dots an inch: twice what a page shows, sharp on dense screens
+DPI = 144  # dots per inch: twice what the page shows, for high-density screens
 SIZE, WIDE_SIZE = (5.6, 3.4), (10.4, 4.2)  # inches
 
 STYLE: dict[Any, Any] = {
@@ -51,26 +51,26 @@ Line = Sequence[tuple[float, float, float]]  # x, mean, error
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of the report, with what to look at in it; `png` is None where nothing is recorded yet."""
+class RenderedFigure:
+    """One figure of a page; `png` is None where there is no data yet."""
 
     name: str
     title: str
-    sentence: str
-    wide: bool
+    caption: str
+    is_wide: bool
     png: bytes | None
 
 
 def as_png(figure: "Figure") -> bytes:
-    """The picture as a file's content."""
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 
 def make_panels(num: int = 1, *, wide: bool = False, **layout: Any) -> "tuple[Figure, list[Axes]]":
-    """A figure and its axes, `num` of them side by side; `layout` is what `Figure.subplots` takes besides."""
-    # not pyplot, which keeps figures and a window system in global state
+    """A figure with `num` axes side by side; `layout` is passed to `Figure.subplots`."""
+    # pyplot would keep figures and a GUI backend in global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=WIDE_SIZE if wide else SIZE, layout="constrained")
@@ -78,23 +78,23 @@ def make_panels(num: int = 1, *, wide: bool = False, **layout: Any) -> "tuple[Fi
 
 
 def legend(figure: "Figure") -> None:
-    """Names what is drawn, above all axes: once, however many of them it is drawn in."""
-    found = [axes.get_legend_handles_labels() for axes in figure.axes]
-    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    """One legend above all axes; a label used in several axes appears once."""
+    per_axes = [axes.get_legend_handles_labels() for axes in figure.axes]
+    entries = {label: handle for handles, labels in per_axes for handle, label in zip(handles, labels, strict=True)}
     if entries:
         num_columns = 8 if figure.get_figwidth() > SIZE[0] else 2
         figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=num_columns)
 
 
 def percent_format() -> Any:
-    """Writes shares along an axis in per cent."""
+    """A tick formatter that writes shares in per cent."""
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(xmax=1, decimals=None)
 
 
 def step_axis(axes: "Axes") -> None:
-    """A horizontal axis of whole steps."""
+    """Label the horizontal axis with integer steps."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -102,7 +102,7 @@ def step_axis(axes: "Axes") -> None:
 
 
 def share_axis(axes: "Axes", label: str, *, full: bool = False) -> None:
-    """A vertical axis in per cent: all of it, or from zero to at least 2 % so that noise stays small."""
+    """A vertical axis in per cent: 0 to 100 % if `full`, else 0 to at least 2 % so that noise stays small."""
     axes.set_ylim(0, 1.03 if full else max(0.02, axes.get_ylim()[1]))
     axes.yaxis.set_major_formatter(percent_format())
     axes.set_ylabel(label)
@@ -111,7 +111,7 @@ def share_axis(axes: "Axes", label: str, *, full: bool = False) -> None:
 def error_bars(
     axes: "Axes", x: Sequence[float], estimates: list[Estimate], colour: str, label: str, line: str = "-"
 ) -> None:
-    """Means with their intervals, joined by `line`, matplotlib's sign for it; "": not at all."""
+    """Means with their intervals, joined by `line`, a matplotlib line style; "" joins nothing."""
     means = [e.mean for e in estimates]
     below = [max(0.0, e.mean - e.low) for e in estimates]
     above = [max(0.0, e.high - e.mean) for e in estimates]
@@ -129,7 +129,7 @@ def error_bars(
 
 
 def step_edges(steps: Sequence[int]) -> list[float]:
-    """Borders between the steps' columns: half-way to each neighbour, and as far beyond both ends."""
+    """Edges of the steps' columns, half-way between neighbours; the outer columns are symmetric around their step."""
     if len(steps) == 1:
         return [steps[0] - 0.5, steps[0] + 0.5]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
@@ -137,7 +137,7 @@ def step_edges(steps: Sequence[int]) -> list[float]:
 
 
 def draw_lines(panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: str) -> bytes:
-    """PNG of lines with their error as a band, by name; one panel for each group of them, all with the same axes."""
+    """PNG of lines with error bands, by panel title and line name; the panels share their vertical axis."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -145,10 +145,10 @@ def draw_lines(panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: 
         for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
             axes.set_title(title)
             axes.set_xlabel(x_label)
-            for place, (name, line) in enumerate(lines.items()):
-                x, means, halves = zip(*line, strict=True)
-                low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-                colour = LINE_COLOURS[place % len(LINE_COLOURS)]
+            for index, (name, line) in enumerate(lines.items()):
+                x, means, errors = zip(*line, strict=True)
+                low, high = ([m + sign * h for m, h in zip(means, errors, strict=True)] for sign in (-1, 1))
+                colour = LINE_COLOURS[index % len(LINE_COLOURS)]
                 axes.plot(x, means, color=colour, label=name)
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes_of[0].set_ylabel(y_label)

@@ -1,13 +1,13 @@
-"""The pictures of a run's report in reading order, each with what to look at in it.
+"""The figures of a run's report in reading order, each with a caption that says how to read it.
 
-A picture whose records are not there yet has no PNG, and the report says so in its place.
+A figure without data yet has no PNG; the report shows a note in its place.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from expo.reporting.figures.curriculum import draw_curriculum
-from expo.reporting.figures.drawing import STYLE, Picture, as_png
+from expo.reporting.figures.drawing import STYLE, RenderedFigure, as_png
 from expo.reporting.figures.evaluations import draw_levels, draw_pass_at_k
 from expo.reporting.figures.steps import (
     draw_accuracy,
@@ -19,110 +19,109 @@ from expo.reporting.figures.steps import (
     draw_kl,
     draw_phases,
 )
-from expo.reporting.reader import Records
+from expo.reporting.reader import TrainingHistory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw = Callable[[Records], "Figure | None"]
+Draw = Callable[[TrainingHistory], "Figure | None"]
 
-# function, title, wide?, what to look at and what good looks like
-PICTURES: tuple[tuple[Draw, str, bool, str], ...] = (
+# function, title, whether it takes the full width, caption
+FIGURES: tuple[tuple[Draw, str, bool, str], ...] = (
     (
         draw_accuracy,
         "Accuracy and pass@k",
         True,
-        "Look at the blue line, held-out pass@1: it should climb beyond its own error bars (95 %) while "
-        "the lines above it do not fall. The grey line is a different thing, the accuracy on the "
-        "questions drawn for training: a curriculum that prefers half-solved questions may hold it near "
-        "one half while the policy improves.",
+        "The blue line, held-out pass@1, should rise by more than its 95 % error bars while the lines "
+        "above it do not fall. The grey line is the accuracy on the questions drawn for training: a "
+        "curriculum that prefers half-solved questions may keep it near one half while the policy improves.",
     ),
     (
         draw_pass_at_k,
         "pass@k before and after",
         True,
-        "Look at the whole curve: a gain at k = 1 alone is a sharpening of what the policy could already "
-        "do, a gain at the right end means that it solves questions which it did not reach before. Good "
-        "is the blue curve above the orange one everywhere; where they cross, variety was paid for accuracy.",
+        "A gain at k = 1 alone means that the policy became more reliable on questions it could already "
+        "solve; a gain at large k means that it solves new questions. Ideally the blue curve lies above the "
+        "orange one everywhere; where they cross, the policy lost diversity for accuracy.",
     ),
     (
         draw_levels,
         "pass@1 by level",
         True,
-        "Look at the distance between the two points of a level. Good is a gain at every level; easy "
-        "levels have little room for one, and the hardest move last.",
+        "The distance between the two points of a level is its gain. Ideally every level gains; easy "
+        "levels have little left to gain, and the hardest levels improve last.",
     ),
     (
         draw_beta,
         "KL coefficient against accuracy",
         False,
         "Every point should lie on the curve of the configuration: with EXPO the coefficient grows with "
-        "accuracy, so that the policy is held loosely while it fails and tightly once it succeeds. A point "
-        "off the curve is a fault.",
+        "accuracy, so that the KL penalty is weak while the policy fails and strong once it succeeds. A "
+        "point off the curve indicates a bug.",
     ),
     (
         draw_kl,
         "KL to the reference",
         False,
-        "It starts at zero and grows as the policy learns. Good is a slow, flattening "
-        "rise; a sudden jump is the mark of too large a step, and accuracy often falls with it.",
+        "It starts at zero and grows as the policy learns. A slow rise that flattens is healthy; a sudden "
+        "jump suggests too large a learning rate, and accuracy often falls with it.",
     ),
     (
         draw_entropy,
         "Entropy",
         False,
-        "How undecided the policy is about the next token. It falls as the policy grows sure; good is a "
-        "gentle slope. Near zero, all replies to a question are the same and nothing is left to learn from.",
+        "The uncertainty of the policy about the next token. It falls as the policy becomes confident, "
+        "ideally slowly. Near zero, all replies to a question are the same and give no learning signal.",
     ),
     (
         draw_completion_length,
         "Reply length",
         False,
-        "Good is a length that settles. A climb to the limit, with growing truncation, means rambling; a "
-        "collapse means that the policy has stopped working the answer out.",
+        "Ideally the length stabilises. A rise to the limit with more and more truncated replies means "
+        "that the policy rambles; a collapse means that it no longer reasons before it answers.",
     ),
     (
         draw_clip_fractions,
         "Clipped tokens",
         False,
-        "Share of tokens whose ratio to the sampling policy left the clip range, and which so gave the "
-        "surrogate no gradient. With one update per batch both are exactly zero; with more, up to a few "
-        "per cent is usual, and tens of per cent mean too large a learning rate.",
+        "Share of tokens whose ratio to the sampling policy left the clip range, so that the surrogate "
+        "has no gradient for them. With one update per batch both are exactly zero; with more, a few "
+        "per cent are usual, and tens of per cent suggest too large a learning rate.",
     ),
     (
         draw_health,
         "Replies and groups without signal",
         False,
-        "Unparsed and truncated replies and verifier timeouts should go towards zero. A group whose "
-        "rewards are all equal teaches nothing: that share rises as questions are mastered, and a good "
-        "curriculum holds it down.",
+        "Unparsed and truncated replies and verifier timeouts should approach zero. A group whose "
+        "rewards are all equal gives no gradient: that share rises as questions are mastered, and a good "
+        "curriculum keeps it low.",
     ),
     (
         draw_phases,
         "Time per phase",
         True,
-        "Where a step's time goes. Good is a flat top with nearly all of it in rollout and update; a band "
-        "that thickens as the run goes on is the one to look into.",
+        "How long each phase of a step takes. Ideally the total is constant and nearly all of it is rollout "
+        "and update; investigate a phase that takes longer as the run goes on.",
     ),
     (
         draw_curriculum,
         "The curriculum's pass rates",
         True,
-        "Each column spreads all questions over their estimated pass rate at that step. All start at one "
-        "value, then fan out; good is a mass that moves upwards. On the right stands the weight with "
-        "which a question of that pass rate is drawn: most training goes to where it bulges.",
+        "Each column is the distribution of all questions over their estimated pass rate at that step. "
+        "All start at one value and then spread; ideally the distribution moves upwards. The right panel "
+        "is the sampling weight by pass rate: training concentrates where it is largest.",
     ),
 )
 
 
-def draw_pictures(records: Records) -> list[Picture]:
-    """Every picture of the report, in reading order."""
+def draw_figures(history: TrainingHistory) -> list[RenderedFigure]:
+    """All figures of the report, in reading order."""
     import matplotlib
 
-    pictures = []
+    figures = []
     with matplotlib.rc_context(STYLE):
-        for draw, title, wide, sentence in PICTURES:
-            figure = draw(records)
+        for draw, title, is_wide, caption in FIGURES:
+            figure = draw(history)
             png = None if figure is None else as_png(figure)
-            pictures.append(Picture(draw.__name__.removeprefix("draw_"), title, sentence, wide, png))
-    return pictures
+            figures.append(RenderedFigure(draw.__name__.removeprefix("draw_"), title, caption, is_wide, png))
+    return figures

@@ -1,4 +1,4 @@
-"""The ablation: what pairs share, what the statistics say, and that the one command runs, goes on and reports."""
+"""The ablation: shared settings of pairs, the statistics, and the command, which runs, resumes and reports."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from expo.errors import ConfigError
 from expo.experiments.ablation.command import main
 from expo.experiments.ablation.page import MARKS, section, tables, with_section
 from expo.experiments.ablation.page import main as write_page
-from expo.experiments.ablation.paired import holm, mean_over_seeds, paired_difference, t_inside, t_quantile
+from expo.experiments.ablation.paired import holm, mean_over_seeds, paired_difference, t_probability, t_quantile
 from expo.experiments.ablation.plan import ARMS, EVALUATED, POOLS, SHARED, parse_arm, plan_runs, with_arms
 from expo.experiments.ablation.results import (
     MEASURES,
@@ -67,7 +67,7 @@ def planned(out, *more, arms=ARMS):
     return plan_runs(out, arms, list(POOLS), 2, [*SHARED, "--run.reply_tokens=1000", *more])
 
 
-def test_runs_of_a_pair_differ_in_their_arm_alone(tmp_path):
+def test_paired_runs_differ_only_in_their_arm(tmp_path):
     for pool in POOLS:
         for seed in (0, 1):
             pair = [run for run in planned(tmp_path) if (run.pool, run.seed) == (pool, seed)]
@@ -89,7 +89,7 @@ def test_runs_of_a_pair_differ_in_their_arm_alone(tmp_path):
             }
 
 
-def test_another_arm_is_any_set_of_flags(tmp_path):
+def test_an_additional_arm_is_any_set_of_flags(tmp_path):
     name, flags = parse_arm("hot=--rollout.temperature=1.2,--curriculum.std=0.2")
     runs = planned(tmp_path, arms={"grpo": ARMS["grpo"], name: flags})
     (hot,) = [run for run in runs if (run.arm, run.pool, run.seed) == ("hot", "skewed", 1)]
@@ -99,16 +99,16 @@ def test_another_arm_is_any_set_of_flags(tmp_path):
             parse_arm(wrong)
 
 
-def test_an_arm_of_a_name_that_is_taken_is_refused():
+def test_a_name_that_is_taken_is_refused_for_an_arm():
     for taken in ARMS:
         with pytest.raises(ConfigError, match=f"would redefine an arm: {taken} is {' '.join(ARMS[taken])}; .* another"):
             with_arms({"grpo": ARMS["grpo"]}, [f"{taken}=--kl.rho=tanh"])
-    with pytest.raises(ConfigError, match="would redefine an arm: own has been given before"):
+    with pytest.raises(ConfigError, match="would redefine an arm: own was given before"):
         with_arms(ARMS, ["own=--kl.beta=0.1", "own=--kl.beta=0.2"])
     assert with_arms({}, ["own=--kl.beta=0.1"]) == {"own": ("--kl.beta=0.1",)}
 
 
-def test_dynamic_filtering_is_an_arm_or_goes_to_every_run(tmp_path):
+def test_dynamic_sampling_is_an_arm_or_applies_to_every_run(tmp_path):
     arm = planned(tmp_path, arms=with_arms(ARMS, ["dynamic=--rollout.max_resamples=3"]))
     assert {run.arm for run in arm if run.config.rollout.max_resamples == 3} == {"dynamic"}
     (expo, dynamic) = [
@@ -121,7 +121,7 @@ def test_dynamic_filtering_is_an_arm_or_goes_to_every_run(tmp_path):
     assert {run.config.rollout.max_resamples for run in every} == {3}
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path):
+def test_a_folder_with_other_settings_is_refused(tmp_path):
     run = planned(tmp_path)[0]
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(run.config.to_yaml())
@@ -155,13 +155,13 @@ def test_bad_command_lines_exit_2_with_one_line(tmp_path, capsys, argument):
 
 
 @pytest.mark.parametrize("degrees", range(1, 12))
-def test_the_t_distribution_is_scipys(degrees):
+def test_the_t_distribution_equals_scipys(degrees):
     for t in (0.0, 0.3, 2.7, 40.0, math.inf):
-        assert t_inside(t, degrees) == pytest.approx(1 - 2 * stats.t.sf(t, degrees), abs=1e-12)
+        assert t_probability(t, degrees) == pytest.approx(1 - 2 * stats.t.sf(t, degrees), abs=1e-12)
     assert t_quantile(0.95, degrees) == pytest.approx(stats.t.ppf(0.975, degrees))
 
 
-def test_a_paired_difference_is_scipys_paired_t_test():
+def test_a_paired_difference_equals_scipys_paired_t_test():
     values, baseline = [0.71, 0.69, 0.74, 0.70], [0.70, 0.69, 0.71, 0.69]
     found, theirs = paired_difference(values, baseline), stats.ttest_rel(values, baseline)
     interval = theirs.confidence_interval(0.95)
@@ -170,12 +170,12 @@ def test_a_paired_difference_is_scipys_paired_t_test():
     assert paired_difference([2.0, 3.0], [1.0, 2.0]) == (1, 0, 1, 1, 0)
 
 
-def test_means_by_hand():
+def test_means_equal_numbers_worked_by_hand():
     assert mean_over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
 
 
-def test_holms_correction_by_hand():
-    # 0.05 / 4 = 0.0125 lets 0.01 through, 0.05 / 3 = 0.0167 stops at 0.02 and all that are larger
+def test_holms_correction_equals_an_example_worked_by_hand():
+    # 0.01 <= 0.05 / 4 = 0.0125 is significant; 0.02 > 0.05 / 3 = 0.0167 is not, nor are the larger ones
     assert holm([0.04, 0.01, 0.02, 0.03]) == [False, True, False, False]
     assert holm([0.04, 0.01, 0.015, 0.02]) == [True, True, True, True]
     assert holm([]) == []
@@ -189,7 +189,7 @@ def outcome(arm, seed, curve, pool="balanced"):
     return Outcome(pool, arm, seed, curve[-1][0], points[-1].reply_tokens, 1.0, ("abc", "def"), points)
 
 
-def test_curves_by_hand():
+def test_curves_equal_numbers_worked_by_hand():
     curve = outcome("grpo", 0, [(0, 0.2), (10, 0.6), (40, 0.4)]).curve
     assert curve_mean(curve) == pytest.approx((10 * 0.4 + 30 * 0.5) / 40)
     assert [pass_at_1_after(curve, tokens) for tokens in (0, 50, 100, 250, 400)] == pytest.approx(
@@ -198,7 +198,7 @@ def test_curves_by_hand():
 
 
 def made_outcomes(*, gain, num_seeds=5, better="better", same="same"):
-    """One arm has `gain` over the baseline, one none; each seed has its own level, each run its noise."""
+    """One arm gains `gain` over the baseline, one gains nothing; seeds have their own level, runs their own noise."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for seed in range(num_seeds):
@@ -213,24 +213,24 @@ def made_outcomes(*, gain, num_seeds=5, better="better", same="same"):
     return made
 
 
-def test_a_planted_difference_is_found_and_an_absent_one_is_not():
+def test_a_planted_difference_is_significant_and_an_absent_one_is_not():
     found = {(contrast.arm, contrast.measure): contrast for contrast in contrasts(made_outcomes(gain=0.05))}
     assert len(found) == 2 * len(MEASURES)
     planted, absent = found["better", "pass@1, at the end"], found["same", "pass@1, at the end"]
-    assert planted.is_beyond_noise
+    assert planted.is_significant
     assert planted.difference.low < 0.05 < planted.difference.high
-    assert not absent.is_beyond_noise
-    assert not any(contrast.is_beyond_noise for contrast in contrasts(made_outcomes(gain=0.0)))
+    assert not absent.is_significant
+    assert not any(contrast.is_significant for contrast in contrasts(made_outcomes(gain=0.0)))
 
 
-def test_the_counted_estimate_is_set_against_expo_in_a_family_of_its_own():
+def test_the_counted_estimate_is_compared_with_expo_in_a_separate_family():
     outcomes = made_outcomes(gain=0.05, better="expo-counted", same="expo")
     primary, secondary = contrasts(outcomes), secondary_contrasts(outcomes)
-    assert {(contrast.arm, contrast.less) for contrast in primary} == {("expo-counted", "grpo"), ("expo", "grpo")}
-    assert {(contrast.arm, contrast.less) for contrast in secondary} == {("expo-counted", "expo")}
+    assert {(contrast.arm, contrast.reference) for contrast in primary} == {("expo-counted", "grpo"), ("expo", "grpo")}
+    assert {(contrast.arm, contrast.reference) for contrast in secondary} == {("expo-counted", "expo")}
     assert [contrast.measure for contrast in secondary] == list(MEASURES)
-    for family in (primary, secondary):  # each is corrected as if there were no other
-        assert [c.is_beyond_noise for c in family] == holm([c.difference.p for c in family])
+    for family in (primary, secondary):  # each family is corrected separately
+        assert [c.is_significant for c in family] == holm([c.difference.p for c in family])
     by_seed = {(o.arm, o.seed): o.curve[-1].pass_at_1 for o in outcomes}
     gaps = [by_seed["expo-counted", seed] - by_seed["expo", seed] for seed in range(5)]
     (found,) = [contrast for contrast in secondary if contrast.measure == "pass@1, at the end"]
@@ -252,19 +252,19 @@ def test_a_full_ablation_has_24_primary_differences_and_6_secondary_ones():
 @pytest.mark.parametrize(
     ("gain", "expected"),
     [
-        (0.05, "of 3 differences of expo-counted to expo, 2 are beyond noise"),
-        (0.0, "of 3 differences of expo-counted to expo, none is beyond noise"),
+        (0.05, "of 3 differences between expo-counted and expo, 2 are statistically significant"),
+        (0.0, "of 3 differences between expo-counted and expo, none is statistically significant"),
     ],
 )
-def test_whether_the_counted_estimate_helps_is_said_and_marked_as_secondary(gain, expected):
+def test_the_effect_of_the_counted_estimate_is_reported_as_secondary(gain, expected):
     outcomes = made_outcomes(gain=gain, better="expo-counted", same="expo")
     record = json.loads(json.dumps(as_record(outcomes, settings_of("expo-counted", "expo"), FACTS)))
     text = tables(record)
-    assert f"Secondary, added after the plan: {expected}" in text
-    assert ("do not tell expo-counted from expo" in text) == (gain == 0)
-    first, second = text.split("Secondary, added after the plan")
-    assert re.findall(r"\| less (\S+) \|", first) == ["grpo"]
-    assert re.findall(r"\| less (\S+) \|", second) == ["expo"]
+    assert f"Secondary analysis, added after the plan: {expected}" in text
+    assert ("show no difference between expo-counted and expo" in text) == (gain == 0)
+    first, second = text.split("Secondary analysis, added after the plan")
+    assert re.findall(r"\| difference to (\S+) \|", first) == ["grpo"]
+    assert re.findall(r"\| difference to (\S+) \|", second) == ["expo"]
     assert second.count("| balanced | expo-counted |") == len(MEASURES)
     assert [(c["arm"], c["less"]) for c in record["secondary_contrasts"]] == [("expo-counted", "expo")] * 3
     assert {c["less"] for c in record["contrasts"]} == {"grpo"}
@@ -274,7 +274,7 @@ def settings_of(*arms):
     return {"reply_tokens": 200, "seeds": 5, "pools": ["balanced"], "arms": {name: [] for name in ("grpo", *arms)}}
 
 
-def test_tables_come_from_results_json_alone():
+def test_tables_are_made_from_results_json_alone():
     outcomes = made_outcomes(gain=0.05)
     record = json.loads(json.dumps(as_record(outcomes, settings_of("better", "same"), FACTS)))
     assert from_record(record) == outcomes
@@ -283,11 +283,11 @@ def test_tables_come_from_results_json_alone():
     (found,) = [c for c in contrasts(outcomes) if (c.arm, c.measure) == ("better", "pass@1, at the end")]
     row = next(line for line in text.splitlines() if line.startswith("| balanced | better | pass@1, at the end |"))
     assert f"| {found.difference.mean:+.3f} ± {found.difference.error:.3f} |" in row
-    assert row.endswith("| beyond noise |")
-    assert "Of 6 differences to grpo, 2 are beyond noise" in text
+    assert row.endswith("| significant |")
+    assert "Of 6 differences to grpo, 2 are statistically significant" in text
 
 
-def test_every_commit_of_a_run_is_reported_the_one_in_older_files_too(tmp_path):
+def test_every_commit_of_a_run_is_reported_from_old_and_new_files(tmp_path):
     sets = {EVALUATED: {"pass_at": {str(k): {"mean": 0.5, "low": 0.4, "high": 0.6} for k in (1, 8)}}}
     outcomes = []
     for run, commits in zip(planned(tmp_path), ({"commits": ["b", "a"]}, {"commit": "c"}), strict=False):
@@ -298,12 +298,12 @@ def test_every_commit_of_a_run_is_reported_the_one_in_older_files_too(tmp_path):
         outcomes.append(read_outcome(run))
     assert [found.commits for found in outcomes] == [("b", "a"), ("c",)]
     runs = [{**asdict(found), "curve": [point._asdict() for point in found.curve]} for found in outcomes]
-    (runs[1]["commit"],) = runs[1].pop("commits")  # as older results have it
+    (runs[1]["commit"],) = runs[1].pop("commits")  # the format of older results
     assert from_record(json.loads(json.dumps({"runs": runs}))) == outcomes
     assert as_record(made_outcomes(gain=0.0), {}, FACTS)["commits"] == ["abc", "def"]
 
 
-def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
+def test_only_the_text_between_the_marks_is_replaced(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     text = with_section(page, "new\n")
@@ -311,7 +311,7 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
     page.write_text(text)
     assert with_section(page, "new\n") == text
     page.write_text("no marks")
-    with pytest.raises(ConfigError, match="put them where the tables are to stand"):
+    with pytest.raises(ConfigError, match="add them where the tables belong"):
         with_section(page, "new\n")
 
 
@@ -321,25 +321,25 @@ def assert_page_shows_its_results(page):
     assert all((page.parent / f"ablation/{name}.png").stat().st_size > 0 for name in ("curves", "differences"))
 
 
-def test_the_docs_show_the_results_they_hold():
+def test_the_docs_show_the_committed_results():
     if (DOCS / "ablation/results.json").exists():
         assert_page_shows_its_results(DOCS / "experiment.md")
     else:
-        assert "What we saw" not in (DOCS / "experiment.md").read_text(encoding="utf-8")
+        assert "## Results" not in (DOCS / "experiment.md").read_text(encoding="utf-8")
 
 
 # --- the command
 
 
-def stopped(argv, out):
-    """The folder of a run that had taken two steps when the ablation that runs it got SIGTERM, and what was said."""
+def interrupt(argv, out):
+    """Sends SIGTERM to an ablation once a run has taken two steps; that run's folder, and the ablation's stderr."""
     process = subprocess.Popen([sys.executable, "-m", "expo.ablation", *argv], stderr=subprocess.PIPE, text=True)
     try:
-        while not (begun := [path for path in out.glob("runs/*/*/*/metrics.jsonl") if len(lines_of(path)) > 1]):
+        while not (started := [path for path in out.glob("runs/*/*/*/metrics.jsonl") if len(lines_of(path)) > 1]):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        return begun[0].parent, process.communicate()[1]
+        return started[0].parent, process.communicate()[1]
     finally:
         process.terminate()
         process.wait()
@@ -350,13 +350,13 @@ def lines_of(path):
 
 
 def steps_of(folder):
-    """Step and seconds of every step: a step that is taken again takes another time."""
+    """Step and seconds of every step; a repeated step would have other seconds."""
     return [(row["step"], row["seconds"]) for row in map(json.loads, lines_of(folder / "metrics.jsonl"))]
 
 
 @pytest.mark.slow
-def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys, monkeypatch):
-    for name in RANK:  # the runs, started by us or by what we start, are ranks of nothing
+def test_the_command_runs_is_interrupted_resumes_and_reports(tmp_path, capsys, monkeypatch):
+    for name in RANK:  # the runs of the ablation are not ranks of this test's process group
         monkeypatch.delenv(name, raising=False)
     few, out = tmp_path / "few.jsonl", tmp_path / "out"
     few.write_text("".join(json.dumps({"question": f"{n}+5=", "answer": n + 5}) + "\n" for n in (2, 3)))
@@ -368,10 +368,10 @@ def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys, m
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--jobs=1", "--model.path=nowhere"])
     assert stop.value.code == 1
-    assert "grpo, seed 0 ended with exit code 2 before its end" in capsys.readouterr().err
-    shutil.rmtree(out / "runs")  # what was begun was begun with another model
-    half, said = stopped(argv, out)
-    assert said.endswith("python -m expo.ablation: error: stopped; give the same command to go on\n")
+    assert "grpo, seed 0 failed with exit code 2" in capsys.readouterr().err
+    shutil.rmtree(out / "runs")  # these runs started with another model
+    half, stderr = interrupt(argv, out)
+    assert stderr.endswith("python -m expo.ablation: error: stopped; run the same command again to continue\n")
     before = steps_of(half)
     assert not (half / "summary.json").exists()
     assert f"stopped by SIGTERM after step {len(before)}; continue with --resume" in (half / "log.txt").read_text()
@@ -379,7 +379,7 @@ def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys, m
     assert main(argv) == 0
     assert f"resuming after step {len(before)} of" in (half / "log.txt").read_text()
     after = steps_of(half)
-    assert after[: len(before)] == before, "what was done before the stop is not done again"
+    assert after[: len(before)] == before, "finished steps are not repeated"
     assert [step for step, _ in after] == list(range(1, len(after) + 1))
     assert len(after) > len(before)
     runs = sorted(out.glob("runs/*/*/*/metrics.jsonl"))
@@ -389,7 +389,7 @@ def test_one_command_runs_all_is_stopped_goes_on_and_reports(tmp_path, capsys, m
         replaced[path.parent.parent.name] += sum(json.loads(line)["groups_dropped"] for line in lines_of(path))
     assert replaced["grpo"] == 0 < replaced["dynamic"]
     made = [path.stat().st_mtime_ns for path in runs]
-    assert main(argv) == 0  # all there: nothing runs again
+    assert main(argv) == 0  # all runs are finished: nothing runs again
     assert [path.stat().st_mtime_ns for path in runs] == made
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()

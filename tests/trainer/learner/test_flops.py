@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and peaks: against transformers' own modules, PyTorch's own counter, and numbers worked by hand."""
+"""Parameter counts, FLOPs and peaks against transformers' modules, PyTorch's counter and numbers worked by hand."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_parameters_are_those_of_the_real_module(config, is_tied):
         ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
     ],
 )
-def test_shipped_shapes_have_the_parameters_that_their_makers_state(path, num_parameters):
+def test_shipped_shapes_have_the_parameter_counts_of_their_model_cards(path, num_parameters):
     shape, source = find_shape(ModelSection(path=path))
     assert shape.num_parameters == num_parameters
     assert source.startswith("expo/recipes/models/")
@@ -125,7 +125,7 @@ def test_flops_worked_by_hand():
     assert head_flops(BY_HAND, 4) == 80
     assert forward_flops(BY_HAND, 4, 9 + 1) == 328 + 80
     assert forward_flops(BY_HAND, 4, 9 + 1, num_scored=2) == 328 + 40
-    # backward twice the forward; two more forwards; checkpointing repeats the layer but for down: 2 * 6 * 4 = 48
+    # backward is twice the forward; two more forwards; checkpointing repeats the layer except down: 2 * 6 * 4 = 48
     assert training_flops(BY_HAND, [3, 1], False, 0) == 3 * 408
     assert training_flops(BY_HAND, [3, 1], False, 2) == 5 * 408
     assert training_flops(BY_HAND, [3, 1], True, 0, num_scored=2) == 3 * 368 + 328 - 48
@@ -134,7 +134,7 @@ def test_flops_worked_by_hand():
 
 
 def test_generation_flops_worked_by_hand():
-    # a prompt of 2, replies of 3 and 1: reads 2 tokens (contexts 1 + 2) and one head, then 2 tokens at contexts 3 and 4
+    # a prompt of 2, replies of 3 and 1: prefill of 2 tokens (contexts 1 + 2), one head; then 2 at contexts 3 and 4
     reading = 2 * 34 * 2 + 8 * 3 + 20
     decoding = 2 * 34 * 2 + 8 * 7 + 2 * 20
     assert generation_flops(BY_HAND, [2], [3, 1]) == reading + decoding
@@ -194,5 +194,5 @@ def test_flops_of_frozen_weights_are_those_that_pytorch_counts():
         ("cpu", None),
     ],
 )
-def test_peaks_are_found_by_the_name_that_torch_gives(name, peak):
+def test_peaks_are_found_by_the_device_name_of_torch(name, peak):
     assert peak_flops(name) == peak

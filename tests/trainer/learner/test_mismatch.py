@@ -1,4 +1,4 @@
-"""Trainer against rollout engine: the figures by hand, and the same ones however a step is cut."""
+"""The mismatch metrics: numbers worked by hand, and equal ones for every split of a step."""
 
 import math
 
@@ -9,7 +9,7 @@ from expo.learner.mismatch import summary
 from tests.trainer.learner.test_policy import BETA, make, samples
 
 
-def test_figures_worked_by_hand():
+def test_metrics_worked_by_hand():
     # weights 1, 2, 4 and 1/4
     found = summary(torch.tensor([0.0, math.log(2), math.log(4), -math.log(4)]))
     assert found == pytest.approx(
@@ -23,22 +23,22 @@ def test_figures_worked_by_hand():
     )
 
 
-def test_a_percentile_is_the_smallest_value_with_so_many_at_or_below_it():
+def test_a_percentile_is_the_smallest_value_with_that_share_at_or_below_it():
     found = summary(torch.arange(200).div(200).log()[torch.randperm(200)])
     assert found["rollout_ratio_median"] == pytest.approx(99 / 200)
     assert found["rollout_ratio_p99"] == pytest.approx(197 / 200)
 
 
-def test_an_engine_that_agrees_has_weight_one_and_all_samples():
+def test_equal_logps_have_weight_one_and_a_full_effective_sample_size():
     found = summary(torch.zeros(7))
     assert list(found.values()) == [0.0, 0.0, 1.0, 1.0, 1.0]
 
 
-def test_without_a_token_there_is_no_figure():
+def test_without_a_token_the_metrics_are_nan():
     assert all(math.isnan(value) for value in summary(torch.empty(0)).values())
 
 
-def figures(**overrides):
+def metrics_of(**overrides):
     policy = make(**overrides)
     for mini_batch in policy.prepare(samples(policy)):
         policy.update(mini_batch, BETA)
@@ -46,17 +46,17 @@ def figures(**overrides):
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "split",
     [{"micro_batch_tokens": 64}, {"updates_per_step": 4}, {"packing": True}, {"old_logps": "rollout"}],
 )
-def test_how_a_step_is_cut_does_not_change_the_figures(cut):
-    expected = figures(optimizer__lr=1e-2)
+def test_the_split_of_a_step_does_not_change_the_metrics(split):
+    expected = metrics_of(optimizer__lr=1e-2)
     assert expected["rollout_logp_difference_max"] > 0.3
-    found = figures(optimizer__lr=1e-2, **{f"policy__{name}": value for name, value in cut.items()})
+    found = metrics_of(optimizer__lr=1e-2, **{f"policy__{name}": value for name, value in split.items()})
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_each_step_has_its_own_figures():
+def test_each_step_has_its_own_metrics():
     policy = make()
     found = []
     for count in (12, 3):
@@ -64,11 +64,11 @@ def test_each_step_has_its_own_figures():
         assert math.isnan(policy.mismatch()["rollout_ratio_median"])
         policy.update(mini_batch, BETA)
         found.append(policy.mismatch())
-    assert found[0] == figures()
+    assert found[0] == metrics_of()
     assert found[1] != found[0]
 
 
-def test_rollout_log_probs_as_old_ones_are_compared_before_the_policy_moves():
+def test_with_rollout_logps_as_old_logps_only_the_first_update_counts():
     policy = make(policy__old_logps="rollout", policy__updates_per_step=2, optimizer__lr=1e-2)
     first, second = policy.prepare(samples(policy))
     policy.update(first, BETA)

@@ -1,4 +1,4 @@
-"""The language model: what the engine and the loss make of its hidden states is what the model itself says."""
+"""The language model: logits computed from its hidden states equal those of the model itself."""
 
 import copy
 
@@ -24,7 +24,7 @@ def test_logits_are_the_models_own(ledger_model):
     torch.testing.assert_close(rounded, expected, atol=0.3, rtol=0.05)
 
 
-def test_a_softcap_is_taken_over_and_a_scale_is_refused(ledger_model):
+def test_a_softcap_is_applied_and_a_logit_scale_is_refused(ledger_model):
     model = copy.deepcopy(ledger_model[0])
     hidden = torch.randn(2, model.config.hidden_size)
     assert logit_softcap(model) is None

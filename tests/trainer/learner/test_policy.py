@@ -1,4 +1,4 @@
-"""The policy on one rank: one code path for all log-probs, exact accounting, and a state that goes on with equal bits.
+"""The policy on one rank: log-probs, gradients, optimizer steps, and checkpoints that restore every bit.
 
 Many ranks: ranks/test_same_step.py.
 """
@@ -60,7 +60,7 @@ def test_first_step_has_ratio_one_and_no_kl():
     assert metrics["ratio_max"] != 1.0
 
 
-def test_old_logps_of_a_single_update_are_its_own():
+def test_a_single_update_uses_its_current_logps_as_old_logps():
     policy = make()
     (only,) = policy.prepare(samples(policy))
     assert all(micro.old_logps is None for micro in only.micro_batches)
@@ -86,7 +86,7 @@ def gradient_of(policy, mini_batch):
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_how_micro_batches_are_cut_does_not_change_the_gradient(aggregation, packing):
+def test_the_split_into_micro_batches_does_not_change_the_gradient(aggregation, packing):
     gradients = []
     for budget, packed in ((64, packing), (4096, False)):
         policy = make(policy__micro_batch_tokens=budget, objective__aggregation=aggregation, policy__packing=packed)
@@ -98,7 +98,7 @@ def test_how_micro_batches_are_cut_does_not_change_the_gradient(aggregation, pac
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_replies_left_out_change_nothing_about_the_step_of_the_others(aggregation):
+def test_replies_left_out_do_not_change_the_step_of_the_others(aggregation):
     options = {"policy__micro_batch_tokens": 64, "objective__aggregation": aggregation}
     policy, other = make(**options), make(**options)
     data = samples(policy)
@@ -111,7 +111,7 @@ def test_replies_left_out_change_nothing_about_the_step_of_the_others(aggregatio
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_step_of_which_all_is_left_out_has_no_gradient(aggregation, packing):
+def test_a_step_without_samples_has_no_gradient(aggregation, packing):
     policy = make(objective__aggregation=aggregation, policy__packing=packing)
     (mini_batch,) = policy.prepare([replace(sample, is_left_out=True) for sample in samples(policy)])
     metrics = policy.update(mini_batch, BETA)
@@ -120,14 +120,14 @@ def test_a_step_of_which_all_is_left_out_has_no_gradient(aggregation, packing):
 
 
 @pytest.mark.parametrize("correction", ["token", "sequence"])
-def test_a_rollout_correction_weighs_replies_by_how_rarely_the_engine_would_give_them(correction):
+def test_a_rollout_correction_weights_replies_by_their_importance_ratio(correction):
     plain = make(kl__beta=0.0)
     (mini_batch,) = plain.prepare(samples(plain, 3))
     ordered = sorted(samples(plain, 3), key=len, reverse=True)
     logps = reply_logps(plain, mini_batch.micro_batches)[0].split([len(sample.reply_ids) for sample in ordered])
 
     def gradient(shift=0.0, weights=(1, 1, 1), **overrides):
-        """With log-probs of the engine so many nats above the trainer's, and advantages times the weights."""
+        """The gradient with the engine's log-probs `shift` nats above the trainer's, and advantages times `weights`."""
         data = [
             replace(sample, rollout_logps=(own + shift).tolist(), advantage=sample.advantage * weight)
             for sample, own, weight in zip(ordered, logps, weights, strict=True)
@@ -142,7 +142,7 @@ def test_a_rollout_correction_weighs_replies_by_how_rarely_the_engine_would_give
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_neighbours_do_not_change_logps(packing):
+def test_other_sequences_of_the_batch_do_not_change_logps(packing):
     policy = make(policy__packing=packing)
     (mini_batch,) = policy.prepare(samples(policy, 3))
     (micro,) = mini_batch.micro_batches
@@ -155,7 +155,7 @@ def test_neighbours_do_not_change_logps(packing):
     torch.testing.assert_close(torch.cat(together), torch.cat(in_order), atol=1e-5, rtol=0)
 
 
-def test_reference_stays_frozen_while_the_policy_moves():
+def test_the_reference_stays_frozen_while_the_policy_is_updated():
     policy = make(optimizer__lr=1e-3)
     before = weights(policy)
     (mini_batch,) = policy.prepare(samples(policy))
@@ -166,13 +166,13 @@ def test_reference_stays_frozen_while_the_policy_moves():
     assert not torch.equal(before, weights(policy))
 
 
-def test_an_offloaded_reference_says_the_same():
+def test_an_offloaded_reference_has_equal_logps():
     policies = [make(policy__offload_reference=offload) for offload in (False, True)]
     found = [policy.prepare(samples(policy))[0].micro_batches[0].ref_logps for policy in policies]
     assert torch.equal(*found)
 
 
-def test_good_replies_become_likelier_and_bad_ones_rarer():
+def test_replies_become_more_likely_with_positive_advantage_and_less_with_negative():
     policy = make(optimizer__lr=1e-6, optimizer__warmup_steps=0)
     (mini_batch,) = policy.prepare(samples(policy, 2))
     (micro,) = mini_batch.micro_batches
@@ -183,7 +183,7 @@ def test_good_replies_become_likelier_and_bad_ones_rarer():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_restored_policy_goes_on_with_equal_bits(tmp_path, stage):
+def test_a_restored_policy_continues_with_equal_bits(tmp_path, stage):
     policy = make(policy__zero_stage=stage)
     step(policy)
     (tmp_path / "held").mkdir()
@@ -219,7 +219,7 @@ def test_gradient_checkpointing_gives_the_same_step():
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_optimizer_states_may_lie_in_cpu_memory(stage):
+def test_optimizer_states_may_be_offloaded(stage):
     found = []
     for offload in (False, stage > 0):
         policy = make(
@@ -233,7 +233,7 @@ def test_optimizer_states_may_lie_in_cpu_memory(stage):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_bfloat16_products_keep_float32_parameters_that_small_steps_move(stage):
+def test_small_steps_change_float32_parameters_under_bfloat16_products(stage):
     policy = make(
         policy__dtype="bfloat16",
         policy__zero_stage=stage,
@@ -255,7 +255,7 @@ def test_bfloat16_products_keep_float32_parameters_that_small_steps_move(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("poison", ["advantage", "rollout"])
-def test_a_gradient_that_is_not_finite_moves_nothing(stage, poison):
+def test_a_non_finite_gradient_changes_no_weight(stage, poison):
     policy = make(policy__zero_stage=stage, policy__micro_batch_tokens=64)
     step(policy)
     before, (mini_batch,) = weights(policy), policy.prepare(samples(policy))
@@ -306,7 +306,7 @@ class TestLora:
                 assert torch.equal(base[name], value)
 
     @pytest.mark.parametrize("stage", [0, 2, 3])
-    def test_exported_weights_have_the_adapters_in_them(self, tmp_path, stage):
+    def test_adapters_are_merged_into_exported_weights(self, tmp_path, stage):
         policy = make(policy__lora_rank=4, policy__zero_stage=stage, optimizer__lr=1e-2, optimizer__warmup_steps=0)
         step(policy)
         policy.export(tmp_path)
@@ -320,7 +320,7 @@ class TestLora:
         reference = [micro.ref_logps[micro.batch.completion_mask] for micro in mini_batch.micro_batches]
         assert (torch.cat(with_adapters) - torch.cat(reference)).abs().max() > 1e-2
 
-    def test_a_restored_policy_goes_on_with_equal_bits(self, tmp_path):
+    def test_a_restored_policy_continues_with_equal_bits(self, tmp_path):
         policy, other = make(policy__lora_rank=4, policy__zero_stage=2), make(policy__lora_rank=4, policy__zero_stage=2)
         step(policy)
         policy.save(tmp_path)

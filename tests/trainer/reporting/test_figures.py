@@ -1,4 +1,4 @@
-"""What pictures compute themselves, by hand; that a run's pictures are drawn is tested with its report."""
+"""Values that figures compute, worked by hand; `test_report.py` draws the figures of runs."""
 
 import math
 

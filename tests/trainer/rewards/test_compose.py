@@ -1,4 +1,4 @@
-"""What is added to the verdict: the overlong penalty, users' functions and their failures, formats."""
+"""The reward behind the advantages: overlong penalty, reward functions and their failures."""
 
 import sys
 
@@ -8,7 +8,6 @@ import torch
 import expo.run.lifecycle
 from expo.config import RewardSection
 from expo.errors import ConfigError, RewardError
-from expo.formats import boxed, think_then_answer
 from expo.rewards.compose import RewardComposer, load_reward_functions, overlong_penalties
 from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
@@ -34,7 +33,7 @@ def chokes_on_many(replies, answers, questions): return [1.0 / (2 - len(replies)
 
 @pytest.fixture
 def functions(tmp_path, monkeypatch):
-    """The module `own_rewards`, importable."""
+    """Makes the modules `own_rewards` and `broken_rewards` importable."""
     (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
     (tmp_path / "broken_rewards.py").write_text("def f(:")
     monkeypatch.syspath_prepend(tmp_path)
@@ -53,12 +52,12 @@ def shaped(load=load_reward_functions, **section):
     return RewardComposer(section, 10, load(section.functions), Ranks(torch.device("cpu"), 0, 1)).shape(graded())
 
 
-def test_overlong_replies_pay_by_equation_13():
+def test_overlong_penalties_follow_equation_13():
     lengths = torch.tensor([1, 15, 16, 17, 18, 20])
     torch.testing.assert_close(overlong_penalties(lengths, 20, 4), torch.tensor([0, 0, 0, -0.25, -0.5, -1]))
 
 
-def test_a_reward_of_the_verdict_alone_is_the_verdict():
+def test_without_further_terms_the_reward_is_the_verdict():
     found = shaped()
     assert torch.equal(found.rewards, found.correct)
     assert found.reward_parts == {}
@@ -82,10 +81,10 @@ def test_parts_are_weighted_and_added(functions):
         ("lost_rewards:f", "No module named 'lost_rewards'"),
         ("broken_rewards:f", "SyntaxError"),
         ("own_rewards:lost", "has no attribute 'lost'"),
-        ("own_rewards:not_a_function", "is a int; name a function"),
+        ("own_rewards:not_a_function", "is a int; give the name of a function"),
     ],
 )
-def test_functions_that_are_not_there_are_named_at_load(functions, name, expected):
+def test_functions_that_cannot_be_imported_are_named_at_load(functions, name, expected):
     with pytest.raises(ConfigError, match=expected) as error:
         functions([name])
     assert name in str(error.value)
@@ -108,17 +107,7 @@ def test_functions_that_fail_are_named_with_the_reply(functions, name, expected)
     assert "\n" not in str(error.value)
 
 
-def test_formats():
-    replies = [r"so \boxed{4}", r"\boxed{", r"\boxed{}", "4"]
-    assert boxed(replies, [""] * 4, [""] * 4) == [1.0, 0.0, 0.0, 0.0]
-    kept = ["<think>a</think>4", " <think>\na\n</think>\n\n4\n", "in the prompt</think> 4"]
-    broken = ["4", "<think>a</think> ", "<think>a</think>b</think>4", "<think><think>a</think>4", "a<think>b</think>4"]
-    broken += ["<think>a</think>4<think>", ""]
-    found = think_then_answer(kept + broken, [], [])
-    assert found == [1.0] * len(kept) + [0.0] * len(broken)
-
-
-def test_shaping_moves_advantages_and_neither_accuracy_nor_beta_nor_pass_rates(tmp_path, monkeypatch):
+def test_shaping_changes_advantages_but_not_accuracy_beta_or_pass_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
     plain = train(quick(tmp_path, run__steps=1, optimizer__warmup_steps=0))
     options = {"reward__functions": {"expo.formats:boxed": 0.5}, "reward__overlong_buffer": 20}

@@ -1,4 +1,4 @@
-"""Groups that teach nothing, replaced: which are kept, what is counted, and a run that draws further questions."""
+"""Resampling of groups with equal rewards: which groups are kept, their metrics, and runs that resample."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from expo.types import Prompt, Question, Reply, Verdict
 from expo_kernels import CurriculumTable
 from tests.trainer.test_train import quick, rows_of, train_until_it_dies, untimed, weights_of
 
-# half of all pairs of replies are both right or both wrong
+# half of all pairs of replies are both correct or both wrong
 PAIRS = {"rollout__group_size": 2, "rollout__max_resamples": 2, "run__checkpoint_every": 3, "run__steps": 6}
 REPLY = Reply([5, 6], [-0.5, -0.7], False, "")
 
 
 def round_of(*patterns):
-    """Groups of replies, right where a pattern has a 1."""
+    """Groups of replies; a 1 in a pattern is a correct reply."""
     verdicts = [[Verdict("correct" if mark == "1" else "wrong", "") for mark in pattern] for pattern in patterns]
     prompts = [Prompt(Question(pattern, pattern, "1"), [5]) for pattern in patterns]
     return GradedRollouts(prompts, [[REPLY] * len(pattern) for pattern in patterns], verdicts)
@@ -30,13 +30,13 @@ def kept(size, *rounds):
     ]
 
 
-def test_groups_that_teach_are_kept_in_the_order_drawn_and_others_fill_up():
+def test_groups_with_unequal_rewards_are_kept_in_the_order_drawn_and_others_fill_up():
     assert kept(3, ["000", "010", "111"]) == ["000", "010", "111"]
     assert kept(3, ["000", "010", "111"], ["110", "100"]) == ["010", "110", "100"]
     assert kept(3, ["000", "010", "111"], ["110", "000"]) == ["000", "010", "110"]
 
 
-def test_what_was_sampled_is_counted():
+def test_sampled_groups_are_counted():
     rollouts = Rollouts([round_of("000", "010", "111"), round_of("110", "000")], 3)
     assert rollouts.metrics() == {"groups_sampled": 5, "groups_dropped": 2, "resampling_rounds": 1}
     assert rollouts.num_missing == 1
@@ -44,13 +44,13 @@ def test_what_was_sampled_is_counted():
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7])
-def test_equal_rewards_teach_nothing_whatever_their_float_deviation(value):
+def test_equal_rewards_are_recognised_whatever_their_float_deviation(value):
     rewards = torch.full((2, 7), value)
     rewards[1, 3] = torch.nextafter(rewards[1, 3], torch.ones(()))
     assert has_unequal_rewards(rewards).tolist() == [False, True]
 
 
-def test_truncated_replies_are_left_out_where_asked():
+def test_truncated_replies_are_left_out_if_masked():
     cut = Reply([5, 6], [-0.5, -0.7], True, "")
     graded = GradedRollouts(round_of("01").prompts, [[REPLY, cut]], round_of("01").verdicts)
     for mask_truncated in (False, True):
@@ -60,7 +60,7 @@ def test_truncated_replies_are_left_out_where_asked():
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_report():
-    """Drawing takes longer than these runs."""
+    """Drawing the report takes longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
         yield
@@ -91,7 +91,7 @@ def test_every_group_sampled_counts(resampled):
 
 
 @pytest.mark.parametrize("kind", ["gcs", "uniform"])
-def test_further_questions_follow_those_of_a_step_without_rounds(kind):
+def test_further_rounds_do_not_change_the_questions_of_the_first(kind):
     def draw(rounds):
         overrides = {"curriculum.kind": kind, "rollout.max_resamples": rounds, "rollout.questions_per_step": 8}
         config, generator = load_config(None, list(overrides.items())), torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def test_further_questions_follow_those_of_a_step_without_rounds(kind):
     assert sorted(draw(5)) == list(range(20))
 
 
-def test_the_first_round_is_the_step_of_a_run_without_others(resampled, tmp_path):
+def test_the_first_round_equals_the_step_of_a_run_without_resampling(resampled, tmp_path):
     plain = train(quick(tmp_path, **{**PAIRS, "run__steps": 2, "rollout__max_resamples": 0}))
     alone, more = ([row for row in rows_of(run, "completions") if row["step"] == 1] for run in (plain, resampled))
     assert len(more) > len(alone) == 4 * 2
@@ -120,7 +120,7 @@ def test_a_resumed_run_draws_and_drops_the_same(resampled, tmp_path, monkeypatch
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_where_every_question_is_asked_anyway_resampling_is_refused(tmp_path, capsys):
+def test_resampling_is_refused_if_a_step_draws_every_question(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     config = quick(tmp_path, rollout__max_resamples=1)
     path.write_text(config.to_yaml())

@@ -13,7 +13,7 @@ from expo.rollout.transformers import TransformersEngine
 from expo.runtime.distributed import Ranks
 from expo.train import train
 from expo.types import Reply
-from tests.ranks.running import argv, life, lived, rows_of, untimed
+from tests.ranks.running import argv, launch, rows_of, run_launches, untimed
 
 REPLIES = [
     [Reply([5, 16, 2], [-0.1, -1 / 3, -2.5e-8], False, "à\n"), Reply([7], [-20.0], True, "")],
@@ -130,7 +130,9 @@ def test_a_run_killed_after_sampling_samples_nothing_twice(tmp_path, monkeypatch
     whole = argv(tmp_path, "whole", **options)
     killed = argv(tmp_path, "killed", **options)
     fault = {"phase": "gradient", "do": "kill", "nth": 5}
-    codes = lived(tmp_path, [life("whole", whole, ranks=1), life("killed", killed, ranks=1, fault=fault)], ranks=1)
+    codes = run_launches(
+        tmp_path, [launch("whole", whole, ranks=1), launch("killed", killed, ranks=1, fault=fault)], ranks=1
+    )
     assert codes == {"whole": [0], "killed": [-9]}
     steps = [row["step"] for row in rows_of(tmp_path / "killed", "metrics")]
     assert steps == [1, 2, 3, 4]

@@ -1,7 +1,4 @@
-"""Checkpoints of one rank: whole or not at all, the newest whole one found, and no more kept than asked for.
-
-Many ranks, kills and full disks: tests/ranks/.
-"""
+"""Checkpoints on one rank: atomic writes, damage and retention. Many ranks: tests/ranks/test_saving.py."""
 
 import json
 import random
@@ -12,12 +9,11 @@ import torch
 
 from expo.errors import CheckpointError
 from expo.run.checkpoint import Checkpoints, Position
-from expo.runtime.atomic_io import write_whole
 from expo.runtime.distributed import join_ranks
 
 
 class Weights:
-    """A policy that is one tensor."""
+    """A policy with one tensor."""
 
     def __init__(self, value):
         self.value = value
@@ -41,7 +37,7 @@ def names(store):
     return [path.name for path in store.list()]
 
 
-def test_all_that_a_run_is_comes_back_with_equal_bits(tmp_path):
+def test_the_whole_state_of_a_run_is_restored_with_equal_bits(tmp_path):
     store, weights = checkpoints(tmp_path), torch.randn(5)
     random.seed(3), numpy.random.seed(4), torch.manual_seed(5)
     store.save(position(3, bad_updates=2), Weights(weights))
@@ -91,7 +87,7 @@ def flip(path):
         ("manifest.json", lambda path: path.unlink(), "FileNotFoundError"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, file, damage, expected):
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, capsys, file, damage, expected):
     store = checkpoints(tmp_path)
     store.save(position(1), Weights(torch.randn(100)))
     damage(store.save(position(2), Weights(torch.randn(100))) / file)
@@ -101,7 +97,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, file, d
     assert expected in message
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path, capsys):
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, capsys):
     checkpoints(tmp_path, "a").save(position(1), Weights(1))
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         checkpoints(tmp_path, "b").newest_whole()
@@ -123,31 +119,15 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
 
 
-def test_saving_a_step_again_leaves_it_as_it_is(tmp_path):
+def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
     store = checkpoints(tmp_path)
     store.save(position(1), Weights("first"))
     path = store.save(position(1), Weights("second"))
     assert torch.load(path / "policy/weights.pt") == "first"
 
 
-def test_a_manifest_says_what_a_checkpoint_is(tmp_path):
+def test_a_manifest_describes_the_checkpoint(tmp_path):
     path = checkpoints(tmp_path).save(position(7), Weights(1), score=0.5)
     facts = json.loads((path / "manifest.json").read_text())
     assert (facts["step"], facts["ranks"], facts["score"], facts["config_hash"]) == (7, 1, 0.5, "a")
     assert set(facts["files"]) == {"policy/weights.pt", "position.pt", "random-rank0.pt"}
-
-
-def test_a_write_that_dies_leaves_the_old_contents(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def die(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, die)
-    assert path.read_text() == "old"
-    write_whole(path, lambda temporary: temporary.write_text("new"))
-    assert [item.name for item in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "new"

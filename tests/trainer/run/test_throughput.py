@@ -1,4 +1,4 @@
-"""Speed and memory of a step: numbers worked by hand."""
+"""Throughput and memory of a step: numbers worked by hand."""
 
 from types import SimpleNamespace
 
@@ -34,13 +34,13 @@ def test_rates_are_tokens_over_the_seconds_of_their_phase():
     assert row["training_tokens_per_second"] == 22 / 4
     assert row["padding_fraction"] == pytest.approx(1 - 22 / 26)
     assert 0 < row["memory_peak_gib"] < 100
-    assert row["mfu"] is None, "there is no peak to speak of on a CPU"
+    assert row["mfu"] is None, "a CPU has no known peak"
     nothing = measure.row(SimpleNamespace(num_tokens=30), [batch([], 0, 0)], timer(rollout=2.0, update=4.0))
     assert nothing["padding_fraction"] == nothing["training_tokens_per_second"] == 0.0
 
 
 @pytest.mark.parametrize(("updates", "rank", "passes"), [(1, 0, 1), (4, 0, 2), (1, 8, 1)])
-def test_utilisation_is_flops_over_what_the_gpus_could_do(monkeypatch, updates, rank, passes):
+def test_utilisation_is_flops_over_the_peak_of_all_gpus(monkeypatch, updates, rank, passes):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     config = load_config(
         None, [("policy.dtype", "bfloat16"), ("policy.updates_per_step", updates), ("policy.lora_rank", rank)]

@@ -1,4 +1,4 @@
-"""Trackers: real TensorBoard files, the calls the other two take, and a run that no tracker can end."""
+"""Trackers: TensorBoard's files, the calls of the other libraries, and failures that do not end a run."""
 
 import math
 import os
@@ -31,7 +31,7 @@ def scalars(folder):
 
 
 class FakeLibrary:
-    """Weights & Biases and trackio as far as they are used: init(...) gives a run with log and finish."""
+    """The part of Weights & Biases and trackio that is used: init(...) returns a run with log and finish."""
 
     def __init__(self):
         self.started, self.logged, self.num_finished = [], [], 0
@@ -58,7 +58,7 @@ def test_tensorboard_shows_the_numbers_under_their_names(tmp_path):
     (tracker,) = open_trackers(["tensorboard"], tmp_path, CONFIG, resume=False)
     tracker.log(1, row(1, loss=math.nan, beta_eff=1, note="text", is_odd=True, unlisted=3.0))
     tracker.log(2, row(2))
-    # read before it is closed: a run that is killed has lost nothing
+    # read before it is closed: a killed run loses nothing
     found = scalars(tmp_path)
     assert found["accuracy"] == [(1, 0.1), (2, 0.2)]
     assert found["seconds/rollout"] == [(1, 2.5), (2, 2.5)]
@@ -68,7 +68,7 @@ def test_tensorboard_shows_the_numbers_under_their_names(tmp_path):
     tracker.close()
 
 
-def test_steps_taken_again_replace_the_old_ones_in_tensorboard(tmp_path):
+def test_repeated_steps_replace_the_old_ones_in_tensorboard(tmp_path):
     for resume, steps, value in ((False, (1, 2, 3), 0.0), (True, (2, 3, 4), 1.0)):
         (tracker,) = open_trackers(["tensorboard"], tmp_path, CONFIG, resume)
         for step in steps:
@@ -77,7 +77,7 @@ def test_steps_taken_again_replace_the_old_ones_in_tensorboard(tmp_path):
     assert scalars(tmp_path)["accuracy"] == [(1, 0.0), (2, 1.0), (3, 1.0), (4, 1.0)]
 
 
-def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path, library):
+def test_a_resumed_run_continues_in_the_same_tracker_run(tmp_path, library):
     for resume in (False, True):
         (tracker,) = open_trackers([library.name], tmp_path, CONFIG, resume)
         tracker.log(1, row(1))
@@ -111,8 +111,8 @@ def test_a_tracker_that_fails_is_reported_once_and_never_ends_the_run(tmp_path, 
             tracker.log(step, row(step))
     for tracker in trackers:
         tracker.close()
-    said = capsys.readouterr().err
-    assert said == f"tracker {library.name} failed (no network at step 1); the run goes on without it\n"
+    stderr = capsys.readouterr().err
+    assert stderr == f"tracker {library.name} failed (no network at step 1); the run continues without it\n"
     assert scalars(tmp_path)["accuracy"] == [(1, 0.1), (2, 0.2)]
 
 
@@ -149,7 +149,7 @@ def test_libraries_are_imported_only_when_used():
     assert done.returncode == 0, done.stderr
 
 
-def test_real_wandb_goes_on_offline_in_one_run(tmp_path, monkeypatch):
+def test_real_wandb_continues_offline_in_one_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -163,7 +163,7 @@ def test_real_wandb_goes_on_offline_in_one_run(tmp_path, monkeypatch):
     assert all(path.stat().st_size > 0 for path in written)
 
 
-def test_real_trackio_goes_on_in_one_run(tmp_path, monkeypatch):
+def test_real_trackio_continues_in_one_run(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is not installed")
     script = (
         "import sys; from pathlib import Path; from expo.config import load_config; "
@@ -175,7 +175,7 @@ def test_real_trackio_goes_on_in_one_run(tmp_path, monkeypatch):
         "from trackio import Api; from trackio.sqlite_storage import SQLiteStorage; (run,) = Api().runs('expo'); "
         "print([(row['step'], row['accuracy']) for row in SQLiteStorage.get_logs('expo', run.name)])"
     )
-    # where it writes is settled when it is imported, hence a process of its own
+    # trackio chooses its folder at import, hence a separate process
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(tmp_path / "trackio")}
 
     def python(*arguments):

@@ -1,4 +1,4 @@
-"""Command line: what a user types becomes a RunConfig, or one clear line."""
+"""Command lines and files become a RunConfig, or an error of one line."""
 
 import pytest
 import yaml
@@ -82,9 +82,9 @@ def test_bad_command_lines_exit_2_with_one_line(capsys, argument, expected):
     assert expected in error_of(capsys, argument)
 
 
-def test_a_rollout_correction_that_would_do_nothing_is_refused(capsys):
-    said = error_of(capsys, "--objective.rollout_correction=token", "--policy.old_logps=rollout")
-    assert "would weigh every token by 1" in said
+def test_a_rollout_correction_without_effect_is_refused(capsys):
+    message = error_of(capsys, "--objective.rollout_correction=token", "--policy.old_logps=rollout")
+    assert "would weigh every token by 1" in message
 
 
 @pytest.mark.parametrize(

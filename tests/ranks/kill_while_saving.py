@@ -1,8 +1,8 @@
-"""A run that is killed again and again while it saves: `kills.py FOLDER NUMBER ARGUMENTS`.
+"""Kills a run repeatedly while it saves: `kill_while_saving.py FOLDER NUMBER ARGUMENTS`.
 
-Each life is forked from this process, which has imported everything. The first one tells how long a save takes, and
-dies like the others; each later one resumes what the one before has left. What lies in the checkpoints' folder after
-each kill goes to FOLDER/left.json; the last life is let live.
+Each process of the run is forked from this one, which has imported everything. The first measures the duration of a
+save; each later one resumes the run. The names in the checkpoints' folder after each kill are written to
+FOLDER/left.json; the last process is not killed.
 """
 
 import json
@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.ranks.lives import expo, live, warm_up
+from tests.ranks.launcher import expo, run_launch, warm_up
 
 LEARNING_SAVES = 3
 
 
-def tell_of_saves(pipe):
-    """A byte down the pipe when a save begins, another when it ends."""
+def report_saves(pipe):
+    """Writes a byte to the pipe when a save begins, and another when it ends."""
     real = expo.train.save_checkpoint
 
     def save(*args, **kwargs):
@@ -30,14 +30,14 @@ def tell_of_saves(pipe):
     expo.train.save_checkpoint = save
 
 
-def born(arguments):
-    """Process id of a new life, and the pipe on which it tells of its saves."""
+def fork_run(arguments):
+    """Forks a run; its process id, and the pipe to which it reports its saves."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
         os.close(read)
-        tell_of_saves(write)
-        sys.exit(live({"argv": arguments, "ranks": 1, "fault": None}, 0))
+        report_saves(write)
+        sys.exit(run_launch({"argv": arguments, "ranks": 1, "fault": None}, 0))
     os.close(write)
     return process, read
 
@@ -49,7 +49,7 @@ def killed(process):
 
 def main(folder, number, arguments):
     warm_up()
-    process, pipe = born(arguments)
+    process, pipe = fork_run(arguments)
     durations = []
     for _ in range(LEARNING_SAVES):
         assert os.read(pipe, 1) == b"("
@@ -60,8 +60,8 @@ def main(folder, number, arguments):
     duration, left = sorted(durations)[LEARNING_SAVES // 2], []
     generator = random.Random(0)
     for kill in range(number):
-        process, pipe = born([*arguments, "--resume"])
-        assert os.read(pipe, 1) == b"(", "the life after a kill did not come to its first save"
+        process, pipe = fork_run([*arguments, "--resume"])
+        assert os.read(pipe, 1) == b"(", "the run did not reach its first save after a kill"
         delay = duration * (kill + generator.random()) / number
         time.sleep(delay)
         assert killed(process) == -signal.SIGKILL
@@ -69,7 +69,7 @@ def main(folder, number, arguments):
         names = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
         left.append({"delay": delay, "names": names})
         (folder / "left.json").write_text(json.dumps(left, indent=1))
-    process, _ = born([*arguments, "--resume"])
+    process, _ = fork_run([*arguments, "--resume"])
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 
 

@@ -1,9 +1,9 @@
-"""Lives of runs, one after the other, each a process forked from one that has imported everything already.
+"""Runs `expo.train` several times, each time in a process forked from this one, which has imported everything.
 
-`torchrun ... tests/ranks/lives.py FOLDER`, or plain python for one rank, reads FOLDER/plan.json: a list of lives, each
-with its name, the command line of `expo.train`, the number of ranks that live it, and a fault to strike it with. What a
-life says goes to FOLDER/<name>-<rank>.log and its exit code, negative for a signal, to FOLDER/<name>-<rank>.code.
-With the plan's only life marked `here`, nothing is forked and nothing redirected: torchrun has the run itself.
+`torchrun ... tests/ranks/launcher.py FOLDER`, or plain python for one rank, reads FOLDER/plan.json: a list of launches,
+each with its name, the command line of `expo.train`, its number of ranks, and a fault to inject. The output of a launch
+goes to FOLDER/<name>-<rank>.log, its exit code, negative for a signal, to FOLDER/<name>-<rank>.code. If the only launch
+of a plan is marked `in_process`, nothing is forked or redirected: torchrun runs it directly.
 """
 
 import errno
@@ -20,7 +20,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import deepspeed  # noqa: F401  # imported once, for every life
+import deepspeed  # noqa: F401  # imported once, for every launch
 import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
@@ -35,11 +35,11 @@ from expo.learner.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
 from expo.rollout.data_parallel import DataParallelEngine
 
-PATIENCE_S = 300
+TIMEOUT_S = 300
 
 
-def strike(fault):
-    """What befalls this process."""
+def inject(fault):
+    """Injects the fault into this process."""
     if "mark" in fault:
         Path(fault["mark"]).touch()
     match fault["do"]:
@@ -54,7 +54,7 @@ def strike(fault):
         case "exit":
             os._exit(3)
         case "raise":
-            raise RuntimeError("struck")
+            raise RuntimeError("injected")
         case "bad gold":
             raise GoldError("gold answer 'x-' cannot be parsed")
         case "sleep":
@@ -62,14 +62,14 @@ def strike(fault):
         case "move":
             os.chdir(fault["path"])
         case "spin":
-            re.match(r"(a+)+$", "a" * 64 + "b")  # never lets go of the interpreter
+            re.match(r"(a+)+$", "a" * 64 + "b")  # never releases the GIL
         case "mark":
             Path(fault["path"]).touch()
             time.sleep(fault.get("wait", 0))
 
 
-def arrange(fault, rank):
-    """Has `fault` strike this rank when it enters the phase for the nth time."""
+def install_fault(fault, rank):
+    """Injects `fault` into this rank when it enters the phase for the nth time."""
     if fault is None or rank not in fault.get("on_ranks", [rank]):
         return
     left = fault.get("nth", 1)
@@ -78,16 +78,16 @@ def arrange(fault, rank):
         nonlocal left
         left -= 1
         if left == 0:
-            strike(fault)
+            inject(fault)
 
     def before(owner, name):
         real = getattr(owner, name)
 
-        def struck(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             entered()
             return real(*args, **kwargs)
 
-        setattr(owner, name, struck)
+        setattr(owner, name, wrapper)
 
     match fault["phase"]:
         case "join":
@@ -102,7 +102,7 @@ def arrange(fault, rank):
             before(expo.run.lifecycle, "export")
         case "record":
             before(expo.run.setup.RunBookkeeping, "record_step")
-        case "grading":  # answers are with the verifier's processes
+        case "grading":  # while the verifier's processes grade
             real_grade = expo.train.grade
 
             def grade(*args):
@@ -111,11 +111,11 @@ def arrange(fault, rank):
                 return real_grade(*args)
 
             expo.train.grade = grade
-        case "gradient":  # gradients are there, weights have not moved
+        case "gradient":  # after the backward pass, before the optimizer step
             before(DeepSpeedPolicy, "_step")
         case "full disk":
-            arrange_full_disk(fault)
-        case "convert":  # what children write is cut there too
+            install_full_disk(fault)
+        case "convert":  # child processes inherit the limit
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         case name:
             real = expo.run.setup.Run.guard
@@ -130,8 +130,8 @@ def arrange(fault, rank):
             expo.run.setup.Run.guard = guard
 
 
-def arrange_full_disk(fault):
-    """While the nth checkpoint is written, no file grows beyond `bytes`; 0: the system says so at once."""
+def install_full_disk(fault):
+    """While the nth checkpoint is written, no file can exceed `bytes`; 0: every fsync fails."""
     real, count = expo.run.checkpoint.Checkpoints.save, 0
 
     def save(*args, **kwargs):
@@ -160,10 +160,10 @@ def arrange_full_disk(fault):
     expo.run.checkpoint.Checkpoints.save = save
 
 
-def spoil(path, way):
-    """Does one thing to a checkpoint that a disk may do."""
+def corrupt(path, damage):
+    """Damages a checkpoint as a disk may do."""
     largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    match way:
+    match damage:
         case "truncated":
             os.truncate(largest, largest.stat().st_size // 2)
         case "flipped":
@@ -183,57 +183,57 @@ def spoil(path, way):
             (path / "manifest.json").write_text("[]")
 
 
-def live(life, rank):
-    """One life; returns its exit code."""
-    if life["ranks"] == 1:
+def run_launch(launch, rank):
+    """Runs a launch in this process; returns its exit code."""
+    if launch["ranks"] == 1:
         for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:
             del os.environ[name]
-    arrange(life["fault"], rank)
-    expo.run.lifecycle.write_report = lambda _: "left out here"  # seconds of drawing, which no rank waits for
-    return expo.train.main(life["argv"])
+    install_fault(launch["fault"], rank)
+    expo.run.lifecycle.write_report = lambda _: "left out here"  # drawing takes seconds, and no rank waits for it
+    return expo.train.main(launch["argv"])
 
 
-def forked(folder, life, rank):
-    """The exit code of one life, lived in a process of its own."""
-    # its rank 0 keeps a store of its own: in torchrun's, addresses of an earlier life would be taken for this one's
+def fork_launch(folder, launch, rank):
+    """Runs a launch in a forked process; returns its exit code."""
+    # each launch has its own store: that of torchrun still holds the addresses of earlier launches
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    os.environ["MASTER_PORT"] = (folder / f"{life['name']}.begins").read_text()
+    os.environ["MASTER_PORT"] = (folder / f"{launch['name']}.port").read_text()
     process = os.fork()
     if process == 0:
-        log = os.open(folder / f"{life['name']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(folder / f"{launch['name']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.exit(live(life, rank))
+        sys.exit(run_launch(launch, rank))
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def main(folder):
     plan = json.loads((folder / "plan.json").read_text())
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if plan[0].get("here"):
-        sys.exit(live(plan[0], rank))
+    if plan[0].get("in_process"):
+        sys.exit(run_launch(plan[0], rank))
     warm_up()
-    for life in plan:
+    for launch in plan:
         if rank == 0:
-            for source, target in life["copies"]:
+            for source, target in launch["copies"]:
                 shutil.copytree(source, target)
-            for path, way in life["spoils"]:
-                spoil(Path(path), way)
+            for path, damage in launch["corruptions"]:
+                corrupt(Path(path), damage)
             with socket.create_server(("127.0.0.1", 0)) as server:
-                write_whole(folder / f"{life['name']}.begins", str(server.getsockname()[1]))
-        wait_for([folder / f"{life['name']}.begins"])
-        if rank < life["ranks"]:
-            code = forked(folder, life, rank)
-            write_whole(folder / f"{life['name']}-{rank}.code", str(code))
-        wait_for([folder / f"{life['name']}-{r}.code" for r in range(min(size, life["ranks"]))])
+                write_whole(folder / f"{launch['name']}.port", str(server.getsockname()[1]))
+        wait_for([folder / f"{launch['name']}.port"])
+        if rank < launch["ranks"]:
+            code = fork_launch(folder, launch, rank)
+            write_whole(folder / f"{launch['name']}-{rank}.code", str(code))
+        wait_for([folder / f"{launch['name']}-{r}.code" for r in range(min(size, launch["ranks"]))])
 
 
 def warm_up():
-    """Has this process load a model once: what that compiles and imports, every life inherits."""
+    """Loads a model once in this process: every launch inherits what that compiles and imports."""
     load_model(ModelSection(path="ledger"), torch.device("cpu"))
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
-            thread.join(timeout=30)  # loading leaves some that are about to end
+            thread.join(timeout=30)  # loading leaves threads that are about to end
     assert threading.active_count() == 1, "a fork would lose the other threads"
 
 
@@ -244,10 +244,10 @@ def write_whole(path, text):
 
 
 def wait_for(paths):
-    expiry = time.monotonic() + PATIENCE_S
+    expiry = time.monotonic() + TIMEOUT_S
     while not all(path.exists() for path in paths):
         if time.monotonic() > expiry:
-            raise TimeoutError(f"none of {paths}")
+            raise TimeoutError(f"not all of {paths} exist")
         time.sleep(0.02)
 
 
