@@ -117,7 +117,7 @@ def write_slopes(
     hyper_ptr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    GRAD_OVER_LOGITS: tl.constexpr,
+    GRAD_SHARES_MEMORY: tl.constexpr,  # with the logits: it goes over them, or over the front of them
     BLOCK_V: tl.constexpr,
 ):
     """Write dL/dlogits of a row; return what rounding took from the chosen column.
@@ -148,6 +148,9 @@ def write_slopes(
         chosen_slope -= entropy_slope * tl.where(chosen_prob == 0, 0.0, chosen_prob * (chosen_logp + entropy))
     chosen_slope = tl.where(moves, chosen_slope * chosen_cap_slope, 0.0)
     readable = tl.where(moves, vocab_size, 0)
+    if GRAD_SHARES_MEMORY:
+        # every warp reads the chosen logit: none may overwrite it before all have
+        tl.debug_barrier()
     for start in range(0, vocab_size, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         in_range = columns < vocab_size
@@ -163,7 +166,7 @@ def write_slopes(
         if HAS_SOFTCAP:
             slopes *= cap_slopes
         slopes = tl.where(columns == chosen_id, chosen_slope, slopes)
-        if GRAD_OVER_LOGITS:
+        if GRAD_SHARES_MEMORY and grad_row_ptr.dtype.element_ty != row_ptr.dtype.element_ty:
             # narrower gradients go over the front of the same row: in rising order they never reach a block that is
             # still to be read, but no warp may write before all have read this one
             tl.debug_barrier()

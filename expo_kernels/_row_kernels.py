@@ -150,7 +150,7 @@ def row_slopes_kernel(
     grad_row_stride,
     vocab_size,
     HAS_SOFTCAP: tl.constexpr,
-    GRAD_OVER_LOGITS: tl.constexpr,
+    GRAD_SHARES_MEMORY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -181,7 +181,7 @@ def row_slopes_kernel(
             hyper_ptr,
             HAS_SOFTCAP,
             HAS_ENTROPY,
-            GRAD_OVER_LOGITS,
+            GRAD_SHARES_MEMORY,
             BLOCK_V,
         )
         if residuals_ptr is not None:
@@ -228,7 +228,7 @@ def row_loss_kernel(
     KL_WEIGHTED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    GRAD_OVER_LOGITS: tl.constexpr,
+    GRAD_SHARES_MEMORY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -327,7 +327,7 @@ def row_loss_kernel(
                 hyper_ptr,
                 HAS_SOFTCAP,
                 HAS_BONUS,
-                GRAD_OVER_LOGITS,
+                GRAD_SHARES_MEMORY,
                 BLOCK_V,
             )
             if residuals_ptr is not None:

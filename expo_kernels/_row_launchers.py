@@ -209,7 +209,7 @@ def launch_row_slopes(
             grad_shape.row_stride // alignment,
             shape.vocab_size // alignment,
             HAS_SOFTCAP=tokens.objective.logit_softcap is not None,
-            GRAD_OVER_LOGITS=_overlap(rows.logits, slopes.grad),
+            GRAD_SHARES_MEMORY=_share_memory(rows.logits, slopes.grad),
             ALIGNMENT=alignment,
             BLOCK_V=tile.block,
             num_warps=tile.num_warps,
@@ -258,7 +258,7 @@ def launch_row_loss(
             **tokens.family,
             HAS_SOFTCAP=tokens.objective.logit_softcap is not None,
             HAS_ENTROPY=return_entropy or tokens.entropy_bonus is not None,
-            GRAD_OVER_LOGITS=slopes is not None and _overlap(rows.logits, slopes.grad),
+            GRAD_SHARES_MEMORY=slopes is not None and _share_memory(rows.logits, slopes.grad),
             ALIGNMENT=alignment,
             BLOCK_V=tile.block,
             num_warps=tile.num_warps,
@@ -353,8 +353,8 @@ def _alignment(logits: Tensor) -> int:
     return 16 if all(size % 16 == 0 for size in sizes) else 1
 
 
-def _overlap(logits: Tensor, grad: Tensor) -> bool:
-    return logits.data_ptr() == grad.data_ptr() and logits.dtype != grad.dtype
+def _share_memory(logits: Tensor, grad: Tensor) -> bool:
+    return logits.data_ptr() == grad.data_ptr()
 
 
 def _grid(device: torch.device, num_rows: int) -> tuple[int]:
