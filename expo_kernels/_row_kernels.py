@@ -539,7 +539,7 @@ def scale_kernel(
     BLOCK: tl.constexpr,
 ):
     """values *= factor; where the factor is 1, as for a loss that is not scaled, nothing is read."""
-    num_values = num_values * ALIGNMENT
+    num_values = tl.cast(num_values, tl.int64) * ALIGNMENT
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from expo_kernels import _launch, reference
+from expo_kernels import _row_kernels as row_kernels
 from expo_kernels import _row_launchers as kernels
 from expo_kernels.objective import Objective
 
@@ -599,3 +600,11 @@ def test_splitting_a_batch_keeps_the_gradient():
         halves.append(run_token_level(spoil(dataclasses.replace(batch, **values)), Objective()))
     assert torch.equal(torch.cat([half.grad for half in halves]), whole.grad)
     assert torch.allclose(halves[0].loss + halves[1].loss, whole.loss, rtol=1e-6)
+
+
+def test_values_beyond_2_to_the_31_are_scaled():
+    # one program of many: it touches the first values alone, whatever their number is said to be
+    tile = _launch.flat_tile()
+    values, num_values = torch.ones(tile.block), 2**31 + 16
+    row_kernels.scale_kernel[(1,)](values, torch.tensor(3.0), num_values // 16, ALIGNMENT=16, BLOCK=tile.block)
+    assert values.eq(3.0).all()
