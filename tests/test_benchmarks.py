@@ -348,7 +348,7 @@ def kernels_on_cpu():
 
 
 def test_the_kernels_that_a_gpu_would_time_compile_for_it(kernels_on_cpu):
-    import compiling
+    from tests.kernels import compiling
 
     inputs = make_inputs(Case(Shape("GPU", 2, 2, 64, 151_936), "bfloat16"), CPU)
     with compiling.launches(compiling.TARGETS["sm_90"]) as launched, counted(CPU) as counts:

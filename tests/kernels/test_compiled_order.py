@@ -10,20 +10,21 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
-import compiling
 
 from expo_kernels import Objective
-from expo_kernels import _row_launchers as kernels
+from expo_kernels._inputs import Tokens
+from expo_kernels._triton import launch as kernels
+from tests.kernels import compiling
+from tests.kernels.chunks import make_chunk
 
 N, V = 4, 4096
 
 
 def make_tokens(advantages_are):
     objective = Objective()
-    return kernels.Tokens(
+    return Tokens(
         ids=torch.zeros(N, dtype=torch.int64),
         mask=torch.ones(N, dtype=torch.bool),
-        hyper=kernels.hyper_parameters(objective, torch.device("cpu")),
         objective=objective,
         num_sequences=2,
         tokens_per_sequence=N // 2,
@@ -36,14 +37,14 @@ def make_tokens(advantages_are):
 
 def run_loss(logits, grad, advantages_are):
     sums = kernels.make_sums(torch.device("cpu"))
-    rows, slopes, logps = kernels.Rows(logits), kernels.Slopes(grad), torch.zeros(N)
-    kernels.launch_row_loss(rows, make_tokens(advantages_are), sums, logps, slopes, return_entropy=False)
+    chunk, tokens = make_chunk(logits, grad), make_tokens(advantages_are)
+    kernels.launch_row_loss(chunk, tokens, sums, torch.zeros(N), return_entropy=False)
 
 
-def run_slopes(logits, grad, _):
+def run_grad_logits(logits, grad, _):
     out = torch.zeros(N)
-    rows, slopes = kernels.Rows(logits), kernels.Slopes(grad)
-    kernels.launch_row_slopes(rows, make_tokens("token"), slopes, tops=out, sums=out, grad_logps=out)
+    chunk = make_chunk(logits, grad)
+    kernels.launch_grad_logits(chunk, make_tokens("token"), row_max=out, sum_exp=out, grad_logps=out)
 
 
 def has_barrier_before_overwriting(launch, logits, grad, advantages_are, target):
@@ -60,7 +61,8 @@ def has_barrier_before_overwriting(launch, logits, grad, advantages_are, target)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("launch", "advantages_are"), [(run_loss, "sequence"), (run_loss, "token"), (run_loss, "rewards"), (run_slopes, "")]
+    ("launch", "advantages_are"),
+    [(run_loss, "sequence"), (run_loss, "token"), (run_loss, "rewards"), (run_grad_logits, "")],
 )
 def test_no_warp_overwrites_the_chosen_logit_before_all_have_read_it(launch, advantages_are, dtype, target):
     logits = torch.zeros(N, V, dtype=dtype)
@@ -69,4 +71,4 @@ def test_no_warp_overwrites_the_chosen_logit_before_all_have_read_it(launch, adv
 
 def test_a_gradient_beside_the_logits_waits_for_nobody():
     logits = torch.zeros(N, V)
-    assert not has_barrier_before_overwriting(run_slopes, logits, torch.zeros(N, V), "", "sm_90")
+    assert not has_barrier_before_overwriting(run_grad_logits, logits, torch.zeros(N, V), "", "sm_90")
