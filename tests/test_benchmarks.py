@@ -352,7 +352,7 @@ def kernels_on_cpu():
 
 
 def test_the_kernels_of_the_benchmarks_compile_for_a_gpu(kernels_on_cpu):
-    from tests import compiling
+    from tests.kernels import compiling
 
     inputs = make_inputs(Case(Shape("GPU", 2, 2, 64, 151_936), "bfloat16"), CPU)
     with compiling.launches(compiling.TARGETS["sm_90"]) as launched, counted(CPU) as counts:
