@@ -16,6 +16,7 @@ from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
+from tests.leftovers import no_running_processes
 
 MAX_TOKENS = 96
 BY_PROBE = "nats on the probe"
@@ -112,6 +113,13 @@ def save_model(path, tokenizer, *, tied):
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_running_processes():
+    """Checked when all of these tests have run, because `pairs` keeps its servers for several test files."""
+    with no_running_processes():
+        yield
 
 
 @pytest.fixture(scope="session")

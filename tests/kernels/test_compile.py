@@ -18,7 +18,7 @@ from expo_kernels import (
     linear_token_logps,
     token_logps,
 )
-from expo_kernels._request import check_request
+from expo_kernels._inputs import check_inputs
 from tests.numerics import make_batch
 
 OPS = torch.ops.expo_kernels
@@ -292,8 +292,8 @@ def op_inputs(call, *, objective=None, is_packed=False, **options):
     if is_packed:
         named |= {name: named[name].flatten() for name in ("old_logps", "ref_logps")}
         named["cu_seqlens"] = 6 * torch.arange(5, dtype=torch.int32)
-    request = check_request(mask, **named)
-    return mask, request.pack(torch.float32), request.objective.text, request.group_size
+    inputs = check_inputs(mask, **named)
+    return mask, inputs.to_tensors(torch.float32), inputs.objective.text, inputs.group_size
 
 
 def loss_arguments(call, *, with_bias=True, frozen=False, return_entropy=False, is_packed=False, **options):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from expo_kernels import Objective
 
-TEXT = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
 
 
 def test_the_examples_run_as_printed(capsys):

@@ -1,4 +1,7 @@
-"""The curriculum's kernels, run by Triton's interpreter, against the PyTorch path. Run by `test_row_kernels.py`."""
+"""The curriculum's kernels, run by Triton's interpreter, against the PyTorch path.
+
+Run through `test_interpreter.py`.
+"""
 
 import pytest
 import torch

@@ -24,6 +24,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# the driver in use: Triton 3.4 has another name for it
+_ACTIVE = "_active" if "_active" in vars(driver) else "active"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -69,7 +71,7 @@ def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
             launched.compiled[key] = original(self, *args, grid=grid, warmup=True, **kwargs)
         return launched.compiled.get(key)
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(driver, "_active", _AbsentDevice(target)):
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(driver, _ACTIVE, _AbsentDevice(target)):
         yield launched
 
 

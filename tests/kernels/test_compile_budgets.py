@@ -12,10 +12,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
-from expo_kernels import _curriculum_kernels, _launch
-from expo_kernels import _row_launchers as kernels
+
+from expo_kernels import _launch
+from expo_kernels._inputs import Tokens
+from expo_kernels._triton import curriculum
+from expo_kernels._triton import launch as kernels
 from expo_kernels.objective import Objective
-from tests import compiling
+from tests.kernels import compiling
+from tests.kernels.chunks import make_chunk
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)  # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 3
 GROUP_SIZES = (2, 4, 8, 16, 32, 64)
@@ -38,10 +42,9 @@ EVERYTHING = Objective(
 
 def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=False):
     positions, shape = num_sequences * length, num_sequences
-    return kernels.Tokens(
+    return Tokens(
         ids=torch.zeros(positions, dtype=torch.int64),
         mask=torch.ones(positions, dtype=torch.bool),
-        hyper=kernels.hyper_parameters(objective, torch.device("cpu")),
         objective=objective,
         num_sequences=num_sequences,
         tokens_per_sequence=length,
@@ -58,40 +61,38 @@ def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=Fal
     )
 
 
-def rows_and_slopes(vocab_size, logits_dtype, grad_dtype, num_rows=2):
-    """Logits and where their gradient goes: over the same rows."""
-    memory = torch.empty(num_rows, vocab_size, dtype=logits_dtype)
-    grad = memory.view(grad_dtype)[:, :vocab_size] if grad_dtype.itemsize <= logits_dtype.itemsize else None
-    assert grad is not None
-    return kernels.Rows(memory, torch.zeros(64, dtype=torch.int64)), kernels.Slopes(grad, torch.empty(num_rows))
+def chunk_with_gradient(vocab_size, logits_dtype, grad_dtype, num_rows=2):
+    """Logits and where their gradient goes: over the same rows, or nowhere."""
+    memory, order = torch.empty(num_rows, vocab_size, dtype=logits_dtype), torch.zeros(64, dtype=torch.int64)
+    if grad_dtype is None:
+        return make_chunk(memory, order=order)
+    assert grad_dtype.itemsize <= logits_dtype.itemsize
+    grad = memory.view(grad_dtype)[:, :vocab_size]
+    return make_chunk(memory, grad, order=order, residual=torch.empty(num_rows))
 
 
 def run_loss(vocab_size, logits, grad, objective, *, entropy=False, bonus=False, group_size=2):
-    rows, slopes = rows_and_slopes(vocab_size, logits, grad or logits)
+    chunk = chunk_with_gradient(vocab_size, logits, grad)
     tokens = make_tokens(objective, group_size=group_size, bonus=bonus)
     sums = kernels.make_sums(torch.device("cpu"))
-    kernels.launch_row_loss(
-        rows, tokens, sums, torch.zeros(64), None if grad is None else slopes, return_entropy=entropy
-    )
+    kernels.launch_row_loss(chunk, tokens, sums, torch.zeros(64), return_entropy=entropy)
 
 
 def run_logps(vocab_size, logits, *, entropy=False, objective=None):
-    rows, _ = rows_and_slopes(vocab_size, logits, logits)
+    chunk = chunk_with_gradient(vocab_size, logits, None)
     out = torch.zeros(64)
-    kernels.launch_row_logps(
-        rows, make_tokens(objective or Objective()), out, entropies=out if entropy else None, tops=out, sums=out
-    )
+    tokens = make_tokens(objective or Objective())
+    kernels.launch_logps(chunk, tokens, out, entropies=out if entropy else None, row_max=out, sum_exp=out)
 
 
-def run_slopes(vocab_size, logits, grad, *, entropy=False, objective=None):
-    rows, slopes = rows_and_slopes(vocab_size, logits, grad)
+def run_grad_logits(vocab_size, logits, grad, *, entropy=False, objective=None):
+    chunk = chunk_with_gradient(vocab_size, logits, grad)
     out = torch.zeros(64)
-    kernels.launch_row_slopes(
-        rows,
+    kernels.launch_grad_logits(
+        chunk,
         make_tokens(objective or Objective()),
-        slopes,
-        tops=out,
-        sums=out,
+        row_max=out,
+        sum_exp=out,
         grad_logps=out,
         entropies=out if entropy else None,
         grad_entropies=out if entropy else None,
@@ -105,16 +106,16 @@ def run_scale(vocab_size, dtype):
 def run_curriculum_update():
     ids, rates = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64)
     table = torch.zeros(5), torch.zeros(5, dtype=torch.int64), torch.zeros(5)
-    _curriculum_kernels.launch_update(ids, rates, *table, torch.zeros(4, dtype=torch.float64))
+    curriculum.launch_update(ids, rates, *table, torch.zeros(4, dtype=torch.float64))
 
 
 def run_curriculum_race():
-    _curriculum_kernels.launch_race(torch.zeros(5), torch.zeros(1, dtype=torch.int64))
+    curriculum.launch_race(torch.zeros(5), torch.zeros(1, dtype=torch.int64))
 
 
 def run_sequences(objective, *, bonus=False):
     sums, out = kernels.make_sums(torch.device("cpu")), torch.zeros(64)
-    entropies = {"entropies": out, "entropy_slopes": out} if bonus else {}
+    entropies = {"entropies": out, "grad_entropies": out} if bonus else {}
     kernels.launch_sequence_loss(make_tokens(objective, bonus=bonus), sums, out, out, **entropies)
 
 
@@ -134,9 +135,13 @@ CASES = {
     "logps": (lambda V: run_logps(V, F32), (32,), ()),
     "logps, bfloat16, entropies": (lambda V: run_logps(V, BF16, entropy=True), (16,), ()),
     "logps, softcap, entropies": (lambda V: run_logps(V, F32, entropy=True, objective=EVERYTHING), (32,), ()),
-    "slopes": (lambda V: run_slopes(V, F32, BF16), (32,), (16,)),
-    "slopes, bfloat16, entropies": (lambda V: run_slopes(V, BF16, BF16, entropy=True), (16,), (16,)),
-    "slopes, every option": (lambda V: run_slopes(V, F32, BF16, entropy=True, objective=EVERYTHING), (32,), (16,)),
+    "gradient": (lambda V: run_grad_logits(V, F32, BF16), (32,), (16,)),
+    "gradient, bfloat16, entropies": (lambda V: run_grad_logits(V, BF16, BF16, entropy=True), (16,), (16,)),
+    "gradient, every option": (
+        lambda V: run_grad_logits(V, F32, BF16, entropy=True, objective=EVERYTHING),
+        (32,),
+        (16,),
+    ),
     "scale, float32": (lambda V: run_scale(V, F32), (32,), (32,)),
     "scale, bfloat16": (lambda V: run_scale(V, BF16), (16,), (16,)),
     "curriculum update": (lambda _: run_curriculum_update(), (), ()),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from expo_kernels import Objective, _fused_rows, _launch, _rows, linear_expo_loss
+from expo_kernels import Objective, _engine, _head, _launch, _products, linear_expo_loss
 from tests.numerics import make_batch, relative_error
 
 V = 17
@@ -111,18 +111,13 @@ def test_log_probs_are_those_of_a_loss_by_token():
 def count_rows(monkeypatch):
     """Rows of logits that were made, in PyTorch or for the kernels."""
     made = []
-    write, write_logits = _rows.LinearRows.write, _fused_rows._Head._write_logits
+    for room in (_products.WideProducts, _head.MixedProducts):
 
-    def counted_write(self, rows, out, scale):
-        made.append(out.shape[0])
-        write(self, rows, out, scale)
+        def counted(self, out, *arguments, original=room.write_logits):
+            made.append(out.shape[0])
+            original(self, out, *arguments)
 
-    def counted_write_logits(self, hidden, logits):
-        made.append(logits.shape[0])
-        write_logits(self, hidden, logits)
-
-    monkeypatch.setattr(_rows.LinearRows, "write", counted_write)
-    monkeypatch.setattr(_fused_rows._Head, "_write_logits", counted_write_logits)
+        monkeypatch.setattr(room, "write_logits", counted)
     return made
 
 
@@ -164,7 +159,7 @@ def test_padding_costs_nothing_after_the_first_chunk(monkeypatch):
 
 def test_where_lengths_stay_on_the_device_chunks_hold_padded_sequences(monkeypatch):
     # as under CUDA graph capture
-    monkeypatch.setattr(_fused_rows._OnHostLater, "read", lambda self: None)
+    monkeypatch.setattr(_engine._HostCopy, "read", lambda self: None)
     batch, objective = make(ragged=True), Objective(ratio="sequence")
     one = run(batch, objective, 30)
     made = count_rows(monkeypatch)

@@ -1,7 +1,7 @@
 """Every combination of the loss's options: checked against float64 autograd of the reference, or refused by name.
 
 Three levels: from log-probs, from logits, from hidden states in chunks. The PyTorch path takes all combinations;
-run by the kernels (see `test_row_kernels.py`), a subset that holds every pair of values.
+run by the kernels (see `test_interpreter.py`), a subset that holds every pair of values.
 """
 
 import itertools

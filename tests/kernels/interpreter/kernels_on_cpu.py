@@ -1,4 +1,7 @@
-"""A pytest plugin (`-p kernels_on_cpu`): the public functions take the kernels on CPU tensors, in the interpreter."""
+"""A pytest plugin (`-p tests.kernels.interpreter.kernels_on_cpu`): kernels on CPU tensors, in Triton's interpreter.
+
+The public functions then take the kernels.
+"""
 
 import os
 

@@ -13,9 +13,11 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 import triton
 import triton.language as tl
 
-from expo_kernels import _row_launchers as kernels
+from expo_kernels._inputs import Tokens
+from expo_kernels._triton import launch as kernels
 from expo_kernels.objective import Objective
-from tests import compiling
+from tests.kernels import compiling
+from tests.kernels.chunks import make_chunk
 
 CPU = torch.device("cpu")
 TARGET = compiling.TARGETS["sm_90"]
@@ -32,10 +34,9 @@ def unaligned(tensor):
 
 def run_step(objective, num_sequences, length, group_size, num_rows, first_row, place):
     positions = num_sequences * length
-    tokens = kernels.Tokens(
+    tokens = Tokens(
         ids=place(torch.zeros(positions, dtype=torch.int64)),
         mask=torch.ones(positions, dtype=torch.bool),
-        hyper=kernels.hyper_parameters(objective, CPU),
         objective=objective,
         num_sequences=num_sequences,
         tokens_per_sequence=length,
@@ -51,13 +52,12 @@ def run_step(objective, num_sequences, length, group_size, num_rows, first_row, 
     )
     order, out = place(torch.zeros(positions, dtype=torch.int64)), place(torch.zeros(positions))
     logits = torch.zeros(num_rows, VOCAB_SIZE)
-    rows = kernels.Rows(logits, order, first_row)
-    slopes = kernels.Slopes(logits, place(torch.zeros(num_rows)))
+    chunk = make_chunk(logits, logits, order=order, first_row=first_row, residual=place(torch.zeros(num_rows)))
     sums = kernels.make_sums(CPU)
-    kernels.launch_row_loss(rows, tokens, sums, out, slopes, return_entropy=False)
-    kernels.launch_row_logps(rows, tokens, out, entropies=out, tops=out, sums=out)
-    kernels.launch_row_slopes(rows, tokens, slopes, tops=out, sums=out, grad_logps=out)
-    kernels.launch_sequence_loss(tokens, sums, out, out, entropies=out, entropy_slopes=out)
+    kernels.launch_row_loss(chunk, tokens, sums, out, return_entropy=False)
+    kernels.launch_logps(chunk, tokens, out, entropies=out, row_max=out, sum_exp=out)
+    kernels.launch_grad_logits(chunk, tokens, row_max=out, sum_exp=out, grad_logps=out)
+    kernels.launch_sequence_loss(tokens, sums, out, out, entropies=out, grad_entropies=out)
 
 
 def test_a_thousand_different_steps_have_one_compile_key_each():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from expo_kernels import Objective, _rows, expo_loss, linear_expo_loss, linear_token_logps
+from expo_kernels import Objective, _head, _products, expo_loss, linear_expo_loss, linear_token_logps
+from tests.kernels.test_policy_loss import OBJECTIVES
 from tests.numerics import make_batch, relative_error
-from tests.test_policy_loss import OBJECTIVES
 
 EXTRA = [
     Objective(),
@@ -156,15 +156,18 @@ def test_packed_equals_padded():
 
 def count_products(monkeypatch):
     """How often each product with [n, V] logits runs."""
-    counts = {"write": 0, "absorb": 0}
-    for name in counts:
-        original = getattr(_rows.LinearRows, name)
+    counts = {"write": 0, "accumulate": 0}
+    for room, method, name in (
+        (_products.WideProducts, "write_logits", "write"),
+        (_head.LinearHead, "accumulate_grads", "accumulate"),
+    ):
+        original = getattr(room, method)
 
         def counted(self, *arguments, name=name, original=original):
             counts[name] += 1
             return original(self, *arguments)
 
-        monkeypatch.setattr(_rows.LinearRows, name, counted)
+        monkeypatch.setattr(room, method, counted)
     return counts
 
 
@@ -178,7 +181,7 @@ def test_under_no_grad_only_the_logits_are_made(monkeypatch):
         linear_expo_loss(
             batch.hidden, weight, batch.completion_ids, batch.completion_mask, **batch.loss_inputs(Objective())
         )
-    assert counts == {"write": 2, "absorb": 0}
+    assert counts == {"write": 2, "accumulate": 0}
     assert torch.equal(out.loss, truth.loss)
 
 
@@ -187,8 +190,8 @@ def test_a_frozen_input_costs_no_gradient(frozen, monkeypatch):
     batch = make_batch(dtype=torch.float32)
     _, full_grads = run(batch)
     made = []
-    original = _rows.LinearRows.gradients
-    monkeypatch.setattr(_rows.LinearRows, "gradients", lambda self: made.append(original(self)) or made[-1])
+    original = _head.LinearHead.gradients
+    monkeypatch.setattr(_head.LinearHead, "gradients", lambda self: made.append(original(self)) or made[-1])
     states = [batch.hidden.clone(), batch.weight.clone()]
     states[1 - frozen].requires_grad_()
     out = linear_expo_loss(
