@@ -38,7 +38,7 @@ class Mismatch:
         """What `STEP_METRICS` lists under these names, of all that was added on every rank; nan without a token."""
         mine = torch.cat(self._differences)[torch.cat(self._masks)] if self._masks else torch.empty(0)
         # quantiles of parts do not make the quantile of the whole: the tokens themselves come together, at 4 bytes each
-        return summary(mine if ranks.size == 1 else torch.cat(ranks.gather(mine.cpu())))
+        return summary(mine if ranks.size == 1 else torch.cat(ranks.all_gather_tensor(mine.cpu())))
 
 
 def summary(differences: Tensor) -> dict[str, float]:

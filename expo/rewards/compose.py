@@ -73,7 +73,7 @@ class RewardComposer:
         rewards = section.correct_weight * graded.correct
         if self._functions:
             for name, values in self._called(graded).items():
-                part = torch.tensor(values).view_as(rewards)
+                part = values.view_as(rewards)
                 parts[name.partition(":")[2]] = part
                 rewards = rewards + section.functions[name] * part
         if section.overlong_buffer:
@@ -81,7 +81,7 @@ class RewardComposer:
             rewards = rewards + section.overlong_penalty * parts["overlong"]
         return replace(graded, shaped=rewards, reward_parts=parts)
 
-    def _called(self, graded: GradedRollouts) -> dict[str, list[float]]:
+    def _called(self, graded: GradedRollouts) -> dict[str, Tensor]:
         """What each function says of every reply, or the same RewardError on all ranks."""
         rows = [
             (reply.text, prompt.question.answer, prompt.question.text)
@@ -89,16 +89,19 @@ class RewardComposer:
             for reply in group
         ]
 
-        def call() -> dict[str, list[float]] | str:
+        values: list[Tensor] = []
+
+        def call() -> str | None:
             try:
-                return {name: _values(name, function, rows) for name, function in self._functions.items()}
+                values.extend(torch.tensor(_values(*each, rows)) for each in self._functions.items())
             except RewardError as error:
                 return str(error)
+            return None
 
-        found = self._ranks.run_on_rank0(call)
-        if isinstance(found, str):
-            raise RewardError(found)
-        return found
+        problem = self._ranks.run_on_rank0(call)
+        if problem is not None:
+            raise RewardError(problem)
+        return dict(zip(self._functions, self._ranks.broadcast_tensors_from_rank0(values), strict=True))
 
 
 _Row = tuple[str, str, str]  # reply, answer, question
