@@ -8,7 +8,7 @@ from expo.errors import StopRequested
 from expo.rewards.verifier import Verifier
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling
 from expo.rollout.packing import all_gather_replies, all_gather_verdicts
-from expo.rollout.weight_samples import Described
+from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
 from expo.runtime.signals import StopSwitch
 from expo.types import Reply, Verdict
@@ -78,7 +78,7 @@ class DataParallelEngine:
         """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
         return self._engine.score(prompts, replies, temperature)
 
-    def describe_weights(self) -> list[dict[str, Described]]:
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
         """The weights that this rank's engine holds."""
         return self._engine.describe_weights()
 

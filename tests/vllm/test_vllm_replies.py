@@ -27,9 +27,9 @@ def tokens(groups):
     return [[reply.token_ids for reply in group] for group in groups]
 
 
-def largest_difference(policy, asked, groups, temperature):
+def largest_difference(policy, sent, groups, temperature):
     """Largest |rollout - policy| log-prob, with the policy's computed as in training."""
-    rows = [(request.prompt_ids, reply) for request, group in zip(asked, groups, strict=True) for reply in group]
+    rows = [(request.prompt_ids, reply) for request, group in zip(sent, groups, strict=True) for reply in group]
     objective = dataclasses.replace(policy._objective, temperature=temperature)
     batch = collate([ids for ids, _ in rows], [reply.token_ids for _, reply in rows], 0, torch.device("cpu"))
     with torch.no_grad():
@@ -40,9 +40,9 @@ def largest_difference(policy, asked, groups, temperature):
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 def test_logps_are_the_policys_at_the_temperature(pair, temperature):
-    asked = requests()
-    groups = pair.engine.generate(asked, Sampling(temperature, 12))
-    assert largest_difference(pair.policy, asked, groups, temperature) < 1e-5
+    batch = requests()
+    groups = pair.engine.generate(batch, Sampling(temperature, 12))
+    assert largest_difference(pair.policy, batch, groups, temperature) < 1e-5
 
 
 def test_a_seed_gives_the_same_reply_in_any_order_and_after_a_restart(pair):
@@ -62,10 +62,10 @@ def test_the_models_generation_config_is_ignored(pair, ledger_model, tmp_path):
     (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": 1, **own}))
     engine = new_engine(str(path), pair.policy)
     engine.load_weights(pair.policy.named_weights())
-    asked = requests()
-    groups = engine.generate(asked, SAMPLING)
-    assert tokens(groups) == tokens(pair.engine.generate(asked, SAMPLING))
-    assert largest_difference(pair.policy, asked, groups, 1.0) < 1e-5
+    batch = requests()
+    groups = engine.generate(batch, SAMPLING)
+    assert tokens(groups) == tokens(pair.engine.generate(batch, SAMPLING))
+    assert largest_difference(pair.policy, batch, groups, 1.0) < 1e-5
 
 
 def test_replies_end_at_an_end_token_or_are_truncated(pair):

@@ -74,9 +74,9 @@ def test_the_probe_catches_a_stale_tied_head(served, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 def test_logps_are_the_policys_at_the_temperature(served, temperature):
-    asked = requests()
+    batch = requests()
     assert (
-        largest_difference(served.policy, asked, served.engine.generate(asked, Sampling(temperature, 12)), temperature)
+        largest_difference(served.policy, batch, served.engine.generate(batch, Sampling(temperature, 12)), temperature)
         < 1e-5
     )
 
@@ -106,15 +106,15 @@ def test_progress_counts_every_reply_and_may_stop_the_call(served):
 def test_killing_a_server_while_it_generates_changes_no_reply(served):
     served.move(13)
     served.sync.run()
-    asked = requests(64)
-    expected = served.engine.generate(asked, SAMPLING)
+    batch = requests(64)
+    expected = served.engine.generate(batch, SAMPLING)
     killed = []
 
     def kill_once(count):
         if count and not killed:
             killed.append(kill(served))
 
-    found = served.engine.generate(asked, SAMPLING, kill_once)
+    found = served.engine.generate(batch, SAMPLING, kill_once)
     assert process_of(served).pid != killed[0]
     assert tokens(found) == tokens(expected)
     assert served.sync.difference() < 1e-5
@@ -157,8 +157,8 @@ def test_a_server_with_broadcasts_also_loads_files(pairs, monkeypatch):
 
 
 def test_a_stopped_server_ends_the_wait(served, monkeypatch):
-    engine, asked = served.engine, requests()
-    expected = tokens(engine.generate(asked, SAMPLING))
+    engine, batch = served.engine, requests()
+    expected = tokens(engine.generate(batch, SAMPLING))
     (supervisor,) = engine._supervisors
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_section", engine._section.model_copy(update={"patience_s": 3.0}))
@@ -166,7 +166,7 @@ def test_a_stopped_server_ends_the_wait(served, monkeypatch):
         os.killpg(supervisor._process._process.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineError, match=r"vllm\.patience_s = 3 s"):
-                engine.generate(asked, SAMPLING)
+                engine.generate(batch, SAMPLING)
         finally:
             os.killpg(supervisor._process._process.pid, signal.SIGCONT)
-    assert tokens(engine.generate(asked, SAMPLING)) == expected
+    assert tokens(engine.generate(batch, SAMPLING)) == expected

@@ -16,7 +16,7 @@ import torch
 from expo.config import VllmSection
 from expo.errors import ConfigError
 from expo.rollout.engine import GenerationRequest, Sampling
-from expo.rollout.weight_samples import Described, describe
+from expo.rollout.weight_samples import WeightDescription, describe
 from expo.types import Reply
 
 MADE_FOR = ((0, 32), (0, 34))  # first version supported, first version that is not
@@ -158,7 +158,7 @@ def score_jobs(
     ]
 
 
-def describe_model(model: Any) -> dict[str, Described]:
+def describe_model(model: Any) -> dict[str, WeightDescription]:
     """The weights of a vLLM model; on a CPU linear layers have none, once they are packed."""
     return describe(model.named_parameters())
 

@@ -26,7 +26,7 @@ from expo.rollout.vllm.common import (
     score_jobs,
     version,
 )
-from expo.rollout.weight_samples import Described
+from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.logging_filters import errors_only
 from expo.types import Reply
 
@@ -143,9 +143,9 @@ class VllmEngine:
         outputs = iter(self._run(score_jobs(prompts, replies, temperature), None))
         return [[next(outputs).logprobs[0][token].logprob for token in reply] for reply in replies]
 
-    def describe_weights(self) -> list[dict[str, Described]]:
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
         """The weights that this rank's part of the engine holds."""
-        found: list[dict[str, Described]] = self._llm.apply_model(describe_model)
+        found: list[dict[str, WeightDescription]] = self._llm.apply_model(describe_model)
         return found
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.vllm.transfer.group import BACKEND
-from expo.rollout.weight_samples import Described
+from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
 from expo.types import Reply
 
@@ -137,7 +137,7 @@ class ServerEngine:
         if problem is not None:
             raise EngineError(problem)
 
-    def describe_weights(self) -> list[dict[str, Described]]:
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
         """The weights that this rank's servers hold, for each worker. Raises: as `generate`."""
         found = []
         for server in self._servers:
@@ -145,10 +145,11 @@ class ServerEngine:
             found += retry(server, self._section.patience_s, self._check, ask)
         return found
 
-    def _describe(self, server: Server) -> list[dict[str, Described]]:
+    def _describe(self, server: Server) -> list[dict[str, WeightDescription]]:
         if server.get("/weight_info")["weight_version"] != self._version:
             raise ServerUnavailable(STALE_WEIGHTS)
-        found: list[dict[str, Described]] = server.post("/collective_rpc", {"method": "describe_weights"})["results"]
+        answer = server.post("/collective_rpc", {"method": "describe_weights"})
+        found: list[dict[str, WeightDescription]] = answer["results"]
         return found
 
     def sleep(self) -> None:

@@ -19,7 +19,7 @@ from expo.rollout.vllm._compat import layerwise_reload, pack_tied_head
 from expo.rollout.vllm.common import describe_model
 from expo.rollout.vllm.transfer.buckets import empty_bucket
 from expo.rollout.vllm.transfer.group import BACKEND, END_OF_UPDATE, Group, GroupError, join
-from expo.rollout.weight_samples import Described
+from expo.rollout.weight_samples import WeightDescription
 
 
 class WeightReader:
@@ -35,7 +35,7 @@ class WeightReader:
         worker: Any = self
         pack_tied_head(worker.get_model())
 
-    def describe_weights(self) -> dict[str, Described]:
+    def describe_weights(self) -> dict[str, WeightDescription]:
         """The weights that this worker holds."""
         worker: Any = self
         return describe_model(worker.get_model())

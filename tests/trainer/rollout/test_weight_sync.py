@@ -20,7 +20,7 @@ def policy():
     return DeepSpeedPolicy(load_config(None), join_ranks("cpu", 60))
 
 
-def synced(policy, engine, tolerance=None, temperature=1.0):
+def sync_of(policy, engine, tolerance=None, temperature=1.0):
     return WeightSync(engine, policy, join_ranks("cpu", 60), make_probe(PROMPTS, 40), temperature, tolerance)
 
 
@@ -29,20 +29,20 @@ def copying_engine(policy):
     return TransformersEngine(model, policy.tokenizer, 8, is_shared=False)
 
 
-def test_an_engine_on_the_policys_own_weights_needs_no_proof(policy):
-    assert synced(policy, TransformersEngine(policy.model, policy.tokenizer, 8)).run() is None
+def test_an_engine_that_shares_the_policys_weights_is_not_checked(policy):
+    assert sync_of(policy, TransformersEngine(policy.model, policy.tokenizer, 8)).run() is None
 
 
-def test_a_copy_is_in_step_after_a_sync_and_caught_before_it(policy):
-    sync = synced(policy, copying_engine(policy))
+def test_a_copy_differs_before_a_sync_and_not_after(policy):
+    sync = sync_of(policy, copying_engine(policy))
     with pytest.raises(SyncError, match=r"rollout\.sync_tolerance = 0\.0001"):
         sync.difference()
     assert sync.run() < 5e-5
 
 
-def test_a_weight_too_close_for_the_probe_is_caught(policy, monkeypatch):
+def test_a_difference_below_the_probes_tolerance_is_caught(policy, monkeypatch):
     engine = copying_engine(policy)
-    sync = synced(policy, engine)
+    sync = sync_of(policy, engine)
     sync.run()
     assert sync.num_compared == sum(1 for _ in policy.named_weights())
     load, name = engine.load_weights, "model.layers.0.input_layernorm.weight"
@@ -57,18 +57,18 @@ def test_a_weight_too_close_for_the_probe_is_caught(policy, monkeypatch):
         sync.run()
 
 
-def test_an_engine_with_no_weight_to_compare_is_left_to_the_probe(policy, monkeypatch):
+def test_an_engine_without_comparable_weights_is_checked_by_the_probe_alone(policy, monkeypatch):
     engine = copying_engine(policy)
-    sync = synced(policy, engine)
+    sync = sync_of(policy, engine)
     monkeypatch.setattr(engine, "describe_weights", lambda: [{}])
     assert sync.run() < 5e-5
     assert sync.num_compared == 0
 
 
-def test_weights_are_compared_as_the_engine_rounds_them_and_only_in_the_same_shape():
+def test_weights_are_compared_in_the_engines_dtype_and_only_in_equal_shapes():
     samples = WeightSamples()
     weights = {"a": torch.tensor([1.0, 1.001]), "b": torch.ones(2, 3), "c": torch.zeros(0), "d": torch.tensor(5.0)}
-    assert list(samples.passing(weights.items())) == list(weights.items())
+    assert list(samples.record(weights.items())) == list(weights.items())
     same = {name: value.to(torch.bfloat16) for name, value in weights.items()}
     assert samples.compare(describe(same.items())) == (4, [])
     assert samples.compare(describe([("a", torch.tensor([1.0, 1.0])), ("d", torch.tensor(5.0))])) == (2, ["a"])
@@ -76,33 +76,33 @@ def test_weights_are_compared_as_the_engine_rounds_them_and_only_in_the_same_sha
 
 
 def test_the_policy_scores_the_probe_once_a_sync(policy, monkeypatch):
-    asked, logps = [], policy.logps
-    monkeypatch.setattr(policy, "logps", lambda batch: asked.append(1) or logps(batch))
-    copied = synced(policy, copying_engine(policy))
-    copied.run()
-    first = copied.policy_logps()
-    assert torch.equal(copied.policy_logps(), first)
-    assert len(asked) == 1
-    shared = synced(policy, TransformersEngine(policy.model, policy.tokenizer, 8))
+    calls, logps = [], policy.logps
+    monkeypatch.setattr(policy, "logps", lambda batch: calls.append(1) or logps(batch))
+    copying = sync_of(policy, copying_engine(policy))
+    copying.run()
+    first = copying.policy_logps()
+    assert torch.equal(copying.policy_logps(), first)
+    assert len(calls) == 1
+    sharing = sync_of(policy, TransformersEngine(policy.model, policy.tokenizer, 8))
     for _ in range(2):
-        shared.run()
-        assert torch.equal(shared.policy_logps(), first)
-    assert len(asked) == 3
+        sharing.run()
+        assert torch.equal(sharing.policy_logps(), first)
+    assert len(calls) == 3
 
 
 def test_the_tolerance_can_be_set(policy):
-    sync = synced(policy, copying_engine(policy), tolerance=1e9)
+    sync = sync_of(policy, copying_engine(policy), tolerance=1e9)
     assert sync.difference() > 1e-4
 
 
-def test_log_probs_that_are_no_numbers_are_no_agreement(policy, monkeypatch):
+def test_nan_log_probs_fail_the_check(policy, monkeypatch):
     engine = copying_engine(policy)
     monkeypatch.setattr(engine, "score", lambda prompts, replies, temperature: [[float("nan")] * 8] * len(prompts))
     with pytest.raises(SyncError):
-        synced(policy, engine, tolerance=1e9).run()
+        sync_of(policy, engine, tolerance=1e9).run()
 
 
-def test_a_probe_is_fixed_and_as_long_as_it_may_be():
+def test_a_probe_is_deterministic_and_of_the_longest_length():
     probe = make_probe(PROMPTS, 40)
     assert probe == make_probe(PROMPTS, 40)
     assert {len(prompt) + len(reply) for prompt, reply in zip(probe.prompts, probe.replies, strict=True)} == {40}
