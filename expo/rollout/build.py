@@ -25,7 +25,7 @@ def build_engine(
     display: Display,
     folder: Path,
 ) -> DataParallelEngine:
-    """The rollout engine of all ranks, on the policy's own weights or on copies that are yet to be synced."""
+    """The rollout engine of all ranks, on the policy's own weights or on copies that need a first weight sync."""
     width = config.vllm.tensor_parallel if config.rollout.engine == "vllm" else 1
     return DataParallelEngine(_engine(config, policy, ranks, display, folder), ranks, switch, width)
 
@@ -58,7 +58,7 @@ def _engine(
 
 
 def _warn(display: Display, found: str) -> None:
-    """Points out a vLLM that the adapters were not tested with."""
+    """Shows a warning if the adapters were not tested with this version of vLLM."""
     warning = version_warning(found)
     if warning is not None:
         display.line(warning)

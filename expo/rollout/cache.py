@@ -39,7 +39,7 @@ class ReplyCache:
         ranks: the processes of the run; all of them call every method together.
         settings: digest of the settings that determine the run's results.
         probe_logps: the policy's log-probs of the probe, nats; called on every rank.
-        tell: shows a line to the user.
+        report: shows a line to the user.
         is_on: whether the cache is used at all.
     """
 
@@ -49,12 +49,12 @@ class ReplyCache:
         ranks: Ranks,
         settings: str,
         probe_logps: Callable[[], Tensor],
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
         *,
         is_on: bool,
     ) -> None:
         self._folder, self._ranks, self._settings = folder, ranks, settings
-        self._probe_logps, self._tell, self._is_on = probe_logps, tell, is_on
+        self._probe_logps, self._report, self._is_on = probe_logps, report, is_on
 
     def replies(
         self, step: int, round_index: int, question_ids: Sequence[str], sample: Callable[[], list[list[Reply]]]
@@ -94,18 +94,18 @@ class ReplyCache:
             return None
         try:
             # gzip barely compresses here; it adds a checksum and an end marker
-            held = torch.load(io.BytesIO(gzip.decompress(path.read_bytes())), weights_only=True)
-            differing = [name for name, value in facts.items() if held[name] != value]
-            if not differing and not _is_near(held["probe"], probe):
+            content = torch.load(io.BytesIO(gzip.decompress(path.read_bytes())), weights_only=True)
+            differing = [name for name, value in facts.items() if content[name] != value]
+            if not differing and not _is_near(content["probe"], probe):
                 differing = ["weights"]
             if not differing:
-                replies = PackedReplies.from_dict(held)
-                self._tell(f"step {facts['step']}: replies taken from {path}")
+                replies = PackedReplies.from_dict(content)
+                self._report(f"step {facts['step']}: replies taken from {path}")
                 return replies
             problem = f"it was sampled with other {', '.join(differing)}"
         except UNREADABLE as error:
             problem = f"it cannot be read ({type(error).__name__})"
-        self._tell(f"step {facts['step']}: {path} is ignored, since {problem}; sampling again")
+        self._report(f"step {facts['step']}: {path} is ignored, since {problem}; sampling again")
         return None
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ class ReplyCache:
             path.parent.mkdir(exist_ok=True)
             write_bytes_whole(path, gzip.compress(buffer.getvalue(), compresslevel=0, mtime=0))
         except OSError as error:
-            self._tell(f"warning: replies could not be kept in {path} ({error}); free some space")
+            self._report(f"warning: replies could not be kept in {path} ({error}); free some space")
 
 
 def _is_near(cached: Tensor, probe: Tensor) -> bool:

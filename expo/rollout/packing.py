@@ -1,7 +1,7 @@
 """Replies and verdicts as a few flat tensors: what the ranks exchange, and what the reply cache stores.
 
-A step of the paper samples 6.3 million tokens. As Python lists they are pickled number by number; as tensors they are
-sent as they lie in memory. Every value comes back bit for bit.
+A step of the paper samples 6.3 million tokens. Python lists would be pickled number by number; a tensor is sent as one
+block of memory. Every value is restored bit for bit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from expo.runtime.distributed import Ranks
 from expo.types import Reply, Verdict, VerdictKind
 
 KINDS: tuple[VerdictKind, ...] = get_args(VerdictKind)
-ERRORS = "surrogatepass"  # a str that UTF-8 alone cannot encode must not end a run
+ERRORS = "surrogatepass"  # a lone surrogate, which strict UTF-8 refuses, must not end a run
 
 
 @dataclass(frozen=True)
 class PackedReplies:
-    """Groups of replies, laid end to end.
+    """Groups of replies, concatenated.
 
     Args:
         group_sizes: [groups] int64, replies of each group.
@@ -43,7 +43,7 @@ class PackedReplies:
     texts: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """The fields in order, from which `PackedReplies(*tensors)` makes the same again."""
+        """The fields in order: `PackedReplies(*tensors)` restores the object."""
         return [getattr(self, field.name) for field in fields(self)]
 
     def unpack(self) -> list[list[Reply]]:
@@ -70,15 +70,15 @@ class PackedReplies:
         }
 
     @classmethod
-    def from_dict(cls, held: Mapping[str, Any]) -> "PackedReplies":
+    def from_dict(cls, content: Mapping[str, Any]) -> "PackedReplies":
         """What `to_dict` wrote. Raises: LookupError, TypeError, ValueError or RuntimeError if it did not."""
-        texts, text_lengths = _encode(held["texts"])
+        texts, text_lengths = _encode(content["texts"])
         return cls(
-            torch.tensor(held["group_sizes"], dtype=torch.int64),
-            torch.tensor(held["lengths"], dtype=torch.int64),
-            held["token_ids"],
-            held["logps"],
-            torch.tensor(held["is_truncated"], dtype=torch.bool),
+            torch.tensor(content["group_sizes"], dtype=torch.int64),
+            torch.tensor(content["lengths"], dtype=torch.int64),
+            content["token_ids"],
+            content["logps"],
+            torch.tensor(content["is_truncated"], dtype=torch.bool),
             text_lengths,
             texts,
         )
@@ -131,7 +131,7 @@ def all_gather_verdicts(verdicts: Sequence[Verdict], ranks: Ranks) -> list[list[
 
 
 def _all_gather(tensors: Sequence[Tensor], ranks: Ranks) -> list[tuple[Tensor, ...]]:
-    """For every rank its tensors."""
+    """The tensors of every rank, in the order of the ranks."""
     return list(zip(*(ranks.all_gather_tensor(tensor) for tensor in tensors), strict=True))
 
 
@@ -140,7 +140,7 @@ def _concatenate(parts: Iterable[Sequence[Any]], dtype: type[np.number[Any]]) ->
 
 
 def _spans(lengths: Tensor) -> list[tuple[int, int]]:
-    """The start and end of each part of what was laid end to end."""
+    """Start and end of each part of a concatenation."""
     return list(pairwise(accumulate(lengths.tolist(), initial=0)))
 
 
@@ -152,5 +152,5 @@ def _encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def _decode(data: Tensor, lengths: Tensor) -> list[str]:
-    held = data.numpy().tobytes()
-    return [held[start:end].decode("utf-8", ERRORS) for start, end in _spans(lengths)]
+    encoded = data.numpy().tobytes()
+    return [encoded[start:end].decode("utf-8", ERRORS) for start, end in _spans(lengths)]

@@ -116,8 +116,8 @@ class TransformersEngine:
                     batches.append([])
                     free = self._batch_size
                 batches[-1].append(_Job(request, samples[:free]))
-                taken, samples = len(samples[:free]), samples[free:]
-                free -= taken
+                num_added, samples = len(samples[:free]), samples[free:]
+                free -= num_added
         return batches
 
     @torch.inference_mode()
@@ -146,9 +146,9 @@ class TransformersEngine:
             if num_running == 0 or position + 1 == sampling.max_new_tokens:
                 break
             if num_running <= KEEP_ROWS_ABOVE * len(rows):
-                kept = running.nonzero()[:, 0].to(rows.device)
-                rows, drawn = rows[kept], drawn[kept]
-                state.select(kept)
+                remaining = running.nonzero()[:, 0].to(rows.device)
+                rows, drawn = rows[remaining], drawn[remaining]
+                state.select(remaining)
             self._advance(state, drawn)
         self._model.train(was_training)
         return [self._reply(ids, values) for ids, values in zip(tokens, logps, strict=True)]

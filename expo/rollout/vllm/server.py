@@ -208,8 +208,8 @@ def _require_startable(section: VllmSection, ranks: Ranks) -> None:
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if len(hosts) > 1:
         raise ConfigError(
-            f"rollout.engine = vllm-server starts servers beside rank 0 alone, where ranks on other machines "
-            f"({', '.join(hosts)}) cannot reach them; start some by python -m expo.serve, name them in vllm.servers"
+            f"rollout.engine = vllm-server starts servers on the machine of rank 0 only, where ranks on other machines "
+            f"({', '.join(hosts)}) cannot reach them; start servers by python -m expo.serve, name them in vllm.servers"
         )
 
 

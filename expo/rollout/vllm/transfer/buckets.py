@@ -1,4 +1,4 @@
-"""Weights packed into large buffers, so that a transfer has few messages, whatever the number of weights."""
+"""Weights packed into large buffers, so that a transfer consists of few large messages."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ ALIGNMENT = 16  # bytes; a view of a byte buffer as another dtype must start at 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Weights laid end to end in one buffer.
+    """Weights concatenated in one buffer.
 
     Args:
         data: [num_bytes] uint8.

@@ -1,4 +1,4 @@
-"""Weight transfer through safetensors files, kept in memory where the machine has a folder for that."""
+"""Weight transfer through safetensors files, in /dev/shm if the machine has it."""
 
 import shutil
 import tempfile
