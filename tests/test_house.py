@@ -15,7 +15,8 @@ KERNEL_ROOMS = {
     "reference": {"torch", "expo_kernels.objective"},
     "objective": set(),
     "_validate": {"torch"},
-    "_launch": {"torch", "triton"},
+    "_compat": {"torch"},
+    "_launch": {"torch", "triton", "expo_kernels._compat"},
 }
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}
 ONLY_IN = {
