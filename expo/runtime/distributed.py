@@ -42,7 +42,7 @@ class Ranks:
         return values
 
     def all_gather_tensor(self, values: Tensor) -> list[Tensor]:
-        """The tensor of every rank, in their order, on every rank.
+        """The tensors of all ranks in order of rank, on every rank.
 
         Args:
             values: [n] on the CPU; n may differ between ranks, the dtype must not.
@@ -75,12 +75,12 @@ class Ranks:
         return objects[0]
 
     def broadcast_tensors_from_rank0(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Rank 0's tensors, on the CPU, on every rank; what the other ranks pass is ignored."""
+        """Rank 0's tensors, on the CPU, on every rank; those of the other ranks are ignored."""
         if self.size == 1:
             return list(tensors)
-        described = self.broadcast_from_rank0([(tensor.shape, tensor.dtype) for tensor in tensors])
+        shapes = self.broadcast_from_rank0([(tensor.shape, tensor.dtype) for tensor in tensors])
         if not self.is_rank0:
-            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in described]
+            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         for tensor in tensors:
             if tensor.numel():
                 dist.broadcast(tensor, src=0)
