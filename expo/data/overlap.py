@@ -89,7 +89,7 @@ def _describe(name: str, matches: Sequence[Match]) -> str:
     closest = max(matches, key=lambda match: match.share)
     text = " ".join(closest.evaluation.text.split())
     return (
-        f"overlap: {counts['exact']} questions of {name} are training questions too, {counts['near']} are near matches; "
+        f"overlap: {counts['exact']} questions of {name} are training questions too, {counts['near']} nearly so; "
         f"for example {closest.evaluation.id} and {closest.training.id}: {text[:80]}{'...' if len(text) > 80 else ''}"
     )
 
