@@ -94,9 +94,9 @@ def num_compiled() -> int:
     """The number of binaries that Triton has compiled so far."""
     from triton.runtime.jit import JITFunction
 
-    from expo_kernels import _curriculum_kernels, _row_kernels
+    from expo_kernels._triton import curriculum, rows, sequences
 
-    rooms = (_row_kernels, _curriculum_kernels)
+    rooms = (rows, sequences, curriculum)
     kernels = [value for room in rooms for value in vars(room).values() if isinstance(value, JITFunction)]
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from expo_kernels._compat import has_onednn_linear
+
 # Measured on two cores at (V, H) = (32,768, 512) and (65,536, 1,024). Every chunk reads the head twice and adds to
 # dWeight: with oneDNN chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also loses
 # up to a third of its speed to repacking the head, and wants H / 3 rows, but not fewer than 176 whatever H is: at
@@ -102,8 +104,7 @@ def widen_rows(hidden_size: int, itemsize: int) -> int:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether float32 products on this CPU belong to oneDNN: AVX-512, but not Intel's, where MKL keeps to AVX2."""
-    has_onednn = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False
     described = Path("/proc/cpuinfo")
     vendor = described.read_text() if described.exists() else platform.processor()

@@ -1,10 +1,12 @@
-"""The three products of the output head on a CPU, by the faster of the two libraries in PyTorch.
+"""The three products of the output head in PyTorch: logits, the gradient of hidden states, that of the weight.
+
+On a CPU they go through the faster of the two libraries in PyTorch.
 
 PyTorch gives float32 products to MKL, which keeps to AVX2 on processors that are not Intel's. There oneDNN, shipped in
 the same build, uses AVX-512 and is twice as fast; its operator allocates its result and copies operands that are not
 dense, so products go through it by blocks of the vocabulary small enough for these to stay in the cache.
 
-Letters: n rows of a chunk, V vocabulary, H hidden. Every function takes any device and float dtype.
+Letters: n rows of a chunk, V vocabulary, H hidden.
 """
 
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expo_kernels import _launch
+from expo_kernels._compat import onednn_linear
 
 # of what a product of some columns allocates, [n, columns] or [columns, H]: it should stay in the cache, and each block
 # costs the threads some barriers, which are slow while others use the cores
@@ -23,6 +26,41 @@ TERMS_AT_ONCE = 128
 LEAST_COLUMNS = 128  # a narrower product is too small to make up for the copies
 LEAST_ROWS = 32  # of dWeight: with fewer, transposing and adding cost more than the product
 LEAST_PADDED_COLUMNS = 1024  # in shorter rows gaps cost an elementwise pass more than they save
+
+
+class WideProducts:
+    """Operands and results in one dtype; a head stored in a narrower one is widened some vocabulary rows at a time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def empty_logits(self, num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
+        """Memory for the logits of a chunk."""
+        return empty_rows(num_rows, vocab_size, self.dtype, device)
+
+    def grad_memory(self, logits: Tensor) -> tuple[Tensor, None]:
+        """The logits' own memory; nothing is rounded."""
+        return logits, None
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Hidden states or a bias, widened."""
+        return tensor.to(self.dtype)
+
+    def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V])."""
+        for block, some_weight in widened(weight, self.dtype):
+            write_logits(out[:, block], hidden, some_weight, None if bias is None else bias[block], scale)
+
+    def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
+        """grad_logits [n, V] @ weight [V, H]."""
+        made = torch.zeros(grad_logits.shape[0], weight.shape[1], dtype=self.dtype, device=grad_logits.device)
+        for block, some_weight in widened(weight, self.dtype):
+            add_to_hidden(made, grad_logits[:, block], some_weight)
+        return made
+
+    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
+        """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
+        add_to_weight(total, grad_logits, hidden, is_first=is_first)
 
 
 def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
@@ -41,30 +79,30 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     if num_rows == 1:
         hidden = hidden.expand(2, -1).contiguous()  # one row alone would be added up in another order
     for block in _blocks(out, num_rows):
-        part = _linear(hidden, weight[block].contiguous(), None if bias is None else bias[block])
+        part = onednn_linear(hidden, weight[block].contiguous(), None if bias is None else bias[block])
         torch.mul(part[:num_rows], scale, out=out[:, block])
 
 
-def add_to_hidden(total: Tensor, slopes: Tensor, weight: Tensor) -> None:
-    """total [n, H] += slopes [n, V] @ weight [V, H]."""
-    if not _goes_through_onednn(slopes):
-        total.addmm_(slopes, weight)
+def add_to_hidden(total: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
+    """total [n, H] += grad_logits [n, V] @ weight [V, H]."""
+    if not _goes_through_onednn(grad_logits):
+        total.addmm_(grad_logits, weight)
         return
-    for block in _blocks(slopes, slopes.shape[0]):
-        total.add_(_linear(slopes[:, block], weight[block].contiguous().T))
+    for block in _blocks(grad_logits, grad_logits.shape[0]):
+        total.add_(onednn_linear(grad_logits[:, block], weight[block].contiguous().T))
 
 
-def add_to_weight(total: Tensor, slopes: Tensor, hidden: Tensor, *, is_first: bool) -> None:
-    """total [V, H] += slopes [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
-    if not _goes_through_onednn(slopes) or slopes.shape[0] < LEAST_ROWS:
+def add_to_weight(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
+    """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
+    if not _goes_through_onednn(grad_logits) or grad_logits.shape[0] < LEAST_ROWS:
         if is_first:
-            torch.mm(slopes.T, hidden, out=total)
+            torch.mm(grad_logits.T, hidden, out=total)
         else:
-            total.addmm_(slopes.T, hidden)
+            total.addmm_(grad_logits.T, hidden)
         return
     hidden_columns = hidden.T.contiguous()
-    for block in _blocks(slopes, max(hidden.shape)):
-        part = _linear(slopes[:, block].T, hidden_columns)
+    for block in _blocks(grad_logits, max(hidden.shape)):
+        part = onednn_linear(grad_logits[:, block].T, hidden_columns)
         if is_first:
             total[block] = part
         else:
@@ -83,6 +121,18 @@ def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
     return torch.empty(num_rows, stride, dtype=dtype, device=device)[:, :num_columns]
 
 
+def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head in that dtype, some vocabulary rows at a time where it is not stored so."""
+    vocab_size, hidden_size = weight.shape
+    if weight.dtype == dtype:
+        yield slice(0, vocab_size), weight
+        return
+    step = _launch.widen_rows(hidden_size, dtype.itemsize)
+    for start in range(0, vocab_size, step):
+        block = slice(start, min(start + step, vocab_size))
+        yield block, weight[block].to(dtype)
+
+
 def _add_up_terms(
     out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, num_terms: int
 ) -> None:
@@ -95,12 +145,6 @@ def _add_up_terms(
             torch.addmm(out, left, right.T, beta=0.0, alpha=scale, out=out)
         else:
             torch.addmm(bias, left, right.T, beta=scale, alpha=scale, out=out)
-
-
-def _linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left [n, K] @ right [m, K].T + bias [m] through oneDNN; `right` must be dense, in either order of its axes."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-    return product
 
 
 def _blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:

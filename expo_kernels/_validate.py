@@ -80,6 +80,16 @@ def same_shape(name: str, tensor: Tensor, other_name: str, shape: torch.Size) ->
         )
 
 
+def ids_and_mask(name: str, tensor: Tensor, ids: Tensor, mask_name: str, mask: Tensor | None) -> None:
+    """`ids` [...] and `mask` fit the positions of `tensor` [..., H or V]."""
+    integers("completion_ids", ids)
+    same_shape("completion_ids", ids, name, tensor.shape[:-1])
+    if mask is not None:
+        is_tensor(mask_name, mask)
+        same_shape(mask_name, mask, "completion_ids", ids.shape)
+    same_device(**{name: tensor, "completion_ids": ids, mask_name: mask})
+
+
 def dimensions(name: str, tensor: Tensor, letters: str) -> None:
     """`tensor` has one dimension per letter."""
     if tensor.dim() != len(letters):

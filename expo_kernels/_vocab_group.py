@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group  # type: ignore[attr-defined]
+
+from expo_kernels import _compat
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class VocabShard:
         local = ids - self.start
         return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)
 
-    def take_maximum(self, values: Tensor) -> None:
+    def all_reduce_max(self, values: Tensor) -> None:
         """Replace `values` by the largest of all ranks'."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
 
-    def add_up(self, values: Tensor) -> None:
+    def all_reduce_sum(self, values: Tensor) -> None:
         """Replace `values` by the sum of all ranks'."""
         dist.all_reduce(values, group=self.group)
 
@@ -45,7 +46,7 @@ def join(name: str, weight: Tensor, valid_ids: Tensor, most_rows: int) -> VocabS
     Raises:
         ValueError: a rank without rows, or with other tokens; the same on every rank.
     """
-    group = _resolve_process_group(GroupName(name))
+    group = _compat.process_group(name)
     places = torch.arange(1, valid_ids.numel() + 1, device=valid_ids.device)
     facts = torch.stack([torch.full_like(places.sum(), value) for value in (weight.shape[0], most_rows)])
     facts = torch.cat([facts, places.sum().view(1), (valid_ids.long() * places).sum().view(1)])

@@ -194,9 +194,9 @@ def _update(
     validate.within("pass_rates", new_rates, 0.0, 1.0)
     ids, rates = question_ids.to(pass_rates.device).long(), new_rates.to(pass_rates.device).double()
     if _launch.use_kernels(pass_rates):
-        from expo_kernels import _curriculum_kernels
+        from expo_kernels._triton import curriculum as kernels
 
-        _curriculum_kernels.launch_update(ids, rates, pass_rates, visits, log_weights, settings)
+        kernels.launch_update(ids, rates, pass_rates, visits, log_weights, settings)
         return
     momentum, mean, std, is_counted = settings
     ids, means = _mean_by_id(ids, rates)
@@ -210,9 +210,9 @@ def _update(
 @torch.library.custom_op("expo_kernels::race", mutates_args=())
 def _race(log_weights: Tensor, seed: Tensor) -> Tensor:
     """Keys of the kernels' draw, [Q] float64: the k largest are drawn. `seed` is [1] int64."""
-    from expo_kernels import _curriculum_kernels
+    from expo_kernels._triton import curriculum as kernels
 
-    return _curriculum_kernels.launch_race(log_weights, seed)
+    return kernels.launch_race(log_weights, seed)
 
 
 @_race.register_fake

@@ -2,8 +2,7 @@
 
 Per chunk of valid tokens: one product makes float32 logits, the loss turns them into dL/dlogits in place, two products
 turn that into dHidden and dWeight (summed in float32). That is 6*N*H*V floating-point operations and no recompute;
-8*N*H*V for a ratio per sequence once a sequence exceeds a chunk. `_token_batch.py` holds the loop, `_rows.py` and
-`_products.py` the products.
+8*N*H*V for a ratio per sequence once a sequence exceeds a chunk. `_engine.py` holds the loop, `_head.py` the head.
 
 Letters: B sequences, T completion positions, N valid tokens, H hidden, V vocabulary.
 """
@@ -13,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
-from expo_kernels._request import check_request
+from expo_kernels._head import HeadTensors
+from expo_kernels._inputs import check_inputs
+from expo_kernels._ops import LossOutput, call_policy_loss
 from expo_kernels._vocab_group import local_head
-from expo_kernels.logps import check_ids_and_mask
 from expo_kernels.objective import Objective
-from expo_kernels.policy_loss import LossOutput, loss_of_states
 
 
 def linear_expo_loss(
@@ -85,11 +84,11 @@ def linear_expo_loss(
     weight, bias, group_name = local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)
     validate.dimensions("hidden", hidden, "BTH" if cu_seqlens is None else "NH")
-    check_ids_and_mask("hidden", hidden, completion_ids, "completion_mask", completion_mask)
+    validate.ids_and_mask("hidden", hidden, completion_ids, "completion_mask", completion_mask)
     validate.same_device(hidden=hidden, weight=weight, bias=bias)
     if logits_budget_mb is not None:
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)
-    request = check_request(
+    inputs = check_inputs(
         completion_mask,
         advantages=advantages,
         rewards=rewards,
@@ -103,12 +102,10 @@ def linear_expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
-    return loss_of_states(
-        hidden,
-        weight,
-        bias,
+    return call_policy_loss(
+        HeadTensors(hidden, weight, bias),
         completion_ids,
-        request,
+        inputs,
         budget_mb=logits_budget_mb,
         return_entropy=return_entropy,
         vocab_group=group_name,

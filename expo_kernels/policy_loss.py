@@ -1,40 +1,22 @@
 """The policy loss: EXPO's (and GRPO's) objective on logits or on log-probs, and its gradient.
 
 Source: FG-ExPO (arXiv 2605.11403), eq. 1 to 3 and algorithm 1, written out in `reference.py`. Shapes are checked here;
-the work is done by the registered ops of `_policy_ops.py`.
+the work is done by the registered ops of `_ops.py`.
 
 Letters: B sequences, T completion positions, N valid tokens, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from expo_kernels import _rows
 from expo_kernels import _validate as validate
-from expo_kernels._policy_ops import policy_loss, policy_loss_from_logps, policy_loss_in_place, with_gradient
-from expo_kernels._request import SUMS, Request, check_request
-from expo_kernels.logps import check_ids_and_mask
+from expo_kernels._head import HeadTensors
+from expo_kernels._inputs import check_inputs
+from expo_kernels._ops import LossOutput, call_policy_loss, call_policy_loss_from_logps
 from expo_kernels.objective import Objective
 
-
-class LossOutput(NamedTuple):
-    """What a loss call returns."""
-
-    loss: Tensor
-    """0-dim: call .backward() on it."""
-
-    metrics: dict[str, Tensor]
-    """0-dim tensors on the device, detached; means over valid tokens (0 where there are none):
-    `kl` nats of the chosen estimator, importance weight included where it is on; 0 without `ref_logps`;
-    `ratio_mean`, `ratio_max` of pi_theta / pi_old, of the token or of its sequence ("gmpo": of the sequence, clipped);
-    `clip_low_fraction`, `clip_high_fraction` share of valid tokens for which the surrogate's lower or upper clipped
-    term was chosen (the dual clip's cap counts as upper; always 0 for "sapo" and "vespo");
-    `tokens` number of valid tokens; `entropy` nats, only with `return_entropy`."""
-
-    logps: Tensor
-    """Log-probs in nats, shaped like `completion_mask`, float32, detached, 0 where masked."""
+__all__ = ["ExpoLoss", "LossOutput", "expo_loss", "expo_loss_from_logps"]
 
 
 def expo_loss(
@@ -92,8 +74,8 @@ def expo_loss(
     """
     validate.floating("logits", logits)
     validate.dimensions("logits", logits, "BTV" if cu_seqlens is None else "NV")
-    check_ids_and_mask("logits", logits, completion_ids, "completion_mask", completion_mask)
-    request = check_request(
+    validate.ids_and_mask("logits", logits, completion_ids, "completion_mask", completion_mask)
+    inputs = check_inputs(
         completion_mask,
         advantages=advantages,
         rewards=rewards,
@@ -107,7 +89,7 @@ def expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
-    return loss_of_states(logits, None, None, completion_ids, request, return_entropy=return_entropy, in_place=inplace)
+    return call_policy_loss(HeadTensors(logits), completion_ids, inputs, return_entropy=return_entropy, inplace=inplace)
 
 
 def expo_loss_from_logps(
@@ -153,7 +135,7 @@ def expo_loss_from_logps(
     validate.is_tensor("completion_mask", completion_mask)
     validate.same_shape("completion_mask", completion_mask, "logps", logps.shape)
     validate.same_device(logps=logps, completion_mask=completion_mask)
-    request = check_request(
+    inputs = check_inputs(
         completion_mask,
         advantages=advantages,
         rewards=rewards,
@@ -166,63 +148,7 @@ def expo_loss_from_logps(
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
-    packed = request.pack(_rows.arithmetic_dtype(logps))
-    wants_grad = [logps.requires_grad and torch.is_grad_enabled()]
-    made = policy_loss_from_logps(
-        logps, wants_grad, completion_mask, packed, request.objective.text, request.group_size
-    )
-    return _output(*made[:4], return_entropy=False)
-
-
-def loss_of_states(
-    states: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    completion_ids: Tensor,
-    request: Request,
-    *,
-    budget_mb: float | None = None,
-    return_entropy: bool = False,
-    in_place: bool = False,
-    vocab_group: str | None = None,
-) -> LossOutput:
-    """Loss of validated arguments: `states` are hidden states where a head `weight` is given, else logits."""
-    packed = request.pack(_rows.arithmetic_dtype(states, weight, bias))
-    mask, objective, group_size = request.completion_mask, request.objective.text, request.group_size
-    wants_grad = [
-        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in (states, weight, bias)
-    ]
-    if in_place and wants_grad[0]:
-        logits = states.detach()
-        loss, *others = policy_loss_in_place(
-            logits, completion_ids, mask, packed, objective, group_size, return_entropy
-        )
-        return _output(with_gradient(loss, states, logits), *others, return_entropy=return_entropy)
-    made = policy_loss(
-        states,
-        weight,
-        bias,
-        wants_grad,
-        completion_ids,
-        mask,
-        packed,
-        objective,
-        group_size,
-        budget_mb,
-        return_entropy,
-        vocab_group,
-    )
-    return _output(*made[:4], return_entropy=return_entropy)
-
-
-def _output(
-    loss: Tensor, metrics: Tensor, num_tokens: Tensor, token_logps: Tensor, *, return_entropy: bool
-) -> LossOutput:
-    named = dict(zip(SUMS, metrics.unbind(), strict=True)) | {"tokens": num_tokens}
-    del named["loss"]
-    if not return_entropy:
-        del named["entropy"]
-    return LossOutput(loss, named, token_logps)
+    return call_policy_loss_from_logps(logps, inputs)
 
 
 class ExpoLoss(nn.Module):

@@ -8,6 +8,8 @@ import importlib
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +20,6 @@ from expo.runtime.atomic_io import write_bytes_whole
 
 PROJECT = "expo"
 ID_FILE = "tracker-id.txt"  # in the run's folder: the id under which a resumed run continues in its trackers
-MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Tracker(Protocol):
@@ -31,6 +32,28 @@ class Tracker(Protocol):
         """Writes what is still buffered; no call may follow."""
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that a tracker is opened for.
+
+    folder: the run's, which exists; id: unique, and the same after a resume; config: the whole run; resume: whether the
+    run continues from a checkpoint.
+    """
+
+    folder: Path
+    id: str
+    config: RunConfig
+    resume: bool
+
+
+@dataclass(frozen=True)
+class TrackerKind:
+    """A tracker that `run.trackers` can name: the module that it imports, and the function that opens it for a run."""
+
+    module: str
+    open: Callable[[TrackedRun], Tracker]
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Checks that the package of each tracker can be imported.
 
@@ -38,7 +61,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            importlib.import_module(MODULES[name])
+            importlib.import_module(TRACKERS[name].module)
         except ImportError as error:
             raise ConfigError(
                 f'run.trackers names {name}, which cannot be imported ({error}); pip install "expo-rl[{name}]", or '
@@ -59,13 +82,8 @@ def open_trackers(names: Sequence[str], folder: Path, config: RunConfig, resume:
     Raises: ConfigError if a tracker's package is not installed.
     """
     check_trackers(names)
-    run_id = _run_id(folder, resume) if names else ""
-    openers: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoardTracker(folder / "tensorboard", resume),
-        "wandb": lambda: _open_wandb(folder, run_id, config),
-        "trackio": lambda: _open_trackio(folder, run_id, config),
-    }
-    opened = [_SafeTracker(name, openers[name]) for name in names]
+    run = TrackedRun(folder, _run_id(folder, resume) if names else "", config, resume)
+    opened = [_SafeTracker(name, partial(TRACKERS[name].open, run)) for name in names]
     return [tracker for tracker in opened if not tracker.has_failed]
 
 
@@ -165,14 +183,14 @@ class RunTracker:
         self._run.finish()
 
 
-def _open_wandb(folder: Path, run_id: str, config: RunConfig) -> Tracker:
+def _open_wandb(tracked: TrackedRun) -> Tracker:
     wandb = importlib.import_module("wandb")
     run = wandb.init(
         project=PROJECT,
-        dir=str(folder),
-        id=run_id,
-        name=folder.name,
-        config=config.model_dump(mode="json"),
+        dir=str(tracked.folder),
+        id=tracked.id,
+        name=tracked.folder.name,
+        config=tracked.config.model_dump(mode="json"),
         allow_val_change=True,  # some settings may change on resume
         resume="allow",
         reinit="create_new",
@@ -180,10 +198,23 @@ def _open_wandb(folder: Path, run_id: str, config: RunConfig) -> Tracker:
     return RunTracker(run)
 
 
-def _open_trackio(folder: Path, run_id: str, config: RunConfig) -> Tracker:
+def _open_trackio(tracked: TrackedRun) -> Tracker:
     trackio = importlib.import_module("trackio")
     # it identifies a run by its name, so the name must be unique
     run = trackio.init(
-        project=PROJECT, name=f"{folder.name}-{run_id}", config=config.model_dump(mode="json"), resume="allow"
+        project=PROJECT,
+        name=f"{tracked.folder.name}-{tracked.id}",
+        config=tracked.config.model_dump(mode="json"),
+        resume="allow",
     )
     return RunTracker(run)
+
+
+TRACKERS = {
+    "tensorboard": TrackerKind(
+        "torch.utils.tensorboard", lambda tracked: TensorBoardTracker(tracked.folder / "tensorboard", tracked.resume)
+    ),
+    "wandb": TrackerKind("wandb", _open_wandb),
+    "trackio": TrackerKind("trackio", _open_trackio),
+}
+"""Every tracker by its name in `run.trackers`."""

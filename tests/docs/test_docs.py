@@ -1,4 +1,4 @@
-"""The pages: every Python block of theirs runs, and they build without a warning and without a network."""
+"""Every Python block of the pages runs, and the pages build without a warning and without a network."""
 
 import os
 import re
@@ -13,8 +13,8 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
 PAGES = {page: PYTHON.findall(page.read_text(encoding="utf-8")) for page in SOURCES}
 WITH_PYTHON = sorted(page for page, blocks in PAGES.items() if blocks)
-SHOWN = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-PRINTS = [(page, *pair) for page in WITH_PYTHON for pair in SHOWN.findall(page.read_text(encoding="utf-8"))]
+PRINTED = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+OUTPUTS = [(page, *pair) for page in WITH_PYTHON for pair in PRINTED.findall(page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
@@ -25,15 +25,15 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
         exec(compile(block, page.name, "exec"), names)
 
 
-@pytest.mark.parametrize(("page", "block", "shown"), PRINTS, ids=[page.name for page, *_ in PRINTS])
-def test_the_text_under_a_python_block_is_what_it_prints(page, block, shown, capsys):
-    """Such a block stands on its own."""
+@pytest.mark.parametrize(("page", "block", "printed"), OUTPUTS, ids=[page.name for page, *_ in OUTPUTS])
+def test_the_text_under_a_python_block_is_what_it_prints(page, block, printed, capsys):
+    """Such a block needs no block before it."""
     exec(compile(block, page.name, "exec"), {"__name__": page.stem})
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == printed
 
 
-def test_what_a_run_would_cost_is_one_of_them():
-    assert "experiment.md" in [page.name for page, *_ in PRINTS]
+def test_the_estimated_cost_of_a_run_is_among_the_checked_outputs():
+    assert "experiment.md" in [page.name for page, *_ in OUTPUTS]
 
 
 def test_the_loop_of_forty_lines_has_forty():
@@ -43,10 +43,10 @@ def test_the_loop_of_forty_lines_has_forty():
 
 def test_the_pages_build_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    # a proxy that answers nothing: whatever is fetched, fails
+    # a proxy without a server: every request fails
     blocked = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     environment = {**os.environ, **blocked, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
     assert 'id="expo_kernels.linear_expo_loss"' in api

@@ -1,4 +1,4 @@
-"""The README's promises: its example runs as printed, its commands exist."""
+"""What README, CONTRIBUTING and pages say: the example runs as printed, options, files and commands exist."""
 
 import re
 
@@ -42,7 +42,7 @@ def test_the_estimated_cost_is_what_its_code_prints(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", *(f"docs/{page}.md" for page in ("data", "experiment", "multi-node", "vllm"))]
+    "name", ["README.md", *(f"docs/{page}.md" for page in ("data", "experiment", "multi-node", "training", "vllm"))]
 )
 def test_named_options_exist(name):
     named = set(re.findall(r"--([a-z]+\.[a-z_]+)=", (ROOT / name).read_text(encoding="utf-8")))
@@ -50,9 +50,13 @@ def test_named_options_exist(name):
     assert named <= set(field_names(RunConfig))
 
 
-def test_named_files_exist():
-    named = set(re.findall(r"`((?:expo|expo_kernels|tests)/[\w/.]*)`", README))
-    assert named
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(page.name for page in ROOT.glob("docs/*.md"))]
+)
+def test_named_files_exist(page):
+    text = (ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page).read_text(encoding="utf-8")
+    # the files that a recipe adds are named with a colon
+    named = set(re.findall(r"`((?:expo|expo_kernels|tests|benchmarks)/[\w/.]*)`(?!:\n)", text))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -60,4 +64,11 @@ def test_continuous_integration_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     commands = [line for line in script.splitlines() if line and not line.startswith(("#", "set ", "cd "))]
     assert commands == ["make test"]
-    assert "    make test\n" in README
+    assert re.search(r"^    make test\b", README, flags=re.MULTILINE)
+
+
+def test_the_commands_that_the_pages_name_are_in_the_makefile():
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        named = set(re.findall(r"(?:^    |`)make ([a-z0-9-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        assert named <= targets, page

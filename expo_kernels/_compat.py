@@ -1,0 +1,46 @@
+"""Every private interface of PyTorch that the package uses, each behind one function with a reason."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def autograd_inside_an_op() -> AbstractContextManager[Any]:
+    """Let autograd record inside a custom op, where its dispatch key is excluded.
+
+    `torch.func.grad` would need no such guard, but it fails inside an op under a dispatch mode.
+    """
+    guard: AbstractContextManager[Any] = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    return guard
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running keeps its graph, so that it may run again."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def has_onednn_linear() -> bool:
+    """Whether this build has oneDNN's linear operator."""
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left [n, K] @ right [m, K].T + bias [m] through oneDNN; `right` must be dense, in either order of its axes."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return product
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of that name: an op takes no group, only its name."""
+    from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+        GroupName,
+        _resolve_process_group,
+    )
+
+    group: dist.ProcessGroup = _resolve_process_group(GroupName(name))
+    return group

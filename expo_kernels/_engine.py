@@ -1,0 +1,403 @@
+"""The engine of every op on logits: one loop over chunks of rows, for PyTorch and for the kernels.
+
+Valid tokens are put first, so that prompt and padding cost nothing. Where PyTorch computes, the host knows their number
+(`HostPlan`). Where kernels compute, it is known to the device alone (`DevicePlan`): a stable permutation puts valid
+tokens first, kernels skip the rows behind them, and the host learns the number only while the first chunk is running.
+
+Per chunk the head makes logits, the backend reads them and turns them into dL/dlogits, and the head adds these to its
+gradients. An objective of whole sequences needs a sequence's log-probs before its first gradient: chunks then hold
+whole sequences; where one exceeds a chunk, a pass for the log-probs comes first.
+
+Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, B sequences.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from expo_kernels import _launch, _vocab_group
+from expo_kernels import _validate as validate
+from expo_kernels._backend_torch import TorchLogps, TorchLoss, gather_tokens, spread, valid_index
+from expo_kernels._head import (
+    Chunk,
+    CopiedLogits,
+    Gradients,
+    Head,
+    HeadCall,
+    HeadTensors,
+    LinearHead,
+    MixedProducts,
+    ReadyLogits,
+    Span,
+    Spans,
+)
+from expo_kernels._inputs import LossInputs
+from expo_kernels._products import WideProducts
+from expo_kernels._vocab_group import VocabShard
+
+
+class LossResult(NamedTuple):
+    """What a loss op makes beside gradients."""
+
+    loss: Tensor  # 0-dim
+    metrics: Tensor  # [len(METRIC_NAMES)]
+    num_tokens: Tensor  # 0-dim int64
+    logps: Tensor  # like the mask
+
+
+# --- the loops
+
+
+class LogpsBackend(Protocol):
+    """What computes log-probs and their gradients, a chunk at a time."""
+
+    def logps(self, chunk: Chunk) -> None:
+        """Read a chunk: log-probs, and what `grad_logits` needs of each row."""
+
+    def grad_logits(self, chunk: Chunk) -> None:
+        """Write dL/dlogits of a chunk, given dL/dlogps and dL/dentropies."""
+
+
+class LossBackend(LogpsBackend, Protocol):
+    """What computes a loss as well."""
+
+    needs_whole_sequences: bool
+    """Whether a token's gradient depends on the log-probs of its whole sequence."""
+
+    def loss(self, chunk: Chunk) -> None:
+        """Log-probs, loss and, where wanted, dL/dlogits of a chunk at once; for objectives of tokens."""
+
+    def sequence_loss(self, chunk: Chunk | None) -> None:
+        """Loss and dL/dlogps of a chunk's whole sequences, or of all, given their log-probs."""
+
+
+class Plan(Protocol):
+    """Which rows each chunk holds."""
+
+    def spans(self) -> Spans:
+        """Any rows, as many at once as fit."""
+
+    def whole_sequences(self) -> Spans | None:
+        """The same with every sequence whole; None where that is not known to be possible."""
+
+
+def run_loss(head: Head, plan: Plan, backend: LossBackend, *, wants_grad: bool) -> None:
+    """The loss of all rows; where gradients are wanted, the head sums them."""
+    if not backend.needs_whole_sequences:
+        for chunk in head.chunks(plan.spans()):
+            backend.loss(chunk)
+            if wants_grad:
+                head.accumulate_grads(chunk)
+        return
+    whole = plan.whole_sequences() if wants_grad else None
+    if whole is not None:
+        for chunk in head.chunks(whole):
+            backend.logps(chunk)
+            backend.sequence_loss(chunk)
+            backend.grad_logits(chunk)
+            head.accumulate_grads(chunk)
+        return
+    run_logps(head, plan, backend)
+    backend.sequence_loss(None)
+    if wants_grad:
+        run_grads(head, plan, backend)
+
+
+def run_logps(head: Head, plan: Plan, backend: LogpsBackend) -> None:
+    """Log-probs of all rows."""
+    for chunk in head.chunks(plan.spans()):
+        backend.logps(chunk)
+
+
+def run_grads(head: Head, plan: Plan, backend: LogpsBackend) -> None:
+    """Gradients of all rows, whose dL/dlogps the backend knows."""
+    for chunk in head.chunks(plan.spans()):
+        backend.grad_logits(chunk)
+        head.accumulate_grads(chunk)
+
+
+# --- which rows a chunk holds
+
+
+class HostPlan:
+    """Chunks of rows whose number the host knows."""
+
+    def __init__(self, order: Tensor, most_rows: int, sequence_index: Tensor | None = None, num_sequences: int = 0):
+        """`order` [N] are the positions that count, `sequence_index` [N] the sequence of each of `num_sequences`."""
+        self._order, self._most_rows = order, most_rows
+        self._sequence_index, self._num_sequences = sequence_index, num_sequences
+
+    def spans(self) -> Spans:
+        """Chunks of nearly equal size."""
+        num_rows = self._order.numel()
+        step = _launch.chunk_rows(num_rows, self._most_rows)
+        return self._spans([slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)])
+
+    def whole_sequences(self) -> Spans | None:
+        """As many whole sequences a chunk as fit; None where one of them alone exceeds a chunk."""
+        if self._order.numel() <= self._most_rows:
+            return self.spans()
+        assert self._sequence_index is not None
+        lengths = torch.bincount(self._sequence_index, minlength=self._num_sequences)
+        parts = _launch.whole_sequences(lengths.tolist(), self._most_rows)
+        if parts is None:
+            return None
+        ends = [0, *lengths.cumsum(0).tolist()]
+        slices = (slice(ends[part.start], ends[part.stop]) for part in parts)
+        return self._spans([rows for rows in slices if rows.stop > rows.start])
+
+    def _spans(self, slices: list[slice]) -> Spans:
+        most_rows = max((rows.stop - rows.start for rows in slices), default=0)
+        return Spans(most_rows, [Span(rows, self._order) for rows in slices])
+
+
+class DevicePlan:
+    """Chunks of positions of which the device alone knows how many count."""
+
+    def __init__(
+        self, num_rows: int, most_rows: int, num_sequences: int, sequence_length: int | None, mask: Tensor | None
+    ):
+        """`mask` [M] puts valid tokens first; None: rows stay in place. `sequence_length` is that of padded input."""
+        self._num_rows, self._most_rows = num_rows, most_rows
+        self._num_sequences, self._sequence_length = num_sequences, sequence_length
+        self._order: Tensor | None = None
+        self._lengths: _HostCopy | None = None
+        if mask is not None:
+            self._order = torch.sort((~mask).view(torch.uint8), stable=True).indices
+            self._lengths = _HostCopy(mask.view(-1, sequence_length or mask.numel() or 1).sum(-1))
+
+    def spans(self) -> Spans:
+        """Chunks of nearly equal size; once the lengths have arrived, none without a token."""
+        step = _launch.chunk_rows(self._num_rows, self._most_rows)
+
+        def spans() -> Iterator[Span]:
+            for first in range(0, self._num_rows, step):
+                if first > 0 and self._lengths is not None:
+                    lengths = self._lengths.read()
+                    if lengths is not None and first >= sum(lengths):
+                        return
+                rows = slice(first, min(first + step, self._num_rows))
+                yield Span(rows, self._order, range(self._num_sequences) if step >= self._num_rows else None)
+
+        return Spans(min(self._most_rows, self._num_rows), spans())
+
+    def whole_sequences(self) -> Spans | None:
+        """Of padded input the first chunk has as many sequences as fit at full length, those after it as many as fit at
+        the lengths that have arrived by then; of packed input one chunk, or None."""
+        if 0 < self._num_rows <= self._most_rows:
+            return self.spans()
+        length = self._sequence_length
+        if length is None or not 0 < length <= self._most_rows:
+            return None
+        return Spans(self._most_rows, self._padded_spans(length))
+
+    def _padded_spans(self, length: int) -> Iterator[Span]:
+        at_once = self._most_rows // length
+        first = range(min(at_once, self._num_sequences))
+        # its tokens cannot be compacted before their number is known; kernels skip what is masked
+        yield Span(slice(0, len(first) * length), None, first)
+        lengths = None if self._lengths is None else self._lengths.read()
+        if lengths is None:
+            for start in range(at_once, self._num_sequences, at_once):
+                part = range(start, min(start + at_once, self._num_sequences))
+                yield Span(slice(part.start * length, part.stop * length), None, part)
+            return
+        row, rest = sum(lengths[: first.stop]), lengths[first.stop :]
+        for part in _launch.whole_sequences(rest, self._most_rows) or ():
+            num_rows = sum(rest[part.start : part.stop])
+            if num_rows > 0:
+                sequences = range(first.stop + part.start, first.stop + part.stop)
+                yield Span(slice(row, row + num_rows), self._order, sequences)
+            row += num_rows
+
+
+class _HostCopy:
+    """A few integers on their way to the host while the device works on."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._on_host: Tensor | None = values
+        if values.device.type == "cuda":
+            self._on_host = None
+            # a captured graph replays whatever the mask: kernels skip the rows that do not count
+            if not torch.cuda.is_current_stream_capturing():
+                self._on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                self._on_host.copy_(values, non_blocking=True)
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record()
+
+    def read(self) -> list[int] | None:
+        """The integers; None under capture."""
+        if self._event is not None:
+            self._event.synchronize()
+        return None if self._on_host is None else [int(value) for value in self._on_host.tolist()]
+
+
+# --- heads and plans of a call
+
+
+def _most_rows(call: HeadCall, buffers: int = 1) -> int:
+    """Rows of a chunk of logits in the arithmetic's dtype; `buffers` of [rows, V] are alive at once."""
+    hidden_or_logits, weight, _ = call.tensors
+    return _launch.most_rows(
+        call.tensors.vocab_size,
+        itemsize=call.tensors.arithmetic_dtype.itemsize,
+        buffers=buffers,
+        budget_mb=call.budget_mb,
+        device=hidden_or_logits.device,
+        hidden_size=0 if weight is None else weight.shape[1],
+    )
+
+
+def _check_and_join(call: HeadCall) -> VocabShard | None:
+    """Check the ids; this rank's part of a head that is shared, None where it is whole."""
+    _, weight, _ = call.tensors
+    shard, valid_ids = None, call.completion_ids
+    if call.mask is not None and (call.vocab_group is not None or validate.may_read(valid_ids)):
+        valid_ids = valid_ids[call.mask != 0]
+    if call.vocab_group is not None:
+        assert weight is not None
+        most_rows = _most_rows(call, 1 if call.logit_softcap is None else 2)
+        shard = _vocab_group.join(call.vocab_group, weight, valid_ids.reshape(-1), most_rows)
+    size, size_name = call.tensors.vocab_size, "V of logits" if weight is None else "V of weight"
+    if shard is not None:
+        size, size_name = shard.vocab_size, "V of weight on all ranks"
+    validate.ids_in_range("completion_ids", valid_ids, size, size_name)
+    return shard
+
+
+def _rows_for_torch(
+    call: HeadCall,
+    order: Tensor,
+    shard: VocabShard | None,
+    sequence_index: Tensor | None = None,
+    num_sequences: int = 0,
+) -> tuple[Head, Plan]:
+    """Rows of the positions `order`, which come divided by the softcap, or else by the temperature."""
+    scale = 1.0 / (call.temperature if call.logit_softcap is None else call.logit_softcap)
+    most_rows = _most_rows(call, 1 if call.logit_softcap is None else 2) if shard is None else shard.most_rows
+    plan = HostPlan(order, most_rows, sequence_index, num_sequences)
+    dtype = call.tensors.arithmetic_dtype
+    if call.tensors.weight is None:
+        wants_grad = call.wants_grad[0]
+        logits = call.tensors.hidden_or_logits
+        return CopiedLogits(logits, dtype, wants_grad=wants_grad, inplace=call.inplace, scale=scale), plan
+    ids, products = call.completion_ids.reshape(-1), WideProducts(dtype)
+    return LinearHead(call.tensors, ids, call.wants_grad, products, scale=scale, shard=shard), plan
+
+
+def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 0) -> tuple[Head, Plan]:
+    """Rows of all positions; `mask` [M] says which count."""
+    hidden_or_logits, weight, _ = call.tensors
+    num_rows = call.completion_ids.numel()
+    if weight is None:
+        plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences, None, None)
+        return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
+    length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
+    plan = DevicePlan(num_rows, _most_rows(call), num_sequences, length, mask)
+    products = MixedProducts(hidden_or_logits, weight)
+    ids = call.completion_ids.reshape(-1)
+    return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask), plan
+
+
+# --- the ops
+
+
+def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> tuple[LossResult, list[Tensor]]:
+    """The loss from hidden states or logits, and the gradients that are wanted."""
+    shard, wants_grad = _check_and_join(call), any(call.wants_grad)
+    with torch.autocast(call.completion_ids.device.type, enabled=False):
+        if shard is None and _launch.use_kernels(*call.tensors):
+            from expo_kernels._triton.launch import TritonLoss
+
+            kernels = TritonLoss(call, inputs, return_entropy=return_entropy)
+            head, plan = _rows_for_kernels(call, kernels.tokens.mask, inputs.num_sequences)
+            run_loss(head, plan, kernels, wants_grad=wants_grad)
+            result = LossResult(*kernels.result(), kernels.token_logps.view(call.completion_ids.shape))
+        else:
+            tokens = gather_tokens(inputs, call.tensors.arithmetic_dtype)
+            backend = TorchLoss(call, tokens, shard, return_entropy=return_entropy)
+            head, plan = _rows_for_torch(call, tokens.index, shard, tokens.sequence_index, tokens.num_sequences)
+            run_loss(head, plan, backend, wants_grad=wants_grad)
+            logps = spread(backend.token_logps, tokens.index, call.completion_ids.shape)
+            result = LossResult(*backend.result(), logps)
+        return result, _made(head.gradients(), call) if wants_grad else []
+
+
+def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: bool) -> tuple[LossResult, list[Tensor]]:
+    """The loss from log-probs, and their gradient where it is wanted."""
+    if _launch.use_kernels(logps):
+        from expo_kernels._triton.launch import loss_from_logps
+
+        result, grad_logps = loss_from_logps(logps, inputs)
+        kept = logps.float().masked_fill(inputs.completion_mask == 0, 0.0)
+        return LossResult(*result, kept), [grad_logps] if wants_grad else []
+    tokens = gather_tokens(inputs, HeadTensors(logps).arithmetic_dtype)
+    valid = logps.reshape(-1).index_select(0, tokens.index).to(tokens.weights.dtype)
+    gradients = [spread(tokens.grad_logps(valid), tokens.index, logps.shape)] if wants_grad else []
+    return LossResult(*tokens.result(valid), spread(valid, tokens.index, logps.shape)), gradients
+
+
+def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and entropies like the ids, the maximum and the sum of the exponentials of each row, [M].
+
+    What is not asked for is an empty tensor; the last two are the kernels' alone, which read them again in backward.
+    """
+    shard, shape = _check_and_join(call), call.completion_ids.shape
+    with torch.autocast(call.completion_ids.device.type, enabled=False):
+        if shard is None and _launch.use_kernels(*call.tensors):
+            from expo_kernels._triton.launch import TritonLogps
+
+            kernels = TritonLogps.reading(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
+            head, plan = _rows_for_kernels(call, kernels.tokens.mask)
+            run_logps(head, plan, kernels)
+            empty = kernels.token_logps.new_empty(0)
+            entropies = empty if kernels.entropies is None else kernels.entropies.view(shape)
+            row_max, sum_exp = (empty if tensor is None else tensor for tensor in (kernels.row_max, kernels.sum_exp))
+            return kernels.token_logps.view(shape), entropies, row_max, sum_exp
+        order = valid_index(call.mask, call.completion_ids)
+        backend = TorchLogps(call, order, shard, wants_entropy=return_entropy)
+        head, plan = _rows_for_torch(call, order, shard)
+        run_logps(head, plan, backend)
+        logps, entropies = backend.token_logps, backend.token_entropies
+        entropies = spread(entropies, order, shape) if return_entropy else logps.new_empty(0)
+        # empty rows would do, but then a graph would not be the same on both paths
+        row_max, sum_exp = (logps.new_zeros(call.completion_ids.numel() if keeps_rows else 0) for _ in range(2))
+        return spread(logps, order, shape), entropies, row_max, sum_exp
+
+
+def token_logps_backward(
+    call: HeadCall, kept_rows: list[Tensor], grad_logps: Tensor, grad_entropies: Tensor | None
+) -> list[Tensor]:
+    """Gradients of those of hidden states or logits, weight and bias that want one, in their dtypes.
+
+    `kept_rows` are the last three tensors that `token_logps` returned.
+    """
+    shard = _check_and_join(call)
+    with torch.autocast(call.completion_ids.device.type, enabled=False):
+        if shard is None and _launch.use_kernels(*call.tensors):
+            from expo_kernels._triton.launch import TritonLogps
+
+            kernels = TritonLogps.differentiating(call, kept_rows, grad_logps, grad_entropies)
+            head, plan = _rows_for_kernels(call, kernels.tokens.mask)
+            run_grads(head, plan, kernels)
+        else:
+            order = valid_index(call.mask, call.completion_ids)
+            backend = TorchLogps(call, order, shard, wants_entropy=grad_entropies is not None)
+            backend.grad_logps = grad_logps.reshape(-1).index_select(0, order)
+            if grad_entropies is not None:
+                backend.grad_entropies = grad_entropies.reshape(-1).index_select(0, order)
+            head, plan = _rows_for_torch(call, order, shard)
+            run_grads(head, plan, backend)
+        return _made(head.gradients(), call, in_input_dtypes=True)
+
+
+def _made(gradients: Gradients, call: HeadCall, *, in_input_dtypes: bool = False) -> list[Tensor]:
+    """The gradients that were made, shaped as their inputs and contiguous, which an op's fake can promise."""
+    return [
+        gradient.view(tensor.shape).to(tensor.dtype if in_input_dtypes else gradient.dtype).contiguous()
+        for gradient, tensor in zip(gradients, call.tensors, strict=True)
+        if gradient is not None and tensor is not None
+    ]

@@ -1,0 +1,410 @@
+"""Where rows of logits come from, and where their gradients go: an output head, or logits that are ready.
+
+A chunk is made for a `Span` of rows, of which a backend reads the logits and writes dL/dlogits into `grad_logits`;
+`accumulate_grads` then adds them to the gradients of what the logits were made of. No chunk outlives the next one.
+
+Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, H hidden.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from expo_kernels._products import empty_rows, widened
+from expo_kernels._vocab_group import VocabShard
+
+# with fewer columns rounding one of them shows, and float32 products cost nothing
+LEAST_NARROW_COLUMNS = 128
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class HeadTensors(NamedTuple):
+    """What logits are made of: hidden states, a weight [V, H] and a bias [V]; without a weight they are ready."""
+
+    hidden_or_logits: Tensor  # [B, T, H] or [N, H]; [B, T, V] or [N, V]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.hidden_or_logits.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def arithmetic_dtype(self) -> torch.dtype:
+        """float64 if any tensor is, else float32."""
+        wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in self)
+        return torch.float64 if wide else torch.float32
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What every op says of its rows of logits."""
+
+    tensors: HeadTensors
+    completion_ids: Tensor
+    mask: Tensor | None
+    temperature: float
+    logit_softcap: float | None
+    budget_mb: float | None
+    wants_grad: tuple[bool, bool, bool] = (False, False, False)
+    vocab_group: str | None = None
+    inplace: bool = False
+
+
+class Span(NamedTuple):
+    """Rows of one chunk: those at these places of `order`, or at these positions."""
+
+    rows: slice
+    order: Tensor | None  # [N] int64: the position of each row
+    sequences: range | None = None  # which they are, where all of them are whole
+
+    def positions(self, device: torch.device) -> Tensor:
+        """The position of each row, [n] int64."""
+        if self.order is None:
+            return torch.arange(self.rows.start, self.rows.stop, device=device)
+        return self.order[self.rows]
+
+
+class Spans(NamedTuple):
+    """The chunks of a pass."""
+
+    most_rows: int  # of any of them
+    spans: Iterable[Span]
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Some rows of logits, and where their gradient goes."""
+
+    span: Span
+    logits: Tensor  # [n, V], or ready ones as they lie: [N, V] or [B, T, V]
+    grad_logits: Tensor | None  # where dL/dlogits go, up to the row scale: often the logits' own memory
+    row_scale: Tensor | None = None  # [n]: dL/dlogits = row_scale[:, None] * grad_logits
+    rounding_residual: Tensor | None = None  # [n]: what rounding took from the gradient of the chosen column
+    hidden: Tensor | None = None  # [n, H], 0 where masked
+
+    @property
+    def rows(self) -> slice:
+        """Which rows these are."""
+        return self.span.rows
+
+
+class Products(Protocol):
+    """The products of one head."""
+
+    dtype: torch.dtype
+    """Of logits and of summed gradients."""
+
+    def empty_logits(self, num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
+        """Memory for the logits of a chunk."""
+
+    def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where dL/dlogits go, over the logits; and what their rounding takes from each row's chosen column, [n]."""
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Hidden states or a bias as the products take them."""
+
+    def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V])."""
+
+    def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
+        """grad_logits [n, V] @ weight [V, H]."""
+
+    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
+        """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
+
+
+class Head(Protocol):
+    """Where rows of logits come from, and where their gradients go."""
+
+    def chunks(self, spans: Spans) -> Iterator[Chunk]:
+        """Rows of logits; each chunk may overwrite the one before."""
+
+    def accumulate_grads(self, chunk: Chunk) -> None:
+        """Add dL/dlogits of a chunk, once they are written, to the gradients; `grad_logits` may be overwritten."""
+
+    def gradients(self) -> Gradients:
+        """Gradients of hidden states or logits, weight and bias; zero for rows without a chunk."""
+
+
+class LinearHead:
+    """Logits hidden @ weight.T + bias, never held together; their gradients are summed in the arithmetic's dtype."""
+
+    def __init__(
+        self,
+        tensors: HeadTensors,
+        completion_ids: Tensor,
+        wants_grad: tuple[bool, bool, bool],
+        products: Products,
+        *,
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        shard: VocabShard | None = None,
+    ) -> None:
+        """`mask` [M] says which rows are read as 0, where not all rows of a chunk count; logits come times `scale`."""
+        assert tensors.weight is not None
+        self._hidden, self._weight = tensors.hidden_or_logits.detach(), tensors.weight.detach()
+        self._bias = None if tensors.bias is None else products.operand(tensors.bias.detach())
+        self._completion_ids, self._mask, self._wants_grad = completion_ids, mask, wants_grad
+        self._products, self._scale, self._shard = products, scale, shard
+        self._buffer: Tensor | None = None
+        self._grad_hidden: Tensor | None = None
+        self._grad_weight: Tensor | None = None
+        self._grad_bias: Tensor | None = None
+
+    def chunks(self, spans: Spans) -> Iterator[Chunk]:
+        """Rows of logits; each chunk overwrites the one before."""
+        if self._buffer is None:
+            self._buffer = self._products.empty_logits(spans.most_rows, self._weight.shape[0], self._hidden.device)
+        for span in spans.spans:
+            hidden = self._take(span)
+            logits = self._buffer[: hidden.shape[0]]
+            self._products.write_logits(logits, hidden, self._weight, self._bias, self._scale)
+            chunk = Chunk(span, logits, None, hidden=hidden)
+            if any(self._wants_grad):
+                chunk.grad_logits, chunk.rounding_residual = self._products.grad_memory(logits)
+            yield chunk
+
+    def accumulate_grads(self, chunk: Chunk) -> None:
+        """Add the gradients of a chunk to those of hidden states, weight and bias.
+
+        The row scale is put on the [n, H] side of each product, which saves a pass over [n, V].
+        """
+        grad_logits, hidden = chunk.grad_logits, chunk.hidden
+        scale, residual = chunk.row_scale, chunk.rounding_residual
+        assert grad_logits is not None
+        assert hidden is not None
+        wants_hidden, wants_weight, wants_bias = self._wants_grad
+        positions = chunk.span.positions(grad_logits.device)
+        if residual is not None:
+            # rows that do not count have a gradient and a residual of 0
+            chosen_ids = self._completion_ids[positions].clamp(0, self._weight.shape[0] - 1).long()
+        if wants_hidden:
+            part = self._products.grad_hidden(grad_logits, self._weight)
+            if scale is not None:
+                part.mul_(scale.unsqueeze(1))
+            if residual is not None:
+                part.addcmul_(self._weight[chosen_ids].float(), residual.unsqueeze(1))
+            if self._grad_hidden is None:
+                # the arithmetic's dtype until it is scaled by the incoming gradient, so that it is rounded once
+                self._grad_hidden = _zeros_like(self._hidden, part.dtype)
+            self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
+        if wants_weight:
+            is_first = self._grad_weight is None
+            if self._grad_weight is None:
+                self._grad_weight = torch.empty_like(self._weight, dtype=self._products.dtype)
+            scaled = hidden if scale is None else hidden * scale.unsqueeze(1)
+            self._products.add_grad_weight(self._grad_weight, grad_logits, scaled, is_first=is_first)
+            if residual is not None:
+                # sorted by row first, unlike index_add_: equal bits every time
+                self._grad_weight.index_put_((chosen_ids,), hidden.float() * residual.unsqueeze(1), accumulate=True)
+        if wants_bias:
+            if self._grad_bias is None:
+                self._grad_bias = torch.zeros(self._weight.shape[0], dtype=self._products.dtype, device=hidden.device)
+            if scale is None:
+                self._grad_bias.add_(grad_logits.sum(dim=0, dtype=torch.float32))
+            else:
+                self._grad_bias.addmv_(grad_logits.T, scale)
+            if residual is not None:
+                self._grad_bias.index_put_((chosen_ids,), residual, accumulate=True)
+
+    def gradients(self) -> Gradients:
+        """Gradients of hidden, weight and bias (None where not wanted), not yet in the inputs' dtypes.
+
+        Of a head that is shared, that of hidden is summed over the ranks.
+        """
+        given = (self._hidden, self._weight, self._bias)
+        made = (self._grad_hidden, self._grad_weight, self._grad_bias)
+        zeros = (
+            None if tensor is None or not wanted or grad is not None else _zeros_like(tensor, self._products.dtype)
+            for tensor, grad, wanted in zip(given, made, self._wants_grad, strict=True)
+        )
+        grad_hidden, grad_weight, grad_bias = (
+            zero if grad is None else grad for grad, zero in zip(made, zeros, strict=True)
+        )
+        if self._shard is not None and grad_hidden is not None:
+            self._shard.all_reduce_sum(grad_hidden)
+        return grad_hidden, grad_weight, grad_bias
+
+    def _take(self, span: Span) -> Tensor:
+        """Hidden states of these rows, [n, H]; 0 where masked, since NaN may stand there."""
+        if span.order is None:
+            self._hidden = self._hidden.reshape(-1, self._hidden.shape[-1])  # a strided tensor is copied once
+            hidden = self._hidden[span.rows]
+            if self._mask is not None:
+                hidden = hidden.masked_fill(~self._mask[span.rows].unsqueeze(1), 0.0)
+            return self._products.operand(hidden)
+        positions = span.order[span.rows]
+        hidden = take_rows(self._hidden, positions)
+        if self._mask is not None:
+            hidden.masked_fill_(~self._mask[positions].unsqueeze(1), 0.0)
+        return self._products.operand(hidden)
+
+
+class MixedProducts:
+    """Operands in their own dtypes where both are the same 16-bit one, float32 results whatever the dtypes.
+
+    With bfloat16 on both sides dL/dlogits are bfloat16 too, over the front of the float32 rows they come from, and the
+    products read them there. The chosen column, which holds half of a row's norm or more, gets back what that rounding
+    took, so that gradients stay within 2e-3. Other dtypes, and tiny vocabularies, have float32 gradients and products.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self._is_half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+        is_narrow = self._is_half and hidden.dtype == torch.bfloat16 and weight.shape[0] >= LEAST_NARROW_COLUMNS
+        self._grad_dtype = torch.bfloat16 if is_narrow else torch.float32
+
+    def empty_logits(self, num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
+        """Rows that start on multiples of 16 elements, so that every access to them can be 128 bits wide."""
+        return torch.empty(num_rows, -(-vocab_size // 16) * 16, dtype=torch.float32, device=device)[:, :vocab_size]
+
+    def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits' memory, or the front of each row where gradients are narrower."""
+        if self._grad_dtype == torch.float32:
+            return logits, None
+        num_rows, vocab_size = logits.shape
+        front = logits.view(self._grad_dtype)[:, :vocab_size]
+        return front, torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Hidden states or a bias as they are."""
+        return tensor
+
+    def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        """out [n, V] = hidden [n, H] @ weight [V, H].T + bias [V]; the kernels scale the logits that they read."""
+        assert scale == 1.0
+        if self._is_half:
+            _product(out, hidden, weight.T)
+        else:
+            wide = hidden.float()
+            for block, some_weight in widened(weight, torch.float32):
+                torch.mm(wide, some_weight.T, out=out[:, block])
+        if bias is not None:
+            out.add_(bias)
+
+    def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
+        """grad_logits [n, V] @ weight [V, H]."""
+        made = torch.empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32, device=grad_logits.device)
+        if grad_logits.dtype == weight.dtype:
+            return _product(made, grad_logits, weight)
+        made.zero_()
+        for block, some_weight in widened(weight, torch.float32):
+            made.addmm_(grad_logits[:, block], some_weight)
+        return made
+
+    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
+        """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
+        if is_first:
+            total.zero_()
+        _add_product(total, grad_logits.T, hidden.to(grad_logits.dtype))
+
+
+class CopiedLogits:
+    """Ready logits of which PyTorch takes some rows at a time into a float32 buffer."""
+
+    def __init__(
+        self, logits: Tensor, dtype: torch.dtype, *, wants_grad: bool, inplace: bool = False, scale: float = 1.0
+    ) -> None:
+        self._logits, self._dtype, self._scale = logits.detach(), dtype, scale
+        self._wants_grad, self._inplace = wants_grad, inplace
+        self._buffer: Tensor | None = None
+        self._grad: Tensor | None = None
+        self._is_read: Tensor | None = None
+        if wants_grad:
+            self._grad = self._logits if inplace else _zeros_like(self._logits, logits.dtype)
+        if wants_grad and inplace:
+            self._is_read = torch.zeros(logits.shape[:-1].numel(), dtype=torch.bool, device=logits.device)
+
+    def chunks(self, spans: Spans) -> Iterator[Chunk]:
+        """Rows of logits times the scale; each chunk overwrites the one before."""
+        if self._buffer is None:
+            self._buffer = empty_rows(spans.most_rows, self._logits.shape[-1], self._dtype, self._logits.device)
+        for span in spans.spans:
+            logits = self._buffer[: span.rows.stop - span.rows.start]
+            logits.copy_(take_rows(self._logits, span.positions(logits.device)))
+            if self._scale != 1.0:
+                logits.mul_(self._scale)
+            yield Chunk(span, logits, logits if self._wants_grad else None)
+
+    def accumulate_grads(self, chunk: Chunk) -> None:
+        """Put the gradients of a chunk in their places."""
+        grad, positions = self._grad, chunk.span.positions(self._logits.device)
+        assert grad is not None
+        assert chunk.grad_logits is not None
+        assert chunk.row_scale is not None
+        part = chunk.grad_logits.mul_(chunk.row_scale.unsqueeze(1)).to(grad.dtype)
+        if grad.dim() == 3:
+            grad[positions // grad.shape[1], positions % grad.shape[1]] = part
+        else:
+            grad.index_copy_(0, positions, part)
+        if self._is_read is not None:
+            self._is_read[positions] = True
+
+    def gradients(self) -> Gradients:
+        """The gradient of the logits."""
+        if self._grad is not None and self._is_read is not None:
+            self._grad.masked_fill_(~self._is_read.view(*self._grad.shape[:-1], 1), 0.0)
+        return self._grad, None, None
+
+
+class ReadyLogits:
+    """Ready logits that kernels read where they lie, in one chunk; their gradient goes over them or beside them."""
+
+    def __init__(self, logits: Tensor, *, wants_grad: bool, inplace: bool = False) -> None:
+        self._logits = logits if logits.stride(-1) == 1 and logits.dim() in (2, 3) else logits.contiguous()
+        self._grad: Tensor | None = None
+        if wants_grad:
+            is_own_memory = inplace and self._logits.data_ptr() == logits.data_ptr()
+            self._grad = (
+                self._logits if is_own_memory else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            )
+
+    def chunks(self, spans: Spans) -> Iterator[Chunk]:
+        """All rows."""
+        for span in spans.spans:
+            yield Chunk(span, self._logits, self._grad)
+
+    def accumulate_grads(self, chunk: Chunk) -> None:
+        """Nothing: the kernels wrote the gradient in its place."""
+
+    def gradients(self) -> Gradients:
+        """The gradient of the logits."""
+        return self._grad, None, None
+
+
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Positions `index` of a [M, C] or [B, T, C] tensor, [n, C]; a strided tensor is not copied whole."""
+    if tensor.dim() == 2:
+        return tensor.index_select(0, index)
+    if tensor.is_contiguous():
+        return tensor.view(-1, tensor.shape[-1]).index_select(0, index)
+    return tensor[index // tensor.shape[1], index % tensor.shape[1]]
+
+
+def _zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out = left @ right in float32, whatever the operands' common dtype."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cpu":  # where mm has no out_dtype
+        return torch.mm(left.float(), right.float(), out=out)
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right in float32, in place."""
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    if left.device.type == "cpu":
+        return total.addmm_(left.float(), right.float())
+    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)

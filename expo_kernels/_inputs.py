@@ -1,0 +1,318 @@
+"""`LossInputs`: the arguments of a loss call beside its logits, checked once; how they pass through a registered op.
+
+Shapes and types are checked where the call is made, values inside the op: the same for the PyTorch path and for the
+kernels, compiled or not. `Tokens` is the call once more, flat, as the kernels read it.
+
+Letters: M positions of the caller's tensors, B sequences, T positions each.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from expo_kernels import _validate as validate
+from expo_kernels.advantages import check_rewards
+from expo_kernels.objective import Objective, RolloutCorrection
+
+# the numbers that a loss op returns in one tensor, in this order: all but the loss, the maximum and the count are means
+# over tokens
+METRIC_NAMES = ("loss", "kl", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "tokens", "entropy")
+_DEFAULT = Objective()
+
+
+# the fields that an op takes as a list of tensors, whose elements have no names in the op's schema
+TENSOR_FIELDS = (
+    "advantages",
+    "rewards",
+    "old_logps",
+    "ref_logps",
+    "rollout_logps",
+    "beta",
+    "normalizer",
+    "cu_seqlens",
+    "entropy_bonus",
+)
+
+
+class LossInputs(NamedTuple):
+    """A call's checked arguments; shapes as in `expo_loss`."""
+
+    completion_mask: Tensor
+    objective: Objective
+    num_sequences: int
+    advantages: Tensor | None  # None: to be made of rewards
+    rewards: Tensor | None
+    group_size: int
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    rollout_logps: Tensor | None
+    beta: float | Tensor
+    normalizer: float | Tensor | None
+    cu_seqlens: Tensor | None
+    entropy_bonus: float | Tensor | None  # None: 0, and no entropy is computed for it
+
+    @property
+    def advantages_are_per_sequence(self) -> bool:
+        """Whether `advantages` hold one number per sequence rather than one per position."""
+        return self.advantages is not None and self.advantages.shape == (self.num_sequences,)
+
+    def to_tensors(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """The `TENSOR_FIELDS`, as ops take them; numbers as 0-dim tensors of `dtype`, without synchronisation."""
+
+        def as_tensor(value: float | Tensor | None) -> Tensor | None:
+            if value is None or isinstance(value, Tensor):
+                return value
+            device = self.completion_mask.device
+            if torch.compiler.is_compiling():
+                # products are what a trace keeps a changing number symbolic through
+                return torch.ones((), dtype=dtype, device=device) * value
+            return torch.full((), value, dtype=dtype, device=device)
+
+        return [as_tensor(getattr(self, name)) for name in TENSOR_FIELDS]
+
+    @classmethod
+    def from_tensors(
+        cls, completion_mask: Tensor, tensors: list[Tensor | None], objective: str, group_size: int
+    ) -> Self:
+        """The call again, inside an op; its values are checked here."""
+        fields: dict[str, Any] = dict(zip(TENSOR_FIELDS, tensors, strict=True))
+        cu_seqlens = fields["cu_seqlens"]
+        inputs = cls(
+            completion_mask=completion_mask,
+            objective=Objective.from_text(objective),
+            num_sequences=completion_mask.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1,
+            group_size=group_size,
+            **fields,
+        )
+        inputs._check_values(fields["beta"], fields["normalizer"], fields["entropy_bonus"])
+        return inputs
+
+    def _check_values(self, beta: Tensor, normalizer: Tensor | None, entropy_bonus: Tensor | None) -> None:
+        validate.mask_values("completion_mask", self.completion_mask)
+        validate.scalar_value("beta", beta)
+        if self.ref_logps is None and validate.may_read(beta):
+            _check_no_penalty(float(beta))
+        if normalizer is not None:
+            validate.scalar_value("normalizer", normalizer, above_zero=True)
+        if self.rewards is not None:
+            validate.finite("rewards", self.rewards)
+        if self.cu_seqlens is not None:
+            validate.cumulative_length_values(self.cu_seqlens, self.completion_mask.shape[0])
+        if entropy_bonus is not None:
+            validate.scalar_value("entropy_bonus", entropy_bonus)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the kernels need of every position, all flat and on one device."""
+
+    ids: Tensor  # [M] integers
+    mask: Tensor | None  # [M] bool; None, for log-probs only: everywhere
+    objective: Objective
+    num_sequences: int = 1
+    tokens_per_sequence: int = 1  # T of padded input
+    starts: Tensor | None = None  # [B + 1] of packed input
+    sequence_index: Tensor | None = None  # [M] of packed input
+    advantages: Tensor | None = None  # [M], [B], or rewards [B]
+    advantages_are: str = "sequence"  # "token", "sequence" or "rewards"
+    group_size: int = 1
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    rollout_logps: Tensor | None = None
+    lengths: Tensor | None = None  # [B], with aggregation "sequence"
+    beta: Tensor | None = None  # one number
+    normalizer: Tensor | None = None  # one number
+    entropy_bonus: Tensor | None = None  # one number
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """Whether a token's gradient depends on the log-probs of its whole sequence."""
+        return self.objective.spans_sequences or self.objective.corrects_sequences
+
+
+def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
+    """The call as the kernels read it, without a synchronisation; `completion_ids` may be left out for log-probs."""
+    mask = (inputs.completion_mask != 0).reshape(-1)
+    device, shape = mask.device, inputs.completion_mask.shape
+    starts, sequence_index = None, None
+    if inputs.cu_seqlens is not None:
+        starts = inputs.cu_seqlens.contiguous()
+        positions = torch.arange(mask.numel(), device=device)
+        sequence_index = torch.searchsorted(starts[1:].long(), positions, right=True)
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().reshape(-1).contiguous()
+
+    advantages, meaning = flat(inputs.rewards), "rewards"
+    if inputs.advantages is not None:
+        advantages = flat(inputs.advantages)
+        meaning = "sequence" if inputs.advantages_are_per_sequence else "token"
+    objective = inputs.objective
+    old_logps, rollout_logps = flat(inputs.old_logps), flat(inputs.rollout_logps)
+    is_known = objective.corrects_sequences and not objective.spans_sequences
+    if is_known and old_logps is not None and rollout_logps is not None:
+        # known before any logits: each token is given its sequence's sum of differences for its own
+        differences = torch.where(mask, old_logps.float() - rollout_logps.float(), 0.0)
+        rollout_logps = old_logps.float() - _sequence_sums(differences, shape, starts, sequence_index)
+        correction: RolloutCorrection = "token_mask" if objective.masks_rollouts else "token"
+        objective = dataclasses.replace(objective, rollout_correction=correction)
+    return Tokens(
+        ids=mask if completion_ids is None else completion_ids.reshape(-1).contiguous(),
+        mask=mask,
+        objective=objective,
+        num_sequences=inputs.num_sequences,
+        tokens_per_sequence=max(shape[-1], 1),  # read for padded input only
+        starts=starts,
+        sequence_index=sequence_index,
+        advantages=advantages,
+        advantages_are=meaning,
+        group_size=inputs.group_size,
+        old_logps=old_logps,
+        ref_logps=flat(inputs.ref_logps),
+        rollout_logps=rollout_logps,
+        lengths=_lengths(mask, shape, starts) if objective.aggregation == "sequence" else None,
+        beta=_number(inputs.beta, device),
+        normalizer=_normalizer(inputs, mask),
+        entropy_bonus=None if inputs.entropy_bonus is None else _number(inputs.entropy_bonus, device),
+    )
+
+
+def _sequence_sums(values: Tensor, shape: torch.Size, starts: Tensor | None, sequence_index: Tensor | None) -> Tensor:
+    """Of each position [M], the sum over its sequence."""
+    if starts is None or sequence_index is None:
+        return values.view(shape).sum(dim=1, keepdim=True).expand(shape).reshape(-1)
+    # one thread a sequence, in order: equal bits every time, which index_add_ does not promise
+    sums: Tensor = torch.segment_reduce(values, "sum", offsets=starts, unsafe=True)
+    return sums[sequence_index]
+
+
+def _lengths(mask: Tensor, shape: torch.Size, starts: Tensor | None) -> Tensor:
+    """Valid tokens of each sequence, [B]."""
+    if starts is None:
+        return mask.view(shape).sum(dim=1)
+    counted = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    return counted[starts[1:].long()] - counted[starts[:-1].long()]
+
+
+def _normalizer(inputs: LossInputs, mask: Tensor) -> Tensor:
+    if inputs.normalizer is not None:
+        return _number(inputs.normalizer, mask.device)
+    if inputs.objective.aggregation == "token":
+        return mask.sum().clamp(min=1).float()
+    return _number(float(max(inputs.num_sequences, 1)), mask.device)
+
+
+def _number(value: float | Tensor, device: torch.device) -> Tensor:
+    """One float32 on the device; a Python number gets there as a kernel's argument, which waits for nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float32)
+    return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def check_inputs(
+    completion_mask: Tensor,
+    *,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    rollout_logps: Tensor | None,
+    beta: float | Tensor,
+    objective: Objective | None,
+    normalizer: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+    entropy_bonus: float | Tensor = 0.0,
+) -> LossInputs:
+    """The arguments of a loss call as one value, once all that needs no tensor read has been checked."""
+    validate.is_tensor("completion_mask", completion_mask)
+    objective = _DEFAULT if objective is None else objective
+    shape = completion_mask.shape
+    for name, tensor in (("old_logps", old_logps), ("ref_logps", ref_logps), ("rollout_logps", rollout_logps)):
+        if tensor is not None:
+            validate.floating(name, tensor)
+            validate.same_shape(name, tensor, "completion_mask", shape)
+            validate.same_device(completion_mask=completion_mask, **{name: tensor})
+    _check_scalars(objective, beta, normalizer)
+    validate.scalar("entropy_bonus", entropy_bonus)
+    _check_options(objective, beta, ref_logps, rollout_logps)
+    num_sequences = _count_sequences(shape, cu_seqlens)
+    if advantages is not None:
+        if rewards is not None or group_size is not None:
+            raise ValueError("advantages are given together with rewards or group_size; give one or the other")
+        _check_advantages(advantages, completion_mask, num_sequences)
+    elif rewards is None or group_size is None:
+        raise ValueError("neither advantages nor (rewards and group_size) are given; give exactly one of the two")
+    else:
+        check_rewards(rewards, group_size)
+        if rewards.numel() != num_sequences:
+            raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B] = [{num_sequences}]")
+        validate.same_device(completion_mask=completion_mask, rewards=rewards)
+    return LossInputs(
+        completion_mask=completion_mask,
+        objective=objective,
+        num_sequences=num_sequences,
+        advantages=advantages,
+        rewards=rewards,
+        group_size=group_size or 1,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        rollout_logps=rollout_logps,
+        beta=beta,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        entropy_bonus=entropy_bonus if isinstance(entropy_bonus, Tensor) or entropy_bonus != 0.0 else None,
+    )
+
+
+def _check_scalars(objective: Any, beta: float | Tensor, normalizer: float | Tensor | None) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective is a {type(objective).__name__}; expected an expo_kernels.Objective")
+    validate.scalar("beta", beta)
+    if normalizer is not None:
+        validate.scalar("normalizer", normalizer, above_zero=True)
+
+
+def _check_options(
+    objective: Objective, beta: float | Tensor, ref_logps: Tensor | None, rollout_logps: Tensor | None
+) -> None:
+    if ref_logps is None:
+        if not isinstance(beta, Tensor):
+            _check_no_penalty(beta)
+        elif not validate.may_read(beta):
+            # a tensor on a device is not read: there, the caller who passes one must pass ref_logps
+            _check_no_penalty("a tensor that is not known to be 0")
+        if objective.kl_importance_weighted:
+            raise ValueError("kl_importance_weighted has no effect without ref_logps; give them or turn it off")
+    if objective.rollout_correction is None and rollout_logps is not None:
+        raise ValueError(
+            "rollout_logps would be ignored: objective.rollout_correction is None; "
+            'set it to "token" or "sequence", or leave rollout_logps out'
+        )
+    if objective.rollout_correction is not None and rollout_logps is None:
+        raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
+
+
+def _check_no_penalty(beta: float | str) -> None:
+    if beta != 0.0:
+        raise ValueError(f"ref_logps is None, but beta is {beta}; give ref_logps, or beta=0.0 for no KL penalty")
+
+
+def _count_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
+    if cu_seqlens is None:
+        return shape[0]
+    validate.cumulative_lengths(cu_seqlens)
+    return cu_seqlens.numel() - 1
+
+
+def _check_advantages(advantages: Tensor, completion_mask: Tensor, num_sequences: int) -> None:
+    validate.floating("advantages", advantages)
+    validate.same_device(completion_mask=completion_mask, advantages=advantages)
+    if advantages.shape not in ((num_sequences,), completion_mask.shape):
+        raise ValueError(
+            f"advantages has shape {list(advantages.shape)}; expected one per sequence, [{num_sequences}], "
+            f"or one per position, {list(completion_mask.shape)}"
+        )

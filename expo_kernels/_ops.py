@@ -1,0 +1,397 @@
+"""The registered ops of the loss and of log-probs, and their autograd; each chooses between PyTorch and Triton inside.
+
+A loss op makes the loss and its gradients at once; autograd keeps the gradients and scales them by the incoming one,
+which is all that its backward does. Log-probs make their logits again in backward. Values are checked in the op (see
+`LossInputs.from_tensors`), shapes before it. `LossOutput` is what a loss call returns, made of what its op does.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expo_kernels import _compat, _engine, _launch
+from expo_kernels._head import HeadCall, HeadTensors
+from expo_kernels._inputs import METRIC_NAMES, LossInputs
+
+# loss 0-dim, metrics [len(METRIC_NAMES)], number of tokens 0-dim, log-probs like the mask, the wanted gradients
+_Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+
+
+class LossOutput(NamedTuple):
+    """What a loss call returns."""
+
+    loss: Tensor
+    """0-dim: call .backward() on it."""
+
+    metrics: dict[str, Tensor]
+    """0-dim tensors on the device, detached; means over valid tokens (0 where there are none):
+    `kl` nats of the chosen estimator, importance weight included where it is on; 0 without `ref_logps`;
+    `ratio_mean`, `ratio_max` of pi_theta / pi_old, of the token or of its sequence ("gmpo": of the sequence, clipped);
+    `clip_low_fraction`, `clip_high_fraction` share of valid tokens for which the surrogate's lower or upper clipped
+    term was chosen (the dual clip's cap counts as upper; always 0 for "sapo" and "vespo");
+    `tokens` number of valid tokens; `entropy` nats, only with `return_entropy`."""
+
+    logps: Tensor
+    """Log-probs in nats, shaped like `completion_mask`, float32, detached, 0 where masked."""
+
+
+# --- what the public functions call
+
+
+def call_policy_loss(
+    tensors: HeadTensors,
+    completion_ids: Tensor,
+    inputs: LossInputs,
+    *,
+    budget_mb: float | None = None,
+    return_entropy: bool = False,
+    inplace: bool = False,
+    vocab_group: str | None = None,
+) -> LossOutput:
+    """The loss of checked arguments, from hidden states or from logits."""
+    op_inputs = (
+        completion_ids,
+        inputs.completion_mask,
+        inputs.to_tensors(tensors.arithmetic_dtype),
+        inputs.objective.text,
+        inputs.group_size,
+    )
+    wants_grad = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
+    if inplace and wants_grad[0]:
+        logits = tensors.hidden_or_logits.detach()
+        loss, *others = policy_loss_inplace(logits, *op_inputs, return_entropy)
+        return _output(with_gradient(loss, tensors.hidden_or_logits, logits), *others, return_entropy=return_entropy)
+    made = policy_loss(*tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group)
+    return _output(*made[:4], return_entropy=return_entropy)
+
+
+def call_policy_loss_from_logps(logps: Tensor, inputs: LossInputs) -> LossOutput:
+    """The loss of checked arguments, from log-probs."""
+    op_tensors = inputs.to_tensors(HeadTensors(logps).arithmetic_dtype)
+    wants_grad = [logps.requires_grad and torch.is_grad_enabled()]
+    made = policy_loss_from_logps(
+        logps, wants_grad, inputs.completion_mask, op_tensors, inputs.objective.text, inputs.group_size
+    )
+    return _output(*made[:4], return_entropy=False)
+
+
+def _output(
+    loss: Tensor, metrics: Tensor, num_tokens: Tensor, token_logps: Tensor, *, return_entropy: bool
+) -> LossOutput:
+    named = dict(zip(METRIC_NAMES, metrics.unbind(), strict=True)) | {"tokens": num_tokens}
+    del named["loss"]
+    if not return_entropy:
+        del named["entropy"]
+    return LossOutput(loss, named, token_logps)
+
+
+# --- the loss
+
+
+@torch.library.custom_op("expo_kernels::policy_loss", mutates_args=())
+def policy_loss(
+    hidden_or_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wants_grad: list[bool],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    tensors: list[Tensor | None],
+    objective: str,
+    group_size: int,
+    logits_budget_mb: float | None,
+    return_entropy: bool,
+    vocab_group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The loss, and the gradients of those of hidden states or logits, weight and bias that want one (see `_Made`).
+
+    The gradients are for autograd alone, which scales them in place.
+    """
+    inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
+    call = HeadCall(
+        HeadTensors(hidden_or_logits, weight, bias),
+        completion_ids,
+        completion_mask,
+        inputs.objective.temperature,
+        inputs.objective.logit_softcap,
+        logits_budget_mb,
+        (wants_grad[0], wants_grad[1], wants_grad[2]),
+        vocab_group,
+    )
+    made, gradients = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
+    return *made, gradients
+
+
+@policy_loss.register_fake
+def _(
+    hidden_or_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wants_grad: list[bool],
+    _: Tensor,
+    completion_mask: Tensor,
+    *__: Any,
+) -> _Made:
+    tensors = HeadTensors(hidden_or_logits, weight, bias)
+    dtype = tensors.arithmetic_dtype
+    # gradients of ready logits have their dtype, those of sums over tokens the arithmetic's
+    grad_dtype = hidden_or_logits.dtype if weight is None else dtype
+    gradients = [
+        tensor.new_empty(tensor.shape, dtype=grad_dtype)
+        for tensor, is_wanted in zip(tensors, wants_grad, strict=True)
+        if is_wanted and tensor is not None
+    ]
+    return *_fake_loss(completion_mask, dtype), gradients
+
+
+@torch.library.custom_op("expo_kernels::policy_loss_", mutates_args={"logits"})
+def policy_loss_inplace(
+    logits: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    tensors: list[Tensor | None],
+    objective: str,
+    group_size: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of ready logits, whose gradient is written over them."""
+    inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
+    call = HeadCall(
+        HeadTensors(logits),
+        completion_ids,
+        completion_mask,
+        inputs.objective.temperature,
+        inputs.objective.logit_softcap,
+        budget_mb=None,
+        wants_grad=(True, False, False),
+        inplace=True,
+    )
+    made, (gradient,) = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
+    if gradient.data_ptr() != logits.data_ptr():
+        logits.copy_(gradient)
+    loss, metrics, num_tokens, token_logps = made
+    return loss, metrics, num_tokens, token_logps
+
+
+@policy_loss_inplace.register_fake
+def _(logits: Tensor, _: Tensor, completion_mask: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_loss(completion_mask, HeadTensors(logits).arithmetic_dtype)
+
+
+@torch.library.custom_op("expo_kernels::policy_loss_from_logps", mutates_args=())
+def policy_loss_from_logps(
+    logps: Tensor,
+    wants_grad: list[bool],
+    completion_mask: Tensor,
+    tensors: list[Tensor | None],
+    objective: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The loss of ready log-probs, and its gradient in them (see `_Made`)."""
+    inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
+    made, gradients = _engine.policy_loss_from_logps(logps, inputs, wants_grad=wants_grad[0])
+    return *made, gradients
+
+
+@policy_loss_from_logps.register_fake
+def _(logps: Tensor, wants_grad: list[bool], completion_mask: Tensor, *_: Any) -> _Made:
+    dtype = HeadTensors(logps).arithmetic_dtype
+    return *_fake_loss(completion_mask, dtype), [logps.new_empty(logps.shape, dtype=dtype)] if wants_grad[0] else []
+
+
+@torch.library.custom_op("expo_kernels::with_gradient", mutates_args=())
+def with_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001 - for autograd alone
+    """The loss again, whose gradient in the logits is known already."""
+    return loss.clone()
+
+
+@with_gradient.register_fake
+def _(loss: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _fake_loss(completion_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        completion_mask.new_empty((), dtype=dtype),
+        completion_mask.new_empty(len(METRIC_NAMES), dtype=dtype),
+        completion_mask.new_empty((), dtype=torch.int64),
+        completion_mask.new_empty(completion_mask.shape, dtype=dtype),
+    )
+
+
+def _register_gradients(op: Any, num_differentiable: int) -> None:
+    """Autograd of an op that returns `_Made`; its first inputs are differentiable, then come their `wants_grad`."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: _Made) -> None:
+        _, *others, gradients = output
+        wants_grad = inputs[num_differentiable]
+        ctx.set_materialize_grads(False)  # or backward would be given zeros as large as the gradients
+        ctx.mark_non_differentiable(*others, *gradients)
+        ctx.save_for_backward(*gradients)
+        ctx.wants_grad, ctx.num_others = wants_grad, len(inputs) - num_differentiable
+        ctx.dtypes = [tensor.dtype for tensor, wanted in zip(inputs, wants_grad, strict=False) if wanted]
+
+    @once_differentiable
+    def scale(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return tuple([None] * (num_differentiable + ctx.num_others))
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        made = [_scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs]
+        return *_by_input(made, ctx.wants_grad), *(None,) * ctx.num_others
+
+    op.register_autograd(scale, setup_context=keep)
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    _, logits, gradient = inputs
+    ctx.save_for_backward(gradient)
+    ctx.dtype = logits.dtype
+
+
+@once_differentiable
+def _scale_gradient(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return None, _scaled(gradient, grad_loss, ctx.dtype), None
+
+
+_register_gradients(policy_loss, num_differentiable=3)
+_register_gradients(policy_loss_from_logps, num_differentiable=1)
+with_gradient.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+def _by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    """One entry per input: the next of `made` where one is wanted."""
+    rest = iter(made)
+    return [next(rest) if is_wanted else None for is_wanted in wanted]
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_loss * gradient in the input's dtype, rounded once, and in the gradient's own memory where it fits there."""
+    if type(gradient) is not Tensor:
+        # a tracer's stand-in: the compiler decides what is written where
+        return (gradient * grad_loss).to(dtype)
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+    # a second backward may come for the same numbers
+    if _compat.graph_is_kept():
+        return gradient * grad_loss
+    if _launch.use_kernels(gradient):
+        from expo_kernels._triton.launch import launch_scale
+
+        launch_scale(gradient, grad_loss)
+        return gradient
+    # reading the number is free on CPU and saves a pass over [V, H]
+    is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
+    return gradient if is_one else gradient.mul_(grad_loss)
+
+
+# --- log-probs and entropies
+
+
+@torch.library.custom_op("expo_kernels::token_logps", mutates_args=())
+def token_logps(
+    hidden_or_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    logits_budget_mb: float | None,
+    return_entropy: bool,
+    keeps_rows: bool,
+    vocab_group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and entropies like the ids (an empty tensor without `return_entropy`), and, where `keeps_rows`, what
+    the kernels' backward reads of each row: its maximum and the sum of its exponentials, [M] each."""
+    tensors = HeadTensors(hidden_or_logits, weight, bias)
+    call = HeadCall(
+        tensors, completion_ids, mask, temperature, logit_softcap, logits_budget_mb, vocab_group=vocab_group
+    )
+    return _engine.token_logps(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
+
+
+@token_logps.register_fake
+def _(
+    hidden_or_logits: Tensor, weight: Tensor | None, bias: Tensor | None, completion_ids: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, return_entropy, keeps_rows, _ = options
+    dtype = HeadTensors(hidden_or_logits, weight, bias).arithmetic_dtype
+
+    def made(*shape: int) -> Tensor:
+        return hidden_or_logits.new_empty(shape, dtype=dtype)
+
+    num_kept = completion_ids.numel() if keeps_rows else 0
+    entropies = made(*completion_ids.shape) if return_entropy else made(0)
+    return made(*completion_ids.shape), entropies, made(num_kept), made(num_kept)
+
+
+@torch.library.custom_op("expo_kernels::token_logps_backward", mutates_args=())
+def token_logps_backward(
+    grads: list[Tensor | None],
+    hidden_or_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    completion_ids: Tensor,
+    mask: Tensor | None,
+    kept_rows: list[Tensor],
+    temperature: float,
+    logit_softcap: float | None,
+    logits_budget_mb: float | None,
+    wants_grad: list[bool],
+    vocab_group: str | None,
+) -> list[Tensor]:
+    """Gradients of those of hidden states or logits, weight and bias that want one, in their dtypes.
+
+    `grads` are those of the log-probs and of the entropies, the latter perhaps None; `kept_rows` the entropies, the
+    maxima and the sums that the forward pass returned.
+    """
+    grad_logps, grad_entropies = grads
+    assert grad_logps is not None
+    call = HeadCall(
+        HeadTensors(hidden_or_logits, weight, bias),
+        completion_ids,
+        mask,
+        temperature,
+        logit_softcap,
+        logits_budget_mb,
+        (wants_grad[0], wants_grad[1], wants_grad[2]),
+        vocab_group,
+    )
+    return _engine.token_logps_backward(call, kept_rows, grad_logps, grad_entropies)
+
+
+@token_logps_backward.register_fake
+def _(
+    _: list[Tensor | None], hidden_or_logits: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
+) -> list[Tensor]:
+    given = zip((hidden_or_logits, weight, bias), options[-2], strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, wanted in given if wanted and tensor is not None]
+
+
+def _setup_token_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, temperature, logit_softcap, budget_mb, return_entropy, _, ctx.vocab_group = inputs
+    _, entropies, row_max, sum_exp = output
+    ctx.settings = temperature, logit_softcap, budget_mb
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(row_max, sum_exp, *(() if return_entropy else (entropies,)))
+    ctx.save_for_backward(*given, entropies, row_max, sum_exp)
+
+
+@once_differentiable
+def _backward_token_logps(
+    ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    *given, entropies, row_max, sum_exp = ctx.saved_tensors
+    if grad_logps is None:
+        if grad_entropies is None:
+            return (None,) * 11
+        grad_logps = torch.zeros_like(grad_entropies)
+    wants_grad, kept = list(ctx.needs_input_grad[:3]), [entropies, row_max, sum_exp]
+    made = token_logps_backward([grad_logps, grad_entropies], *given, kept, *ctx.settings, wants_grad, ctx.vocab_group)
+    return *_by_input(made, wants_grad), *(None,) * 8
+
+
+token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)

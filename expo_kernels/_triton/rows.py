@@ -1,0 +1,414 @@
+"""Triton kernels over rows of logits: log-probs and entropies, the policy loss and its gradient.
+
+A row is read once for its log-sum-exp, in float32 whatever its dtype, and once more to write dL/dlogits; both loops
+stand here once, as `read_row` and `write_grad_logits`. Programs are persistent: each takes every num_programs-th row,
+sums loss and metrics in float64, and the last to finish adds the programs' sums up in order, so that one launch gives
+equal bits every time.
+
+Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions of each.
+Row r of a launch is position `order[first_row + r]`, or `first_row + r` without an `order`. What is masked, or has an
+id outside [0, V), is never read: it counts for nothing and its gradient is 0.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# device code: its arguments are what Triton makes of pointers and numbers
+
+import triton
+import triton.language as tl
+
+from expo_kernels._triton.device import (
+    add_to_sums,
+    kernel,
+    no_sums,
+    publish,
+    rollout_weight_of,
+    sequence_advantage,
+    token_objective,
+)
+from expo_kernels._triton.slots import LOGIT_SOFTCAP, MAX_COMPLETION_LENGTH, TEMPERATURE
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf logits leaves no NaN behind
+
+
+# --- one row of logits
+
+
+@triton.jit
+def _capped(logits, softcap):
+    """softcap * tanh(logits / softcap), and its derivative."""
+    t = tl.exp(-2.0 * tl.abs(logits) / softcap)
+    tanh = (1.0 - t) / (1.0 + t)
+    return softcap * tl.where(logits < 0, -tanh, tanh), 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def read_row(
+    row_ptr,
+    keep,  # scalar bool: False reads nothing
+    vocab_size,
+    hyper_ptr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Maximum of a row, sum of e = exp((logit - maximum) / temperature), and sum of e * log2(e) for the entropy."""
+    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
+    softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
+    row_max = tl.full([], LOWEST, tl.float32)
+    exp_sums = tl.zeros([BLOCK_V], tl.float32)
+    entropy_sums = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, tl.where(keep, vocab_size, 0), BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        in_range = columns < vocab_size
+        logits = tl.load(row_ptr + columns, mask=in_range, other=float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            capped, _ = _capped(logits, softcap)
+            logits = tl.where(in_range, capped, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=0))
+        # the largest is taken off before anything is multiplied: at logits of 1e4 that order saves 1e-3 nats
+        shift = (row_max - new_max) * scale
+        powers = (logits - new_max) * scale
+        shrink = tl.exp2(shift)
+        e = tl.exp2(powers)
+        if HAS_ENTROPY:
+            shifted = entropy_sums + tl.where(exp_sums > 0, shift * exp_sums, 0.0)
+            entropy_sums = shrink * shifted + tl.where(e == 0, 0.0, e * powers)
+        exp_sums = exp_sums * shrink + e
+        row_max = new_max
+    return row_max, tl.sum(exp_sums, axis=0), tl.sum(entropy_sums, axis=0)
+
+
+@triton.jit
+def chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP: tl.constexpr):
+    """Logit of the chosen token after the cap, and the cap's derivative there."""
+    logit = tl.load(row_ptr + chosen_id, mask=keep, other=0.0).to(tl.float32)
+    cap_grad = 1.0
+    if HAS_SOFTCAP:
+        logit, cap_grad = _capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
+    return logit, cap_grad
+
+
+@triton.jit
+def write_grad_logits(
+    grad_row_ptr,
+    row_ptr,
+    chosen_id,
+    grad_logp,  # scalar dL/dlogp
+    grad_entropy,  # scalar dL/dentropy, read with HAS_ENTROPY only
+    entropy,
+    row_max,
+    sum_exp,  # sum of exp((logit - row_max) / temperature)
+    keep,
+    vocab_size,
+    hyper_ptr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    GRAD_SHARES_MEMORY: tl.constexpr,  # with the logits: it goes over them, or over the front of them
+    BLOCK_V: tl.constexpr,
+):
+    """Write dL/dlogits of a row; return what rounding took from the chosen column.
+
+    dlogp / dlogit_j = ([j is chosen] - p_j) / temperature
+    dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
+    """
+    temperature = tl.load(hyper_ptr + TEMPERATURE)
+    scale = LOG2_E / temperature
+    softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
+    moves = grad_logp != 0
+    if HAS_ENTROPY:
+        moves = moves | (grad_entropy != 0)
+    moves = keep & moves
+    # a row that is skipped, or whose gradient is 0, is not read: it is only set to 0
+    grad_logp = tl.where(moves, grad_logp, 0.0) / temperature
+    inverse_sum = tl.where(moves, 1.0 / sum_exp, 0.0)
+    row_max = tl.where(moves, row_max, 0.0)
+    of_probs = -grad_logp * inverse_sum
+    log_sum_exp = tl.log(tl.where(moves, sum_exp, 1.0))
+    if HAS_ENTROPY:
+        grad_entropy = tl.where(moves, grad_entropy, 0.0) / temperature
+    chosen, chosen_cap_grad = chosen_logit(row_ptr, chosen_id, moves, hyper_ptr, HAS_SOFTCAP)
+    chosen_prob = tl.exp2((chosen - row_max) * scale) * inverse_sum
+    chosen_grad = grad_logp * (1.0 - chosen_prob)
+    if HAS_ENTROPY:
+        chosen_logp = (chosen - row_max) / temperature - log_sum_exp
+        chosen_grad -= grad_entropy * tl.where(chosen_prob == 0, 0.0, chosen_prob * (chosen_logp + entropy))
+    chosen_grad = tl.where(moves, chosen_grad * chosen_cap_grad, 0.0)
+    readable = tl.where(moves, vocab_size, 0)
+    if GRAD_SHARES_MEMORY:
+        # every warp reads the chosen logit: none may overwrite it before all have
+        tl.debug_barrier()
+    for start in range(0, vocab_size, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        in_range = columns < vocab_size
+        logits = tl.load(row_ptr + columns, mask=columns < readable, other=0.0).to(tl.float32)
+        if HAS_SOFTCAP:
+            logits, cap_grads = _capped(logits, softcap)
+        e = tl.exp2((logits - row_max) * scale)
+        grads = of_probs * e
+        if HAS_ENTROPY:
+            probs = e * inverse_sum
+            of_entropy = probs * ((logits - row_max) / temperature - log_sum_exp + entropy)
+            grads -= grad_entropy * tl.where(probs == 0, 0.0, of_entropy)
+        if HAS_SOFTCAP:
+            grads *= cap_grads
+        grads = tl.where(columns == chosen_id, chosen_grad, grads)
+        if GRAD_SHARES_MEMORY and grad_row_ptr.dtype.element_ty != row_ptr.dtype.element_ty:
+            # narrower gradients go over the front of the same row: in rising order they never reach a block that is
+            # still to be read, but no warp may write before all have read this one
+            tl.debug_barrier()
+        tl.store(grad_row_ptr + columns, grads.to(grad_row_ptr.dtype.element_ty), mask=in_range)
+    return chosen_grad - chosen_grad.to(grad_row_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size):
+    """Position of a row, the id chosen there, and whether it counts."""
+    position = (first_row + row).to(tl.int64)
+    if order_ptr is not None:
+        position = tl.load(order_ptr + position)
+    keep = position >= 0
+    if mask_ptr is not None:
+        keep = tl.load(mask_ptr + position) != 0
+    chosen_id = tl.load(ids_ptr + position, mask=keep, other=-1).to(tl.int64)
+    return position, chosen_id, keep & (chosen_id >= 0) & (chosen_id < vocab_size)
+
+
+@triton.jit
+def row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
+    """Elements from the tensor's start to the row's. Strides come in units of ALIGNMENT, so that it is known."""
+    batch = (row // rows_per_batch).to(tl.int64)
+    within = (row % rows_per_batch).to(tl.int64)
+    return (batch * batch_stride + within * row_stride) * ALIGNMENT
+
+
+# --- kernels
+
+
+@kernel
+def row_logps_kernel(
+    logits_ptr,  # [n, V] or strided, any float dtype
+    logps_ptr,  # [M] float32, out
+    entropies_ptr,  # [M] float32, out, or None
+    row_max_ptr,  # [M] float32, out: maximum of each row, or None
+    sum_exp_ptr,  # [M] float32, out: sum of exp((logit - maximum) / temperature), or None
+    order_ptr,  # [M] int64 or None
+    mask_ptr,  # [M] bool or None
+    ids_ptr,  # [M] integers
+    hyper_ptr,
+    first_row,
+    num_rows,
+    rows_per_batch,
+    batch_stride,
+    row_stride,
+    vocab_size,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Log-probs of the chosen tokens, entropies where asked for, and what the gradient will need."""
+    vocab_size = vocab_size * ALIGNMENT
+    HAS_ENTROPY: tl.constexpr = entropies_ptr is not None
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+        row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        row_max, sum_exp, entropy_sum = read_row(
+            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V
+        )
+        chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
+        log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
+        logp = (chosen - row_max) / tl.load(hyper_ptr + TEMPERATURE) - log_sum_exp
+        tl.store(logps_ptr + position, tl.where(keep, logp, 0.0))
+        if HAS_ENTROPY:
+            tl.store(entropies_ptr + position, tl.where(keep, log_sum_exp - entropy_sum / LOG2_E / sum_exp, 0.0))
+        if row_max_ptr is not None:
+            tl.store(row_max_ptr + position, row_max)
+            tl.store(sum_exp_ptr + position, sum_exp)
+
+
+@kernel
+def row_grad_logits_kernel(
+    logits_ptr,  # [n, V] or strided, any float dtype
+    grad_ptr,  # the same shape, out
+    residual_ptr,  # [n] float32, out: what rounding took from the chosen column, or None
+    row_max_ptr,  # [M] as written by `row_logps_kernel`
+    sum_exp_ptr,  # [M]
+    grad_logps_ptr,  # [M] float32
+    entropies_ptr,  # [M] float32 or None
+    grad_entropies_ptr,  # [M] float32 or None
+    order_ptr,
+    mask_ptr,
+    ids_ptr,
+    hyper_ptr,
+    first_row,
+    num_rows,
+    rows_per_batch,
+    batch_stride,
+    row_stride,
+    grad_batch_stride,
+    grad_row_stride,
+    vocab_size,
+    HAS_SOFTCAP: tl.constexpr,
+    GRAD_SHARES_MEMORY: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dL/dlogits, given dL/dlogps and, where there are any, dL/dentropies."""
+    vocab_size = vocab_size * ALIGNMENT
+    HAS_ENTROPY: tl.constexpr = grad_entropies_ptr is not None
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+        row_max = tl.load(row_max_ptr + position, mask=keep, other=0.0)
+        sum_exp = tl.load(sum_exp_ptr + position, mask=keep, other=1.0)
+        grad_logp = tl.load(grad_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
+        entropy = tl.full([], 0.0, tl.float32)
+        grad_entropy = entropy
+        if HAS_ENTROPY:
+            entropy = tl.load(entropies_ptr + position, mask=keep, other=0.0)
+            grad_entropy = tl.load(grad_entropies_ptr + position, mask=keep, other=0.0).to(tl.float32)
+        residual = write_grad_logits(
+            grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),
+            logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT),
+            chosen_id,
+            grad_logp,
+            grad_entropy,
+            entropy,
+            row_max,
+            sum_exp,
+            keep,
+            vocab_size,
+            hyper_ptr,
+            HAS_SOFTCAP,
+            HAS_ENTROPY,
+            GRAD_SHARES_MEMORY,
+            BLOCK_V,
+        )
+        if residual_ptr is not None:
+            tl.store(residual_ptr + row, residual)
+
+
+@kernel
+def row_loss_kernel(
+    logits_ptr,  # [n, V] or strided, any float dtype
+    grad_ptr,  # the same shape, out, or None: the loss alone
+    residual_ptr,  # [n] float32, out: what rounding took from the chosen column, or None
+    logps_ptr,  # [M] float32, out
+    order_ptr,  # [M] int64 or None
+    mask_ptr,  # [M] bool
+    ids_ptr,  # [M] integers
+    sequence_ptr,  # [M] integers: the sequence of each position; None: position // tokens_per_sequence
+    advantages_ptr,  # [M], [B], or the [B] rewards that make them: see ADVANTAGES
+    old_logps_ptr,  # [M] or None: on-policy
+    ref_logps_ptr,  # [M] or None: no penalty
+    rollout_logps_ptr,  # [M] or None: no correction
+    lengths_ptr,  # [B] valid tokens of each sequence, or None: the loss does not average over them
+    beta_ptr,
+    normalizer_ptr,
+    entropy_bonus_ptr,  # or None
+    hyper_ptr,
+    partials_ptr,
+    counter_ptr,
+    totals_ptr,
+    metrics_ptr,
+    first_row,
+    num_rows,
+    rows_per_batch,
+    batch_stride,
+    row_stride,
+    grad_batch_stride,
+    grad_row_stride,
+    vocab_size,
+    tokens_per_sequence,
+    group_size,
+    ADVANTAGES: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    KL: tl.constexpr,
+    KL_WEIGHTED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    GRAD_SHARES_MEMORY: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The whole loss of a token-level objective: log-probs, metrics and dL/dlogits in one launch."""
+    vocab_size = vocab_size * ALIGNMENT
+    HAS_BONUS: tl.constexpr = entropy_bonus_ptr is not None
+    temperature = tl.load(hyper_ptr + TEMPERATURE)
+    beta = tl.load(beta_ptr).to(tl.float32)
+    share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + MAX_COMPLETION_LENGTH))
+    sums = no_sums()
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+        row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        row_max, sum_exp, entropy_sum = read_row(
+            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V
+        )
+        chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
+        log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
+        logp = tl.where(keep, (chosen - row_max) / temperature - log_sum_exp, 0.0)
+        tl.store(logps_ptr + position, logp)
+        grad_logp = tl.full([], 0.0, tl.float32)
+        grad_entropy = grad_logp
+        entropy = grad_logp
+        if keep:
+            if sequence_ptr is None:
+                sequence = position // tokens_per_sequence
+            else:
+                sequence = tl.load(sequence_ptr + position).to(tl.int64)
+            if ADVANTAGES == "token":
+                advantage = tl.load(advantages_ptr + position).to(tl.float32)
+            else:
+                advantage = sequence_advantage(advantages_ptr, sequence, group_size, hyper_ptr, ADVANTAGES)
+            old_logp = logp
+            if old_logps_ptr is not None:
+                old_logp = tl.load(old_logps_ptr + position).to(tl.float32)
+            rollout_weight = 1.0
+            if rollout_logps_ptr is not None:
+                reported = tl.load(rollout_logps_ptr + position).to(tl.float32)
+                rollout_weight = rollout_weight_of(old_logp - reported, hyper_ptr)
+            weight = share
+            if lengths_ptr is not None:
+                weight = share / tl.load(lengths_ptr + sequence).to(tl.float32)
+            if HAS_BONUS:
+                # read here, it takes no register through the loops over the row: on sm_80 there is none left
+                beta = tl.load(beta_ptr).to(tl.float32)
+            loss, ratio_grad, beside, penalty, ratio, low, high = token_objective(
+                logp, old_logp, logp - old_logp, advantage, rollout_weight, position, keep, ref_logps_ptr, beta,
+                hyper_ptr, SURROGATE, HAS_DUAL_CLIP, KL, KL_WEIGHTED,
+            )  # fmt: skip
+            grad_logp = weight * (ratio_grad + beside)
+            loss = weight * loss
+            if HAS_ENTROPY:
+                entropy = log_sum_exp - entropy_sum / LOG2_E / sum_exp
+            if HAS_BONUS:
+                grad_entropy = -weight * tl.load(entropy_bonus_ptr).to(tl.float32)
+                loss += grad_entropy * entropy
+            sums = add_to_sums(sums, loss, penalty, ratio, ratio, low, high, 1.0, entropy)
+        if grad_ptr is not None:
+            residual = write_grad_logits(
+                grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),
+                row_ptr, chosen_id, grad_logp, grad_entropy, entropy, row_max, sum_exp, keep, vocab_size, hyper_ptr,
+                HAS_SOFTCAP, HAS_BONUS, GRAD_SHARES_MEMORY, BLOCK_V,
+            )  # fmt: skip
+            if residual_ptr is not None:
+                tl.store(residual_ptr + row, residual)
+    publish(partials_ptr, counter_ptr, totals_ptr, metrics_ptr, sums)
+
+
+@kernel
+def scale_kernel(
+    values_ptr,  # [num_values] any float dtype, changed in place
+    factor_ptr,
+    num_values,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """values *= factor; where the factor is 1, as for a loss that is not scaled, nothing is read."""
+    num_values = tl.cast(num_values, tl.int64) * ALIGNMENT
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        in_range = offset < num_values
+        values = tl.load(values_ptr + offset, mask=in_range, other=0.0)
+        tl.store(values_ptr + offset, (values.to(tl.float32) * factor).to(values.dtype), mask=in_range)

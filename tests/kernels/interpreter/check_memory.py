@@ -1,0 +1,107 @@
+"""Where rows and their gradients lie in memory, run by Triton's interpreter.
+
+Run through `test_interpreter.py`.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from expo_kernels import _launch
+from expo_kernels._triton import launch as kernels
+from expo_kernels._triton.rows import scale_kernel
+from expo_kernels.objective import Objective
+from tests.kernels.chunks import make_chunk
+from tests.kernels.interpreter.batches import (
+    CPU,
+    GRAD_ERROR,
+    assert_matches,
+    expected,
+    make_batch,
+    nan_like,
+    outcome,
+    relative_error,
+    run_token_level,
+    spoil,
+    tokens_of,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in.*:RuntimeWarning"
+)  # skipped rows hold numbers that are never used
+
+
+def test_rows_of_a_chunk_are_found_by_order_and_launches_add_up():
+    batch = make_batch(B=4, T=5, V=33)
+    whole = run_token_level(spoil(batch), Objective())
+    spoilt = spoil(batch)
+    order = torch.sort((~batch.mask).view(-1).to(torch.int8), stable=True).indices
+    flat = spoilt.logits.view(-1, 33)
+    tokens, sums = tokens_of(spoilt, Objective()), kernels.make_sums(CPU)
+    logps, grad = nan_like(batch.mask, dtype=torch.float32).view(-1), nan_like(flat)
+    for first in range(0, 20, 7):
+        chunk = flat[order[first : first + 7]]
+        rows = make_chunk(chunk, chunk, order=order, first_row=first)
+        kernels.launch_row_loss(rows, tokens, sums, logps, return_entropy=True)
+        grad[order[first : first + 7]] = chunk
+    given = outcome(sums, logps, grad.view(batch.shape), batch.shape)
+    assert torch.equal(given.grad, whole.grad)
+    assert torch.equal(given.logps, whole.logps)
+    assert torch.allclose(given.loss, whole.loss, rtol=1e-6)
+    assert torch.equal(given.metrics["tokens"], whole.metrics["tokens"])
+
+
+@pytest.mark.parametrize("V", [48, 4099])
+def test_bfloat16_gradients_over_the_front_of_their_own_rows(V):
+    batch = make_batch(V=V)
+    truth = expected(batch, Objective())
+    padded = torch.full((12, V + 13), float("nan"))[:, :V]
+    padded.copy_(spoil(batch).logits.view(-1, V))
+    rows_of_bfloat16 = padded.untyped_storage()
+    grad = torch.empty(0, dtype=torch.bfloat16).set_(rows_of_bfloat16, 0, (12, V), (2 * padded.stride(0), 1))
+    residual = torch.full((12,), float("nan"))
+    kernels.launch_row_loss(
+        make_chunk(padded, grad, residual=residual),
+        tokens_of(spoil(batch), Objective()),
+        kernels.make_sums(CPU),
+        torch.empty(12),
+        return_entropy=False,
+    )
+    assert relative_error(grad.view(batch.shape), truth.grad) <= GRAD_ERROR[torch.bfloat16]
+    # what rounding took from the chosen column is given back exactly
+    rows = torch.arange(12)[batch.mask.view(-1)]
+    chosen = grad[rows, batch.ids.view(-1)[rows]].double() + residual[rows].double()
+    exact = truth.grad.view(-1, V)[rows, batch.ids.view(-1)[rows]]
+    assert torch.allclose(chosen, exact, rtol=1e-5, atol=1e-9)
+
+
+def test_strided_logits_are_read_where_they_lie_and_may_be_overwritten():
+    batch = make_batch(T=4, V=32)
+    truth = expected(batch, Objective())
+    memory = torch.full((4, 6, 48), float("nan"))
+    view = memory[:, 1:5, :32]
+    view.copy_(spoil(batch).logits)
+    given = run_token_level(dataclasses.replace(spoil(batch), logits=view), Objective(), grad=view)
+    assert_matches(given, truth)
+    assert bool(torch.isnan(memory[:, [0, 5]]).all())
+
+
+def test_rows_beyond_2_to_the_31_elements_are_found(tmp_path):
+    batch = make_batch(B=4, T=5, V=32)
+    truth = expected(batch, Objective())
+    stride = 2**27 + 16  # the last of 20 rows begins at 2.55e9; the file has holes where nothing is written
+    memory = torch.from_file(str(tmp_path / "logits"), shared=True, size=20 * stride, dtype=torch.float32)
+    view = memory.as_strided((4, 5, 32), (5 * stride, stride, 1))
+    assert view[-1, -1].storage_offset() > 2**31
+    view.copy_(spoil(batch).logits)
+    given = run_token_level(dataclasses.replace(spoil(batch), logits=view), Objective(), grad=view)
+    assert_matches(given, truth)
+
+
+def test_values_beyond_2_to_the_31_are_scaled():
+    # one program of many: it touches the first values alone, whatever their number is said to be
+    tile = _launch.flat_tile()
+    values, num_values = torch.ones(tile.block), 2**31 + 16
+    scale_kernel[(1,)](values, torch.tensor(3.0), num_values // 16, ALIGNMENT=16, BLOCK=tile.block)
+    assert values.eq(3.0).all()

@@ -1,0 +1,70 @@
+"""The kernels in Triton's interpreter: against float64 one by one, then as what the public functions run on.
+
+The interpreter must be chosen before triton is imported, so these run in processes of their own. To see one fail:
+`TRITON_INTERPRET=1 python -m pytest -p tests.kernels.interpreter.kernels_on_cpu FILE`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+# what these ask of the PyTorch path has no meaning here, or takes the interpreter minutes
+LEFT_OUT = (
+    "under_no_grad_only_the_logits_are_made",  # counts calls of the PyTorch path, as do the next two
+    "a_frozen_input_costs_no_gradient",
+    "self_check",
+    "(whatever_the_number_of_chunks and float32)",  # bfloat16 has the harder way
+    "beyond_65_535_tokens",  # rows there are read as all others; `check_memory.py` has offsets beyond 2^31
+    "inductor",  # compiles what is around the ops, the same for both paths
+    "masked_contents_never_matter",  # hundreds of examples: `check_loss.py` has a few
+)
+FILES = (
+    "interpreter/check_loss.py",
+    "interpreter/check_logps.py",
+    "interpreter/check_memory.py",
+    "interpreter/check_curriculum.py",
+    "test_policy_loss.py",
+    "test_linear_loss.py",
+    "test_sequence_chunks.py",
+    "test_every_objective.py",
+    "test_logps.py",
+    "test_compile.py",
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_pass_in_the_interpreter(file):
+    selection = [] if file.startswith("interpreter/") else ["-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:xdist",
+            "-p",
+            "tests.kernels.interpreter.kernels_on_cpu",
+            TESTS / file,
+            *selection,
+        ],
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            # skipped rows hold numbers that are made and never used
+            "PYTHONWARNINGS": "ignore:::triton.runtime.interpreter",
+        },
+        cwd=TESTS.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
