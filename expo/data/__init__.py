@@ -1,4 +1,4 @@
-"""Questions with checkable answers, from files, the Hugging Face hub or a generator, and the prompts made of them."""
+"""Questions with checkable answers, from files, the Hugging Face hub or a generator, and their prompts."""
 
 from expo.data.gradable import bad_questions, only_gradable
 from expo.data.overlap import Overlap, find_overlap

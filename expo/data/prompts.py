@@ -1,4 +1,4 @@
-"""The prompts made of questions: a template by name, then the tokenizer's chat template."""
+"""Turns questions into prompts: a named template, then the tokenizer's chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +20,9 @@ PROMPTS = {
 
 
 def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> list[int]:
-    """Token ids of what the model is asked, ending where its reply begins.
+    """Token ids of a question's prompt, up to the first token of the reply.
 
-    Raises: ConfigError if the tokenizer has no chat template though one is asked for.
+    Raises: ConfigError if data.chat_template is true and the tokenizer has no chat template.
     """
     text = PROMPTS[config.prompt].format(question=question.text)
     if not config.chat_template:
@@ -38,9 +38,9 @@ def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> li
 
 
 def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:
-    """The questions whose prompts fit data.max_prompt_tokens, with those prompts.
+    """The questions whose prompts have at most data.max_prompt_tokens tokens, with these prompts.
 
-    Raises: ConfigError if the tokenizer has no chat template though one is asked for, or no prompt fits.
+    Raises: ConfigError if no prompt fits, or as `render_prompt`.
     """
     rendered = [Prompt(question, render_prompt(question, config, tokenizer)) for question in questions]
     fitting = [prompt for prompt in rendered if len(prompt.prompt_ids) <= config.max_prompt_tokens]
@@ -54,9 +54,9 @@ def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer
 
 
 def render_whole_set(name: str, questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:
-    """All questions of an evaluation set with their prompts: with some left out, its score would be another set's.
+    """All questions of an evaluation set with their prompts; dropping some would change what its score means.
 
-    Raises: ConfigError that names the set if a prompt exceeds data.max_prompt_tokens, or as `render_prompt`.
+    Raises: ConfigError, which names the set, if a prompt exceeds data.max_prompt_tokens; or as `render_prompt`.
     """
     rendered = [Prompt(question, render_prompt(question, config, tokenizer)) for question in questions]
     lengths = [len(prompt.prompt_ids) for prompt in rendered]
@@ -64,6 +64,6 @@ def render_whole_set(name: str, questions: Sequence[Question], config: DataSecti
     if num_long:
         raise ConfigError(
             f"{name}: the prompts of {num_long} questions are longer than data.max_prompt_tokens = "
-            f"{config.max_prompt_tokens}, and without them the score would be another set's; raise it to {max(lengths)}"
+            f"{config.max_prompt_tokens}, and dropping them would change the set; raise it to {max(lengths)}"
         )
     return rendered

@@ -1,6 +1,6 @@
-"""The command line of `python -m expo.evaluate`: a run's configuration, of which an evaluation reads a part.
+"""The command line of `python -m expo.evaluate`, and what its MODEL stands for.
 
-Where MODEL is a run, that run's own configuration is what is not given; else the defaults of `expo/config.py` are.
+If MODEL is a run, settings that are not given are those of the run; otherwise they have the defaults of `expo.config`.
 """
 
 import argparse
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expo.config import RunConfig, VllmSection, load_config
+from expo.config import EVALUATION_FIELDS, EvalConfig, evaluation_values, load_config
 from expo.errors import ConfigError
-from expo.runtime.cli import add_field, fail, filled, flag_parser, read_flags
+from expo.runtime.cli import Overrides, add_field, fail, filled, flag_parser, read_flags
 
 PROGRAM = "python -m expo.evaluate"
 FOLDER = Path("evaluations")
 EXPORT = "export"
-SHORT = {
+SHORT_FLAGS = {
     "evaluation.num_samples": "--num-samples",
     "evaluation.temperature": "--temperature",
     "evaluation.top_p": "--top-p",
@@ -27,69 +27,37 @@ SHORT = {
     "run.seed": "--seed",
     "run.dir": "--out",
 }
-"""Fields with a name of their own here."""
-READ = (
-    *SHORT,
-    "model.attention",
-    "data.chat_template",
-    "data.max_prompt_tokens",
-    "data.skip_bad_answers",
-    "rollout.batch_size",
-    "rollout.sync_tolerance",
-    "vllm.gpu_memory_utilization",
-    "vllm.cache_gib",
-    "vllm.enforce_eager",
-    "vllm.tensor_parallel",
-    "reward.workers",
-    "reward.timeout_s",
-    "policy.dtype",
-    "run.threads",
-    "run.device",
-    "deadline.start",
-    "deadline.evaluation",
-)
-"""Every field that an evaluation reads; any other would be ignored, and is refused."""
-UNTRAINED = (
-    ("data.train", "none"),
-    ("policy.micro_batch_tokens", 2**31),
-    ("reward.correct_weight", 1),
-    ("reward.overlong_buffer", 0),
-    ("vllm.sleep", False),
-    *((f"vllm.{field}", VllmSection.model_fields[field].default) for field in ("servers", "gpus", "weights_folder")),
-)
-"""What a configuration must say of training, and of servers beside it, where there is none: a run's own values may not
-go with the engine and the lengths that an evaluation takes.
-"""
+"""Fields with a short flag in addition to --section.field."""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
-class Invocation:
-    """A command line of `python -m expo.evaluate`, understood.
+class EvalArguments:
+    """A parsed command line of `python -m expo.evaluate`.
 
-    model: as given; config: model.path is what is loaded, run.dir where results go; run: the run folder whose
-    checkpoint is to be read, or None; step: of that checkpoint, None for the newest one.
+    model: MODEL as it was given; config: model.path is the model to load, run.dir the folder of results; run: the run
+    whose checkpoint holds the weights, None if model.path holds them; step: of that checkpoint, None for the newest.
     """
 
     model: str
-    config: RunConfig
+    config: EvalConfig
     run: Path | None = None
     step: int | None = None
 
 
-def parse_command_line(argv: Sequence[str]) -> Invocation:
-    """The evaluation that a command line asks for.
+def parse_command_line(argv: Sequence[str]) -> EvalArguments:
+    """Parses a command line (without the program's name).
 
     Exits: 0 after --help; 2 with one line on stderr if the command line is wrong.
     """
     parser = _parser()
-    known = ["--sets", "--step", *SHORT.values(), *(f"--{name}" for name in READ)]
+    known = ["--sets", "--step", *SHORT_FLAGS.values(), *(f"--{name}" for name in EVALUATION_FIELDS)]
     try:
-        given, overrides = read_flags(parser, argv, known)
-        if given["sets"] is not None:
-            overrides.append(("evaluation.sets", name_sets(given["sets"])))
-        step = given["step"]
-        return resolve(given["model"], None if step is None else _step_number(step), overrides)
+        options, overrides = read_flags(parser, argv, known)
+        if options["sets"] is not None:
+            overrides.append(("evaluation.sets", name_sets(options["sets"])))
+        step = None if options["step"] is None else _step_number(options["step"])
+        return resolve(options["model"], step, overrides)
     except ConfigError as error:
         fail(PROGRAM, error)
 
@@ -99,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         PROGRAM,
         usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [--num-samples N] [--out DIR] [...]\n"
         "       %(prog)s compare A B [...]",
-        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals. Where such an "
-        "evaluation stopped, the same command goes on.",
+        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals. The same command "
+        "resumes an interrupted evaluation.",
     )
     parser.add_argument(
         "model", metavar="MODEL", help="transformers folder or hub id, run folder, checkpoint folder, or ledger"
@@ -112,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         help="question sets, as data.train (default: evaluation.sets of the run)",
     )
     parser.add_argument("--step", metavar="N", help="this checkpoint of a run (default: its export, else the newest)")
-    for name in READ:
-        add_field(parser, RunConfig, name, *([SHORT[name]] if name in SHORT else []))
+    for name in EVALUATION_FIELDS:
+        add_field(parser, EvalConfig, name, *([SHORT_FLAGS[name]] if name in SHORT_FLAGS else []))
     return parser
 
 
@@ -123,13 +91,13 @@ def _step_number(text: str) -> int:
     return int(text)
 
 
-def name_sets(given: Sequence[str]) -> dict[str, str]:
-    """Sources by name; one given without a name is named after the last part of its path.
+def name_sets(texts: Sequence[str]) -> dict[str, str]:
+    """Sources by name, from "NAME=SOURCE" or "SOURCE"; the latter is named after the last part of its path.
 
-    Raises: ConfigError if two have one name.
+    Raises: ConfigError if two have the same name.
     """
     sets: dict[str, str] = {}
-    for text in given:
+    for text in texts:
         named = re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text)
         name, source = named.groups() if named else (_last_part(text), text)
         if name in sets:
@@ -145,24 +113,24 @@ def _last_part(source: str) -> str:
     return name
 
 
-def resolve(model: str, step: int | None, overrides: Sequence[tuple[str, Any]]) -> Invocation:
-    """What MODEL stands for, and the whole configuration.
+def resolve(model: str, step: int | None, overrides: Overrides) -> EvalArguments:
+    """Finds the weights that MODEL stands for, and builds the configuration.
 
     Raises: ConfigError if --step does not fit MODEL, or a value is wrong.
     """
-    run, step = _run_of(model, step)
+    run, step = _find_run(model, step)
     name = _last_part(str(run or model)) + ("" if step is None else f"-step-{step}")
-    config = _configured(model, run, [("run.dir", str(FOLDER / name)), *overrides])
+    config = _build_config(model, run, [("run.dir", str(FOLDER / name)), *overrides])
     if not config.evaluation.sets:
         raise ConfigError("no questions; give --sets [NAME=]SOURCE ...")
     if run is not None and step is None and (run / EXPORT / "config.json").is_file():
-        at_export = config.model.model_copy(update={"path": str(run / EXPORT)})
-        return Invocation(model, config.model_copy(update={"model": at_export}))
-    return Invocation(model, config, run, step)
+        exported = config.model.model_copy(update={"path": str(run / EXPORT)})
+        return EvalArguments(model, config.model_copy(update={"model": exported}))
+    return EvalArguments(model, config, run, step)
 
 
-def _run_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
-    """The run folder that MODEL is or lies in, None if there is none, and the step of the checkpoint asked for."""
+def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
+    """The run folder that MODEL is or lies in (None if there is none), and the step of the checkpoint to evaluate."""
     path = Path(model)
     checkpoint = re.fullmatch(r"step-(\d+)", path.name)
     if checkpoint and _is_run(path.parent.parent):
@@ -185,12 +153,8 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def _configured(model: str, run: Path | None, overrides: Sequence[tuple[str, Any]]) -> RunConfig:
-    settings = [*UNTRAINED, *overrides]
+def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalConfig:
+    values: dict[str, Any] = {"model": {"path": model}}
     if run is not None or model == "ledger":
-        config = load_config(run and run / "config.yaml", settings)
-    else:
-        config = filled(RunConfig, {"model": {"path": model}}, settings)
-    if config.rollout.engine == "vllm-server":
-        raise ConfigError("rollout.engine = vllm-server is for training; give --engine=vllm or --engine=transformers")
-    return config
+        values = evaluation_values(load_config(run and run / "config.yaml"))
+    return filled(EvalConfig, values, overrides)

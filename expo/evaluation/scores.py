@@ -1,4 +1,4 @@
-"""What replies with verdicts are worth: pass@k, the majority's answer, and how sure each number is.
+"""Scores of graded replies: pass@k, the majority vote, and confidence intervals.
 
 Source: the unbiased estimator of Chen et al. (arXiv 2107.03374, eq. 1), pass@k = 1 - C(n - c, k) / C(n, k).
 Letters: n replies to each question, c of them correct.
@@ -17,16 +17,16 @@ from torch import Tensor
 from expo.rewards.answers import normalise
 from expo.rewards.groups import fractions
 
-NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then move by under 5 % of its width
+NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then vary by less than 5 % of its width
 
 Row = Mapping[str, Any]  # one reply, as `GradedRollouts.rows` has it
-Agree = Callable[[Sequence[tuple[str, str]]], list[bool]]  # whether two stated answers are one, pair by pair
+Agree = Callable[[Sequence[tuple[str, str]]], list[bool]]  # for each pair of stated answers, whether they agree
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k replies, drawn without replacement from n of which c are correct, is correct.
+    """Probability that one or more of k replies, drawn without replacement from n with c correct ones, are correct.
 
-    Source: arXiv 2107.03374, eq. 1, as a running product: exact counts overflow no float.
+    Source: arXiv 2107.03374, eq. 1, as a running product: binomial coefficients would overflow a float.
 
     Raises: ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
@@ -43,7 +43,7 @@ def powers_of_two(n: int) -> list[int]:
 
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over questions and the 95 % percentile-bootstrap interval of it, as mean, low, high."""
+    """The mean over questions and its 95 % percentile-bootstrap interval, as mean, low, high."""
     data = torch.tensor(values, dtype=torch.float64)
     means = data[_resamples(len(values))].mean(dim=1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -52,25 +52,25 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=8)
 def _resamples(count: int) -> Tensor:
-    """Which of `count` values the bootstrap draws, [NUM_RESAMPLES, count]: the same for every number of a set."""
+    """Indices [NUM_RESAMPLES, count] int64 that the bootstrap draws; the same for every metric of a set."""
     return torch.randint(count, (NUM_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
 
 
 def score_set(rows: Sequence[Row], n: int, ks: Sequence[int], level_ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k of a set, as a whole and by level, and the shares of replies without an answer.
+    """pass@k of a set and of its levels, and the fractions of replies without a gradable answer.
 
     Args:
-        rows: every reply, those of one question side by side.
+        rows: every reply; the replies to one question are consecutive.
         n: replies to each question.
-        ks: the k of the whole set.
-        level_ks: the k of its levels.
+        ks: the k for the whole set.
+        level_ks: the k for its levels.
     """
     counts: list[int] = []
-    by_level: dict[str, list[int]] = {}
-    for group in by_question(rows, n):
+    counts_by_level: dict[str, list[int]] = {}
+    for group in group_by_question(rows, n):
         counts.append(num_correct(group))
-        by_level.setdefault(group[0]["level"], []).append(counts[-1])
-    levels = {level: _pass_at(found, n, level_ks) for level, found in sorted(by_level.items()) if level}
+        counts_by_level.setdefault(group[0]["level"], []).append(counts[-1])
+    levels = {level: _pass_at(correct, n, level_ks) for level, correct in sorted(counts_by_level.items()) if level}
     return {
         **_pass_at(counts, n, ks),
         **fractions([row["verdict"] for row in rows], [row["truncated"] for row in rows]),
@@ -83,62 +83,62 @@ def _pass_at(correct: Sequence[int], n: int, ks: Sequence[int]) -> dict[str, Any
     return {"num_questions": len(correct), "pass_at": estimates}
 
 
-def by_question(rows: Sequence[Row], n: int) -> Iterator[Sequence[Row]]:
-    """The replies of each question in turn."""
+def group_by_question(rows: Sequence[Row], n: int) -> Iterator[Sequence[Row]]:
+    """The n replies to each question in turn."""
     assert len(rows) % n == 0
     return (rows[start : start + n] for start in range(0, len(rows), n))
 
 
 def num_correct(group: Iterable[Row]) -> int:
-    """c, the correct ones among a question's replies."""
+    """c, the number of correct replies to a question."""
     return sum(row["verdict"] == "correct" for row in group)
 
 
 def majority_scores(groups: Sequence[Sequence[Row]], agree: Agree) -> list[float]:
-    """For each question the chance that the answer stated most often is right.
+    """For each question the probability that the majority vote is correct.
 
-    Answers that agree are one answer; replies that state none have no vote. Where several answers have the most
-    votes, one of them is drawn, each alike: the score is then 1 / (their number) if the right one is among them. A
-    question to which no reply states an answer scores 0.
+    Answers that agree count as one answer, and replies without an answer do not vote. If several answers have the most
+    votes, one of them is drawn uniformly: the score is then 1 / (number of such answers) if the correct one is among
+    them. A question without any answer scores 0.
 
-    Source: the vote is that of Wang et al., arXiv 2203.11171, section 2.
+    Source: majority voting of Wang et al., arXiv 2203.11171, section 2.
 
     Args:
-        groups: the replies of each question.
-        agree: tells whether two stated answers are one. Asked only where it can matter: where some replies are right
-            and no fewer have other answers, which may be one answer in several forms.
+        groups: the replies to each question.
+        agree: compares stated answers. It gets only the pairs that can decide a vote: those of questions with some
+            correct replies and at least as many replies with other answers, which may be one answer in several forms.
     """
-    right = [num_correct(group) for group in groups]
-    others = [_other_answers(group) for group in groups]
-    contested = [0 < c <= sum(votes.values()) for c, votes in zip(right, others, strict=True)]
+    num_right = [num_correct(group) for group in groups]
+    wrong_votes = [_wrong_votes(group) for group in groups]
+    undecided = [0 < c <= sum(votes.values()) for c, votes in zip(num_right, wrong_votes, strict=True)]
     pairs = [
-        list(itertools.combinations(sorted(votes), 2)) if is_contested else []
-        for votes, is_contested in zip(others, contested, strict=True)
+        list(itertools.combinations(sorted(votes), 2)) if is_undecided else []
+        for votes, is_undecided in zip(wrong_votes, undecided, strict=True)
     ]
-    verdicts = iter(agree([pair for some in pairs for pair in some]))
+    agreements = iter(agree([pair for pairs_of_question in pairs for pair in pairs_of_question]))
     scores = []
-    for c, votes, some, is_contested in zip(right, others, pairs, contested, strict=True):
-        same = [pair for pair in some if next(verdicts)]
-        if not is_contested:
+    for c, votes, pairs_of_question, is_undecided in zip(num_right, wrong_votes, pairs, undecided, strict=True):
+        agreeing = [pair for pair in pairs_of_question if next(agreements)]
+        if not is_undecided:
             scores.append(1.0 if c else 0.0)
             continue
-        totals = [sum(votes[answer] for answer in members) for members in _joined(list(votes), same)]
+        totals = [sum(votes[answer] for answer in answers) for answers in _merge(list(votes), agreeing)]
         most = max(c, *totals)
         scores.append(1.0 / (1 + totals.count(most)) if c == most else 0.0)
     return scores
 
 
-def _other_answers(group: Iterable[Row]) -> Counter[str]:
+def _wrong_votes(group: Iterable[Row]) -> Counter[str]:
     """Votes for each answer that was not judged correct, by its normal form."""
     return Counter(
         normalise(row["stated"]) for row in group if row["stated"] is not None and row["verdict"] != "correct"
     )
 
 
-def _joined(answers: Sequence[str], same: Iterable[tuple[str, str]]) -> list[set[str]]:
-    """The answers in sets that `same` pairs link."""
-    of = {answer: {answer} for answer in answers}
-    for one, other in same:
-        merged = of[one] | of[other]
-        of.update(dict.fromkeys(merged, merged))
-    return list({id(members): members for members in of.values()}.values())
+def _merge(answers: Sequence[str], agreeing: Iterable[tuple[str, str]]) -> list[set[str]]:
+    """The sets of answers that are connected by agreeing pairs."""
+    set_of = {answer: {answer} for answer in answers}
+    for first, second in agreeing:
+        merged = set_of[first] | set_of[second]
+        set_of.update(dict.fromkeys(merged, merged))
+    return list({id(members): members for members in set_of.values()}.values())

@@ -1,4 +1,4 @@
-"""An evaluation put together from what was asked for: questions, model, engine, verifier and the folder of results."""
+"""Sets up an evaluation from its arguments: questions, policy, verifier and the folder of results."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from expo.config import RunConfig
+from expo.config import EvalConfig
 from expo.data import QuestionSet, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
 from expo.errors import CheckpointError, ConfigError
-from expo.evaluation.config import Invocation
+from expo.evaluation.agreement import AnswerComparer
+from expo.evaluation.config import EvalArguments
 from expo.evaluation.frozen import FrozenPolicy
-from expo.evaluation.protocol import PROTOCOL, REPLIES, differences, facts_of_questions, protocol_of, resume_replies
-from expo.evaluation.scores import Agree
+from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
+from expo.evaluation.replies import REPLIES, resume_replies
 from expo.learner.model import check_model_path
 from expo.rewards.verifier import Verifier
 from expo.rollout.build import build_engine
@@ -38,43 +39,45 @@ from expo.types import Prompt
 class Evaluation:
     """The objects of an evaluation.
 
-    sets: the questions of each set with their prompts; facts: what results.json says of how they came about; done: how
-    many questions of each set have all their replies in the folder.
+    sets: the prompts of each question set; metadata: what results.json records of the evaluation beside its scores;
+    num_done: how many questions of each set have all their replies in the folder.
     """
 
-    config: RunConfig
+    config: EvalConfig
     ranks: Ranks
     policy: FrozenPolicy
     verifier: DataParallelVerifier
-    agree: Agree  # by this rank's own verifier
+    comparer: AnswerComparer  # uses this rank's own verifier
     sets: dict[str, list[Prompt]]
-    facts: dict[str, Any]
-    done: dict[str, int]
+    metadata: dict[str, Any]
+    num_done: dict[str, int]
     folder: RunFolder
     display: Display
     watchdog: Watchdog
     switch: StopSwitch
 
     def start_engine(self) -> DataParallelEngine:
-        """The rollout engine, with the weights that it must have.
+        """Starts the rollout engine and gives it the policy's weights.
 
-        Raises: SyncError if they turn out to be others.
+        Raises: SyncError if the engine's weights differ from the policy's.
         """
-        engine = build_engine(self.config, self.policy, self.ranks, self.switch, self.display, self.folder.path)
-        probe = make_probe([p.prompt_ids for asked in self.sets.values() for p in asked], self.config.max_tokens)
-        WeightSync(engine, self.policy, self.ranks, probe, 1.0, self.config.rollout.sync_tolerance).run()
+        config = self.config
+        engine = build_engine(config, self.policy, self.ranks, self.switch, self.display, self.folder.path)
+        prompts = [prompt.prompt_ids for prompts in self.sets.values() for prompt in prompts]
+        probe = make_probe(prompts, config.max_tokens)
+        WeightSync(engine, self.policy, self.ranks, probe, 1.0, config.rollout.sync_tolerance).run()
         return engine
 
 
 @contextmanager
-def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
-    """An evaluation's parts; inside, signals to stop are noted, and every wait has its deadline.
+def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
+    """Sets up an evaluation. Inside the block, a signal to stop is recorded and every wait has a deadline.
 
     Raises:
-        ConfigError: if it cannot be, found before the model loads where that is possible.
-        CheckpointError: if the checkpoint asked for is not there or not whole.
+        ConfigError: if the evaluation cannot run; before the model loads where that is possible.
+        CheckpointError: if the checkpoint does not exist or is incomplete.
     """
-    config = invocation.config
+    config = arguments.config
     assert config.run.dir is not None
     watchdog, switch = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again"), StopSwitch()
     with ExitStack() as stack:
@@ -85,26 +88,26 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
                 torch.set_num_threads(config.run.threads)
             display = Display(is_shown=ranks.is_rank0)
             questions = ranks.raise_on_all_ranks(lambda: _load_sets(config, display))
-            checkpoint = _checkpoint(invocation, ranks)
-            # an engine with weights of its own needs the memory of the device
+            checkpoint = _find_checkpoint(arguments.run, arguments.step, ranks)
+            # vLLM holds a copy of the weights, so the policy leaves the GPU's memory to it
             device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
-            policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config, device, checkpoint))
+            policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config.model, config.policy, device, checkpoint))
             sets = ranks.raise_on_all_ranks(lambda: _render_sets(config, questions, policy.tokenizer))
-            facts = ranks.run_on_rank0(lambda: _facts(invocation, checkpoint, questions, sets, policy))
+            metadata = ranks.run_on_rank0(lambda: _metadata(arguments, checkpoint, questions, sets, policy))
             folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
             stack.callback(folder.release)
             ranks.raise_on_all_ranks(folder.lock)
-            done = ranks.run_on_rank0(lambda: _resume(folder, facts))
+            num_done = ranks.run_on_rank0(lambda: _resume(folder, metadata))
             verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
         yield Evaluation(
             config=config,
             ranks=ranks,
             policy=policy,
             verifier=DataParallelVerifier(verifier, ranks),
-            agree=verifier.agree,
+            comparer=AnswerComparer(verifier.agree, display, watchdog, switch, config.deadline.evaluation),
             sets=sets,
-            facts=facts,
-            done=done,
+            metadata=metadata,
+            num_done=num_done,
             folder=folder,
             display=display,
             watchdog=watchdog,
@@ -112,48 +115,51 @@ def open_evaluation(invocation: Invocation) -> Iterator[Evaluation]:
         )
 
 
-def _load_sets(config: RunConfig, display: Display) -> dict[str, QuestionSet]:
+def _load_sets(config: EvalConfig, display: Display) -> dict[str, QuestionSet]:
     check_model_path(config.model)
     if config.rollout.engine == "vllm":
         check_vllm()
-    return {name: _load_set(name, source, config, display) for name, source in config.evaluation.sets.items()}
+    skip_bad_answers = config.data.skip_bad_answers
+    return {name: _load_set(name, source, skip_bad_answers, display) for name, source in config.evaluation.sets.items()}
 
 
-def _load_set(name: str, source: str, config: RunConfig, display: Display) -> QuestionSet:
-    """The questions of a set, and a word on what was left out.
+def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) -> QuestionSet:
+    """Loads a set, and shows its size and what was left out.
 
-    Raises: ConfigError if the file repeats itself: an AIME file of 960 rows holds 30 questions, 32 samples to each.
+    Raises: ConfigError if the file repeats every question: an AIME file of 960 rows has 30 questions, each in 32 rows.
     """
     loaded = load_questions(source)
     if loaded.fewest_rows > 1:
         num_distinct = loaded.num_rows - loaded.num_duplicates
         raise ConfigError(
             f"--sets {name}: {source} has {loaded.num_rows:,} rows for {num_distinct:,} questions, each in "
-            f"{loaded.fewest_rows} or more, and how often a question is asked is --num-samples; give --sets a file "
-            f"that holds each once (of AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} if that was meant"
+            f"{loaded.fewest_rows} or more, but --num-samples sets the number of replies to a question; give --sets a "
+            f"file with one row per question (for AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} for as "
+            f"many replies"
         )
-    loaded = only_gradable(loaded, config.data.skip_bad_answers)
+    loaded = only_gradable(loaded, skip_bad_answers)
     for line in set_lines(loaded):
         display.line(f"{name}: {line}")
     return loaded
 
 
-def _checkpoint(invocation: Invocation, ranks: Ranks) -> Path | None:
-    if invocation.run is None:
+def _find_checkpoint(run: Path | None, step: int | None, ranks: Ranks) -> Path | None:
+    """The folder of the run's checkpoint of that step (None: the newest); None without a run."""
+    if run is None:
         return None
-    checkpoints = Checkpoints(invocation.run / "checkpoints", ranks, config_hash=None)
-    found = checkpoints.newest_whole() if invocation.step is None else checkpoints.whole(invocation.step)
-    if found is None:
-        raise CheckpointError(f"the run {invocation.run} has neither an export nor a checkpoint yet")
-    return found
+    checkpoints = Checkpoints(run / "checkpoints", ranks, config_hash=None)
+    checkpoint = checkpoints.newest_whole() if step is None else checkpoints.whole(step)
+    if checkpoint is None:
+        raise CheckpointError(f"the run {run} has neither an export nor a checkpoint yet")
+    return checkpoint
 
 
-def _render_sets(config: RunConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
-    return {name: render_whole_set(name, found.questions, config.data, tokenizer) for name, found in sets.items()}
+def _render_sets(config: EvalConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
+    return {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
 
 
-def _facts(
-    invocation: Invocation,
+def _metadata(
+    arguments: EvalArguments,
     checkpoint: Path | None,
     questions: dict[str, QuestionSet],
     sets: dict[str, list[Prompt]],
@@ -162,35 +168,35 @@ def _facts(
     environment = describe_environment()
     return {
         "model": {
-            "path": invocation.model,
+            "path": arguments.model,
             "checkpoint": checkpoint and checkpoint.name,
             "hub_commit": getattr(policy.model.config, "_commit_hash", None),
             "weights_sha256": policy.checksum(),
         },
-        "protocol": protocol_of(invocation.config),
+        "protocol": evaluation_protocol(arguments.config),
         "questions": {
-            name: facts_of_questions(found, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids))
-            for name, found in questions.items()
+            name: question_metadata(loaded, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids))
+            for name, loaded in questions.items()
         },
         "software": {"commit": environment["commit"], "versions": environment["versions"]},
     }
 
 
-def _resume(folder: RunFolder, facts: dict[str, Any]) -> dict[str, int]:
-    """What is done already in the folder, or a new folder.
+def _resume(folder: RunFolder, metadata: dict[str, Any]) -> dict[str, int]:
+    """Starts the folder of results, or resumes it. Returns: how many questions of each set are done.
 
-    Raises: ConfigError if it holds an evaluation that was made in another way.
+    Raises: ConfigError if the folder holds an evaluation with other metadata.
     """
     remove_leftovers(folder.path)
     if (folder.path / PROTOCOL).exists():
-        differing = differences(folder.read_json(PROTOCOL), facts)
+        differing = differences(folder.read_json(PROTOCOL), metadata)
         if differing:
             raise ConfigError(
-                f"--out = {folder.path} holds another evaluation: {', '.join(differing)}; leave these as they were, or "
-                f"give another folder"
+                f"--out = {folder.path} holds another evaluation: {', '.join(differing)}; change these back, or give "
+                f"another folder"
             )
     elif any(path.name != ".lock" for path in folder.path.iterdir()):
-        raise ConfigError(f"--out = {folder.path} holds something else than an evaluation; give another folder")
+        raise ConfigError(f"--out = {folder.path} holds files but no evaluation; give another folder")
     else:
-        folder.write_json(PROTOCOL, facts)
-    return resume_replies(folder.path / f"{REPLIES}.jsonl", facts["protocol"]["num_samples"])
+        folder.write_json(PROTOCOL, metadata)
+    return resume_replies(folder.path / f"{REPLIES}.jsonl", metadata["protocol"]["num_samples"])

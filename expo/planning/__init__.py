@@ -1,1 +1,1 @@
-"""What a run will take: memory, steps and disk, before it starts."""
+"""Estimates memory, steps and disk space of a run before it starts (--dry-run)."""

@@ -1,10 +1,11 @@
-"""Bytes that a run will hold, part by part, from its configuration and the model's shape alone.
+"""Estimates the memory and disk space of a run from its configuration and the model's shape.
 
-Parts that are always there are counted apart from those of a phase, since phases never meet: the peak is the former and
-the largest phase. The formulas follow DeepSpeed 0.19 and transformers 5 as their sources stand; each is an upper bound
-for full-length sequences, not a measurement.
-Letters: b bytes of policy.dtype, in which products are made (parameters, gradients and states are float32), N tokens
-of a micro-batch, H hidden, I intermediate, V vocabulary, Q and K elements of a token's queries and keys, R ranks.
+Phases do not overlap, so the peak is the memory that is always held plus that of the largest phase. The formulas follow
+the sources of DeepSpeed 0.19 and transformers 5; each is an upper bound for sequences of full length, not a
+measurement.
+Letters: b bytes per element of policy.dtype, the type of matrix products (parameters, gradients and optimizer states
+are float32), N tokens of a micro-batch, H hidden size, I intermediate size, V vocabulary size, Q and K elements of a
+token's queries and keys.
 """
 
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ GIB = 2**30
 FLOAT32 = 4  # bytes
 LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_live_parameters
 PREFETCH_BUCKET = 50_000_000  # elements; DeepSpeed's default of stage3_prefetch_bucket_size
-REPLY_TOKEN_BYTES = 4 + 8  # id and log-prob of a token in rollouts/; the text is smaller
+REPLY_TOKEN_BYTES = 4 + 8  # id and log-prob of a token in rollouts/; the text takes less
 RUNTIME_BYTES = 2 * GIB  # assumed for the CUDA context, NCCL and fragmentation
-FEWER = "a lower policy.micro_batch_tokens"
-SAMPLING_BUFFERS = 4  # of [batch, V]: logits, over the temperature, probabilities, their sums
+SMALLER_BATCH = "a lower policy.micro_batch_tokens"
+SAMPLING_BUFFERS = 4  # of [batch, V]: logits, logits / temperature, probabilities, cumulative sums
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something held, and the setting that makes it smaller."""
+    """One part of the memory, in bytes, and the setting that makes it smaller."""
 
     name: str
     num_bytes: float
@@ -38,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one run holds on each of its ranks: a configuration, a shape and a number of ranks, in bytes."""
+    """The memory and disk space of a run, in bytes; memory is per rank unless a method says otherwise."""
 
     config: RunConfig
     shape: ModelShape
@@ -46,18 +47,18 @@ class Footprint:
 
     @property
     def itemsize(self) -> int:
-        """b, bytes of an activation."""
+        """b, bytes per element of an activation."""
         return 2 if self.config.policy.dtype == "bfloat16" else 4
 
     @property
     def trained_parameters(self) -> int:
-        """All of the model's, or LoRA's."""
+        """Number of trained parameters: all of the model's, or LoRA's."""
         rank = self.config.policy.lora_rank
         return self.shape.lora_parameters(rank) if rank else self.shape.num_parameters
 
     @property
     def held_parameters(self) -> int:
-        """The model's and LoRA's."""
+        """Number of parameters of the model and of LoRA."""
         return self.shape.num_parameters + self.shape.lora_parameters(self.config.policy.lora_rank)
 
     @property
@@ -67,23 +68,23 @@ class Footprint:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a second model is held: without KL there is none, and with LoRA the base is its own."""
+        """Whether a second model is loaded: not without a KL penalty, and with LoRA the base model is the reference."""
         return self.config.kl.beta > 0 and self.config.policy.lora_rank == 0
 
     def sharded(self, num_bytes: float, from_stage: int) -> float:
-        """A rank's part of something that ZeRO splits from that stage on."""
+        """A rank's share of something that ZeRO shards from that stage on."""
         return num_bytes / self.num_ranks if self.config.policy.zero_stage >= from_stage else num_bytes
 
     def parameter_bytes(self) -> float:
-        """Split by stage 3."""
+        """Parameters; sharded at stage 3."""
         return self.sharded(FLOAT32 * self.held_parameters, 3)
 
     def gradient_bytes(self) -> float:
-        """Sums over micro-batches, split by stages 2 and 3."""
+        """Gradients, accumulated over micro-batches; sharded at stages 2 and 3."""
         return self.sharded(FLOAT32 * self.trained_parameters, 2)
 
     def optimizer_bytes(self) -> float:
-        """Two moments, and from stage 1 on, where they are split, a second copy of the parameters.
+        """AdamW's two moments and, from stage 1 on, a second copy of the parameters; sharded from stage 1 on.
 
         DeepSpeed clones even float32 parameters (zero/stage_1_and_2.py, single_partition_of_fp32_groups;
         zero/stage3.py, fp32_partitioned_groups_flat).
@@ -92,11 +93,11 @@ class Footprint:
         return self.sharded(copies * FLOAT32 * self.trained_parameters, 1)
 
     def reference_bytes(self) -> float:
-        """The frozen reference policy's parameters, split by stage 3; 0 where there is none."""
+        """Parameters of the reference policy, sharded at stage 3; 0 if there is none."""
         return self.sharded(FLOAT32 * self.shape.num_parameters, 3) if self.has_reference else 0.0
 
     def bucket_bytes(self) -> float:
-        """ZeRO's buffers: gradients being reduced; at stage 3 also parameters gathered for the layers at work."""
+        """ZeRO's buffers: gradients being reduced and, at stage 3, parameters gathered for the current layers."""
         stage, reduced = self.config.policy.zero_stage, min(BUCKET_ELEMENTS, self.held_parameters)
         if stage == 0:
             return float(FLOAT32 * reduced) if self.num_ranks > 1 else 0.0
@@ -106,7 +107,7 @@ class Footprint:
         return float(FLOAT32 * (reduced + live))
 
     def cast_bytes(self) -> float:
-        """Matrices narrowed to b for their products: of all layers until the backward pass, or of one if recomputed."""
+        """Weight matrices cast to policy.dtype: of all layers until the backward pass, or of one with checkpointing."""
         if self.itemsize == FLOAT32:
             return 0.0
         layers = 1 if self.config.policy.gradient_checkpointing else self.shape.num_layers
@@ -118,14 +119,14 @@ class Footprint:
         return rollout.questions_per_step * rollout.group_size // self.config.policy.updates_per_step
 
     def micro_batch_tokens(self) -> int:
-        """N: policy.micro_batch_tokens, or all that a rank has of one optimizer step if that is less."""
+        """N: policy.micro_batch_tokens, or all tokens of a rank in an optimizer step if they are fewer."""
         sequences = -(-self.replies_per_update() // self.num_ranks)
         return min(self.config.policy.micro_batch_tokens, sequences * self.longest)
 
     def logps_bytes(self) -> float:
-        """What expo_kernels needs for log-probs: one chunk of float32 logits, and hidden states of N * H * b.
+        """Log-probs by expo_kernels: one chunk of float32 logits, and hidden states of N * H * b.
 
-        The chunk has as many rows as expo_kernels gives it, each of V rounded up to 16.
+        expo_kernels chooses the rows of a chunk; each has V elements, rounded up to a multiple of 16.
         """
         tokens, hidden, vocab = self.micro_batch_tokens(), self.shape.hidden_size, self.shape.vocab_size
         most = most_rows(
@@ -140,25 +141,25 @@ class Footprint:
         return float(4 * rows * (-(-vocab // 16) * 16) + tokens * hidden * self.itemsize)
 
     def loss_bytes(self) -> float:
-        """What its linear loss needs: that of the log-probs, and the gradients that it makes in its forward pass.
+        """The linear loss: the memory of the log-probs, and the gradients that it computes in its forward pass.
 
-        Gradients of the hidden states, N * H, and of the head, V * H unless LoRA freezes it: each in float32 and, at
-        the end, in b.
+        These are the gradients of the hidden states, N * H, and of the head, V * H unless LoRA freezes it: each in
+        float32 and, at the end, in policy.dtype.
         """
         of_hidden = self.micro_batch_tokens() * self.shape.hidden_size
         of_head = 0 if self.config.policy.lora_rank else self.shape.embedding_parameters
         return self.logps_bytes() + (of_hidden + of_head) * (4 + self.itemsize)
 
     def layer_activation_bytes(self) -> int:
-        """What one token leaves behind in one layer for the backward pass.
+        """Activations that one token saves in one layer for the backward pass.
 
         Source: Korthikanti et al., arXiv 2205.05198, section 4.1, adapted to what transformers' layers save:
-        two RMSNorms at H * 8 + 4 (input, its inverse norm and the normalised input, float32 as the residual stream is);
-        the inputs of the products q-k-v and gate-up, 2 * H * b, or one narrowed copy for each of the five;
-        queries, keys, values and output of attention, 2 * (Q + K) * b, with 4 a head of log-sum-exp (flash and sdpa)
-        or heads * longest sequence of probabilities, in float32 and in b (eager);
-        gate, its SiLU, up and their product, 4 * I * b; with normalised queries and keys (Qwen3) (Q + K) * (4 + b) and
-        4 a head more. Adapters are left out.
+        two RMSNorms with 8 * H + 4 each (input, inverse norm and normalised input; float32, as the residual stream);
+        the inputs of the products q-k-v and gate-up, 2 * H * b, or in bfloat16 a cast copy for each of the five;
+        queries, keys, values and output of attention, 2 * (Q + K) * b, and per head 4 for the log-sum-exp (flash and
+        sdpa) or the probabilities over the longest sequence, in float32 and in b (eager);
+        gate, SiLU(gate), up and their product, 4 * I * b; with normalised queries and keys (Qwen3) another
+        (Q + K) * (4 + b), and 4 per head. LoRA's adapters are not counted.
         """
         shape, b = self.shape, self.itemsize
         heads = shape.query_size + shape.kv_size
@@ -172,44 +173,45 @@ class Footprint:
         return norms + inputs * shape.hidden_size * b + attention + 4 * shape.intermediate_size * b
 
     def activation_bytes(self) -> float:
-        """N tokens' activations of all layers; with checkpointing each layer's input and one layer's activations.
+        """Activations of N tokens in all layers; with checkpointing, every layer's input and one layer's activations.
 
-        To either come the gradients of one layer's MLP, 3 * I * b a token.
+        Both include the gradients of one layer's MLP, 3 * I * b per token.
         """
         shape, b = self.shape, self.itemsize
         layer = self.layer_activation_bytes()
-        is_kept = not self.config.policy.gradient_checkpointing
-        per_token = shape.num_layers * (layer if is_kept else shape.hidden_size * FLOAT32) + (0 if is_kept else layer)
+        per_token = shape.num_layers * layer
+        if self.config.policy.gradient_checkpointing:
+            per_token = shape.num_layers * shape.hidden_size * FLOAT32 + layer
         return float(self.micro_batch_tokens() * (per_token + 3 * shape.intermediate_size * b))
 
     def cache_bytes(self) -> float:
-        """Keys and values of rollout.batch_size full sequences, and those of one layer again while they grow."""
+        """Keys and values of rollout.batch_size full sequences, and a second copy of one layer's while they grow."""
         batch = self.sampled_at_once()
         return float(batch * self.longest * (2 * self.shape.num_layers + 1) * self.shape.kv_size * self.itemsize)
 
     def sampling_bytes(self) -> float:
-        """Logits of the next tokens and what is made of them; the head narrowed and widened again."""
+        """Logits of the next tokens and buffers made from them; the head cast to policy.dtype and back to float32."""
         head = (4 + self.itemsize) * self.shape.embedding_parameters if self.itemsize < FLOAT32 else 0
         return float(SAMPLING_BUFFERS * self.sampled_at_once() * self.shape.vocab_size * 4 + head)
 
     def gathered_bytes(self) -> float:
-        """Whole parameters for sampling, where stage 3 has split them."""
-        is_split = self.config.policy.zero_stage == 3 and self.num_ranks > 1
-        return float(self.itemsize * self.held_parameters) if is_split else 0.0
+        """All parameters, gathered for sampling if stage 3 sharded them."""
+        is_sharded = self.config.policy.zero_stage == 3 and self.num_ranks > 1
+        return float(self.itemsize * self.held_parameters) if is_sharded else 0.0
 
     def engine_weight_bytes(self) -> float:
-        """vLLM's copy of the weights on one GPU of the vllm.tensor_parallel that share it."""
+        """vLLM's copy of the weights on one GPU; vllm.tensor_parallel GPUs share the copy."""
         return float(self.itemsize * self.shape.num_parameters / self.config.vllm.tensor_parallel)
 
     def sampled_at_once(self) -> int:
-        """Replies of one rank under way at once: rollout.batch_size, or a step's if they are fewer and all there is."""
+        """Replies a rank generates at once: rollout.batch_size or, without evaluations, at most those of a step."""
         rollout = self.config.rollout
         if self.config.evaluation.sets:
             return rollout.batch_size
         return min(rollout.batch_size, -(-rollout.questions_per_step * rollout.group_size // self.num_ranks))
 
     def resident(self) -> list[Part]:
-        """What a GPU holds all the time."""
+        """The parts that a GPU always holds."""
         policy = self.config.policy
         return [
             Part(
@@ -235,7 +237,7 @@ class Footprint:
         ]
 
     def phases(self) -> dict[str, list[Part]]:
-        """What is added to that by phase; phases never meet. What vLLM holds is not counted: its share is given."""
+        """The parts that a GPU holds in addition in each phase, without those of vLLM, which has its own share."""
         policy = self.config.policy
         checkpointing = "policy.gradient_checkpointing=true"
         sampling = [
@@ -243,27 +245,31 @@ class Footprint:
             Part("next tokens' logits", self.sampling_bytes(), "a lower rollout.batch_size"),
             Part("gathered parameters", self.gathered_bytes(), "policy.zero_stage=2"),
         ]
-        found = {
+        parts = {
             "sampling": sampling if self.config.rollout.engine == "transformers" else [],
             "backward pass": [
-                Part("activations", self.activation_bytes(), FEWER if policy.gradient_checkpointing else checkpointing),
+                Part(
+                    "activations",
+                    self.activation_bytes(),
+                    SMALLER_BATCH if policy.gradient_checkpointing else checkpointing,
+                ),
                 Part("matrices in bfloat16", self.cast_bytes(), checkpointing),
-                Part("loss", self.loss_bytes(), FEWER),
+                Part("loss", self.loss_bytes(), SMALLER_BATCH),
                 Part("ZeRO's buffers", self.bucket_bytes(), "a lower policy.zero_stage"),
             ],
         }
         if policy.offload_reference and self.has_reference:
-            back = Part("frozen reference, back from the CPU", self.reference_bytes(), "policy.zero_stage=3")
-            found["reference log-probs"] = [back, Part("log-probs", self.logps_bytes(), FEWER)]
-        return found
+            onloaded = Part("frozen reference, back from the CPU", self.reference_bytes(), "policy.zero_stage=3")
+            parts["reference log-probs"] = [onloaded, Part("log-probs", self.logps_bytes(), SMALLER_BATCH)]
+        return parts
 
     def peak(self) -> tuple[str, float]:
-        """The phase that holds most, and its bytes with all that is always there."""
+        """The phase with the largest memory, and that memory with the parts that are always held."""
         name, parts = max(self.phases().items(), key=lambda phase: _total(phase[1]))
         return name, RUNTIME_BYTES + _total(self.resident()) + _total(parts)
 
     def cpu_parts(self, ranks_per_node: int) -> list[Part]:
-        """What a node's ranks hold in CPU memory; DeepSpeed keeps offloaded gradients with their states, in float32."""
+        """The CPU memory of a node; DeepSpeed offloads gradients together with the optimizer states, in float32."""
         policy, node = self.config.policy, ranks_per_node
         states = self.optimizer_bytes() + self.sharded(FLOAT32 * self.trained_parameters, 1)
         return [
@@ -273,13 +279,13 @@ class Footprint:
         ]
 
     def loading_bytes(self, ranks_per_node: int) -> float:
-        """CPU memory of a node while every rank reads the weights in float32, or its own part of them at stage 3."""
+        """CPU memory of a node while every rank reads the float32 weights, or at stage 3 its shard of them."""
         return ranks_per_node * self.sharded(FLOAT32 * self.shape.num_parameters, 3)
 
     def checkpoint_bytes(self) -> float:
-        """On disk, all ranks together: the parameters, and the optimizer's float32 of what is trained.
+        """Disk space of a checkpoint of all ranks: parameters, and float32 optimizer states of the trained ones.
 
-        At stage 3 DeepSpeed writes only frozen parameters: the others follow from their masters.
+        At stage 3 DeepSpeed writes only frozen parameters, because the optimizer states hold the others in float32.
         """
         stage = self.config.policy.zero_stage
         states = (3 if stage else 2) * FLOAT32 * self.trained_parameters
@@ -287,11 +293,11 @@ class Footprint:
         return float(FLOAT32 * (self.held_parameters - unwritten) + states)
 
     def export_bytes(self) -> float:
-        """The Hugging Face folder's weights, adapters merged."""
+        """Disk space of the exported weights, with merged adapters."""
         return float(self.itemsize * self.shape.num_parameters)
 
     def replies_bytes(self) -> float:
-        """On disk, what `rollout.keep_replies` holds from one checkpoint to the next if every reply is longest."""
+        """Disk space of the replies that rollout.keep_replies keeps between checkpoints, if all have full length."""
         run, rollout = self.config.run, self.config.rollout
         steps = min(run.checkpoint_every or run.steps, run.steps) if rollout.keep_replies else 0
         replies = rollout.questions_per_step * (1 + rollout.max_resamples) * rollout.group_size

@@ -1,7 +1,7 @@
-"""What a run will take, before it takes it: `python -m expo.train CONFIG.yaml --dry-run [--ranks N]`.
+"""Prints the memory, steps and disk space of a run before it starts: `python -m expo.train CONFIG.yaml --dry-run`.
 
-Needs the model's shape and nothing else: no weights, no GPU, no question file. Memory comes from `memory.py`, the
-model's parameters from `expo/learner/flops.py`; this room finds the shape, prints, and refuses what cannot work.
+The plan needs only the shape of the model: no weights, GPU or question files. `memory.py` estimates memory and
+`expo/learner/flops.py` counts parameters; this file finds the shape, prints the plan and refuses runs that cannot work.
 """
 
 import json
@@ -31,21 +31,21 @@ ASSUMED_GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for; memory_gib None: no GPU, no limit."""
+    """The machine that a run is planned for; memory_gib: of a GPU in GiB, None without a GPU or limit."""
 
     num_ranks: int
     ranks_per_node: int
     memory_gib: float | None
     source: str
-    """Where the memory's size comes from."""
+    """Where memory_gib comes from."""
     vllm_gib: float = 0.0
-    """What vLLM takes of a rank's GPU; less is left in memory_gib, unless it sleeps while the policy learns."""
+    """vLLM's share of a GPU in GiB; it is subtracted from memory_gib, unless vLLM sleeps during the policy update."""
 
 
 def print_plan(invocation: Invocation[RunConfig]) -> int:
-    """Prints the plan of a run and returns the process's exit code, 0.
+    """Prints the plan of a run and returns the exit code, 0.
 
-    Raises: ConfigError if the run cannot work; what could be counted is printed before.
+    Raises: ConfigError if the run cannot work; if it does not fit the GPU, the plan is printed first.
     """
     config = invocation.config
     machine = plan_machine(config, invocation.ranks, invocation.gpu_memory_gib)
@@ -62,32 +62,35 @@ def print_plan(invocation: Invocation[RunConfig]) -> int:
 
 
 def plan_machine(config: RunConfig, ranks: int | None, memory_gib: float | None) -> Machine:
-    """The GPUs asked for; what is not given is taken from the environment and the GPUs here, or assumed. Where vLLM
-    samples beside the trainer, its share of the memory is taken off.
+    """The machine to plan for, without the memory of a vLLM that runs beside the trainer.
 
-    Raises: ConfigError if WORLD_SIZE is set and no count.
+    Args:
+        ranks: number of GPUs; None: WORLD_SIZE, or the GPUs of this machine, or 1.
+        memory_gib: memory of each GPU; None: that of the GPU of this machine, or ASSUMED_GPU_GIB.
+
+    Raises: ConfigError if WORLD_SIZE is not a positive integer.
     """
     machine = _whole_machine(config, ranks, memory_gib)
     if config.rollout.engine != "vllm" or machine.memory_gib is None:
         return machine
     share = config.vllm.gpu_memory_utilization
-    vllm_gib, others_gib = share * machine.memory_gib, (1 - share) * machine.memory_gib
+    vllm_gib, remaining_gib = share * machine.memory_gib, (1 - share) * machine.memory_gib
     if config.vllm.sleep:
         return replace(machine, vllm_gib=vllm_gib)
     source = f"{machine.source}, less {share:.0%} for vLLM"
-    return replace(machine, vllm_gib=vllm_gib, memory_gib=others_gib, source=source)
+    return replace(machine, vllm_gib=vllm_gib, memory_gib=remaining_gib, source=source)
 
 
 def _whole_machine(config: RunConfig, ranks: int | None, memory_gib: float | None) -> Machine:
-    here = 0 if config.run.device == "cpu" else torch.cuda.device_count()
+    num_gpus = 0 if config.run.device == "cpu" else torch.cuda.device_count()
     world_size = os.environ.get("WORLD_SIZE", "")
     if ranks is None and world_size and (not world_size.isdecimal() or int(world_size) == 0):
         raise ConfigError(f"WORLD_SIZE is {world_size!r}; expected the number of ranks, or give --ranks=N")
-    num_ranks = ranks or int(world_size or 0) or here or 1
-    ranks_per_node = min(num_ranks, here or ASSUMED_GPUS_PER_NODE)
+    num_ranks = ranks or int(world_size or 0) or num_gpus or 1
+    ranks_per_node = min(num_ranks, num_gpus or ASSUMED_GPUS_PER_NODE)
     if memory_gib is not None:
         return Machine(num_ranks, ranks_per_node, memory_gib, "given")
-    if here:
+    if num_gpus:
         properties = torch.cuda.get_device_properties(0)
         return Machine(num_ranks, ranks_per_node, properties.total_memory / GIB, properties.name)
     if config.run.device == "cpu":
@@ -96,9 +99,9 @@ def _whole_machine(config: RunConfig, ranks: int | None, memory_gib: float | Non
 
 
 def find_shape(config: ModelSection) -> tuple[ModelShape, str]:
-    """The model's shape, and where it was found: a local folder, a shipped table, or the hub and its cache.
+    """The model's shape and its source: a local folder, a file in expo/recipes/models, or the hub and its cache.
 
-    Raises: ConfigError if it is in none of them, or of a type that cannot be counted.
+    Raises: ConfigError if it is in none of them, or if the parameters of its model type cannot be counted.
     """
     path = check_model_path(config)
     shipped = SHIPPED_SHAPES / f"{path.replace('/', '--')}.json"
@@ -111,13 +114,13 @@ def find_shape(config: ModelSection) -> tuple[ModelShape, str]:
         return ModelShape.from_config(_from_hub(path)), "the hub's config.json"
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the shape of model.path = {config.path} is not at hand ({str(error).splitlines()[0]}); "
+            f"the shape of model.path = {config.path} cannot be read ({str(error).splitlines()[0]}); "
             f"give a folder with its config.json"
         ) from error
 
 
 def _from_hub(path: str) -> Any:
-    """The configuration in the hub's cache, which answers at once, or on the hub."""
+    """The configuration from the hub's local cache, which needs no network, or else from the hub."""
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except OSError:
@@ -125,7 +128,7 @@ def _from_hub(path: str) -> Any:
 
 
 def check_batches(config: RunConfig, num_ranks: int) -> None:
-    """Raises: ConfigError if some rank would have no reply to learn from in an optimizer step."""
+    """Raises: ConfigError if a rank would have no reply in an optimizer step."""
     replies = config.rollout.questions_per_step * config.rollout.group_size
     per_update = replies // config.policy.updates_per_step
     if per_update < num_ranks:
@@ -137,7 +140,7 @@ def check_batches(config: RunConfig, num_ranks: int) -> None:
 
 
 def check_memory(footprint: Footprint, machine: Machine) -> None:
-    """Raises: ConfigError if the largest phase does not fit a GPU; it names the largest part and what lowers it."""
+    """Raises: ConfigError if the largest phase does not fit a GPU; it names the largest part and how to lower it."""
     if machine.memory_gib is not None and machine.vllm_gib:
         _check_vllm(footprint, machine.vllm_gib, machine.memory_gib)
     phase, num_bytes = footprint.peak()
@@ -151,23 +154,23 @@ def check_memory(footprint: Footprint, machine: Machine) -> None:
 
 
 def _check_vllm(footprint: Footprint, vllm_gib: float, memory_gib: float) -> None:
-    """Raises: ConfigError if vLLM's share cannot hold its weights, or not stand beside what the trainer keeps."""
+    """Raises: ConfigError if vLLM's share cannot hold its weights, or does not fit beside the trainer's memory."""
     weights = footprint.engine_weight_bytes() / GIB
     if weights >= vllm_gib:
         raise ConfigError(
             f"vLLM's weights take {weights:.1f} GiB of each GPU, but its share is {vllm_gib:.1f}; raise "
             f"vllm.gpu_memory_utilization or vllm.tensor_parallel"
         )
-    kept = (RUNTIME_BYTES + sum(part.num_bytes for part in footprint.resident())) / GIB
-    if footprint.config.vllm.sleep and kept + vllm_gib > memory_gib:
+    resident = (RUNTIME_BYTES + sum(part.num_bytes for part in footprint.resident())) / GIB
+    if footprint.config.vllm.sleep and resident + vllm_gib > memory_gib:
         raise ConfigError(
-            f"while vLLM is awake, its {vllm_gib:.1f} GiB and the {kept:.1f} that the trainer keeps are more than the "
-            f"GPU's {memory_gib:.1f}; lower vllm.gpu_memory_utilization, or raise policy.zero_stage"
+            f"while vLLM is awake, its {vllm_gib:.1f} GiB and the trainer's {resident:.1f} exceed the GPU's "
+            f"{memory_gib:.1f}; lower vllm.gpu_memory_utilization, or raise policy.zero_stage"
         )
 
 
 def describe(footprint: Footprint, machine: Machine, shape_source: str) -> str:
-    """The whole plan as text."""
+    """The plan as text: model, memory, CPU memory, steps and disk space."""
     config = footprint.config
     nodes = -(-machine.num_ranks // machine.ranks_per_node)
     title = (
@@ -222,11 +225,11 @@ def _memory_rows(footprint: Footprint) -> _Rows:
         "key-value cache": f"{footprint.sampled_at_once():,} sequences of {footprint.longest:,} tokens",
     }
 
-    def rows_of(parts: Iterable[Part], always: bool) -> _Rows:
+    def rows_of(parts: Iterable[Part], include_zero: bool) -> _Rows:
         return [
             (part.name, _gib(part.num_bytes), notes.get(part.name, ""))
             for part in parts
-            if always or part.num_bytes > 0
+            if include_zero or part.num_bytes > 0
         ]
 
     rows = [*rows_of(footprint.resident(), True), ("CUDA, NCCL, fragments", _gib(RUNTIME_BYTES), "assumed")]
@@ -251,7 +254,7 @@ def _cpu_rows(footprint: Footprint, machine: Machine) -> _Rows:
     parts = [part for part in footprint.cpu_parts(machine.ranks_per_node) if part.num_bytes > 0]
     rows = [(part.name, _gib(part.num_bytes), "offloaded") for part in parts]
     loading = footprint.loading_bytes(machine.ranks_per_node)
-    return [*rows, ("while loading", _gib(loading), "float32 weights of every rank, then given back")]
+    return [*rows, ("while loading", _gib(loading), "float32 weights of every rank, freed after loading")]
 
 
 def _step_rows(footprint: Footprint) -> _Rows:
@@ -275,27 +278,27 @@ def _epochs(config: RunConfig) -> tuple[str, str]:
     source, drawn = config.data.train, config.run.steps * config.rollout.questions_per_step
     num_questions = count_questions(source)
     if num_questions is None:
-        return "?", f"{drawn:,} questions drawn; {source} is not here to be counted"
+        return "?", f"{drawn:,} questions drawn; {source} cannot be counted without a download"
     return f"{drawn / num_questions:.1f}", f"{drawn:,} questions drawn from {num_questions:,}"
 
 
 def _disk_rows(footprint: Footprint) -> _Rows:
     run, evaluation = footprint.config.run, footprint.config.evaluation
     keeps_best = run.keep_best and bool(evaluation.sets) and evaluation.every > 0
-    num_kept = run.keep_checkpoints + keeps_best + 1
+    num_checkpoints = run.keep_checkpoints + keeps_best + 1
     checkpoint, export, replies = footprint.checkpoint_bytes(), footprint.export_bytes(), footprint.replies_bytes()
-    kept = f"newest {run.keep_checkpoints}{', the best' if keeps_best else ''} and one being written"
+    note = f"the newest {run.keep_checkpoints}{', the best' if keeps_best else ''} and one being written"
     return [
         ("one checkpoint", _gib(checkpoint), "of all ranks"),
-        (f"{num_kept} checkpoints", _gib(num_kept * checkpoint), kept),
+        (f"{num_checkpoints} checkpoints", _gib(num_checkpoints * checkpoint), note),
         ("export", _gib(export), "safetensors"),
         ("replies", _gib(replies), "at most, between two checkpoints"),
-        ("in all", _gib(num_kept * checkpoint + export + replies), "logs apart"),
+        ("in all", _gib(num_checkpoints * checkpoint + export + replies), "without logs"),
     ]
 
 
 def _gib(num_bytes: float) -> str:
-    """Two decimals; five where the first two would say nothing."""
+    """A number with two decimals, or five if it is small."""
     return f"{num_bytes / GIB:,.{2 if num_bytes >= 0.1 * GIB or num_bytes == 0 else 5}f}"
 
 

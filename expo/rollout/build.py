@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from expo.config import RunConfig
+from expo.config import EngineConfig
 from expo.evaluation.frozen import FrozenPolicy
 from expo.learner.model import check_model_path, empty_copy
 from expo.learner.policy import DeepSpeedPolicy
@@ -18,7 +18,7 @@ from expo.runtime.signals import StopSwitch
 
 
 def build_engine(
-    config: RunConfig,
+    config: EngineConfig,
     policy: DeepSpeedPolicy | FrozenPolicy,
     ranks: Ranks,
     switch: StopSwitch,
@@ -31,7 +31,7 @@ def build_engine(
 
 
 def _build_rank_engine(
-    config: RunConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
+    config: EngineConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
 ) -> RolloutEngine:
     stop_ids = end_ids(policy.model, policy.tokenizer)
     if config.rollout.engine == "vllm-server":

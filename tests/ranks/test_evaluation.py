@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from expo.errors import CheckpointError
-from expo.evaluate import measure
+from expo.evaluate import evaluate_model
 from expo.evaluation.config import parse_command_line
 from tests.ranks.running import argv, environment, launch, run_launches, write_questions
 
@@ -38,7 +38,7 @@ def results(folder):
 
 
 def measured(model, folder, name, *more):
-    return results(measure(parse_command_line([str(model), *options(folder, name, *more)])))
+    return results(evaluate_model(parse_command_line([str(model), *options(folder, name, *more)])))
 
 
 @pytest.mark.parametrize("run", ["plain", "adapters"])

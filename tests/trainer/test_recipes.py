@@ -1,4 +1,4 @@
-"""The recipes: each can be planned with nothing at hand, and the paper's four are the paper's."""
+"""The recipes: each can be planned without a hub or a GPU, and the paper's four have the paper's values."""
 
 import re
 import shlex
@@ -56,7 +56,7 @@ DAPO = {  # arXiv 2503.14476, section 4.1, and verl's run_dapo_qwen2.5_32b.sh
     "optimizer.max_grad_norm": 1.0,
     "policy.updates_per_step": 4,
 }
-LEFT_OUT = {  # what neither of them asks for, and what of DAPO the recipes say they leave out
+NOT_USED = {  # what neither of them uses, and the parts of DAPO that the recipes do not use, as they say
     "rollout.max_resamples": 0,
     "reward.overlong_buffer": 0,
     "reward.functions": {},
@@ -73,7 +73,7 @@ def settings(name):
     return {f"{section}.{field}": value for section, fields in sections.items() for field, value in fields.items()}
 
 
-def test_the_papers_two_models_come_with_either_method():
+def test_each_of_the_papers_models_has_a_recipe_for_each_method():
     assert [f"{method}-{model}.yaml" for method in ("expo", "grpo") for model in MODELS] == PAPERS
 
 
@@ -82,12 +82,12 @@ def test_the_papers_two_models_come_with_either_method():
 def test_the_papers_recipes_hold_the_papers_values(method, model):
     found = settings(f"{method}-{model}.yaml")
     own = {name: pair[method == "grpo"] for name, pair in METHOD.items()}
-    expected = {"model.path": MODELS[model], **PAPER, **DAPO, **LEFT_OUT, **own}
+    expected = {"model.path": MODELS[model], **PAPER, **DAPO, **NOT_USED, **own}
     assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_what_a_recipe_says_is_the_papers_is_in_the_tables_above(name):
+def test_values_marked_as_the_papers_or_dapos_are_in_the_tables_above(name):
     section, marked = "", []
     for line in (RECIPES / name).read_text().splitlines():
         if field := re.match(r"(  )?(\w+):", line):
@@ -104,31 +104,31 @@ def test_the_papers_benchmarks_are_sets_of_the_hub():
     assert sum(NAMED[name].num_distinct for name in BENCHMARKS) == 1546
 
 
-def test_the_pages_commands_evaluate_every_run_on_the_six_benchmarks(tmp_path, monkeypatch):
-    """As the shell would: its loop over runs, whose folders are the recipes' here."""
+def test_the_commands_of_the_experiment_page_evaluate_every_run_on_the_six_benchmarks(tmp_path, monkeypatch):
+    """Runs the page's shell loop over folders that hold the recipes' configurations."""
     page = (ROOT / "docs/experiment.md").read_text(encoding="utf-8").replace("\\\n", " ")
     (loop,) = re.findall(r"for run in ([^;]+); do\n +torchrun [^\n]*? -m expo\.evaluate ([^\n]+)\n", page)
     assert [f"{run}.yaml" for run in sorted(loop[0].split())] == PAPERS
     monkeypatch.chdir(tmp_path)
-    made = []
+    results = []
     for run in loop[0].split():
         folder = Path(f"runs/{run}-0")
         folder.mkdir(parents=True)
         trained = load_config(RECIPES / f"{run}.yaml")
         (folder / "config.yaml").write_text(trained.to_yaml())
-        asked = parse_command_line(shlex.split(loop[1].replace("$run", run)))
-        assert (asked.run, asked.config.evaluation) == (folder, trained.evaluation)
-        assert list(asked.config.evaluation.sets) == BENCHMARKS
-        assert asked.config.rollout == trained.rollout
-        assert asked.config.evaluation.num_samples > 32
-        made.append(str(asked.config.run.dir))
+        arguments = parse_command_line(shlex.split(loop[1].replace("$run", run)))
+        assert (arguments.run, arguments.config.evaluation) == (folder, trained.evaluation)
+        assert list(arguments.config.evaluation.sets) == BENCHMARKS
+        assert arguments.config.rollout == trained.rollout
+        assert arguments.config.evaluation.num_samples > 32
+        results.append(str(arguments.config.run.dir))
     compared = re.findall(r"-m expo\.evaluate compare (\S+) (\S+)\n", page)
-    assert sorted(folder for pair in compared for folder in pair) == sorted(made)
+    assert sorted(folder for pair in compared for folder in pair) == sorted(results)
     assert all(b == a.replace("/grpo-", "/expo-") != a for a, b in compared)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_is_planned_with_nothing_at_hand(name, capsys, monkeypatch, tmp_path):
+def test_every_recipe_is_planned_without_hub_or_gpu(name, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     ranks = 8 if name in PAPERS else 1
@@ -155,7 +155,7 @@ def test_every_setting_of_the_papers_recipes_names_its_source(name):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_grpo_is_the_same_run_but_for_the_method(model):
+def test_the_grpo_recipes_differ_only_in_the_method(model):
     expo, grpo = (settings(f"{method}-{model}.yaml") for method in ("expo", "grpo"))
     assert {name: (expo[name], grpo[name]) for name in expo if expo[name] != grpo[name]} == METHOD
 
@@ -165,7 +165,7 @@ def write(path, text):
     return path
 
 
-def test_a_recipe_holds_over_its_base_and_the_command_line_over_both(tmp_path):
+def test_a_recipe_overrides_its_base_and_the_command_line_overrides_both(tmp_path):
     write(tmp_path / "base.yaml", "model: {path: m}\ndata: {train: t}\nrun: {seed: 1, steps: 7}\n")
     path = write(tmp_path / "own.yaml", "base: base.yaml\nrun: {seed: 2}\nkl: {beta: 0.5}\n")
     config = load_config(path, [("kl.beta", 0.25)])

@@ -7,7 +7,7 @@ import torch
 
 from expo import ledger
 from expo.config import load_config
-from expo.evaluate import measure
+from expo.evaluate import evaluate_model
 from expo.evaluation.config import parse_command_line
 from expo.evaluation.frozen import FrozenPolicy
 from expo.rollout import GenerationRequest, Sampling, request_seed
@@ -61,13 +61,14 @@ def test_both_engines_give_a_checkpoint_the_same_pass_at_1_within_its_interval(t
     results = {}
     for engine in ("transformers", "vllm"):
         argv = [str(trained), "--sets", *sets, "--num-samples=8", "--engine", engine, "--out", str(tmp_path / engine)]
-        folder = measure(parse_command_line(argv))
+        folder = evaluate_model(parse_command_line(argv))
         results[engine] = json.loads((folder / "results.json").read_text())
         assert results[engine]["protocol"]["engine"] == engine
     models = [found["model"] for found in results.values()]
     assert models[0] == models[1]
     assert models[0]["checkpoint"] == "step-000003"
-    start = FrozenPolicy(load_config(None), torch.device("cpu"))
+    config = load_config(None)
+    start = FrozenPolicy(config.model, config.policy, torch.device("cpu"))
     assert models[0]["weights_sha256"] != start.checksum(), "three steps have moved the weights"
     assert set(results["vllm"]["sets"]) == {"held_out", *(path.stem for path in LAYOUTS)}
     for one, other in (("transformers", "vllm"), ("vllm", "transformers")):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.config import RunConfig, VllmSection
+from expo.config import EngineConfig, VllmSection
 from expo.errors import ConfigError, EngineError
 from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
@@ -43,7 +43,9 @@ class ServerEngine:
     Raises: ConfigError if a server does not start, does not answer, or has other settings.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Any, end_ids: frozenset[int], ranks: Ranks, folder: Path) -> None:
+    def __init__(
+        self, config: EngineConfig, tokenizer: Any, end_ids: frozenset[int], ranks: Ranks, folder: Path
+    ) -> None:
         self._config, self._section, self._ranks = config, config.vllm, ranks
         self._tokenizer, self._end_ids = tokenizer, end_ids
         self._keepers: list[Supervisor] = []
@@ -211,7 +213,7 @@ def _require_room(section: VllmSection, ranks: Ranks) -> None:
         )
 
 
-def require_settings(config: RunConfig, server: Server, *, on_gpu: bool) -> str:
+def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> str:
     """The version of a server's vLLM. Raises: ConfigError if its settings would make other replies than the run's."""
 
     def ask(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Overlap: copies are found through their dressing and small edits; phrases that many questions share are no copies."""
+"""Overlap: copies with other formatting or small edits are found; questions that share a common phrase are not."""
 
 import pytest
 
@@ -22,28 +22,28 @@ def found(training, evaluation):
     return [(match.training.id, match.evaluation.id, match.kind) for match in overlap.matches]
 
 
-def test_the_same_text_is_found_through_case_spacing_and_latex_dressing():
+def test_case_spacing_and_latex_formatting_do_not_hide_a_copy():
     written = r"Find $\left(\frac{1}{2}\right)^{3}$,  if   $x = 4$."
     assert found([r"find (\frac12)^3, if x=4.", written], [r"Find \( \left( \frac{1}{2} \right)^3 \), if $x=4$."]) == []
     assert found([r"find $(\frac{1}{2})^3$, if x=4."], [written]) == [("0", "0", "exact")]
 
 
-def test_signs_and_numbers_tell_questions_apart():
+def test_questions_with_other_signs_or_numbers_are_different():
     assert found(["3+8-2=", "3+8+2=", "38-2="], ["3-8+2="]) == []
 
 
-def test_a_copy_with_changed_words_is_near():
+def test_a_copy_with_changed_words_is_a_near_match():
     edited = LONG.replace("tulips", "roses").replace("coins if", "coins when")
     assert found(["Another question.", edited], [LONG]) == [("1", "0", "near")]
 
 
-def test_another_question_on_the_same_matter_is_not_near():
+def test_another_question_on_the_same_topic_is_no_match():
     assert (
         found(["A rectangular garden has a fence of $60$ metres. What is the largest area it can have?"], [LONG]) == []
     )
 
 
-def test_a_phrase_of_many_questions_is_no_sign_of_a_copy():
+def test_a_phrase_that_many_questions_share_is_no_match():
     def with_phrase(number, side):
         own = " ".join(f"{side}{number}word{index}" for index in range(6))
         return f"{own} {PHRASE}"
@@ -53,7 +53,7 @@ def test_a_phrase_of_many_questions_is_no_sign_of_a_copy():
     assert found([*training, LONG + PHRASE], [LONG + PHRASE.upper()]) == [("20", "0", "exact")]
 
 
-def test_exact_and_near_matches_are_dropped_as_asked():
+def test_drop_overlap_chooses_which_matches_are_dropped():
     train = set_of(LONG, LONG.replace("tulips", "roses"), "Something else altogether.")
     overlap = find_overlap(train, {"few": set_of(LONG)})
     kept = {what: [q.id for q in overlap.drop_from(train, what).questions] for what in ("none", "exact", "near")}

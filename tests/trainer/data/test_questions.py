@@ -1,4 +1,4 @@
-"""Questions: what becomes of rows that repeat or disagree, answers that cannot be graded, prompts."""
+"""Questions: duplicate rows, conflicting answers, ungradable answers, and prompts."""
 
 import json
 from pathlib import Path
@@ -54,13 +54,13 @@ def test_given_ids_and_levels_are_kept(tmp_path):
     assert loaded.questions == (Question("7", "a", "b", "hard"),)
 
 
-def test_equal_texts_are_one_question_whatever_their_ids(tmp_path):
+def test_rows_with_equal_texts_are_one_question_even_with_other_ids(tmp_path):
     rows = [{"question": "1 + 1", "answer": "2", "id": name} for name in ("a", "b")]
     loaded = load_questions(write(tmp_path / "q.jsonl", *rows))
     assert ([question.id for question in loaded.questions], loaded.num_duplicates) == (["a"], 1)
 
 
-def test_questions_whose_rows_disagree_are_left_out(tmp_path):
+def test_questions_with_conflicting_answers_are_left_out(tmp_path):
     rows = [
         {"question": "1+1", "answer": "2"},
         {"question": "1+2", "answer": "3"},
@@ -79,7 +79,7 @@ def test_questions_whose_rows_disagree_are_left_out(tmp_path):
     [
         ("", "holds no questions"),
         ('{"question": "a", "answer": "b"}\n{"question": ', "q.jsonl:2 is not JSON"),
-        ("[1]", "q.jsonl:1 is no object"),
+        ("[1]", "q.jsonl:1 is not an object"),
         ('{"quest": "a", "answer": "b"}', "q.jsonl:1 has the columns quest, answer; expected one of: "),
         ('{"question": "a"}', "q.jsonl:1 has the columns question; expected one of: "),
         ('{"question": "a", "answer": "b"}\n{"question": "c"}', "q.jsonl:2 has no usable `answer`"),
@@ -162,7 +162,7 @@ def test_the_run_folder_records_what_was_left_out(run_on_repeated_questions):
     assert (match["set"], match["kind"], match["training_id"]) == ("few", "exact", question_id("2+3="))
 
 
-def test_a_run_does_not_go_on_with_other_questions(run_on_repeated_questions):
+def test_a_run_does_not_resume_with_other_questions(run_on_repeated_questions):
     config, _ = run_on_repeated_questions
     with Path(config.data.train).open("a") as file:
         file.write('{"question": "3+3=", "answer": "6"}\n')
@@ -170,7 +170,7 @@ def test_a_run_does_not_go_on_with_other_questions(run_on_repeated_questions):
         train(config, resume=True)
 
 
-def test_overlap_is_only_reported_unless_asked(run_on_repeated_questions):
+def test_overlap_is_only_reported_by_default(run_on_repeated_questions):
     config, _ = run_on_repeated_questions
     section = config.data.model_copy(update={"drop_overlap": "none"})
     inputs = load_inputs(config.model_copy(update={"data": section}))
@@ -179,7 +179,7 @@ def test_overlap_is_only_reported_unless_asked(run_on_repeated_questions):
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_every_template_holds_the_question_and_survives_braces(name):
+def test_every_template_contains_the_question_even_with_braces(name):
     section = DataSection(train="x", prompt=name, chat_template=False)
     question = Question("1", "what is {1} in \\boxed{2}?", "1")
     words = len(PROMPTS[name].replace("{question}", question.text).split())

@@ -1,4 +1,4 @@
-"""Sources of questions: each published layout, local files, the hub's library on local folders, reasoning-gym."""
+"""Sources of questions: published layouts, local files, the hub's library on local folders, reasoning-gym."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def name_of(path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder that stands for the hub: datasets takes a local folder of a set's name for the set."""
+    """A folder in place of the hub: `datasets` loads a local folder with the name of a set."""
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -69,16 +69,16 @@ def test_every_layout_gives_answers_that_verify_when_boxed(path, tmp_path):
     assert again.questions == loaded.questions
 
 
-def test_dapos_instructions_are_asked_once():
+def test_dapos_instructions_appear_once_in_the_prompt():
     raw, processed = (load_questions(str(path)) for path in FIXTURES if path.stem.startswith("dapo"))
     assert raw.questions == processed.questions
-    asked = []
+    texts = []
     render_prompt(
         raw.questions[0],
         DataSection(train="x", prompt="dapo", chat_template=False),
-        lambda text: asked.append(text) or {"input_ids": []},
+        lambda text: texts.append(text) or {"input_ids": []},
     )
-    assert asked == [
+    assert texts == [
         rows_of(FIXTURES[[path.stem for path in FIXTURES].index("dapo-17k-raw")])[0]["prompt"][0]["content"]
     ]
 
@@ -119,7 +119,7 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path):
         load_questions(str(tmp_path / "b.parquet"))
 
 
-def test_messages_that_are_no_single_question_are_refused(tmp_path):
+def test_messages_other_than_one_question_are_refused(tmp_path):
     prompt = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     rows = [{"prompt": prompt, "reward_model": {"ground_truth": "2"}}]
     with pytest.raises(ConfigError, match=r"a\.parquet:1 has no usable `prompt`"):
@@ -155,7 +155,7 @@ def test_a_named_set_comes_through_the_hubs_library(hub, name):
     assert loaded.questions[0].id == question_id("0?")  # never the column `id`, which differs between copies
 
 
-def test_a_named_set_with_other_rows_than_it_promises_is_refused(hub):
+def test_a_named_set_with_an_unexpected_number_of_rows_is_refused(hub):
     write_parquet(hub / "math-ai/aime25/test.parquet", [{"problem": f"{n}?", "answer": n} for n in range(31)])
     with pytest.raises(
         ConfigError, match=r"math-ai/aime25:test with 30 rows, but 31 were found.*name it math-ai/aime25"
@@ -214,7 +214,7 @@ def test_the_verifier_agrees_with_the_familys_own_scorer(family):
         ("reasoning-gym:gcd?size=0", "expected level, size and seed"),
     ],
 )
-def test_reasoning_gym_sources_that_cannot_be_are_refused(source, expected):
+def test_wrong_reasoning_gym_sources_are_refused(source, expected):
     with pytest.raises(ConfigError, match=expected):
         load_questions(source)
 

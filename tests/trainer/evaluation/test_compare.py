@@ -1,4 +1,4 @@
-"""Comparisons of evaluations: planted differences are found, absent ones are not, and unlike ones are refused."""
+"""Comparisons of evaluations: simulated differences are found, and evaluations of other protocols are refused."""
 
 import copy
 import json
@@ -15,19 +15,19 @@ from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
 
 
 def results(correct, n, label="a", **protocol):
-    """What an evaluation of one set would have left, with c correct replies to each question."""
+    """The results of an evaluation of one set; correct: c of each question."""
     questions = [
         {"id": f"q{i}", "level": "", "correct": c, "majority": float(2 * c > n)} for i, c in enumerate(correct)
     ]
-    found = {
+    scores = {
         "num_questions": len(correct),
         "pass_at": {str(k): mean_with_interval([pass_at_k(n, c, k) for c in correct]) for k in powers_of_two(n)},
         "maj_at_n": mean_with_interval([question["majority"] for question in questions]),
         "questions": questions,
         **{f"{name}_fraction": 0.0 for name in ("truncated", "unparsed", "timeout")},
     }
-    facts = {"model": {"path": label}, "protocol": {"num_samples": n, "seed": 0, "temperature": 1.0, **protocol}}
-    return Results(label, {**facts, "questions": {"set": {"questions_sha256": "0"}}, "sets": {"set": found}})
+    metadata = {"model": {"path": label}, "protocol": {"num_samples": n, "seed": 0, "temperature": 1.0, **protocol}}
+    return Results(label, {**metadata, "questions": {"set": {"questions_sha256": "0"}}, "sets": {"set": scores}})
 
 
 def sampled(rates, n, generator):
@@ -50,7 +50,7 @@ def test_a_known_difference_is_reported_at_every_k():
     assert found["maj@8"].mean == pytest.approx(sum(c == 4 for c in correct) / 40)
 
 
-def test_a_planted_difference_is_found_that_unpaired_intervals_would_miss():
+def test_a_simulated_difference_is_significant_when_paired_and_not_when_unpaired():
     generator = random.Random(0)
     rates = [generator.random() * 0.9 for _ in range(120)]
     a = results(sampled(rates, 32, generator), 32)
@@ -58,10 +58,10 @@ def test_a_planted_difference_is_found_that_unpaired_intervals_would_miss():
     (line, *_) = compare(a, b)
     assert line.change.low > 0.02
     assert line.change.low < 0.05 < line.change.high
-    assert line.after.low < line.before.high, "the two intervals alone overlap"
+    assert line.after.low < line.before.high, "the intervals of A and B overlap"
 
 
-def test_an_absent_difference_is_reported_in_about_one_of_twenty():
+def test_without_a_difference_about_one_interval_in_twenty_excludes_zero():
     num_false = {"pass@1": 0, "pass@8": 0, "maj@8": 0}
     for seed in range(200):
         generator = random.Random(seed)
@@ -75,25 +75,25 @@ def test_an_absent_difference_is_reported_in_about_one_of_twenty():
         assert 1 <= count <= 21, (metric, count)
 
 
-def test_unlike_evaluations_are_refused_unless_told():
+def test_evaluations_of_other_protocols_are_refused_without_anyway():
     a = results([1, 2, 3], 4)
     with pytest.raises(ConfigError, match=r"protocol\.temperature \(1\.0 -> 0\.6\)"):
         compare(a, results([1, 2, 3], 4, temperature=0.6))
     assert compare(a, results([1, 2, 3], 4, temperature=0.6), anyway=True)
-    assert compare(a, results([1, 2, 3], 4, seed=1)), "other random numbers are no other protocol"
+    assert compare(a, results([1, 2, 3], 4, seed=1)), "the seed is not part of the protocol"
     other = results([1, 2, 3], 4)
-    other.facts["questions"]["set"]["questions_sha256"] = "1"
+    other.content["questions"]["set"]["questions_sha256"] = "1"
     with pytest.raises(ConfigError, match=r"questions_sha256\.set \(0 -> 1\)"):
         compare(a, other)
 
 
-def test_told_to_it_compares_the_questions_and_ks_that_both_have():
+def test_with_anyway_the_questions_and_ks_in_both_are_compared():
     a, b = results([1, 2, 3], 4), results([2, 4, 6, 8], 8)
     lines = compare(a, b, anyway=True)
     assert [(line.metric, line.num_questions) for line in lines] == [("pass@1", 3), ("pass@2", 3), ("pass@4", 3)]
     assert lines[0].change.mean == pytest.approx(0)
     apart = copy.deepcopy(b)
-    for question in apart.facts["sets"]["set"]["questions"]:
+    for question in apart.content["sets"]["set"]["questions"]:
         question["id"] += "x"
     with pytest.raises(ConfigError, match="no question in common"):
         compare(a, apart, anyway=True)
@@ -101,7 +101,7 @@ def test_told_to_it_compares_the_questions_and_ks_that_both_have():
 
 def write(folder, found):
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(found.facts))
+    (folder / "results.json").write_text(json.dumps(found.content))
     return folder
 
 
@@ -120,7 +120,7 @@ def test_the_command_prints_the_table_and_writes_a_page_with_curves(tmp_path, ca
     assert (tmp_path / "c" / "d" / "compare.html").exists()
 
 
-def test_what_is_no_evaluation_is_named(tmp_path, capsys):
+def test_a_folder_without_results_is_named(tmp_path, capsys):
     a = write(tmp_path / "a", results([1], 2))
     shutil.copytree(a, tmp_path / "b")
     (tmp_path / "b" / "results.json").write_text("{}")

@@ -1,33 +1,27 @@
-"""Evaluations: of a known engine within a run, and of models by `python -m expo.evaluate`."""
+"""Evaluations: with a scripted engine within a run, and of models by `python -m expo.evaluate`."""
 
 import json
-import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from itertools import groupby
-from types import SimpleNamespace
 
 import pytest
 
-from expo import evaluate as evaluate_module
 from expo import ledger
-from expo.config import EvaluationSection, load_config
-from expo.errors import ConfigError, StopRequested
-from expo.evaluate import agreements, evaluate, measure, pass_at_k
-from expo.evaluation.config import PROGRAM, name_sets, parse_command_line, resolve
+from expo.config import EvaluationSection
+from expo.errors import ConfigError
+from expo.evaluate import evaluate, evaluate_model, pass_at_k
+from expo.evaluation.config import parse_command_line
 from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import DataParallelEngine
-from expo.runtime.console import Display
-from expo.runtime.signals import StopSwitch
 from expo.types import Prompt, Question, Reply
 from tests import ROOT
 
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 
 
-class KnownEngine:
-    """Answers the right number for the first `right` samples of a question, 7 for the next, then nothing."""
+class ScriptedEngine:
+    """The first `right` replies to a question are correct, the next one is 7, and the others have no answer."""
 
     def generate(self, requests, sampling, on_progress=None):
         groups = []
@@ -41,7 +35,7 @@ class KnownEngine:
 def test_evaluation_reports_each_set_and_level():
     prompts = [Prompt(Question(str(n), "?", "1", level), [n]) for n, level in enumerate(["easy", "easy", "hard", ""])]
     section = EvaluationSection(num_samples=10)
-    result = evaluate(KnownEngine(), Verifier(), {"set": prompts}, section, max_new_tokens=5, seed=0)
+    result = evaluate(ScriptedEngine(), Verifier(), {"set": prompts}, section, max_new_tokens=5, seed=0)
     found = result["sets"]["set"]
     assert found["pass_at"]["1"]["mean"] == pytest.approx((0 + 1 + 2 + 3) / 40)
     assert found["pass_at"]["8"]["mean"] == pytest.approx(sum(pass_at_k(10, c, 8) for c in range(4)) / 4)
@@ -54,53 +48,12 @@ def test_evaluation_reports_each_set_and_level():
     assert found["by_level"]["hard"]["pass_at"]["1"]["mean"] == pytest.approx(0.2)
 
 
-class Deadlines:
-    """A watchdog that notes which phases a block is in."""
-
-    def __init__(self):
-        self.now = []
-
-    @contextmanager
-    def phase(self, name, seconds):
-        self.now.append((name, seconds))
-        yield
-        self.now.pop()
-
-
-def comparing(agree, switch):
-    """As much of an evaluation as comparing answers takes."""
-    config = load_config(None, [("deadline.evaluation", 60)])
-    return SimpleNamespace(agree=agree, config=config, display=Display(), watchdog=Deadlines(), switch=switch)
-
-
-def test_answers_of_a_majority_are_compared_once_under_a_deadline_with_progress(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_module, "PAIRS_AT_ONCE", 2)
-    looked_at = []
-    with Verifier(workers=1) as verifier:
-
-        def agree(pairs):
-            assert parts.watchdog.now == [("evaluation", 60)]
-            looked_at.append(list(pairs))
-            return verifier.agree(pairs)
-
-        parts = comparing(agree, StopSwitch())
-        pairs = [("x+1", "1+x"), ("1", "2"), ("x+1", "x+2"), ("x+1", "1+x"), ("y+2", "2+y"), ("7", "7")]
-        assert agreements(parts, pairs) == [True, False, False, True, True, True]
-    assert looked_at == [[("x+1", "1+x"), ("x+1", "x+2")], [("y+2", "2+y")]]
-    assert "answers compared 3/3" in capsys.readouterr().out
-
-
-def test_comparing_answers_ends_when_asked_to_stop():
-    with pytest.raises(StopRequested):
-        agreements(comparing(None, StopSwitch(save_by_minutes=-1)), [("x+1", "1+x")])
-
-
 # --- the command
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A file of held-out ledgers."""
+    """A file of held-out questions."""
     path = tmp_path_factory.mktemp("questions") / "sums.jsonl"
     return write_questions(path, ledger.held_out_questions()[::12])
 
@@ -116,13 +69,13 @@ def argv(questions, out, *more):
 
 
 def measured(questions, out, *more):
-    folder = measure(parse_command_line(argv(questions, out, *more)))
+    folder = evaluate_model(parse_command_line(argv(questions, out, *more)))
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def whole(questions, tmp_path_factory):
-    """The folder of an evaluation that nothing disturbed."""
+    """The folder of an evaluation that was not interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     measured(questions, out)
     return out
@@ -167,7 +120,7 @@ def test_the_protocol_is_in_the_results(whole):
     assert not {"seconds", "started"} & set(results)
 
 
-def test_two_evaluations_give_equal_bytes_whatever_the_batch(whole, questions, tmp_path):
+def test_two_evaluations_with_different_batches_give_equal_bytes(whole, questions, tmp_path):
     measured(questions, tmp_path / "again", "--rollout.batch_size=24")
     assert_same_bytes(tmp_path / "again", whole)
 
@@ -193,7 +146,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same_bytes(
+def test_a_killed_evaluation_resumes_without_sampling_again_and_ends_with_the_same_bytes(
     whole, questions, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("WORLD_SIZE", raising=False)  # libraries tested before in this process may have left it behind
@@ -204,21 +157,21 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
     assert not kept.endswith("\n")
     assert not (out / "results.json").exists()
 
-    asked = []
+    sampled = []
     generate = DataParallelEngine.generate
 
     def counted(engine, requests, *rest):
-        asked.extend(requests)
+        sampled.extend(requests)
         return generate(engine, requests, *rest)
 
     monkeypatch.setattr(DataParallelEngine, "generate", counted)
     measured(questions, out, small)
     num_whole = kept.count("\n") // NUM_SAMPLES
-    assert num_whole > 8, "two portions of four questions were whole, and the third in part"
-    assert len(asked) == NUM_QUESTIONS - num_whole
+    assert num_whole > 8, "two chunks of four questions are complete, and the third in part"
+    assert len(sampled) == NUM_QUESTIONS - num_whole
     assert_same_bytes(out, whole)
     measured(questions, out)
-    assert len(asked) == NUM_QUESTIONS - num_whole, "a finished evaluation asks nothing"
+    assert len(sampled) == NUM_QUESTIONS - num_whole, "a finished evaluation samples nothing"
     assert_same_bytes(out, whole)
 
 
@@ -229,7 +182,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again_and_ends_with_the_same
         (["--top-p", "0.9", "--seed=1"], "protocol.top_p (1.0 -> 0.9), protocol.seed (0 -> 1)"),
     ],
 )
-def test_a_folder_of_another_protocol_is_refused_with_the_difference(whole, questions, more, expected):
+def test_a_folder_of_another_protocol_is_refused_and_the_difference_named(whole, questions, more, expected):
     before = (whole / "results.json").read_bytes()
     with pytest.raises(ConfigError) as error:
         measured(questions, whole, *more)
@@ -237,16 +190,16 @@ def test_a_folder_of_another_protocol_is_refused_with_the_difference(whole, ques
     assert (whole / "results.json").read_bytes() == before
 
 
-def test_a_folder_of_other_questions_or_of_something_else_is_refused(whole, questions, tmp_path):
+def test_a_folder_of_other_questions_or_other_files_is_refused(whole, questions, tmp_path):
     other = write_questions(tmp_path / "sums.jsonl", ledger.held_out_questions()[1::12])
     with pytest.raises(ConfigError, match=r"questions\.sums\.source .* questions\.sums\.questions_sha256"):
         measured(other, whole)
-    with pytest.raises(ConfigError, match="holds something else than an evaluation"):
+    with pytest.raises(ConfigError, match="holds files but no evaluation"):
         measured(questions, other.parent)
 
 
 def write_repeated(path, questions, times):
-    """As BytedTsinghua-SIA/AIME-2024: rows with ids of their own, `times[i]` of them for the i-th question."""
+    """Like BytedTsinghua-SIA/AIME-2024: `times[i]` rows for the i-th question, each with its own id."""
     rows = [
         {"id": f"{r}-{i}", "question": q.question, "answer": q.answer}
         for i, q in enumerate(questions)
@@ -266,7 +219,7 @@ def test_a_file_that_repeats_each_question_is_refused(tmp_path, times):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_question_that_comes_again_is_asked_once_and_reported(tmp_path, capsys):
+def test_a_repeated_question_is_evaluated_once_and_reported(tmp_path, capsys):
     path = write_repeated(tmp_path / "some.jsonl", ledger.held_out_questions()[:6], [1, 1, 3, 1, 1, 20])
     results = measured(path, tmp_path / "out", "--num-samples=2")
     assert results["questions"]["some"]["num_questions"] == results["sets"]["some"]["num_questions"] == 6
@@ -280,7 +233,7 @@ LAYOUTS = sorted(path for path in (ROOT / "tests/trainer/data/questions").glob("
 
 
 def in_layout(like, question, index):
-    """A row with the columns and types of another, that asks a ledger."""
+    """A row with the columns and types of another row and the content of a ledger question."""
     row = dict(like)
     for key, value in like.items():
         if key.lower() in ("problem", "question"):
@@ -292,7 +245,7 @@ def in_layout(like, question, index):
     return row
 
 
-def test_a_file_in_the_columns_of_any_benchmark_gives_the_same_pass_at_1(whole, tmp_path):
+def test_a_file_with_the_columns_of_any_benchmark_gives_the_same_pass_at_1(whole, tmp_path):
     sets = []
     for path in LAYOUTS:
         like = json.loads(path.read_text().splitlines()[0])
@@ -300,7 +253,7 @@ def test_a_file_in_the_columns_of_any_benchmark_gives_the_same_pass_at_1(whole, 
         (tmp_path / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         sets.append(str(tmp_path / path.name))
     options = ["--num-samples", str(NUM_SAMPLES), "--out", str(tmp_path / "out")]
-    folder = measure(parse_command_line(["ledger", "--sets", *sets, *options]))
+    folder = evaluate_model(parse_command_line(["ledger", "--sets", *sets, *options]))
     results = json.loads((folder / "results.json").read_text())
     assert len(results["sets"]) == 10
     expected = json.loads((whole / "results.json").read_text())["sets"]["sums"]["pass_at"]["1"]
@@ -318,83 +271,6 @@ def test_top_p_and_temperature_reach_the_engine(questions, tmp_path):
     assert sharp["sets"]["sums"]["pass_at"]["4"] == greedy["sets"]["sums"]["pass_at"]["1"]
 
 
-def test_prompts_too_long_are_refused_not_left_out(questions, tmp_path):
+def test_prompts_that_are_too_long_are_refused_and_not_left_out(questions, tmp_path):
     with pytest.raises(ConfigError, match=r"sums: the prompts of \d+ questions are longer .*; raise it to \d+"):
         measured(questions, tmp_path / "out", "--data.max_prompt_tokens=8")
-
-
-def test_the_flags_of_the_documented_protocols_are_understood():
-    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    protocols = re.findall(r"`(--num-samples [^`]+)`", text)
-    assert len(protocols) == 3
-    sections = [parse_command_line(["m", "--sets", "s", *flags.split()]).config for flags in protocols]
-    assert [(c.evaluation.num_samples, c.evaluation.top_p, c.rollout.max_new_tokens) for c in sections] == [
-        (64, 0.95, 32768),
-        (32, 0.7, 20480),
-        (1, 1.0, 3000),
-    ]
-
-
-def test_a_run_whose_replies_came_from_servers_is_evaluated_without_them(tmp_path):
-    servers = [("rollout.engine", "vllm-server"), ("vllm.servers", ["http://gone:1"])]
-    (tmp_path / "config.yaml").write_text(load_config(None, servers).to_yaml())
-    with pytest.raises(ConfigError, match="vllm-server is for training; give --engine=vllm or --engine=transformers"):
-        resolve(str(tmp_path), None, [])
-    config = resolve(str(tmp_path), None, [("rollout.engine", "vllm")]).config
-    assert (config.rollout.engine, config.vllm.servers) == ("vllm", [])
-
-
-@pytest.mark.parametrize(
-    ("trained", "evaluated"),
-    [
-        ({"rollout.engine": "vllm", "vllm.sleep": True}, ("rollout.engine", "transformers")),
-        ({"reward.overlong_buffer": 16}, ("rollout.max_new_tokens", 8)),
-        ({"reward.overlong_buffer": 16, "reward.correct_weight": 0}, ("rollout.max_new_tokens", 32)),
-        ({"policy.micro_batch_tokens": 96}, ("rollout.max_new_tokens", 1024)),
-        (
-            {"rollout.engine": "vllm-server", "vllm.gpus": [1], "vllm.weights_folder": "/dev/shm"},
-            ("rollout.engine", "vllm"),
-        ),
-    ],
-)
-def test_a_run_is_evaluated_whatever_its_training_wanted(tmp_path, trained, evaluated):
-    (tmp_path / "config.yaml").write_text(load_config(None, list(trained.items())).to_yaml())
-    name, value = evaluated
-    assert resolve(str(tmp_path), None, [evaluated]).config.settings[name] == value
-
-
-def test_sets_are_named_after_their_source():
-    given = ["aime-2024", "org/name", "x=a/b.jsonl", "some/file.parquet", "ledger:held_out"]
-    assert name_sets(given) == {
-        "aime-2024": "aime-2024",
-        "name": "org/name",
-        "x": "a/b.jsonl",
-        "file": "some/file.parquet",
-        "held_out": "ledger:held_out",
-    }
-    with pytest.raises(ConfigError, match=r"two sets of the name b; .*NAME=d/b\.jsonl"):
-        name_sets(["a/b.jsonl", "d/b.jsonl"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["ledger", "--num-sample=3"], "did you mean --num-samples?"),
-        (["ledger", "--run.steps=3"], "unknown argument --run.steps=3"),
-        (["ledger", "--temperature=-1"], "evaluation.temperature = -1"),
-        (["ledger", "--top-p=0"], "evaluation.top_p = 0"),
-        (["ledger", "--temperature=0"], "would all be the same one"),
-        (["ledger", "--engine=vlm"], "rollout.engine = 'vlm'"),
-        (["ledger", "--vllm.servers=[http://h:1]"], "unknown argument --vllm.servers"),
-        (["ledger", "--step=5"], "MODEL = ledger is no run folder; give one, or leave --step out"),
-        (["some/model"], "give --sets"),
-    ],
-)
-def test_bad_command_lines_exit_2_with_one_line(capsys, arguments, expected):
-    with pytest.raises(SystemExit) as stop:
-        parse_command_line(arguments)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"{PROGRAM}: error: ")
-    assert expected in said
-    assert said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""pass@k against enumeration, intervals, and the majority's answer against votes counted by hand."""
+"""pass@k against enumeration, intervals, and the majority vote against votes counted by hand."""
 
 import itertools
 
@@ -78,16 +78,16 @@ def group(text):
         ("c \\frac{ {{{ ]](", 1 / 4),
     ],
 )
-def test_the_majoritys_score_splits_ties_evenly(verifier, replies, expected):
+def test_the_majority_vote_splits_ties_evenly(verifier, replies, expected):
     assert majority_scores([group("c"), group(replies)], verifier.agree) == [1.0, pytest.approx(expected)]
 
 
-def test_answers_are_compared_only_where_a_majority_is_open():
-    asked = []
+def test_answers_are_compared_only_if_they_can_decide_a_vote():
+    compared = []
 
     def agree(pairs):
-        asked.extend(pairs)
+        compared.extend(pairs)
         return [False] * len(pairs)
 
     majority_scores([group("c c c 1 2"), group("1 2 3"), group("c 4 5")], agree)
-    assert asked == [("4", "5")]
+    assert compared == [("4", "5")]

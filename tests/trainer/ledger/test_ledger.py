@@ -1,4 +1,4 @@
-"""The embedded task: its questions, its tokenizer, and the model that is shipped."""
+"""The embedded task: its questions, its tokenizer, and the shipped model."""
 
 import ast
 import collections
@@ -33,7 +33,7 @@ def provenance():
 
 
 def evaluated(question):
-    """Total of a question text by Python's own parser of sums."""
+    """The total of a question text, computed from Python's syntax tree."""
 
     def value(node):
         if isinstance(node, ast.Constant):
@@ -69,10 +69,10 @@ def test_training_questions_are_distinct_and_never_held_out(seed):
     assert not set(drawn) & set(texts(held_out_questions() + beyond_questions()))
 
 
-def test_the_warm_start_is_never_fed_a_held_out_question():
+def test_the_warm_start_is_never_trained_on_a_held_out_question():
     rng = random.Random(7)
-    fed = {task.draw_training_question(rng, steps).question for steps in task.TRAIN_STEPS for _ in range(500)}
-    assert not any(task.is_held_out(question) for question in fed)
+    trained_on = {task.draw_training_question(rng, steps).question for steps in task.TRAIN_STEPS for _ in range(500)}
+    assert not any(task.is_held_out(question) for question in trained_on)
     assert all(task.is_held_out(question) for question in texts(held_out_questions()))
 
 
@@ -132,14 +132,14 @@ def test_shipped_files_are_small():
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= set(sizes)
 
 
-def test_the_warm_start_leaves_room_to_learn(model, tokenizer):
+def test_the_warm_started_model_can_still_improve(model, tokenizer):
     torch.manual_seed(0)
-    asked = held_out_questions()
-    right = warm_start.count_correct(model, tokenizer, asked, samples=4)
-    assert 0.25 <= sum(right) / (4 * len(asked)) <= 0.5
-    greedy = warm_start.count_correct(model, tokenizer, asked, samples=1, greedy=True)
-    # its likeliest reply is right far more often than its average one: that gap is what training closes
-    assert sum(greedy) / len(asked) >= 0.7
+    questions = held_out_questions()
+    right = warm_start.count_correct(model, tokenizer, questions, samples=4)
+    assert 0.25 <= sum(right) / (4 * len(questions)) <= 0.5
+    greedy = warm_start.count_correct(model, tokenizer, questions, samples=1, greedy=True)
+    # greedy replies are right far more often than sampled ones; training closes this gap
+    assert sum(greedy) / len(questions) >= 0.7
 
 
 def test_training_pass_rates_spread_over_the_whole_range(model, tokenizer):
@@ -156,7 +156,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_warm_start_writes_a_whole_folder_and_repeats_itself(tmp_path, monkeypatch):
+def test_a_warm_start_writes_a_complete_folder_and_is_reproducible(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "held_out_questions", lambda: held_out_questions()[:2])
     monkeypatch.setattr(task, "beyond_questions", lambda: beyond_questions()[:2])
     monkeypatch.setattr(task, "train_questions", lambda seed: train_questions(seed)[:2])

@@ -1,4 +1,4 @@
-"""The memory plan: each part worked by hand, and activations against what autograd really keeps."""
+"""The memory estimate: each part against numbers worked by hand, and activations against what autograd saves."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def footprint(num_ranks=4, shape=SHAPE, **fields):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_zero_splits_what_its_stage_says(stage, dtype):
+def test_zero_shards_what_its_stage_says(stage, dtype):
     run = footprint(policy__zero_stage=stage, policy__dtype=dtype)
     assert run.parameter_bytes() == 4 * PARAMETERS / (4 if stage == 3 else 1)
     assert run.reference_bytes() == run.parameter_bytes()
@@ -40,7 +40,7 @@ def test_zero_splits_what_its_stage_says(stage, dtype):
     assert run.optimizer_bytes() == (12 if stage else 8) * PARAMETERS / (4 if stage else 1)
 
 
-def test_lora_trains_its_adapters_alone_and_needs_no_reference():
+def test_lora_trains_only_adapters_and_needs_no_reference():
     run = footprint(policy__lora_rank=8, policy__zero_stage=2)
     adapters = 2 * 8 * (160 + 112 + 112 + 160 + 3 * 224)
     assert run.optimizer_bytes() == 12 * adapters / 4
@@ -55,14 +55,14 @@ def test_no_reference_without_kl():
     assert footprint(kl__beta=0).reference_bytes() == 0
 
 
-def test_a_micro_batch_is_no_larger_than_what_a_rank_has():
+def test_a_micro_batch_is_no_larger_than_the_tokens_of_a_rank():
     assert footprint().micro_batch_tokens() == 40
     # 16 replies of 20 tokens over 4 ranks
     assert footprint(policy__micro_batch_tokens=4000).micro_batch_tokens() == 80
 
 
-def test_loss_holds_one_chunk_hidden_states_and_gradients():
-    # V = 1000 in rows of 1008 float32; hidden states and their gradient in b, and in float32; so the head's
+def test_the_loss_holds_one_chunk_hidden_states_and_gradients():
+    # rows of 1008 float32 for V = 1000; hidden states; gradients of hidden states and head, each in b and in float32
     run = footprint(policy__dtype="bfloat16")
     assert run.logps_bytes() == 40 * 1008 * 4 + 40 * 64 * 2
     assert run.loss_bytes() == 40 * 1008 * 4 + 40 * 64 * (2 + 2 + 4) + 64_000 * (2 + 4)
@@ -81,15 +81,15 @@ def test_buckets_are_deepspeeds():
     assert footprint(shape=large, policy__zero_stage=2).bucket_bytes() == 4 * 200_000_000
 
 
-def test_narrowed_matrices_are_kept_until_the_backward_pass_unless_recomputed():
+def test_cast_matrices_are_kept_until_the_backward_pass_unless_recomputed():
     matrices = LAYER - 2 * 64
     assert footprint(policy__dtype="float32").cast_bytes() == 0
     assert footprint().cast_bytes() == 2 * (2 * matrices + 64_000)
     assert footprint(policy__gradient_checkpointing=True).cast_bytes() == 2 * (matrices + 64_000)
 
 
-def kept_by_autograd(config, dtype, attention, shape=(2, 20)):
-    """Bytes of all tensors, parameters apart, that a forward pass of the layers leaves for the backward pass."""
+def saved_by_autograd(config, dtype, attention, shape=(2, 20)):
+    """Bytes of all tensors, except parameters, that a forward pass of the layers saves for the backward pass."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -110,11 +110,11 @@ def kept_by_autograd(config, dtype, attention, shape=(2, 20)):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [Qwen2Config, Qwen3Config, LlamaConfig])
-def test_activations_of_a_layer_are_those_that_autograd_keeps(family, attention, dtype):
+def test_activations_of_a_layer_are_those_that_autograd_saves(family, attention, dtype):
     # as many key-value heads as heads: on a CPU, eager attention keeps copies of the keys for every head
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 4}
     configs = [family(**sizes, vocab_size=101, head_dim=24, num_hidden_layers=layers) for layers in (2, 3)]
-    fewer, more = (kept_by_autograd(config, dtype, attention) for config in configs)
+    fewer, more = (saved_by_autograd(config, dtype, attention) for config in configs)
     shape = ModelShape.from_config(configs[0])
     run = footprint(shape=shape, policy__dtype=dtype, model__attention=attention)
     narrowed = 2 * shape.layer_matmul_parameters if dtype == "bfloat16" else 0
@@ -129,8 +129,8 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
     assert recomputing.activation_bytes() == 40 * (2 * 64 * 4 + layer + gradients)
 
 
-def test_sampling_holds_a_cache_and_logits():
-    # 8 replies a rank of 20 tokens, keys and values of 48 in 2 layers, one of them twice while it grows
+def test_sampling_holds_a_key_value_cache_and_logits():
+    # 8 replies of 20 tokens per rank; keys and values of 48 in 2 layers, and a second copy of one layer's
     run = footprint(rollout__batch_size=100)
     assert run.sampled_at_once() == 8
     assert run.cache_bytes() == 8 * 20 * 5 * 48 * 2
@@ -142,7 +142,7 @@ def test_sampling_holds_a_cache_and_logits():
     assert footprint(policy__zero_stage=2).gathered_bytes() == 0
 
 
-def test_the_peak_is_what_is_always_there_and_the_largest_phase():
+def test_the_peak_is_the_resident_memory_plus_the_largest_phase():
     run = footprint(policy__zero_stage=2)
     always = run.parameter_bytes() + run.gradient_bytes() + run.optimizer_bytes() + run.reference_bytes()
     backward = run.activation_bytes() + run.cast_bytes() + run.loss_bytes() + run.bucket_bytes()
@@ -168,7 +168,7 @@ def test_loading_reads_float32_on_every_rank_until_stage_3():
 def test_a_checkpoint_holds_parameters_and_float32_states():
     assert footprint(policy__zero_stage=0).checkpoint_bytes() == 12 * PARAMETERS
     assert footprint(policy__zero_stage=2).checkpoint_bytes() == 16 * PARAMETERS
-    # at stage 3 the parameters follow from their copies, but for frozen ones
+    # at stage 3 the optimizer states hold all parameters but the frozen ones
     assert footprint(policy__zero_stage=3).checkpoint_bytes() == 12 * PARAMETERS
     frozen = footprint(policy__zero_stage=3, policy__lora_rank=8)
     assert frozen.checkpoint_bytes() == 4 * PARAMETERS + 12 * frozen.trained_parameters

@@ -1,4 +1,4 @@
-"""The plan of a run: printed without weights or a GPU, every number from its formula; what cannot work is refused."""
+"""The plan of a run: it needs no weights and no GPU, its numbers come from the formulas, and bad runs are refused."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def error_of(capsys, *argv):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_papers_recipes_are_planned_with_nothing_at_hand(name, tmp_path):
+def test_the_papers_recipes_are_planned_without_hub_weights_or_gpu(name, tmp_path):
     # no hub, an empty cache, an empty folder
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(ROOT)
@@ -111,7 +111,7 @@ def test_the_parts_of_the_model_add_up():
     assert sum(int(found[name]) for name in ("embeddings", "4 layers", "last norm", "head")) == int(found["parameters"])
 
 
-def test_epochs_are_counted_where_the_questions_are(tmp_path):
+def test_epochs_are_counted_if_the_questions_are_available(tmp_path):
     assert numbers(describe(footprint_of(load_config(None)), A100, ""))["epochs"] == "4.7"
     questions = tmp_path / "questions.jsonl"
     lines = [f'{{"question": "{number}?", "answer": "{number}"}}' for number in range(256)]
@@ -123,12 +123,12 @@ def test_epochs_are_counted_where_the_questions_are(tmp_path):
     assert numbers(describe(footprint_of(elsewhere), A100, ""))["epochs"] == "?"
 
 
-def test_the_best_checkpoint_is_kept_besides_where_there_is_one():
+def test_the_best_checkpoint_is_kept_in_addition_if_evaluations_choose_one():
     config = recipe(PAPERS[0], ("evaluation.sets", {"a": "a.jsonl"}), ("evaluation.every", 10))
     assert "4 checkpoints" in numbers(describe(footprint_of(config), A100, ""))
 
 
-def test_a_reference_that_is_not_held_is_said_to_be_none():
+def test_the_plan_says_why_no_reference_model_is_loaded():
     text = describe(footprint_of(recipe(PAPERS[0], ("kl.beta", 0.0))), A100, "")
     assert "none: kl.beta = 0" in text
     text = describe(footprint_of(recipe(PAPERS[0], ("policy.lora_rank", 16))), A100, "")
@@ -136,24 +136,24 @@ def test_a_reference_that_is_not_held_is_said_to_be_none():
     assert "LoRA, trained" in text
 
 
-def test_the_shape_comes_from_the_folder_first(tmp_path, ledger_model):
+def test_the_shape_comes_from_the_local_folder_first(tmp_path, ledger_model):
     ledger_model[0].config.save_pretrained(tmp_path)
     shape, source = find_shape(ModelSection(path=str(tmp_path)))
     assert shape == ModelShape.from_config(ledger_model[0].config)
     assert source == f"{tmp_path}/config.json"
 
 
-def test_a_model_out_of_reach_is_refused_in_one_line(monkeypatch):
+def test_an_unreachable_model_is_refused_in_one_line(monkeypatch):
     def unreachable(path, **_):
         raise OSError(f"cannot reach {path}\nat all")
 
     monkeypatch.setattr("expo.planning.plan.AutoConfig.from_pretrained", unreachable)
-    with pytest.raises(ConfigError, match=r"model\.path = some/model is not at hand") as error:
+    with pytest.raises(ConfigError, match=r"model\.path = some/model cannot be read") as error:
         find_shape(ModelSection(path="some/model"))
     assert "\n" not in str(error.value)
 
 
-def test_ranks_are_given_or_come_from_the_launcher_or_are_one(monkeypatch):
+def test_the_number_of_ranks_is_given_or_that_of_the_launcher_or_one(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = load_config(None)
@@ -190,7 +190,7 @@ def test_every_rank_needs_a_reply_in_each_update():
         ([("policy.micro_batch_tokens", 262144)], "activations with .* try a lower policy.micro_batch_tokens"),
     ],
 )
-def test_what_does_not_fit_names_its_largest_part_and_what_lowers_it(overrides, expected):
+def test_a_run_that_does_not_fit_names_its_largest_part_and_how_to_lower_it(overrides, expected):
     run = footprint_of(recipe(PAPERS[1], *overrides))
     with pytest.raises(
         ConfigError, match=rf"takes .* GiB of the GPU's 80\.0 \(given\); the largest part is {expected}"
@@ -223,17 +223,17 @@ def test_options_of_the_plan_are_checked(capsys, argv, expected):
     assert expected in error_of(capsys, *argv)
 
 
-def test_the_command_line_says_what_to_plan_for():
+def test_the_options_of_a_dry_run_are_parsed():
     invocation = parse_command_line(["--dry-run", "--ranks", "16", "--gpu-memory-gib", "141"])
     assert (invocation.dry_run, invocation.ranks, invocation.gpu_memory_gib) == (True, 16, 141.0)
     assert not parse_command_line([]).dry_run
 
 
-def test_the_rank_that_deepspeeds_launcher_adds_is_no_unknown_argument():
+def test_the_local_rank_that_deepspeeds_launcher_adds_is_accepted():
     assert parse_command_line(["--local_rank=3"]) == parse_command_line([])
 
 
-def test_vllm_has_its_share_of_the_memory_and_samples_in_it():
+def test_vllms_share_of_the_memory_is_subtracted_and_holds_its_sampling():
     overrides = [("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.25)]
     config = recipe(PAPERS[0], *overrides)
     machine = plan_machine(config, 8, 80.0)
@@ -242,7 +242,7 @@ def test_vllm_has_its_share_of_the_memory_and_samples_in_it():
     assert plan_machine(recipe(PAPERS[0], IN_PYTORCH), 8, 80.0).memory_gib == 80.0
 
 
-def test_a_vllm_that_sleeps_leaves_the_policy_the_whole_gpu_but_must_fit_beside_what_it_keeps():
+def test_a_sleeping_vllm_frees_its_memory_but_must_fit_beside_the_trainer_when_awake():
     asleep = (("rollout.engine", "vllm"), ("vllm.sleep", True))
     config = recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.5))
     machine = plan_machine(config, 8, 80.0)
@@ -253,7 +253,7 @@ def test_a_vllm_that_sleeps_leaves_the_policy_the_whole_gpu_but_must_fit_beside_
         check_memory(footprint_of(greedy), plan_machine(greedy, 8, 80.0))
 
 
-def test_vllms_weights_must_fit_its_share_and_are_split_over_its_gpus():
+def test_vllms_weights_must_fit_its_share_and_are_sharded_over_its_gpus():
     overrides = (("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.15))
     config = recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 1))
     with pytest.raises(ConfigError, match="vLLM's weights take 15"):

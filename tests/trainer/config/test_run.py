@@ -1,4 +1,4 @@
-"""Configuration: what a run is by default, and which choices do not go together."""
+"""RunConfig: its defaults, and the combinations of settings that it refuses."""
 
 import subprocess
 import sys
@@ -32,13 +32,13 @@ def test_config_is_frozen():
         config.run.seed = 1
 
 
-def test_config_errors_come_before_torch_is_loaded():
+def test_importing_the_configuration_does_not_load_transformers():
     script = "import sys, expo.config; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("surrogate", ["cispo", "sapo", "gmpo", "vespo"])
-def test_every_surrogate_can_be_chosen_and_written_down(surrogate):
+def test_every_surrogate_can_be_chosen_and_saved(surrogate):
     config = RunConfig.model_validate({**MINIMAL, "objective": {"surrogate": surrogate}})
     assert config.loss_objective().surrogate == surrogate
     assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
