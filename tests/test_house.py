@@ -20,7 +20,8 @@ KERNEL_ROOMS = {
 }
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}
 ONLY_IN = {
-    "vllm": {"expo/rollout/vllm/in_process.py", "expo/rollout/vllm/worker.py"},
+    "vllm": {f"expo/rollout/vllm/{name}.py" for name in ("_compat", "in_process", "worker")},
+    "httpx2": {"expo/rollout/vllm/client.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/learner/_compat_deepspeed.py", "expo/evaluation/saved_weights.py"},
     "jinja2": {"expo/reporting/templates.py"},

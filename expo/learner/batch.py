@@ -1,4 +1,4 @@
-"""Training batches: samples into one mini-batch an optimizer step, and each rank's share of it into micro-batches.
+"""Training batches: samples into one mini-batch per optimizer step, and each rank's share of it into micro-batches.
 
 Every rank holds all samples of a step and takes its share of them, so each rank knows the denominators of the means
 without communication, before the first backward pass. Neither the number of ranks nor the size of micro-batches changes
@@ -68,7 +68,7 @@ class MiniBatch:
 
 
 def mini_batches(samples: Sequence[Sample], section: PolicySection, pad_id: int, ranks: Ranks) -> Iterator[MiniBatch]:
-    """Splits all ranks' `samples` in order into equal mini-batches, one an update; old and reference logps are None."""
+    """Splits all ranks' `samples` in order into equal mini-batches, one per update; old and reference logps are None."""
     size = len(samples) // section.updates_per_step
     for start in range(0, len(samples), size):
         part = [sample for sample in samples[start : start + size] if not sample.is_left_out]

@@ -38,7 +38,7 @@ class Mismatch:
         """The metrics over all tokens added on all ranks; NaN without a token. `STEP_METRICS` describes them."""
         own = torch.cat(self._differences)[torch.cat(self._masks)] if self._masks else torch.empty(0)
         # quantiles cannot be computed from the quantiles of each rank: all differences are gathered, 4 bytes each
-        return summary(own if ranks.size == 1 else torch.cat(ranks.gather(own.cpu())))
+        return summary(own if ranks.size == 1 else torch.cat(ranks.all_gather_tensor(own.cpu())))
 
 
 def summary(differences: Tensor) -> dict[str, float]:

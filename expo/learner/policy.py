@@ -28,7 +28,7 @@ class Policy(Protocol):
     """The interface of a policy, for the training loop."""
 
     def prepare(self, samples: Sequence[Sample]) -> list[MiniBatch]:
-        """Splits all ranks' `samples` into one mini-batch an update; computes this rank's old and reference logps."""
+        """Splits all ranks' `samples` into one mini-batch per update; computes this rank's old and reference logps."""
 
     def update(self, mini_batch: MiniBatch, beta: Tensor) -> dict[str, float]:
         """Takes one optimizer step; returns its metrics, means over all tokens of the mini-batch."""

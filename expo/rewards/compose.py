@@ -73,7 +73,7 @@ class RewardComposer:
         rewards = section.correct_weight * graded.correct
         if self._functions:
             for name, values in self._call_functions(graded).items():
-                part = torch.tensor(values).view_as(rewards)
+                part = values.view_as(rewards)
                 parts[name.partition(":")[2]] = part
                 rewards = rewards + section.functions[name] * part
         if section.overlong_buffer:
@@ -81,7 +81,7 @@ class RewardComposer:
             rewards = rewards + section.overlong_penalty * parts["overlong"]
         return replace(graded, shaped=rewards, reward_parts=parts)
 
-    def _call_functions(self, graded: GradedRollouts) -> dict[str, list[float]]:
+    def _call_functions(self, graded: GradedRollouts) -> dict[str, Tensor]:
         """The values of each function for every reply, by its name. Raises: RewardError, on every rank."""
         rows = [
             (reply.text, prompt.question.answer, prompt.question.text)
@@ -89,9 +89,13 @@ class RewardComposer:
             for reply in group
         ]
 
-        return self._ranks.run_on_rank0(
-            lambda: {name: _values(name, function, rows) for name, function in self._functions.items()}
-        )
+        values: list[Tensor] = []
+
+        def call() -> None:
+            values.extend(torch.tensor(_values(name, function, rows)) for name, function in self._functions.items())
+
+        self._ranks.run_on_rank0(call)
+        return dict(zip(self._functions, self._ranks.broadcast_tensors_from_rank0(values), strict=True))
 
 
 _Row = tuple[str, str, str]  # reply, answer, question

@@ -1,4 +1,4 @@
-"""Sampling and grading shared out over the ranks: each does its part, and all of them have all of it afterwards."""
+"""Sampling and grading split over the ranks: each handles its shard, and afterwards every rank has all results."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,20 +7,21 @@ from torch import Tensor
 from expo.errors import StopRequested
 from expo.rewards.verifier import Verifier
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling
-from expo.rollout.weight_samples import Described
+from expo.rollout.packing import all_gather_replies, all_gather_verdicts
+from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
 from expo.runtime.signals import StopSwitch
 from expo.types import Reply, Verdict
 
 
 class DataParallelEngine:
-    """A rollout engine on every rank, each sampling its share of the requests.
+    """A rollout engine on every rank, each sampling its shard of the requests.
 
     Args:
-        engine: this rank's.
+        engine: this rank's engine.
         ranks: the processes of the run.
-        switch: looked at between batches of replies; once set on one rank, StopRequested is raised on all.
-        width: ranks on end that are one engine together, and must be asked for the same.
+        switch: checked between batches of replies; once it is set on one rank, StopRequested is raised on all ranks.
+        width: number of consecutive ranks that form one tensor-parallel engine and must get the same requests.
     """
 
     def __init__(self, engine: RolloutEngine, ranks: Ranks, switch: StopSwitch, width: int = 1) -> None:
@@ -28,7 +29,7 @@ class DataParallelEngine:
 
     @property
     def needs_weight_sync(self) -> bool:
-        """Whether every rank's engine has weights of its own."""
+        """Whether every rank's engine has its own copy of the weights."""
         return self._engine.needs_weight_sync
 
     def generate(
@@ -37,34 +38,38 @@ class DataParallelEngine:
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
-        """Replies to all requests, in order, on every rank."""
-        left = sum(len(request.seeds) for request in requests)
+        """Replies to all requests, in order, on every rank.
 
-        def tell(count: int) -> None:
-            nonlocal left
+        Raises: StopRequested, on every rank.
+        """
+        remaining = sum(len(request.seeds) for request in requests)
+
+        def report(count: int) -> None:
+            nonlocal remaining
             if on_progress is not None:
-                # the other ranks are taken to be as fast
-                done = min(left, count * self._ranks.size // self._width)
-                left -= done
+                # the other ranks are assumed to be as fast
+                done = min(remaining, count * self._ranks.size // self._width)
+                remaining -= done
                 on_progress(done)
-            if self._width == 1:  # one rank cannot leave what several make together
+            if self._width == 1:  # a rank of a tensor-parallel engine cannot stop without the others
                 self._switch.check()
 
-        mine: list[list[Reply]] | str
+        local_replies: list[list[Reply]] = []
+        stop_reason = None
         try:
-            mine = self._engine.generate(self._ranks.shard(requests, self._width), sampling, tell)
+            local_replies = self._engine.generate(self._ranks.shard(requests, self._width), sampling, report)
         except StopRequested as request:
-            mine = str(request)
-        shares = self._ranks.gather(mine)[:: self._width]
-        for share in shares:
-            if isinstance(share, str):
-                raise StopRequested(share)
-        if on_progress is not None and left:
-            on_progress(left)
-        return self._ranks.unshard([share for share in shares if not isinstance(share, str)])
+            stop_reason = str(request)
+        for reason in self._ranks.gather(stop_reason):
+            if reason is not None:
+                raise StopRequested(reason)
+        shards = all_gather_replies(local_replies, self._ranks)[:: self._width]
+        if on_progress is not None and remaining:
+            on_progress(remaining)
+        return self._ranks.unshard(shards)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Has every rank's engine take the policy's weights."""
+        """Has every rank's engine load the policy's weights."""
         self._engine.load_weights(weights)
 
     def score(
@@ -73,24 +78,24 @@ class DataParallelEngine:
         """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
         return self._engine.score(prompts, replies, temperature)
 
-    def describe_weights(self) -> list[dict[str, Described]]:
-        """What this rank's engine holds."""
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
+        """The weights that this rank's engine holds."""
         return self._engine.describe_weights()
 
     def sleep(self) -> None:
-        """Has every rank's engine give back what memory it can, until the next `load_weights`."""
+        """Has every rank's engine free the memory that it can, until the next `load_weights`."""
         self._engine.sleep()
 
     def close(self) -> None:
-        """Ends what this rank's engine has started."""
+        """Ends the processes that this rank's engine has started."""
         self._engine.close()
 
 
 class DataParallelVerifier:
-    """A verifier on every rank, each grading its share of the replies.
+    """A verifier on every rank, each grading its shard of the replies.
 
     Args:
-        verifier: this rank's.
+        verifier: this rank's verifier.
         ranks: the processes of the run.
     """
 
@@ -100,20 +105,18 @@ class DataParallelVerifier:
     def grade(self, replies: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Verdicts on all replies, in order, on every rank.
 
-        Raises: what a verifier raises, on every rank: none is left waiting for another.
+        Raises: what a verifier raises, on every rank, so that no rank waits for another in vain.
         """
-        mine: list[Verdict] | Exception
+        local_verdicts: list[Verdict] = []
+        local_error: Exception | None = None
         try:
-            mine = self._verifier.grade(self._ranks.shard(replies), self._ranks.shard(answers))
+            local_verdicts = self._verifier.grade(self._ranks.shard(replies), self._ranks.shard(answers))
         except (ValueError, RuntimeError) as error:
-            mine = error
-        shares = self._ranks.gather(mine)
-        if isinstance(mine, Exception):
-            raise mine
-        for share in shares:
-            if isinstance(share, Exception):
-                raise share
-        return self._ranks.unshard([share for share in shares if not isinstance(share, Exception)])
+            local_error = error
+        for problem in (local_error, *self._ranks.gather(local_error)):
+            if problem is not None:
+                raise problem
+        return self._ranks.unshard(all_gather_verdicts(local_verdicts, self._ranks))
 
     def close(self) -> None:
         """Ends this rank's worker processes."""

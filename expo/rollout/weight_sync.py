@@ -1,8 +1,8 @@
-"""Weights brought from the policy to the rollout engine, and proof that they arrived.
+"""Weight syncs from the policy to the rollout engine, and the check that the engine has the weights.
 
-After every sync, engine and policy say the log-probs of the same few tokens, and the largest difference is logged. An
-engine left behind, a cache of old weights or a layer that was not brought over shows here, before it is trained on. In
-bfloat16 a sync left out after a small update does not: so what the engine holds as it came is compared exactly as well.
+After every sync, engine and policy compute the log-probs of the same few tokens, the probe, and the largest difference
+is logged. It shows a stale engine, a prefix cache of old weights or a layer that was not synced before they affect
+training. In bfloat16 a skipped sync after a small update is below rounding, so weights are also compared exactly.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,20 +19,20 @@ from expo.rollout.weight_samples import WeightSamples
 from expo.runtime.distributed import Ranks
 
 NUM_SEQUENCES = 4
-NUM_SCORED = 8  # tokens at the end of each; what comes before is long enough to be found again in a prefix cache
-MAX_TOKENS = 128  # of a sequence: two blocks of vLLM's cache or more
-# nats. On the embedded model float32 is within 2e-5, and noise of 1e-4 on every weight that is not brought over makes
-# 1.5e-2; in bfloat16, where both sides round every product, up to 0.38 was seen: it shows gross failures
+NUM_SCORED = 8  # tokens scored at the end of each; the tokens before them fill blocks of a prefix cache
+MAX_TOKENS = 128  # of a sequence: at least two blocks of vLLM's cache
+# nats. On the embedded model float32 differs by up to 2e-5, and by 1.5e-2 if noise of 1e-4 on every weight is not
+# synced. In bfloat16, where both sides round every product, 0.38 was seen, so only gross failures are found.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.0}
 
 
-class Source(Protocol):
-    """A policy, as far as weights leave it."""
+class WeightSource(Protocol):
+    """What a weight sync needs of a policy."""
 
     dtype: torch.dtype
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Every weight, whole, under its name in the model."""
+        """Every weight, unsharded, under its name in the model."""
 
     def logps(self, batch: Batch) -> Tensor:
         """Log-probabilities of the reply tokens of a batch, nats."""
@@ -40,20 +40,20 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed sequences of tokens, each a prompt and the reply whose tokens are scored."""
+    """Fixed token sequences, each split into a prompt and the reply that is scored."""
 
     prompts: list[list[int]]
     replies: list[list[int]]
 
 
 def make_probe(prompts: Sequence[Sequence[int]], max_tokens: int) -> Probe:
-    """A probe out of training prompts, laid end to end until a sequence has `max_tokens` or MAX_TOKENS.
+    """A probe of training prompts, concatenated until a sequence has `max_tokens` or MAX_TOKENS.
 
-    What the text says does not matter, only that it is long and of the run's own tokens.
+    The meaning of the text does not matter, only that it is long and consists of the run's own tokens.
 
     Args:
         prompts: token ids; not empty.
-        max_tokens: the longest sequence that the engine takes.
+        max_tokens: longest sequence that the engine accepts.
     """
     length = min(max_tokens, MAX_TOKENS)
     sequences: list[list[int]] = []
@@ -69,22 +69,24 @@ def make_probe(prompts: Sequence[Sequence[int]], max_tokens: int) -> Probe:
 
 
 class WeightSync:
-    """Brings the policy's weights to the engine and compares the two; `num_compared` says how many weights were
-    compared exactly after the last sync, None where the engine samples from the policy's own.
+    """Copies the policy's weights to the engine and compares the two.
 
     Args:
-        engine: this run's; every rank's has its own weights.
-        policy: where they come from.
+        engine: the run's engine; on every rank it has its own weights.
+        policy: the source of the weights.
         ranks: the processes of the run.
-        probe: what is compared.
-        temperature: that of the rollouts, at which the policy's log-probs are taken too.
-        tolerance: nats; None: by the policy's dtype.
+        probe: the tokens whose log-probs are compared.
+        temperature: of the rollouts, used for the log-probs of both.
+        tolerance: largest difference allowed, nats; None: TOLERANCE of the policy's dtype.
+
+    Attributes:
+        num_compared: weights compared exactly after the last sync; None if the engine has no copy of the weights.
     """
 
     def __init__(
         self,
         engine: RolloutEngine,
-        policy: Source,
+        policy: WeightSource,
         ranks: Ranks,
         probe: Probe,
         temperature: float,
@@ -97,39 +99,42 @@ class WeightSync:
         self.num_compared: int | None = None
 
     def run(self) -> float | None:
-        """Syncs; returns the largest |policy - engine| log-prob of the probe over all ranks, nats, or None where the
-        engine samples from the policy's own weights.
+        """Syncs the weights and checks them.
 
-        Raises: SyncError, on every rank, if that is above the tolerance, or a weight that can be compared differs.
+        Returns: the largest |policy - engine| log-prob of the probe over all ranks, nats; None if the engine samples
+            from the policy's own weights.
+
+        Raises: SyncError, on every rank, if it exceeds the tolerance or a compared weight differs.
         """
         self._policy_logps = None
         samples = WeightSamples()
-        weights = samples.passing(self._policy.named_weights())
+        weights = samples.record(self._policy.named_weights())
         self._engine.load_weights(weights)
         if not self._engine.needs_weight_sync:
             return None
-        for _ in weights:  # what the engine left, if it did
+        for _ in weights:  # those that the engine did not load, if any
             pass
         largest = self.difference()
         self._require_same_weights(samples)
         return largest
 
     def _require_same_weights(self, samples: WeightSamples) -> None:
-        mine = [samples.compare(held) for held in self._engine.describe_weights()]
-        found = [comparison for comparisons in self._ranks.gather(mine) for comparison in comparisons]
+        local = [samples.compare(engine_weights) for engine_weights in self._engine.describe_weights()]
+        found = [comparison for comparisons in self._ranks.gather(local) for comparison in comparisons]
         self.num_compared = min(comparison.num_compared for comparison in found)
         differing = sorted({name for comparison in found for name in comparison.differing})
         if differing:
             raise SyncError(
-                f"after a weight sync the rollout engine does not hold the policy's {differing[0]}: so it is with "
-                f"{len(differing)} of the {self.num_compared} weights that could be compared exactly. Replies sampled "
-                f"so would not be the policy's. Go on with --resume; if it comes again, the engine does not take the "
-                f"weights of this architecture as they are: choose another rollout.engine"
+                f"after a weight sync the rollout engine does not hold the policy's {differing[0]}: it differs in "
+                f"{len(differing)} of the {self.num_compared} weights that could be compared exactly. Its replies "
+                f"would not be the policy's. Go on with --resume; if it happens again, the engine changes the weights "
+                f"of this architecture: choose another rollout.engine"
             )
 
     def policy_logps(self) -> Tensor:
-        """The probe's log-probs under the policy as it was last synced, [sequences, scored tokens], nats, on the CPU;
-        computed when first asked for, by all ranks together.
+        """The policy's log-probs of the probe after the last sync, [sequences, scored tokens] on the CPU, nats.
+
+        The first call after a sync computes them; all ranks call it together.
         """
         if self._policy_logps is None:
             self._policy_logps = self._score_by_policy()
@@ -140,20 +145,20 @@ class WeightSync:
         return self._policy.logps(self._batch)[mask].view(len(mask), -1).cpu()
 
     def difference(self) -> float:
-        """The comparison alone. Raises: as `run`."""
-        theirs = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
-        ours = self._policy_logps = self._score_by_policy()
-        apart = (ours - theirs).abs().nan_to_num(nan=torch.inf)
-        (largest,) = self._ranks.all_reduce_max([float(apart.max())])
+        """The comparison of log-probs without a sync. Raises: as `run`."""
+        engine_logps = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
+        policy_logps = self._policy_logps = self._score_by_policy()
+        differences = (policy_logps - engine_logps).abs().nan_to_num(nan=torch.inf)
+        (largest,) = self._ranks.all_reduce_max([float(differences.max())])
         if largest > self._tolerance:
-            row, column = divmod(int(apart.argmax()), apart.shape[1])
+            row, column = divmod(int(differences.argmax()), differences.shape[1])
             raise SyncError(
                 f"after a weight sync the rollout engine and the policy differ by up to {largest:.3g} nats on the "
                 f"probe, more than rollout.sync_tolerance = {self._tolerance:g}; on rank {self._ranks.rank} "
-                f"{int((apart > self._tolerance).sum())} of {apart.numel()} tokens are further apart, the worst at "
-                f"sequence {row}, token {self._probe.replies[row][column]}: policy {float(ours[row, column]):.6f}, "
-                f"engine {float(theirs[row, column]):.6f}. Replies sampled so would not be the policy's. Check that "
-                f"the engine supports this architecture and version, and its dtype; raise the tolerance only if the "
-                f"difference is rounding (it then stays as large from the first sync on)"
+                f"{int((differences > self._tolerance).sum())} of {differences.numel()} tokens differ by more, the "
+                f"worst at sequence {row}, token {self._probe.replies[row][column]}: policy "
+                f"{float(policy_logps[row, column]):.6f}, engine {float(engine_logps[row, column]):.6f}. Its replies "
+                f"would not be the policy's. Check that the engine supports this architecture and dtype; raise the "
+                f"tolerance only if the difference is rounding (then it has the same size from the first sync on)"
             )
         return largest

@@ -1,7 +1,7 @@
 """The processes of a run: joining, sharing work, collectives, and errors that every rank raises.
 
 Under `deepspeed` or `torchrun`, each rank reads its number from the environment; without a launcher, a run is one rank.
-Objects are sent over gloo, tensors of the policy over NCCL where there are GPUs.
+Objects and CPU tensors are sent over gloo, tensors of the policy over NCCL where there are GPUs.
 """
 
 import os
@@ -41,6 +41,26 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def all_gather_tensor(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all ranks in order of rank, on every rank.
+
+        Args:
+            values: [n] on the CPU; n may differ between ranks, the dtype must not.
+        """
+        if self.size == 1:
+            return [values]
+        lengths = torch.empty(self.size, dtype=torch.int64)
+        dist.all_gather_into_tensor(lengths, torch.tensor([len(values)]))
+        longest = int(lengths.max())
+        if longest == 0:
+            return [values] * self.size
+        padded = values.new_zeros(longest)
+        padded[: len(values)] = values
+        gathered = values.new_empty(self.size * longest)
+        dist.all_gather_into_tensor(gathered, padded)
+        rows = gathered.view(self.size, longest)
+        return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
     def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
         """The items that `shard` split, in their original order."""
         total = sum(len(share) for share in shares)
@@ -53,6 +73,18 @@ class Ranks:
         objects = [value]
         dist.broadcast_object_list(objects, src=0)
         return objects[0]
+
+    def broadcast_tensors_from_rank0(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Rank 0's tensors, on the CPU, on every rank; those of the other ranks are ignored."""
+        if self.size == 1:
+            return list(tensors)
+        shapes = self.broadcast_from_rank0([(tensor.shape, tensor.dtype) for tensor in tensors])
+        if not self.is_rank0:
+            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+        for tensor in tensors:
+            if tensor.numel():
+                dist.broadcast(tensor, src=0)
+        return list(tensors)
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0 and returns its result on every rank.

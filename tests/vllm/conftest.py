@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @dataclass
 class Pair:
-    """A policy and an engine that follows it."""
+    """A policy and an engine that holds a copy of its weights."""
 
     path: str
     policy: DeepSpeedPolicy
@@ -41,31 +41,31 @@ class Pair:
     start: dict[str, torch.Tensor]
 
     def restart(self):
-        """The policy as it was made: however many tests have moved it, rounding stays as large as it was."""
+        """Resets the policy's weights, so that rounding errors do not grow from test to test."""
         self.policy.model.load_state_dict(self.start)
 
     def move(self, seed, size=0.2):
-        """An update of every parameter of the policy; a large one, unless told otherwise."""
+        """Adds noise to every parameter of the policy; by default much noise."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
     def require_large_updates_to_arrive(self):
-        """The probe sees three updates before their syncs, and nothing after."""
+        """Before each of three syncs the probe finds a difference, and afterwards none."""
         for seed in range(3):
             self.move(seed)
             with pytest.raises(SyncError, match="sync_tolerance"):
                 self.sync.difference()
             assert self.sync.run() < 1e-5
 
-    def require_small_updates_to_arrive(self, leave_out_sync):
-        """After a sync left out the probe sees no small update, as far off as rounding may be; the weights show it."""
+    def require_small_updates_to_arrive(self, skip_sync):
+        """A small update is below the probe's tolerance; after a skipped sync the comparison of weights finds it."""
         self.sync.run()
         assert self.sync.num_compared > 0
         self.move(20, size=3e-3)
         self.sync.difference()
-        leave_out_sync()
+        skip_sync()
         with pytest.raises(SyncError, match="does not hold the policy's"):
             self.sync.run()
 
@@ -84,7 +84,7 @@ def new_engine(path, policy, num_replies=32):
 
 
 def new_pair(path, dtype, folder=None, transfer="files"):
-    """With an engine in this process, or where there is a folder for its log, in another, to which weights go so."""
+    """A pair with an in-process engine, or with a `folder` for its log, with a server and that weight transfer."""
     values = {
         "model.path": path, "data.max_prompt_tokens": 32, "rollout.max_new_tokens": MAX_TOKENS - 32,
         "rollout.batch_size": 32, "run.device": "cpu", "policy.dtype": dtype,
@@ -124,8 +124,8 @@ def _no_running_processes():
 
 @pytest.fixture(scope="session")
 def pairs(ledger_model, tmp_path_factory):
-    """By kind of head and by way to a server, None: in this process; made when first asked for, since an engine takes
-    seconds, a server many.
+    """Pairs by kind of output head and weight transfer (None: in-process engine), created on first use and shared,
+    since engines are slow to start.
     """
     made = {}
 
@@ -145,7 +145,7 @@ def pairs(ledger_model, tmp_path_factory):
 
 @pytest.fixture
 def pair(pairs):
-    """The tied one, in step."""
+    """The pair with a tied head and an in-process engine, after a sync."""
     found = pairs("tied")
     found.sync.run()
     return found
@@ -153,7 +153,7 @@ def pair(pairs):
 
 @pytest.fixture(params=["files", "broadcast"])
 def served(pairs, request):
-    """The tied one in a process of its own, in step, by each way of weights to it."""
+    """The pair with a tied head and a server, after a sync, for each weight transfer."""
     found = pairs("tied", request.param)
     found.sync.run()
     return found

@@ -1,6 +1,6 @@
-"""`expo.train`, whose server is killed with its whole process group while the replies of the first step are made.
+"""`expo.train`, whose server is killed with its process group while it generates the replies of the first step.
 
-When the first few have come, SIGKILL is sent, once; how many these were goes to the standard error stream.
+SIGKILL is sent once, after the first replies; their number is printed to stderr.
 """
 
 import os
@@ -10,8 +10,8 @@ import sys
 from expo.rollout.vllm.server import ServerEngine
 from expo.train import main
 
-FIRST_STEP = 1  # the call before is the evaluation
-made = ServerEngine.generate
+FIRST_STEP = 1  # call 0 is the evaluation
+original_generate = ServerEngine.generate
 calls = []
 
 
@@ -24,13 +24,13 @@ def generate(engine, requests, sampling, on_progress=None):
         num_done += count
         if num_done and not is_killed:
             is_killed = True
-            (supervisor,) = engine._keepers
+            (supervisor,) = engine._supervisors
             os.killpg(supervisor._process._process.pid, signal.SIGKILL)
             print(f"killed after {num_done}", file=sys.stderr)
         if on_progress is not None:
             on_progress(count)
 
-    return made(engine, requests, sampling, kill_once)
+    return original_generate(engine, requests, sampling, kill_once)
 
 
 if __name__ == "__main__":

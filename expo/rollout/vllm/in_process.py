@@ -1,7 +1,5 @@
-"""Generation by vLLM in the trainer's own process, on weights of its own that follow the policy's."""
+"""Generation by vLLM in the trainer's own process, on a copy of the policy's weights."""
 
-import atexit
-import gc
 import os
 import sys
 import tempfile
@@ -16,6 +14,7 @@ from torch import Tensor
 from expo.config import VllmSection
 from expo.errors import ConfigError
 from expo.rollout.engine import GenerationRequest, Sampling
+from expo.rollout.vllm._compat import abort_requests, keep_process_group, pack_tied_head
 from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
     check_ranks,
@@ -23,37 +22,37 @@ from expo.rollout.vllm.common import (
     describe_model,
     engine_settings,
     make_reply,
-    pack_tied_head,
     reply_jobs,
     score_jobs,
     version,
 )
-from expo.rollout.weight_samples import Described
+from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.logging_filters import errors_only
 from expo.types import Reply
 
-NEEDED = {  # what the adapter calls, by owner; looked for instead of believing a version
+NEEDED = {  # the attributes that the adapter uses, by class; checked instead of trusting the version number
     "LLM": ("enqueue", "collective_rpc", "apply_model", "reset_prefix_cache", "sleep", "wake_up"),
     "SamplingParams": ("logprob_token_ids", "seed", "detokenize"),
 }
 
 
 class VllmEngine:
-    """Samples from a copy of the policy that `load_weights` keeps up to date.
+    """Samples from a copy of the policy's weights that `load_weights` updates.
 
     Args:
-        path: transformers folder or hub id; read for the architecture alone.
-        tokenizer: the policy's.
+        path: transformers folder or hub id; only the architecture is read from it.
+        tokenizer: the policy's tokenizer.
         end_ids: tokens that end a reply.
         section: memory and compilation.
-        dtype: of the weights and products, as in the policy.
-        device: where it runs; vLLM takes the GPU that is torch's current one.
-        num_replies: replies generated at once.
-        max_tokens: of a prompt and its reply.
-        num_ranks: processes of the run; every `section.tensor_parallel` of them on end are one engine, and are asked
-            for the same.
+        dtype: of the weights and matrix products, as in the policy.
+        device: where it runs; vLLM uses torch's current GPU.
+        num_replies: most replies generated at once.
+        max_tokens: most tokens of a prompt and its reply together.
+        num_ranks: processes of the run; every `section.tensor_parallel` consecutive ranks form one engine and must get
+            the same requests.
 
-    Raises: ConfigError if vLLM is not installed, lacks a function, or refuses the model, or ranks are left over.
+    Raises: ConfigError if vLLM is not installed, lacks a function or refuses the model, or if tensor_parallel does not
+        divide num_ranks.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class VllmEngine:
         num_ranks: int = 1,
     ) -> None:
         if section.sleep and device.type == "cpu":
-            raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; leave it out")
+            raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; turn it off")
         check_ranks(section, num_ranks)
         self._vllm = _vllm()
         self._sleeps, self._is_asleep = section.sleep, False
@@ -86,18 +85,18 @@ class VllmEngine:
             with _silent(is_deep=self._is_cpu):
                 self._llm = self._vllm.LLM(path, **settings)
         except ValueError as error:
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            message = " ".join(str(error).split())[:500]
             raise ConfigError(
-                f"vLLM {version()} refuses model.path = {path}: {' '.join(said)[:500]}; change what it names, or take "
+                f"vLLM {version()} refuses model.path = {path}: {message}; choose another model, or take "
                 f"rollout.engine = transformers"
             ) from error
         finally:
-            torch.set_num_threads = set_num_threads  # vLLM puts a warning in its place, for the whole process
-        _keep_teardown_to_ourselves(self._llm)
+            torch.set_num_threads = set_num_threads  # vLLM replaces it by a function that warns
+        keep_process_group(self._llm)
 
     @property
     def needs_weight_sync(self) -> bool:
-        """True: they are a copy of the policy's."""
+        """True: the weights are a copy of the policy's."""
         return True
 
     def generate(
@@ -111,9 +110,10 @@ class VllmEngine:
         return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the policy's weights and forgets what the cache holds of prompts read with the old ones.
+        """Loads the policy's weights and drops the prefix cache, which was computed with the old ones.
 
-        An engine at rest wakes: first room for the weights, then for the cache, so that the weights' way in has it.
+        A sleeping engine allocates and loads the weights, and only then the key-value cache, whose memory is free for
+        the loading meanwhile.
         """
         with _silent():
             if self._is_asleep:
@@ -126,15 +126,15 @@ class VllmEngine:
         self._reset_cache()
 
     def sleep(self) -> None:
-        """Gives weights and cache back, where `section.sleep` says so."""
+        """Frees weights and key-value cache, if `section.sleep` is set."""
         if self._sleeps and not self._is_asleep:
             with _silent():
-                self._llm.sleep(level=2)  # 2: nothing is kept, since all weights come again
+                self._llm.sleep(level=2)  # 2: weights are discarded, since the next sync sends all of them
             self._is_asleep = True
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, made by the old weights; expected no reply under way")
+            raise RuntimeError("vLLM kept its prefix cache of the old weights; expected no running request")
 
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
@@ -143,22 +143,22 @@ class VllmEngine:
         outputs = iter(self._run(score_jobs(prompts, replies, temperature), None))
         return [[next(outputs).logprobs[0][token].logprob for token in reply] for reply in replies]
 
-    def describe_weights(self) -> list[dict[str, Described]]:
-        """What this rank's part of it holds."""
-        found: list[dict[str, Described]] = self._llm.apply_model(describe_model)
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
+        """The weights that this rank's part of the engine holds."""
+        found: list[dict[str, WeightDescription]] = self._llm.apply_model(describe_model)
         return found
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Does nothing: the engine ends with the process."""
 
     def _run(
         self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
     ) -> list[Any]:
-        """The completions, in order; if anything is raised meanwhile, no request is left in the engine."""
+        """The completions, in order; if an exception is raised meanwhile, all requests are aborted."""
         engine, outputs = self._llm.llm_engine, []
-        given = [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs]
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs]
         params = [self._vllm.SamplingParams(**options) for _, options in jobs]
-        ids = self._llm.enqueue(given, params, use_tqdm=False)
+        ids = self._llm.enqueue(prompts, params, use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
                 finished = [output for output in engine.step() if output.finished]
@@ -166,7 +166,7 @@ class VllmEngine:
                 if on_progress is not None:
                     on_progress(len(finished))
         except BaseException:
-            engine.abort_request(ids, internal=True)
+            abort_requests(self._llm, ids)
             raise
         assert len(outputs) == len(jobs), f"vLLM gave {len(outputs)} replies to {len(jobs)} requests"
         return [output.outputs[0] for output in sorted(outputs, key=lambda output: int(output.request_id))]
@@ -177,20 +177,8 @@ class VllmEngine:
         return make_reply(self._tokenizer, self._end_ids, ids, logps)
 
 
-def _keep_teardown_to_ourselves(llm: Any) -> None:
-    """Has vLLM not end the process group of torch.distributed when the engine goes: it is the run's.
-
-    What else that would have undone is the freeze of the garbage collector, without which Triton's bindings report
-    leaks when the process ends.
-    """
-    finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
-    if finalizer is not None:
-        finalizer.detach()
-        atexit.register(gc.unfreeze)
-
-
 def _vllm() -> Any:
-    """The library, loaded when first used, to run in this process and speak of errors only."""
+    """The vllm module, imported on first use, set to run in this process and to log errors only."""
     check_vllm()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -203,35 +191,35 @@ def _vllm() -> Any:
         ]
     if missing:
         raise ConfigError(
-            f"vLLM {version()} has no {', '.join(missing)}, which rollout.engine = vllm needs; install one from "
+            f"vLLM {version()} has no {', '.join(missing)}, which rollout.engine = vllm needs; install version "
             f"{MADE_FOR_TEXT}, or take rollout.engine = transformers"
         )
     return vllm
 
 
 def _has(vllm: Any, owner: str, name: str) -> bool:
-    thing = getattr(vllm, owner)
-    return hasattr(thing, name) or name in getattr(thing, "__struct_fields__", ())
+    cls = getattr(vllm, owner)
+    return hasattr(cls, name) or name in getattr(cls, "__struct_fields__", ())
 
 
 @contextmanager
 def _silent(*, is_deep: bool = False) -> Iterator[None]:
-    """Inside, no log line below an error and no FutureWarning is shown; where `is_deep`, nothing at all.
+    """Inside, log lines below ERROR and FutureWarnings are hidden; with `is_deep`, all output of the process is.
 
-    What was held back is shown if the block fails. Deep silence is for starting on a CPU, where vLLM's C++ part
-    writes to stderr itself.
+    Hidden output is shown if the block fails. `is_deep` is for starting on a CPU, where vLLM's C++ code writes to
+    stderr directly.
     """
     with errors_only(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        with _held_back() if is_deep else nullcontext():
+        with _captured_output() if is_deep else nullcontext():
             yield
 
 
 @contextmanager
-def _held_back() -> Iterator[None]:
-    """Inside, what the process writes to stdout and stderr goes to a file, which is shown if the block fails."""
+def _captured_output() -> Iterator[None]:
+    """Inside, what the process writes to stdout and stderr is captured; it is shown if the block fails."""
     streams = (sys.stdout, sys.stderr)
-    kept = [os.dup(number) for number in (1, 2)]
+    originals = [os.dup(number) for number in (1, 2)]
     with tempfile.TemporaryFile() as file:
         for stream, number in zip(streams, (1, 2), strict=True):
             stream.flush()
@@ -241,10 +229,10 @@ def _held_back() -> Iterator[None]:
             yield
             failed = False
         finally:
-            for stream, number, own in zip(streams, (1, 2), kept, strict=True):
+            for stream, number, original in zip(streams, (1, 2), originals, strict=True):
                 stream.flush()
-                os.dup2(own, number)
-                os.close(own)
+                os.dup2(original, number)
+                os.close(original)
             if failed:
                 file.seek(0)
                 sys.stderr.write(file.read().decode(errors="replace"))

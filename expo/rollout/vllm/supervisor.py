@@ -1,8 +1,7 @@
-"""Servers kept alive and on the present weights, by rank 0: a thread for each looks after it between the syncs.
+"""Supervision of the servers by rank 0: a thread for each server restarts it and sends it the current weights.
 
-A server that the run has started and that died is started again; one that has lost its weights, whoever started it, is
-given them again. The ranks that wait for its replies know nothing of it: their requests are refused until the server
-has the weights that they ask for, and then answered.
+A server that the run started is restarted when it dies; any server that lost its weights is sent them again. The ranks
+that wait for its replies need not know: they repeat their requests until the server has the current weights.
 """
 
 import os
@@ -20,34 +19,34 @@ from pathlib import Path
 
 from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import HEALTH, Server, ServerUnavailable, retry
-from expo.rollout.vllm.transfer.interface import Weights
+from expo.rollout.vllm.transfer.interface import WeightTransfer
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
-LOOK_S = 0.5
-LOG_TAIL = 2000  # characters shown of a server's log when it does not start
-END_S = 8.0  # for a server to end when asked to
+CHECK_INTERVAL_S = 0.5
+LOG_TAIL = 2000  # characters shown of the log of a server that does not start
+TERMINATE_S = 8.0  # grace period between SIGTERM and SIGKILL
 
 
 class ServerProcess:
-    """A server that the run has started, on this machine and in a process group of its own.
+    """A server that the run starts on this machine, in a process group of its own.
 
-    Its stdin is a pipe that nobody writes to: when this process ends, however it ends, the pipe closes, and `guard`
-    sees to the rest.
+    Its stdin is a pipe that is never written to: when this process ends for any reason, the pipe closes, and
+    `fork_guarded` in the server's process ends the server.
 
     Args:
-        config_path: the run's.
-        log: file that takes what it prints.
-        folder: of the weights, if they go through files.
-        gpus: CUDA devices that it may use; none: as they are here.
-        threads: CPU threads; None: as vLLM chooses.
+        config_path: the run's config.yaml.
+        log: file for its output.
+        folder: of the weights, if they are transferred through files.
+        gpus: CUDA devices that it may use; empty: those of this process.
+        threads: CPU threads; None: vLLM's choice.
     """
 
     def __init__(
         self, config_path: Path, log: Path, folder: Path | None, gpus: Sequence[int], threads: int | None
     ) -> None:
-        with socket.socket() as place:
-            place.bind(("127.0.0.1", 0))
-            port = place.getsockname()[1]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         self._command = [sys.executable, "-m", "expo.serve", str(config_path), f"--port={port}", "--guarded"]
@@ -55,7 +54,7 @@ class ServerProcess:
             self._command.append(f"--cleanup-dir={folder}")
         self._environment = dict(os.environ)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            self._environment.pop(name, None)  # the server is no rank of the run
+            self._environment.pop(name, None)  # the server is not a rank of the run
         if gpus:
             self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(number) for number in gpus)
         if threads is not None:
@@ -63,7 +62,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it; it is ready when it answers."""
+        """Starts the process; the server is ready when it answers."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -75,135 +74,138 @@ class ServerProcess:
             )
 
     @property
-    def is_dead(self) -> bool:
-        """Whether it has ended."""
+    def has_exited(self) -> bool:
+        """Whether the process has ended, or was never started."""
         return self._process is None or self._process.poll() is not None
 
-    def end(self) -> None:
-        """Ends all its processes."""
+    def stop(self) -> None:
+        """Ends the server and all its child processes."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(2 * END_S)
+            self._process.wait(2 * TERMINATE_S)
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # those too whose guard was killed
+            os.killpg(self._process.pid, signal.SIGKILL)  # the guard may have been killed
         self._process.wait()
         self._process = None
 
     def log_tail(self) -> str:
-        """Where its log is, and the end of it on one line."""
+        """The path of its log, and the end of the log on one line."""
         with suppress(OSError):
             return f"{self._log} ends with: {' '.join(self._log.read_text(errors='replace')[-LOG_TAIL:].split())}"
         return f"its log is {self._log}"
 
 
 class Supervisor:
-    """Looks after one server.
+    """Keeps one server running and on the current weights.
 
     Args:
-        server: which one.
-        process: it, if the run starts it; None: someone else does.
-        weights: what it must have.
-        patience_s: seconds that it may be away.
+        server: the server.
+        process: its process, if the run starts it; None: it is started by others.
+        weights: the current weights.
+        patience_s: seconds that the server may be unavailable.
     """
 
-    def __init__(self, server: Server, process: ServerProcess | None, weights: Weights, patience_s: float) -> None:
+    def __init__(
+        self, server: Server, process: ServerProcess | None, weights: WeightTransfer, patience_s: float
+    ) -> None:
         self.server, self._process, self._weights, self._patience_s = server, process, weights, patience_s
         self._restarts = 0
         self._problem: EngineError | None = None
         self._closing = threading.Event()
-        self._at_work = threading.Lock()  # one brings weights at a time
+        self._send_lock = threading.Lock()  # held by the thread that sends weights
         self._thread = threading.Thread(target=self._watch, name=f"supervisor of {server.url}", daemon=True)
 
     def start(self) -> None:
-        """Starts the server, if that is ours to do."""
+        """Starts the server, if the run has to."""
         if self._process is not None:
             self._process.start()
 
     def wait_until_ready(self) -> None:
-        """Returns when it answers, and looks after it from then on. Raises: ConfigError if it does not start."""
+        """Waits until the server answers, then begins to supervise it. Raises: ConfigError if it does not start."""
         try:
-            retry(self.server, self._patience_s, self._require_life, lambda: self.server.get(HEALTH))
+            retry(self.server, self._patience_s, self._require_process, lambda: self.server.get(HEALTH))
         except EngineError as error:
             raise ConfigError(str(error)) from error
         self._thread.start()
 
-    def _require_life(self) -> None:
-        if self._process is not None and self._process.is_dead:
+    def _require_process(self) -> None:
+        if self._process is not None and self._process.has_exited:
             raise EngineError(f"the vLLM server does not start; {self._process.log_tail()}")
 
     def check(self) -> None:
-        """Raises: EngineError if the server cannot be kept."""
+        """Raises: EngineError if the server cannot be kept running."""
         if self._problem is not None:
             raise self._problem
 
     def sync(self) -> None:
-        """Returns when the server has the present weights. Raises: EngineError."""
-        retry(self.server, self._patience_s, self.check, self._bring)
+        """Waits until the server has the current weights. Raises: EngineError."""
+        retry(self.server, self._patience_s, self.check, self._send_weights)
         self._restarts = 0
 
-    def _bring(self) -> None:
-        """Brings the weights if there are any and the server has not."""
-        with self._at_work:
+    def _send_weights(self) -> None:
+        """Sends the current weights, unless the server has them."""
+        with self._send_lock:
             version = self._weights.version
             if version is not None and self.server.get("/weight_info")["weight_version"] != version:
-                self._weights.bring(self.server, version)
+                self._weights.send(self.server, version)
 
     def _watch(self) -> None:
-        while not self._closing.wait(LOOK_S):
+        while not self._closing.wait(CHECK_INTERVAL_S):
             try:
-                self._look()
+                self._repair()
             except ServerUnavailable:
                 continue
             except EngineError as error:
                 self._problem = error
                 return
 
-    def _look(self) -> None:
-        if self._process is not None and self._process.is_dead:
+    def _repair(self) -> None:
+        """Restarts a server that has died, and sends weights that it lacks."""
+        if self._process is not None and self._process.has_exited:
             if self._restarts == MAX_RESTARTS:
                 raise EngineError(
                     f"the vLLM server has died {MAX_RESTARTS + 1} times since the last weight sync; "
-                    f"{self._process.log_tail()}; mend that, then go on with --resume"
+                    f"{self._process.log_tail()}; fix the cause, then go on with --resume"
                 )
             self._restarts += 1
-            self._process.end()
+            self._process.stop()
             self._process.start()
-        self._bring()
+        self._send_weights()
 
     def close(self) -> None:
-        """Ends the server, if it is ours."""
+        """Ends the supervision, and the server if the run started it."""
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join(END_S)
+            self._thread.join(TERMINATE_S)
         if self._process is not None:
-            self._process.end()
+            self._process.stop()
 
 
-def guard(folder: Path | None) -> None:
-    """Returns in a new process, which the one that called stays to guard.
+def fork_guarded(folder: Path | None) -> None:
+    """Forks this process: returns in the child, which becomes the server, while the parent stays as its guard.
 
-    It waits until our stdin closes, because the process that started us has ended in whatever way, or until the new
-    process has ended. Then it ends that, what is left of their process group, and in the first case removes `folder`.
+    The guard waits until stdin closes, because the run's process has ended for any reason, or until the server has
+    ended. It then ends the server and the rest of the process group, and in the first case removes `folder`.
     """
     server = os.fork()
     if server == 0:
         return
     while not _has_ended(server):
-        if select.select([sys.stdin], [], [], LOOK_S)[0]:
+        if select.select([sys.stdin], [], [], CHECK_INTERVAL_S)[0]:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-            _end(server)
+            _terminate(server)
             break
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _end(process: int) -> None:
-    """Asks a child to end, and returns when it has, having given back its shared memory, or after END_S."""
+def _terminate(process: int) -> None:
+    """Sends SIGTERM to a child and waits until it has ended and freed its shared memory, at most TERMINATE_S."""
     os.kill(process, signal.SIGTERM)
-    deadline = time.monotonic() + END_S
+    deadline = time.monotonic() + TERMINATE_S
     while time.monotonic() < deadline and not _has_ended(process):
         time.sleep(0.05)
 

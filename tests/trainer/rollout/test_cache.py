@@ -1,4 +1,4 @@
-"""Replies kept on disk: taken up where they belong, ignored with a line where they do not."""
+"""The reply cache: it is used if the same replies would be sampled again, and otherwise ignored with a message."""
 
 import gzip
 import shutil
@@ -22,13 +22,15 @@ REPLIES = [
 PROBE = torch.tensor([[-0.5, -1.5]])
 
 
-class Here:
-    """A cache in `folder`, and what it says."""
+class CacheUser:
+    """A cache in `folder`; records its messages and the number of calls of `sample`."""
 
     def __init__(self, folder, settings="settings", probe=PROBE, is_on=True):
-        self.said, self.num_sampled = [], 0
-        alone = Ranks(torch.device("cpu"), 0, 1)
-        self.cache = ReplyCache(folder / "rollouts", alone, settings, lambda: probe, self.said.append, is_on=is_on)
+        self.messages, self.num_sampled = [], 0
+        one_rank = Ranks(torch.device("cpu"), 0, 1)
+        self.cache = ReplyCache(
+            folder / "rollouts", one_rank, settings, lambda: probe, self.messages.append, is_on=is_on
+        )
 
     def replies(self, step=5, round_index=0, question_ids=("a", "b")):
         return self.cache.replies(step, round_index, question_ids, self.sample)
@@ -39,22 +41,22 @@ class Here:
 
 
 @pytest.fixture
-def kept(tmp_path):
+def cached(tmp_path):
     """The only file in tmp_path/rollouts."""
-    assert Here(tmp_path).replies() == REPLIES
+    assert CacheUser(tmp_path).replies() == REPLIES
     (path,) = (tmp_path / "rollouts").iterdir()
     return path
 
 
-def test_what_belongs_is_taken_up_as_it_was(tmp_path, kept):
-    later = Here(tmp_path, probe=PROBE + 2e-5)
+def test_matching_replies_are_returned_unchanged(tmp_path, cached):
+    later = CacheUser(tmp_path, probe=PROBE + 2e-5)
     assert later.replies() == REPLIES
     assert later.num_sampled == 0
-    assert later.said == [f"step 5: replies taken from {kept}"]
+    assert later.messages == [f"step 5: replies taken from {cached}"]
 
 
 @pytest.mark.parametrize(
-    ("place", "asked", "problem"),
+    ("options", "requested", "problem"),
     [
         ({"settings": "others"}, {}, "other settings"),
         ({"probe": PROBE + 1e-3}, {}, "other weights"),
@@ -63,65 +65,65 @@ def test_what_belongs_is_taken_up_as_it_was(tmp_path, kept):
         ({}, {"question_ids": ("a", "c")}, "other questions"),
     ],
 )
-def test_what_was_sampled_otherwise_is_sampled_again(tmp_path, kept, place, asked, problem):
-    later = Here(tmp_path, **place)
-    later.replies(**asked)
+def test_replies_of_other_circumstances_are_sampled_again(tmp_path, cached, options, requested, problem):
+    later = CacheUser(tmp_path, **options)
+    later.replies(**requested)
     assert later.num_sampled == 1
-    (line,) = later.said
-    assert line.startswith(f"step 5: {kept} is ignored")
+    (line,) = later.messages
+    assert line.startswith(f"step 5: {cached} is ignored")
     assert problem in line
-    assert Here(tmp_path, **place).replies(**asked) == REPLIES, "it was replaced"
+    assert CacheUser(tmp_path, **options).replies(**requested) == REPLIES, "the file was not replaced"
 
 
-def test_a_file_under_another_steps_name_is_ignored(tmp_path, kept):
-    shutil.copy(kept, kept.with_name("step-000006-round-1.gz"))
-    later = Here(tmp_path)
+def test_a_file_with_the_name_of_another_step_is_ignored(tmp_path, cached):
+    shutil.copy(cached, cached.with_name("step-000006-round-1.gz"))
+    later = CacheUser(tmp_path)
     later.replies(step=6, round_index=1)
-    assert "other step, round" in later.said[0]
+    assert "other step, round" in later.messages[0]
 
 
-@pytest.mark.parametrize("way", ["cut", "changed", "empty", "foreign", "another's"])
-def test_a_spoiled_file_is_sampled_again(tmp_path, kept, way):
-    content = bytearray(kept.read_bytes())
+@pytest.mark.parametrize("damage", ["truncated", "one bit flipped", "empty", "not gzip", "not torch"])
+def test_a_damaged_file_is_sampled_again(tmp_path, cached, damage):
+    content = bytearray(cached.read_bytes())
     content[len(content) // 2] ^= 1
-    kept.write_bytes(
+    cached.write_bytes(
         {
-            "cut": kept.read_bytes()[:-7],
-            "changed": bytes(content),
+            "truncated": cached.read_bytes()[:-7],
+            "one bit flipped": bytes(content),
             "empty": b"",
-            "foreign": b"something else",
-            "another's": gzip.compress(b"something else"),
-        }[way]
+            "not gzip": b"something else",
+            "not torch": gzip.compress(b"something else"),
+        }[damage]
     )
-    later = Here(tmp_path)
+    later = CacheUser(tmp_path)
     assert later.replies() == REPLIES
     assert later.num_sampled == 1
-    assert "cannot be read" in later.said[0]
+    assert "cannot be read" in later.messages[0]
 
 
-def test_a_checkpoint_drops_what_lies_before_it(tmp_path):
-    here = Here(tmp_path)
+def test_a_checkpoint_drops_the_files_of_earlier_steps(tmp_path):
+    user = CacheUser(tmp_path)
     for step in (3, 4, 5):
-        here.replies(step=step)
+        user.replies(step=step)
     (tmp_path / "rollouts" / ".step-000006-round-0.gz.part").touch()
-    here.cache.drop(4)
+    user.cache.drop(4)
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step-000005-round-0.gz"]
 
 
-def test_a_disk_that_takes_no_more_is_told_of_and_survived(tmp_path):
+def test_a_failed_write_gives_a_warning_and_the_replies(tmp_path):
     (tmp_path / "rollouts").write_text("in the way")
-    here = Here(tmp_path)
-    assert here.replies() == REPLIES
-    assert here.said[0].startswith("warning: replies could not be kept")
+    user = CacheUser(tmp_path)
+    assert user.replies() == REPLIES
+    assert user.messages[0].startswith("warning: replies could not be kept")
 
 
-def test_turned_off_nothing_is_written_or_read(tmp_path, kept):
-    before = kept.read_bytes()
-    off = Here(tmp_path, is_on=False)
+def test_a_disabled_cache_writes_and_reads_nothing(tmp_path, cached):
+    before = cached.read_bytes()
+    off = CacheUser(tmp_path, is_on=False)
     off.replies()
     off.replies(step=6)
-    assert (off.num_sampled, off.said) == (2, [])
-    assert [path.read_bytes() for path in kept.parent.iterdir()] == [before]
+    assert (off.num_sampled, off.messages) == (2, [])
+    assert [path.read_bytes() for path in cached.parent.iterdir()] == [before]
 
 
 @pytest.mark.slow
@@ -136,11 +138,11 @@ def test_a_run_killed_after_sampling_samples_nothing_twice(tmp_path, monkeypatch
     assert codes == {"whole": [0], "killed": [-9]}
     steps = [row["step"] for row in rows_of(tmp_path / "killed", "metrics")]
     assert steps == [1, 2, 3, 4]
-    real, calls = TransformersEngine.generate, []
+    original, calls = TransformersEngine.generate, []
 
     def generate(engine, requests, *rest):
         calls.append(requests)
-        return real(engine, requests, *rest)
+        return original(engine, requests, *rest)
 
     monkeypatch.setattr(TransformersEngine, "generate", generate)
     monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")

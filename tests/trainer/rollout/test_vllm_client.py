@@ -1,34 +1,32 @@
-"""Calls to servers that answer, are away, or are to be given up; and processes that end with the one they serve."""
+"""Calls to servers that answer, fail or stay silent."""
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from expo.errors import ConfigError, EngineError, StopRequested
 from expo.rollout.vllm.client import HEALTH, RequestPool, Server, ServerUnavailable, retry
-from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
+from expo.rollout.vllm.supervisor import Supervisor
 from expo.train import main
 
 SLOW_S = 4.0
-NOBODY = "http://127.0.0.1:9"  # the port of a protocol that nobody speaks any more
+NOBODY = "http://127.0.0.1:9"  # the port of the discard protocol, on which nothing listens
 
 
 class Doubler(BaseHTTPRequestHandler):
-    """Answers twice the number given; fails at the first call of each that is 7, refuses 8, never answers to 9, and
-    takes its time for 10; it is in good health.
+    """Answers with twice the number in the request; it fails at the first 7, refuses 8, never answers 9, is slow for 10
+    and stops in the middle of its answer to 11. It always answers /health.
     """
 
     protocol_version = "HTTP/1.1"
     failed = threading.Event()
+    connections: ClassVar = set()  # client addresses of the answered requests
 
     def do_POST(self):
         number = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -38,7 +36,12 @@ class Doubler(BaseHTTPRequestHandler):
         if number == 10:
             time.sleep(SLOW_S)
         if number == 9:
-            self.rfile.read(1)  # until the other side hangs up
+            self.rfile.read(1)  # until the client closes the connection
+            return
+        self.connections.add(self.client_address)
+        if number == 11:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n2")
+            self.rfile.read(1)
             return
         self.answer(status, json.dumps(2 * number).encode())
 
@@ -65,55 +68,73 @@ def server():
         found.shutdown()
 
 
-WEIGHTS = SimpleNamespace(version="new", bring=None)
+WEIGHTS = SimpleNamespace(version="new", send=None)
 
 
 def pool(server, seconds=5.0):
     return RequestPool([server], 4, seconds, lambda: None)
 
 
-def same(answer):
+def unchanged(answer):
     return answer
 
 
-def test_answers_come_in_order_and_failed_calls_again(server):
+def test_answers_are_in_order_and_failed_calls_are_repeated(server):
     counts = []
-    assert pool(server).run("/", list(range(8)) * 3, same, counts.append) == [2 * number for number in range(8)] * 3
+    numbers = list(range(8)) * 3
+    assert pool(server).run("/", numbers, unchanged, counts.append) == [2 * number for number in numbers]
     assert sum(counts) == 24
     assert Doubler.failed.is_set()
 
 
-def test_an_answer_that_is_found_wanting_is_asked_for_again(server):
-    wanting = {4}
+def test_a_pool_keeps_its_connections_open(server):
+    Doubler.connections.clear()
+    pool(server).run("/", [1] * 40, unchanged, lambda count: None)
+    assert 0 < len(Doubler.connections) <= 4
+
+
+def test_proxies_of_the_environment_are_ignored(server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, NOBODY)
+    assert Server(server.url).post("/", 3) == 6
+
+
+def test_an_answer_that_stops_in_the_middle_ends_the_wait(server):
+    with pytest.raises(EngineError, match=r"vllm\.patience_s = 0\.5 s \(/: TimeoutError"):
+        pool(Server(server.url, 0.5), 0.5).run("/", [11], unchanged, lambda count: None)
+
+
+def test_a_call_is_repeated_if_its_answer_is_rejected(server):
+    rejected = {4}
 
     def read(answer):
-        if answer in wanting:
-            wanting.remove(answer)
-            raise ServerUnavailable("made by older weights")
+        if answer in rejected:
+            rejected.remove(answer)
+            raise ServerUnavailable("sampled with stale weights")
         return answer
 
     assert pool(server).run("/", [1, 2, 3], read, lambda count: None) == [2, 4, 6]
 
 
-def test_a_refused_call_ends_the_others_with_a_clear_line(server):
+def test_a_refused_call_ends_the_others_with_an_error(server):
     with pytest.raises(EngineError, match="refuses /: 422"):
-        pool(server).run("/", [9, 8, 9], same, lambda count: None)
+        pool(server).run("/", [9, 8, 9], unchanged, lambda count: None)
 
 
-def test_a_server_that_stays_away_ends_the_wait(server):
+def test_a_server_that_stays_unavailable_ends_the_wait(server):
     with pytest.raises(EngineError, match=r"vllm\.patience_s = 0\.5 s"):
-        pool(Server(NOBODY), 0.5).run("/", [1], same, lambda count: None)
+        pool(Server(NOBODY), 0.5).run("/", [1], unchanged, lambda count: None)
 
 
 @pytest.fixture
 def silent():
-    """A server that takes every connection and says nothing; after half a minute it is gone."""
-    place = socket.create_server(("127.0.0.1", 0), backlog=64)
-    timer = threading.Timer(30, place.close)
+    """A server that accepts every connection and never answers; it closes after half a minute."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    timer = threading.Timer(30, listener.close)
     timer.start()
-    yield Server(f"http://127.0.0.1:{place.getsockname()[1]}", 1.0)
+    yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", 1.0)
     timer.cancel()
-    place.close()
+    listener.close()
 
 
 @pytest.mark.parametrize(
@@ -121,91 +142,45 @@ def silent():
     [
         lambda silent: retry(silent, 1.0, lambda: None, lambda: silent.get(HEALTH)),
         lambda silent: retry(silent, 1.0, lambda: None, lambda: silent.post("/collective_rpc")),
-        lambda silent: pool(silent, 1.0).run("/", [1, 2, 3], same, lambda count: None),
+        lambda silent: pool(silent, 1.0).run("/", [1, 2, 3], unchanged, lambda count: None),
         lambda silent: Supervisor(silent, None, WEIGHTS, 1.0).sync(),
     ],
-    ids=["asked whether it lives", "told to do something", "asked for replies", "given weights"],
+    ids=["health check", "single call", "pool", "weight sync"],
 )
 def test_a_server_that_accepts_and_never_answers_ends_the_wait(silent, ask):
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"vllm\.patience_s = 1 s"):
         ask(silent)
-    assert time.monotonic() - started < 20  # backoff is a promise
+    assert time.monotonic() - started < 20  # the bound of patience and backoff
 
 
-def test_a_server_that_cannot_be_asked_ends_a_run_at_its_start(silent):
+def test_a_silent_server_ends_a_run_at_its_start(silent):
     with pytest.raises(ConfigError, match=r"vllm\.patience_s = 1 s"):
         Supervisor(silent, None, WEIGHTS, 1.0).wait_until_ready()
 
 
-def test_a_slow_server_in_good_health_is_waited_for(server):
-    assert pool(Server(server.url, SLOW_S / 2), SLOW_S / 2).run("/", [10, 10], same, lambda count: None) == [20, 20]
+def test_a_slow_answer_is_awaited_while_the_server_is_healthy(server):
+    impatient = pool(Server(server.url, SLOW_S / 2), SLOW_S / 2)
+    assert impatient.run("/", [10, 10], unchanged, lambda count: None) == [20, 20]
 
 
-def test_calls_under_way_are_hung_up_when_the_run_is_to_stop(server):
+def test_running_calls_are_cancelled_when_the_run_stops(server):
     def stop(count):
         raise StopRequested("test")
 
     before = threading.active_count()
     with pytest.raises(StopRequested):
-        pool(server).run("/", [9, 9], same, stop)
+        pool(server).run("/", [9, 9], unchanged, stop)
     for _ in range(100):
         if threading.active_count() <= before:
             return
         time.sleep(0.05)
-    pytest.fail("a thread still waits for an answer")
+    pytest.fail("a connection is still open")
 
 
-def test_a_run_without_its_servers_says_so(capsys, tmp_path):
+def test_a_run_without_its_servers_ends_with_an_error(capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         main(["--rollout.engine=vllm-server", f"--vllm.servers=[{NOBODY}]", "--vllm.patience_s=0.5",
               f"--run.dir={tmp_path / 'run'}"])  # fmt: skip
     assert exit_info.value.code == 2
     assert f"{NOBODY} has not answered" in capsys.readouterr().err
-
-
-def test_a_server_that_does_not_start_shows_its_log(tmp_path):
-    process = ServerProcess(tmp_path / "missing.yaml", tmp_path / "log", tmp_path / "weights", [], None)
-    supervisor = Supervisor(Server(process.url), process, None, 60.0)
-    supervisor.start()
-    with pytest.raises(ConfigError, match=r"does not start; .* cannot read the config file"):
-        supervisor.wait_until_ready()
-    supervisor.close()
-
-
-GUARDED = """
-import subprocess, sys, time
-from pathlib import Path
-from expo.rollout.vllm import supervisor
-supervisor.END_S = 0.5
-supervisor.guard(Path(sys.argv[1]))
-stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
-print(subprocess.Popen([sys.executable, "-c", stubborn]).pid, flush=True)
-time.sleep(0 if sys.argv[2] == "dies" else 99)
-"""
-
-
-@pytest.mark.parametrize("server", ["lives", "dies"])
-def test_a_server_and_its_children_end_with_the_run_or_together(tmp_path, server):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    command = [sys.executable, "-c", GUARDED, str(folder), server]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    child = int(process.stdout.readline())
-    if server == "lives":
-        process.stdin.close()
-    process.wait(20)
-    process.stdin.close()
-    process.stdout.close()
-    assert folder.exists() == (server == "dies")
-    for _ in range(100):
-        if not is_running(child):
-            return
-        time.sleep(0.05)
-    pytest.fail("a child of the server is still there")
-
-
-def is_running(process):
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False

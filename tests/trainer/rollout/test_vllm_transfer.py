@@ -1,4 +1,4 @@
-"""Weights in buckets, and their way from rank 0 to workers: real processes over gloo."""
+"""Weights packed into buckets and broadcast from rank 0 to workers: real processes over gloo."""
 
 import subprocess
 import sys
@@ -12,15 +12,14 @@ from expo.rollout.vllm.client import Server, ServerUnavailable
 from expo.rollout.vllm.server import _require_broadcast
 from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
+from expo.rollout.vllm.transfer.buckets import empty_bucket, fill_buckets
 from expo.rollout.vllm.transfer.group import (
-    END,
+    END_OF_UPDATE,
     ROOT,
     Group,
     GroupError,
     address_toward,
-    empty_bucket,
     new_store,
-    pack,
     wait_for_workers,
 )
 
@@ -29,13 +28,14 @@ PATIENCE_S = 120.0  # importing torch is slow where cores are shared
 WORKER = """
 import sys
 import torch
-from expo.rollout.vllm.transfer.group import END, empty_bucket, join
+from expo.rollout.vllm.transfer.buckets import empty_bucket
+from expo.rollout.vllm.transfer.group import END_OF_UPDATE, join
 
 host, port, rank, size, path = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 group, found, number = join(host, port, rank, size, "gloo", 120.0), {}, 0
-while (manifest := group.read(str(number))) != END:
+while (manifest := group.read_message(str(number))) != END_OF_UPDATE:
     bucket = empty_bucket(manifest, torch.device("cpu"))
-    group.start(bucket.data)
+    group.start_broadcast(bucket.data)
     group.wait()
     found.update((name, value.clone()) for name, value in bucket.tensors())
     number += 1
@@ -50,16 +50,16 @@ def weights():
     return {
         "wide": wide,
         "half": torch.randn(3, generator=generator).bfloat16(),  # 6 bytes: what follows it must be aligned
-        "turned": wide.T,
+        "transposed": wide.T,
         "every second": wide[:, ::2],
-        "number": torch.tensor(2.5),
-        "none": torch.empty(0, 4),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
         "large": torch.randn(100, generator=generator),
-        "whole": torch.arange(5),
+        "integers": torch.arange(5),
     }
 
 
-def assert_same(found, expected):
+def assert_equal(found, expected):
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
@@ -67,21 +67,21 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("num_bytes", [1, 250, 2**20])
-def test_weights_come_out_of_buckets_as_they_went_in(num_bytes):
-    buckets = [bucket.kept() for bucket in pack(weights().items(), CPU, num_bytes)]
+def test_buckets_return_the_weights_they_were_filled_with(num_bytes):
+    buckets = [bucket.copy_to_cpu() for bucket in fill_buckets(weights().items(), CPU, num_bytes)]
     assert len(buckets) > 1 or num_bytes == 2**20
-    assert_same({name: value for bucket in buckets for name, value in bucket.tensors()}, weights())
+    assert_equal({name: value for bucket in buckets for name, value in bucket.tensors()}, weights())
 
 
-def test_a_source_may_take_back_each_weight_when_the_next_is_asked_for():
+def test_each_weight_is_copied_before_the_next_is_requested():
     def gathered():
         for name, value in weights().items():
-            lent = value.clone()
-            yield name, lent
-            lent.zero_()
+            temporary = value.clone()
+            yield name, temporary
+            temporary.zero_()
 
-    buckets = [bucket.kept() for bucket in pack(gathered(), CPU, 250)]
-    assert_same({name: value for bucket in buckets for name, value in bucket.tensors()}, weights())
+    buckets = [bucket.copy_to_cpu() for bucket in fill_buckets(gathered(), CPU, 250)]
+    assert_equal({name: value for bucket in buckets for name, value in bucket.tensors()}, weights())
 
 
 @pytest.fixture
@@ -108,23 +108,23 @@ def join_all(start_worker, size):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_every_worker_is_sent_all_buckets(start_worker, tmp_path, num_workers):
+def test_every_worker_receives_all_buckets(start_worker, tmp_path, num_workers):
     workers, group = join_all(start_worker, 1 + num_workers)
     number = 0
-    for number, bucket in enumerate(pack(weights().items(), CPU, 250), 1):
-        group.announce(str(number - 1), bucket.manifest())
-        group.start(bucket.data)
+    for number, bucket in enumerate(fill_buckets(weights().items(), CPU, 250), 1):
+        group.post_message(str(number - 1), bucket.manifest())
+        group.start_broadcast(bucket.data)
         group.wait()
-    group.announce(str(number), END)
+    group.post_message(str(number), END_OF_UPDATE)
     for rank, worker in enumerate(workers, 1):
         assert worker.wait(PATIENCE_S) == 0
-        assert_same(torch.load(tmp_path / f"{rank}.pt"), weights())
+        assert_equal(torch.load(tmp_path / f"{rank}.pt"), weights())
     group.close()
 
 
-def test_a_worker_that_dies_ends_the_wait_for_it(start_worker):
+def test_the_death_of_a_worker_ends_the_wait_for_it(start_worker):
     (worker,), group = join_all(start_worker, 2)
-    group.start(torch.zeros(2**27, dtype=torch.uint8))  # more than the connection takes in; the worker reads nothing
+    group.start_broadcast(torch.zeros(2**27, dtype=torch.uint8))  # more than sockets buffer; it is never read
     worker.kill()
     started = time.monotonic()
     with pytest.raises(GroupError, match="by peer"):
@@ -133,42 +133,42 @@ def test_a_worker_that_dies_ends_the_wait_for_it(start_worker):
     group.close()
 
 
-def test_a_failure_known_otherwise_ends_a_wait_and_leaves_nothing_to_wait_for(start_worker):
+def test_a_failed_check_ends_the_wait_and_the_group_closes_at_once(start_worker):
     (_,), group = join_all(start_worker, 2)
-    group.start(torch.zeros(2**27, dtype=torch.uint8))
+    group.start_broadcast(torch.zeros(2**27, dtype=torch.uint8))
 
     def check():
-        raise ServerUnavailable("it said so")
+        raise ServerUnavailable("it failed")
 
     started = time.monotonic()
-    with pytest.raises(ServerUnavailable, match="it said so"):
+    with pytest.raises(ServerUnavailable, match="it failed"):
         group.wait(check)
     group.close()
     assert time.monotonic() - started < PATIENCE_S / 2
 
 
-def test_workers_that_do_not_come_are_named_with_what_to_do():
+def test_missing_workers_are_reported_with_what_to_change():
     store = new_store("127.0.0.1", 2, PATIENCE_S)
-    with pytest.raises(GroupError, match=r"not come to 127\.0\.0\.1:\d+ within 0\.1 s; .*vllm\.transfer = files"):
+    with pytest.raises(GroupError, match=r"not reached 127\.0\.0\.1:\d+ within 0\.1 s; .*vllm\.transfer = files"):
         wait_for_workers(store, 2, 0.1, lambda: None)
 
 
-def test_weights_are_kept_for_a_server_that_is_away(monkeypatch, capsys):
+def test_weights_are_kept_for_an_unavailable_server(monkeypatch, capsys):
     monkeypatch.setattr(interface, "BUCKET_BYTES", 250)
     server = Server("http://127.0.0.1:9")
     broadcast = WeightBroadcast([server], 1, CPU, PATIENCE_S)
-    broadcast.take(weights().items())
+    broadcast.publish(weights().items())
     assert broadcast.version is not None
-    assert "127.0.0.1:9 did not take the weights" in capsys.readouterr().err
-    with pytest.raises(ServerUnavailable, match="refused"):
-        broadcast.bring(server, broadcast.version)
-    with pytest.raises(ServerUnavailable, match="newer weights"):
-        broadcast.bring(server, "an older version")
-    assert_same({name: value for bucket in broadcast._kept[1] for name, value in bucket.tensors()}, weights())
+    assert "127.0.0.1:9 did not receive the weights" in capsys.readouterr().err
+    with pytest.raises(ServerUnavailable, match="ConnectionRefusedError"):
+        broadcast.send(server, broadcast.version)
+    with pytest.raises(ServerUnavailable, match="a newer weight sync"):
+        broadcast.send(server, "an older version")
+    assert_equal({name: value for bucket in broadcast._copy[1] for name, value in bucket.tensors()}, weights())
     broadcast.close()
 
 
-def test_servers_that_cannot_be_sent_weights_are_refused():
+def test_servers_that_cannot_receive_broadcasts_are_refused():
     server = Server("http://a:1")
     with pytest.raises(ConfigError, match=r"has the weight transfer None, but .* needs expo; start it with"):
         _require_broadcast(server, {"weight_transfer_config": None}, on_gpu=True)
@@ -178,6 +178,6 @@ def test_servers_that_cannot_be_sent_weights_are_refused():
         _require_broadcast(server, sent, on_gpu=True)
 
 
-def test_an_empty_bucket_has_room_for_what_is_announced():
-    for bucket in pack(weights().items(), CPU, 250):
+def test_an_empty_bucket_has_the_size_of_its_manifest():
+    for bucket in fill_buckets(weights().items(), CPU, 250):
         assert empty_bucket(bucket.manifest(), CPU).data.shape == bucket.data.shape

@@ -1,1 +1,1 @@
-"""How the policy's weights reach vLLM servers: through files, or by a broadcast from rank 0."""
+"""Weight transfer from rank 0 to vLLM servers: through files, or by broadcast."""

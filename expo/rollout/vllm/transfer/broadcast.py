@@ -1,7 +1,7 @@
-"""Weights on their way to servers straight from rank 0, which broadcasts them to each server's workers.
+"""Weight transfer by broadcast: rank 0 sends the weights to each server's workers directly.
 
-A sync streams every bucket to all servers as it is gathered, and keeps a copy in the host's memory. A server that dies
-is given that copy, over gloo and by the thread that keeps it: the policy may be learning meanwhile.
+A weight sync streams every bucket to all servers as it is gathered, and keeps a copy in the host's memory. A server
+that restarts is sent that copy over gloo, by the thread of its supervisor, while the policy may already be training.
 """
 
 import sys
@@ -17,96 +17,95 @@ from torch import Tensor
 from expo.errors import EngineError
 from expo.rollout.vllm.client import Call, Server, ServerUnavailable
 from expo.rollout.vllm.transfer import interface
+from expo.rollout.vllm.transfer.buckets import Bucket, fill_buckets
 from expo.rollout.vllm.transfer.group import (
-    END,
+    END_OF_UPDATE,
     ROOT,
-    Bucket,
     Group,
     GroupError,
     address_toward,
     new_store,
-    pack,
     wait_for_workers,
 )
-from expo.rollout.vllm.transfer.interface import settle
+from expo.rollout.vllm.transfer.interface import activate
 
 SHUTDOWN_S = 2.0
 
 
 class WeightBroadcast:
-    """The policy's weights as rank 0 sends them, and a copy that a server can be given again.
+    """Sends the policy's weights from rank 0, and keeps a copy that a restarted server can be sent.
 
     Args:
-        servers: all of them.
-        workers: of each.
+        servers: all servers.
+        workers: number of workers of each server.
         device: of the policy on rank 0.
-        patience_s: deadline of every wait.
+        patience_s: deadline of every wait, in seconds.
     """
 
     def __init__(self, servers: Sequence[Server], workers: int, device: torch.device, patience_s: float) -> None:
         self._device = device
-        self._lines = {server.url: _Line(server, 1 + workers, patience_s) for server in servers}
-        self._kept: tuple[str, list[Bucket]] | None = None
+        self._channels = {server.url: _Channel(server, 1 + workers, patience_s) for server in servers}
+        self._copy: tuple[str, list[Bucket]] | None = None
 
     @property
     def version(self) -> str | None:
-        """What the copy is called; None: it is being made."""
-        kept = self._kept
-        return None if kept is None else kept[0]
+        """The name of the copy; None while it is incomplete."""
+        copy = self._copy
+        return None if copy is None else copy[0]
 
-    def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Sends new weights to every server that takes them, and keeps them in place of the old.
+    def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Sends new weights to every server, and keeps them in place of the old copy.
 
-        A server that does not take them is told of on stderr, to be brought them afterwards.
+        A server that does not receive them is reported on stderr; its supervisor sends them again.
         """
-        self._kept = None  # before the new copy is made, so that there is room for it
-        version, copy = uuid.uuid4().hex, list[Bucket]()
+        self._copy = None  # before the new copy is made, so that its memory is free
+        version, buckets = uuid.uuid4().hex, list[Bucket]()
 
         def copied() -> Iterable[Bucket]:
-            for bucket in pack(weights, self._device, interface.BUCKET_BYTES):
-                copy.append(bucket.kept())
+            for bucket in fill_buckets(weights, self._device, interface.BUCKET_BYTES):
+                buckets.append(bucket.copy_to_cpu())
                 yield bucket
 
-        # one that its supervisor is bringing the old ones to is left to that thread
-        lines = [line for line in self._lines.values() if line.lock.acquire(blocking=False)]
+        # a channel on which a supervisor is sending the old weights is left to that supervisor
+        channels = [channel for channel in self._channels.values() if channel.lock.acquire(blocking=False)]
         try:
-            _deliver(lines, copied(), "nccl" if self._device.type == "cuda" else "gloo", version)
+            _broadcast(channels, copied(), "nccl" if self._device.type == "cuda" else "gloo", version)
         finally:
-            for line in lines:
-                line.lock.release()
-        for line in lines:
-            if line.problem is not None:
-                reason = f"{line.problem}; it is given them again"
-                print(f"the vLLM server {line.server.url} did not take the weights: {reason}", file=sys.stderr)
-        self._kept = version, copy
+            for channel in channels:
+                channel.lock.release()
+        for channel in channels:
+            if channel.problem is not None:
+                reason = f"{channel.problem}; they are sent again"
+                print(f"the vLLM server {channel.server.url} did not receive the weights: {reason}", file=sys.stderr)
+        self._copy = version, buckets
 
-    def bring(self, server: Server, version: str) -> None:
-        """Gives the server the copy, through a new group. Raises: ServerUnavailable, EngineError."""
-        line = self._lines[server.url]
-        with line.lock:
-            kept = self._kept
-            if kept is None or kept[0] != version:
-                raise ServerUnavailable("newer weights are on their way to it")
-            line.close()  # what it was part of, if it was
-            _deliver([line], kept[1], "gloo", version)
-            line.close()  # the next sync is not over gloo, if there are GPUs
-            if line.problem is not None:
-                raise line.problem
+    def send(self, server: Server, version: str) -> None:
+        """Sends the copy to a server through a new group. Raises: ServerUnavailable, EngineError."""
+        channel = self._channels[server.url]
+        with channel.lock:
+            copy = self._copy
+            if copy is None or copy[0] != version:
+                raise ServerUnavailable("a newer weight sync has begun")
+            channel.close()  # the group of the server's previous process
+            _broadcast([channel], copy[1], "gloo", version)
+            channel.close()  # the next weight sync uses NCCL where there are GPUs
+            if channel.problem is not None:
+                raise channel.problem
 
     def close(self) -> None:
-        """Leaves the servers."""
-        for line in self._lines.values():
+        """Leaves the groups of all servers."""
+        for channel in self._channels.values():
             with suppress(ServerUnavailable, EngineError):
-                Call(line.server, "/shutdown_weight_transfer_engine").result(SHUTDOWN_S)
-            line.close()
+                Call(channel.server, "/shutdown_weight_transfer_engine").result(SHUTDOWN_S)
+            channel.close()
 
 
-class _Line:
-    """The way to one server's workers.
+class _Channel:
+    """The connection between rank 0 and the workers of one server.
 
     Attributes:
-        lock: held by whoever sends.
-        problem: why what was sent last did not arrive.
+        lock: held by the thread that sends.
+        problem: why the last update failed; None: it did not.
     """
 
     def __init__(self, server: Server, size: int, patience_s: float) -> None:
@@ -114,15 +113,15 @@ class _Line:
         self.lock = threading.Lock()
         self.problem: ServerUnavailable | EngineError | None = None
         self._group: Group | None = None
-        self._call: Call | None = None
-        self._prefix, self._notes = "", list[str]()
+        self._update: Call | None = None
+        self._version, self._keys = "", list[str]()
 
-    def attempt(self, step: Callable[..., None], *given: Any) -> None:
-        """Takes a step, unless an earlier one has failed."""
+    def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Runs a step of an update, unless an earlier one has failed."""
         if self.problem is not None:
             return
         try:
-            step(*given)
+            step(*arguments)
         except (ServerUnavailable, EngineError) as error:
             self.problem = error
         except (GroupError, OSError) as error:
@@ -130,88 +129,88 @@ class _Line:
         if self.problem is not None:
             self.close()
 
-    def begin(self, backend: str, version: str) -> None:
+    def begin_update(self, backend: str, version: str) -> None:
         """Has the server wait for weights."""
         if self._group is None:
             self._group = self._join(backend)
-        self._prefix, self._notes = version, []
+        self._version, self._keys = version, []
         try:
             self.server.post("/start_weight_update")
-        except ServerUnavailable:  # it may be that another run died in the middle of an update
+        except ServerUnavailable:  # another run may have died in the middle of an update
             self.server.post("/finish_weight_update")
             self.server.post("/start_weight_update")
-        self._call = Call(self.server, "/update_weights", {"update_info": {"version": version}})
+        self._update = Call(self.server, "/update_weights", {"update_info": {"version": version}})
 
     def _join(self, backend: str) -> Group:
-        address = address_toward(*self.server.place)
+        address = address_toward(*self.server.address)
         store = new_store(address, self._size, self._patience_s)
-        place = {"host": address, "port": store.port, "size": self._size}
-        info = {**place, "backend": backend, "timeout_s": self._patience_s}
+        rendezvous = {"host": address, "port": store.port, "size": self._size}
+        info = {**rendezvous, "backend": backend, "timeout_s": self._patience_s}
         call = Call(self.server, "/init_weight_transfer_engine", {"init_info": info})
         try:
             wait_for_workers(store, self._size, self._patience_s, call.check)
             group = Group(store, ROOT, self._size, backend, address, self._patience_s)
             call.result(self._patience_s)
         finally:
-            call.hang_up()
+            call.cancel()
         return group
 
-    def start(self, bucket: Bucket) -> None:
+    def start_bucket(self, bucket: Bucket) -> None:
         """Begins to send a bucket."""
-        self._note(bucket.manifest())
+        self._post_message(bucket.manifest())
         assert self._group is not None
-        self._group.start(bucket.data)
+        self._group.start_broadcast(bucket.data)
 
-    def wait(self) -> None:
-        """Returns when the bucket has been sent, or the server has failed."""
+    def wait_for_bucket(self) -> None:
+        """Waits until the bucket has been sent, or the server has failed."""
         assert self._group is not None
-        assert self._call is not None
-        self._group.wait(self._call.check)
+        assert self._update is not None
+        self._group.wait(self._update.check)
 
-    def end(self, version: str) -> None:
-        """Returns when the server uses the weights."""
-        self._note(END)
+    def finish_update(self, version: str) -> None:
+        """Waits until the server uses the weights."""
+        self._post_message(END_OF_UPDATE)
         assert self._group is not None
-        assert self._call is not None
-        self._call.result(self._patience_s)
-        self._call = None
-        self._group.forget(self._notes)
+        assert self._update is not None
+        self._update.result(self._patience_s)
+        self._update = None
+        self._group.delete_messages(self._keys)
         self.server.post("/finish_weight_update")
-        settle(self.server, version)
+        activate(self.server, version)
 
-    def _note(self, text: str) -> None:
+    def _post_message(self, text: str) -> None:
         assert self._group is not None
-        self._notes.append(f"{self._prefix}/{len(self._notes)}")
-        self._group.announce(self._notes[-1], text)
+        self._keys.append(f"{self._version}/{len(self._keys)}")
+        self._group.post_message(self._keys[-1], text)
 
     @property
-    def is_sending(self) -> bool:
+    def is_updating(self) -> bool:
         """Whether an update has begun and not ended."""
-        return self._call is not None
+        return self._update is not None
 
     def close(self) -> None:
-        """Gives up what is under way."""
-        if self._call is not None:
-            self._call.hang_up()
+        """Abandons an update under way and leaves the group."""
+        if self._update is not None:
+            self._update.cancel()
         if self._group is not None:
             self._group.close()
-        self._call = self._group = None
+        self._update = self._group = None
 
 
-def _deliver(lines: Sequence[_Line], buckets: Iterable[Bucket], backend: str, version: str) -> None:
-    """Sends each bucket through every line; the buckets are gone through whatever happens to a line."""
-    for line in lines:
-        line.problem = None
-        line.attempt(line.begin, backend, version)
+def _broadcast(channels: Sequence[_Channel], buckets: Iterable[Bucket], backend: str, version: str) -> None:
+    """Sends each bucket through every channel; all buckets are consumed even if every channel fails."""
+    for channel in channels:
+        channel.problem = None
+        channel.attempt(channel.begin_update, backend, version)
     try:
         for bucket in buckets:
-            for line in lines:
-                line.attempt(line.start, bucket)
-            for line in lines:
-                line.attempt(line.wait)
-        for line in lines:
-            line.attempt(line.end, version)
+            for channel in channels:
+                channel.attempt(channel.start_bucket, bucket)
+            for channel in channels:
+                channel.attempt(channel.wait_for_bucket)
+        for channel in channels:
+            channel.attempt(channel.finish_update, version)
     finally:
-        for line in lines:
-            if line.is_sending:
-                line.close()
+        for channel in channels:
+            if channel.is_updating:
+                channel.close()

@@ -1,4 +1,4 @@
-"""Weights on their way to servers through safetensors files, in memory where the machine has such a folder."""
+"""Weight transfer through safetensors files, in /dev/shm if the machine has it."""
 
 import shutil
 import tempfile
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import Server
-from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, settle
+from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, activate
 
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class WeightFiles:
-    """The policy's weights as files, kept until the next ones come, so that a server can be given them again.
+    """The policy's weights as files, kept until the next weight sync so that a restarted server can load them again.
 
     Args:
-        parent: folder in which to make the folder; None: /dev/shm, or where there is none, that for temporary files.
+        parent: folder in which to create the folder; None: /dev/shm, or the system's temporary folder without one.
 
-    Raises: ConfigError if it cannot be made there.
+    Raises: ConfigError if the folder cannot be created.
     """
 
     def __init__(self, parent: Path | None) -> None:
@@ -37,8 +37,8 @@ class WeightFiles:
             ) from error
         self.version: str | None = None
 
-    def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Writes new weights in place of the old. Raises: EngineError if there is no room for them."""
+    def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes new weights in place of the old. Raises: EngineError if the disk is full."""
         self.version = None
         try:
             for path in self.folder.iterdir():
@@ -47,15 +47,15 @@ class WeightFiles:
                 save_file(bucket, self.folder / f"{number:05}.safetensors")
         except OSError as error:
             raise EngineError(
-                f"cannot write the weights to {self.folder}: {error}; make room there, or set vllm.weights_folder to a "
-                f"folder with more, then go on with --resume"
+                f"cannot write the weights to {self.folder}: {error}; free some space there, or set "
+                f"vllm.weights_folder to a folder with more, then go on with --resume"
             ) from error
         self.version = uuid.uuid4().hex
 
-    def bring(self, server: Server, version: str) -> None:
-        """Has the server read the files and use what they hold. Raises: ServerUnavailable, EngineError."""
+    def send(self, server: Server, version: str) -> None:
+        """Has the server read the files and use the weights. Raises: ServerUnavailable, EngineError."""
         server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder)]})
-        settle(server, version)
+        activate(server, version)
 
     def close(self) -> None:
         """Removes the folder."""
@@ -63,15 +63,15 @@ class WeightFiles:
 
 
 def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The weights on the CPU, as many at once as BUCKET_BYTES holds."""
+    """The weights on the CPU, in parts of at most BUCKET_BYTES; a larger weight is a part of its own."""
     bucket: dict[str, Tensor] = {}
-    held = 0
+    used = 0
     for name, value in weights:
         size = value.numel() * value.element_size()
-        if bucket and held + size > BUCKET_BYTES:
+        if bucket and used + size > BUCKET_BYTES:
             yield bucket
-            bucket, held = {}, 0
+            bucket, used = {}, 0
         bucket[name] = value.detach().to(torch.device("cpu")).contiguous()
-        held += size
+        used += size
     if bucket:
         yield bucket

@@ -4,31 +4,31 @@ from typing import Protocol
 
 from expo.rollout.vllm.client import Server, ServerUnavailable
 
-BUCKET_BYTES = 2**28  # of weights held on their way
+BUCKET_BYTES = 2**28  # weights that are packed and sent together
 
 
-class Weights(Protocol):
-    """The policy's present weights, as they can be brought to a server."""
+class WeightTransfer(Protocol):
+    """The policy's current weights, in a form that can be sent to a server at any time."""
 
     @property
     def version(self) -> str | None:
-        """What they are called; None: there are none that could be brought now."""
+        """The name of the current weights; None: there are none that could be sent now."""
 
-    def bring(self, server: Server, version: str) -> None:
-        """Has the server load them. Raises: ServerUnavailable if it fails; EngineError if they cannot be sent again."""
+    def send(self, server: Server, version: str) -> None:
+        """Has the server load them. Raises: ServerUnavailable if it fails; EngineError if it cannot be repeated."""
 
 
-def settle(server: Server, version: str) -> None:
-    """Has a server that was given weights repair a tied head, forget what it computed with older ones, and name them.
+def activate(server: Server, version: str) -> None:
+    """Has a server that received weights rebuild a tied head, drop cached results of older weights, and name them.
 
     Raises: ServerUnavailable, EngineError.
     """
     server.post("/collective_rpc", {"method": "pack_tied_head"})
-    reset_cache(server)
+    reset_prefix_cache(server)
     server.post("/update_weight_version", {"new_version": version})
 
 
-def reset_cache(server: Server) -> None:
-    """Drops the prefix cache; what runs meanwhile is computed anew."""
+def reset_prefix_cache(server: Server) -> None:
+    """Drops the prefix cache; running requests are computed anew. Raises: ServerUnavailable, EngineError."""
     if not server.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
-        raise ServerUnavailable("it kept its prefix cache, made by older weights")
+        raise ServerUnavailable("it kept its prefix cache, computed with older weights")
