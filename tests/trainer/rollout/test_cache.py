@@ -145,7 +145,7 @@ def test_a_run_killed_after_sampling_samples_nothing_twice(tmp_path, monkeypatch
         return original(engine, requests, *rest)
 
     monkeypatch.setattr(TransformersEngine, "generate", generate)
-    monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
+    monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "not written")
     train(load_config(tmp_path / "killed" / "config.yaml", []), resume=True)
     rounds = {row["step"]: 1 + row["resampling_rounds"] for row in rows_of(tmp_path / "whole", "metrics")}
     assert len(calls) == rounds[6]

@@ -1,4 +1,4 @@
-"""The house: imports point one way, every public name is documented, importing the kernels is cheap."""
+"""Imports point one way, every public name has a docstring, and importing the kernels is cheap."""
 
 import ast
 import subprocess
@@ -11,12 +11,12 @@ from tests import ROOT
 
 MODULES = sorted([*ROOT.glob("expo/**/*.py"), *ROOT.glob("expo_kernels/**/*.py")])
 
-# what each room may import beside the standard library; a name covers its submodules
-KERNEL_ROOMS = {
+# what each module may import beside the standard library; a name covers its submodules
+KERNEL_MODULES = {
     "reference": {"torch", "expo_kernels.objective"},
     "objective": set(),
     "_validate": {"torch"},
-    "_launch": {"torch", "triton"},
+    "_launch": {"torch", "triton", "expo_kernels._compat"},
 }
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}
 ONLY_IN = {
@@ -27,7 +27,7 @@ ONLY_IN = {
     "jinja2": {"expo/reporting/templates.py"},
     "math_verify": {"expo/rewards/worker.py"},
     "matplotlib": {
-        f"expo/reporting/figures/{room}.py" for room in ("curriculum", "drawing", "evaluations", "run", "steps")
+        f"expo/reporting/figures/{name}.py" for name in ("curriculum", "drawing", "evaluations", "run", "steps")
     },
     "pyarrow": {"expo/data/files.py"},
     "reasoning_gym": {"expo/data/reasoning.py"},
@@ -42,7 +42,7 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide which room is entered"
+            assert node.level == 0, f"{path}: relative imports hide which module is imported"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -51,7 +51,7 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_the_rooms_are_found():
+def test_the_modules_are_found():
     assert {"expo/train.py", "expo_kernels/reference.py"} <= {relative(path) for path in MODULES}
 
 
@@ -65,15 +65,17 @@ def test_imports_point_one_way(path):
         assert not roots & HOST_LIBRARIES or "/integrations/" in relative(path)
     if relative(path) not in {"expo/train.py", "expo/__main__.py"}:
         assert not any(name.startswith("expo.train") for name in names)
-    for library, rooms in ONLY_IN.items():
-        assert library not in roots or relative(path) in rooms
+    for library, modules in ONLY_IN.items():
+        assert library not in roots or relative(path) in modules
 
 
-@pytest.mark.parametrize("room", KERNEL_ROOMS)
-def test_kernel_rooms_stay_small(room):
-    names = imported_modules(ROOT / "expo_kernels" / f"{room}.py")
+@pytest.mark.parametrize("module", KERNEL_MODULES)
+def test_basic_kernel_modules_import_little(module):
+    names = imported_modules(ROOT / "expo_kernels" / f"{module}.py")
     outside = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert [name for name in outside if not any(f"{name}.".startswith(f"{may}.") for may in KERNEL_ROOMS[room])] == []
+    assert [
+        name for name in outside if not any(f"{name}.".startswith(f"{may}.") for may in KERNEL_MODULES[module])
+    ] == []
 
 
 def test_no_import_circles():
@@ -81,7 +83,7 @@ def test_no_import_circles():
         return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
     graph = {module_name(path): imported_modules(path) for path in MODULES}
-    # an `__init__` only passes names on: entering one is entering the rooms it names
+    # an `__init__` only re-exports names: importing it means importing the modules it names
     edges = {name: {target for target in targets if target in graph} for name, targets in graph.items()}
     packages = {module_name(path) for path in MODULES if path.name == "__init__.py"}
 
