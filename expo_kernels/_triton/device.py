@@ -275,11 +275,11 @@ def no_sums():
 
 
 @triton.jit
-def add_to_sums(sums, loss, kl, ratio, ratio_max, low, high, tokens, entropy):
-    """`sums`, and those of one token or of a block of them."""
+def add_to_metrics(sums, kl, ratio, ratio_max, low, high, tokens, entropy):
+    """`sums`, and the metrics of one token or of a block of them."""
     loss_sum, kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum = sums
     return (
-        loss_sum + loss.to(tl.float64),
+        loss_sum,
         kl_sum + kl.to(tl.float64),
         ratio_sum + ratio.to(tl.float64),
         tl.maximum(largest, ratio_max.to(tl.float64)),
@@ -292,9 +292,9 @@ def add_to_sums(sums, loss, kl, ratio, ratio_max, low, high, tokens, entropy):
 
 @triton.jit
 def add_to_loss(sums, loss):
-    """`sums`, and more of the loss."""
+    """`sums`, and the loss of one token or of a block of them."""
     loss_sum, kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum = sums
-    return loss_sum + loss, kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum
+    return loss_sum + loss.to(tl.float64), kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum
 
 
 @triton.jit

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from expo_kernels._triton.device import (
-    add_to_sums,
+    add_to_loss,
+    add_to_metrics,
     kernel,
     no_sums,
     publish,
@@ -381,10 +382,11 @@ def row_loss_kernel(
             loss = weight * loss
             if HAS_ENTROPY:
                 entropy = log_sum_exp - entropy_sum / LOG2_E / sum_exp
+            sums = add_to_metrics(sums, penalty, ratio, ratio, low, high, 1.0, entropy)
             if HAS_BONUS:
                 grad_entropy = -weight * tl.load(entropy_bonus_ptr).to(tl.float32)
                 loss += grad_entropy * entropy
-            sums = add_to_sums(sums, loss, penalty, ratio, ratio, low, high, 1.0, entropy)
+            sums = add_to_loss(sums, loss)
         if grad_ptr is not None:
             residual = write_grad_logits(
                 grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from expo_kernels._triton.device import (
     add_to_loss,
-    add_to_sums,
+    add_to_metrics,
     clipped_log_ratio,
     gamma_weight,
     kernel,
@@ -204,10 +204,10 @@ def sequence_loss_kernel(
                 entropy = tl.load(entropies_ptr + position, mask=keep, other=0.0)
                 entropy_total = total(entropy, keep)
             largest = tl.max(tl.where(keep, ratio, 0.0), axis=0)
-            sums = add_to_sums(
-                sums, total(weight * loss, keep), total(penalty, keep), total(ratio, keep), largest,
-                total(low.to(tl.float32), keep), total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep),
-                entropy_total,
+            sums = add_to_loss(sums, total(weight * loss, keep))
+            sums = add_to_metrics(
+                sums, total(penalty, keep), total(ratio, keep), largest, total(low.to(tl.float32), keep),
+                total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep), entropy_total,
             )  # fmt: skip
             if entropies_ptr is not None and entropy_bonus_ptr is not None:
                 grad_entropy = tl.where(keep, -weight * tl.load(entropy_bonus_ptr).to(tl.float32), 0.0)

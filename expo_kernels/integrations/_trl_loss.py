@@ -3,6 +3,8 @@
 Source: TRL 1.16, `GRPOTrainer._compute_loss`; the equality of the two is what `tests/integrations` tests.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 from torch import Tensor
@@ -17,71 +19,98 @@ LOSS_TYPES: dict[str, tuple[Surrogate, Aggregation]] = {
     "dapo": ("clip", "token"),
     "cispo": ("cispo", "token"),
     "sapo": ("sapo", "sequence"),
-    "luspo": ("clip", "constant"),
+    "luspo": ("clip", "sum"),
+    "vespo": ("vespo", "token"),
 }
 # divided by the tokens of the whole accumulation window over all ranks, not by those of the call
-WINDOW_LOSS_TYPES = ("dapo", "cispo")
+WINDOW_LOSS_TYPES = ("dapo", "cispo", "vespo")
+VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+_LOG_RATIO_CLAMP = 20.0  # nats, of TRL and of `Objective` alike
 
 
-def objective_of(
-    *,
-    loss_type: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    beta: float,
-    temperature: float,
-    importance_sampling_level: RatioLevel,
-    max_completion_length: int | None,
-    delta: float | None,
-    use_bias_correction_kl: bool,
-    sapo_temperature_pos: float,
-    sapo_temperature_neg: float,
-    logit_softcap: float | None = None,
-) -> Objective:
-    """The objective that these settings of TRL's describe.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrlLoss:
+    """TRL's settings of the loss, by TRL's names."""
 
-    Args:
-        loss_type: one of `LOSS_TYPES`.
-        epsilon_low: clip range below 1; unused by "cispo", which TRL bounds from above only, and by "sapo".
-        epsilon_high: clip range above 1; for "cispo" the bound of the ratio itself.
-        beta: weight of the KL penalty; where it is 0 there is none to be importance-weighted.
-        temperature: of the sampling.
-        importance_sampling_level: of the ratio.
-        max_completion_length: tokens, the divisor of "dr_grpo", and only of that.
-        delta: upper bound of the ratio where the advantage is negative; None: none.
-        use_bias_correction_kl: weigh the KL penalty by the ratio.
-        sapo_temperature_pos: sharpness of SAPO's gate for positive advantages.
-        sapo_temperature_neg: the same for all others.
-        logit_softcap: of the model.
+    loss_type: str
+    """One of `LOSS_TYPES`."""
 
-    Raises:
-        ValueError: a loss type or a combination that no `Objective` gives.
-    """
-    check_loss_type(loss_type)
-    surrogate, aggregation = LOSS_TYPES[loss_type]
-    corrects_kl = use_bias_correction_kl and beta != 0.0
-    if corrects_kl and importance_sampling_level == "sequence":
-        raise ValueError(
-            'use_bias_correction_kl with importance_sampling_level="sequence" weighs each token\'s KL by a ratio of '
-            "its sequence, which is not supported; set use_bias_correction_kl=False or beta=0.0"
+    epsilon_low: float
+    """Clip range below 1; unused by "cispo", which TRL bounds from above only, by "sapo" and by "vespo"."""
+
+    epsilon_high: float
+    """Clip range above 1; for "cispo" the bound of the ratio itself."""
+
+    beta: float
+    """Weight of the KL penalty; where it is 0 there is none to be importance-weighted."""
+
+    temperature: float
+    """Of the sampling."""
+
+    importance_sampling_level: RatioLevel
+    """Of the ratio; "vespo" forms its own, and takes "token"."""
+
+    max_completion_length: int | None
+    """Tokens, the divisor of "dr_grpo", and only of that."""
+
+    delta: float | None
+    """Upper bound of the ratio where the advantage is negative; None: none."""
+
+    use_bias_correction_kl: bool
+    """Weigh the KL penalty by the ratio."""
+
+    sapo_temperature_pos: float
+    """Sharpness of SAPO's gate for positive advantages."""
+
+    sapo_temperature_neg: float
+    """The same for all others."""
+
+    vespo_k_pos: float
+    """Power of the sequence's ratio in VESPO's weight for advantages >= 0."""
+
+    vespo_lambda_pos: float
+    """Decay of that weight."""
+
+    vespo_k_neg: float
+    """The power for negative advantages."""
+
+    vespo_lambda_neg: float
+    """The decay for negative advantages."""
+
+    logit_softcap: float | None = None
+    """Of the model."""
+
+    def objective(self) -> Objective:
+        """The objective that these settings describe.
+
+        Raises:
+            ValueError: a loss type or a combination that no `Objective` gives.
+        """
+        check_loss_type(self.loss_type)
+        surrogate, aggregation = LOSS_TYPES[self.loss_type]
+        corrects_kl = self.use_bias_correction_kl and self.beta != 0.0
+        if corrects_kl and self.importance_sampling_level == "sequence":
+            raise ValueError(
+                'use_bias_correction_kl with importance_sampling_level="sequence" weighs each token\'s KL by a ratio '
+                "of its sequence, which is not supported; set use_bias_correction_kl=False or beta=0.0"
+            )
+        _check_clip_range(surrogate, self.epsilon_high, self.delta)
+        read_by: dict[str, dict[str, Any]] = {
+            "clip": {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "dual_clip": self.delta},
+            "cispo": {"clip_low": 1.0, "clip_high": self.epsilon_high - 1.0},
+            "sapo": {"sapo_tau_pos": self.sapo_temperature_pos, "sapo_tau_neg": self.sapo_temperature_neg},
+            "vespo": {name: getattr(self, name) for name in VESPO_SETTINGS},
+        }
+        return Objective(
+            ratio=self.importance_sampling_level,
+            surrogate=surrogate,
+            kl_importance_weighted=corrects_kl,
+            aggregation=aggregation,
+            max_completion_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
+            temperature=self.temperature,
+            logit_softcap=self.logit_softcap,
+            **read_by[surrogate],
         )
-    _check_clip_range(surrogate, epsilon_high, delta)
-    read_by: dict[str, dict[str, Any]] = {
-        "clip": {"clip_low": epsilon_low, "clip_high": epsilon_high, "dual_clip": delta},
-        "cispo": {"clip_low": 1.0, "clip_high": epsilon_high - 1.0},
-        "sapo": {"sapo_tau_pos": sapo_temperature_pos, "sapo_tau_neg": sapo_temperature_neg},
-    }
-    return Objective(
-        ratio=importance_sampling_level,
-        surrogate=surrogate,
-        kl_importance_weighted=corrects_kl,
-        aggregation=aggregation,
-        # LUSPO sums over a sequence's tokens and divides by the number of sequences alone
-        max_completion_length={"dr_grpo": max_completion_length, "luspo": 1}.get(loss_type),
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        **read_by[surrogate],
-    )
 
 
 def check_loss_type(loss_type: str) -> None:
@@ -105,6 +134,35 @@ def corrected_advantages(advantages: Tensor, ratio: Tensor | None, mask: Tensor)
         return (values.unsqueeze(1) if values.dim() == 1 else values).expand(mask.shape)
 
     return per_position(advantages) * per_position(ratio)
+
+
+def with_correction(
+    objective: Objective, advantages: Tensor, ratio: Tensor | None, old_logps: Tensor | None, mask: Tensor
+) -> dict[str, Any]:
+    """`objective`, `advantages` and `rollout_logps` of a loss call that takes the sampler's correction in.
+
+    All surrogates but "vespo" are weighed by it. VESPO's weight is of the sequence's whole ratio, of which each token's
+    correction is a factor; the ratio comes truncated or masked already, so that no bound of ours acts on it.
+
+    Args:
+        objective: without a rollout correction.
+        advantages: [B] or [B, T].
+        ratio: [B], [B, 1] or [B, T], >= 0, exp(old - rollout); None: nothing to correct. For "vespo" [B, T].
+        old_logps: [B, T]; None: on-policy, which says nothing of the sampler's log-probs.
+        mask: [B, T].
+
+    Raises:
+        ValueError: a ratio that "vespo" cannot take in.
+    """
+    if ratio is None or objective.surrogate != "vespo":
+        return {"objective": objective, "advantages": corrected_advantages(advantages, ratio, mask)}
+    if old_logps is None or ratio.shape != mask.shape:
+        raise ValueError(
+            'the surrogate "vespo" takes an importance sampling ratio per token, [B, T], and old log-probs beside it; '
+            f"given: a ratio {list(ratio.shape)}, {'no' if old_logps is None else 'and'} old log-probs"
+        )
+    corrected = dataclasses.replace(objective, rollout_correction="token", rollout_cap=math.exp(_LOG_RATIO_CLAMP))
+    return {"objective": corrected, "advantages": advantages, "rollout_logps": old_logps - ratio.log()}
 
 
 def _check_clip_range(surrogate: Surrogate, epsilon_high: float, delta: float | None) -> None:

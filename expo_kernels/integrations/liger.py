@@ -11,12 +11,10 @@ Letters: B sequences, T completion positions, V vocabulary, H hidden.
 import torch
 from torch import Tensor, nn
 
-from expo_kernels.integrations._trl_loss import WINDOW_LOSS_TYPES, corrected_advantages, objective_of
+from expo_kernels.integrations._trl_loss import VESPO_SETTINGS, WINDOW_LOSS_TYPES, TrlLoss, with_correction
 from expo_kernels.linear_loss import linear_expo_loss
 from expo_kernels.logps import linear_token_logps
-from expo_kernels.objective import RatioLevel
-
-_VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+from expo_kernels.objective import Objective, RatioLevel
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -29,7 +27,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         chunk_size: 1; chunks are made of valid tokens, `logits_budget_mb` at a time.
         epsilon_low: clip range below 1.
         epsilon_high: clip range above 1; for "cispo" the bound of the ratio itself.
-        loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo" or "luspo".
+        loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo" or "vespo".
         max_completion_length: tokens, for "dr_grpo", which needs it; the others do not read it.
         importance_sampling_level: "token" or "sequence".
         sapo_temperature_pos: sharpness of SAPO's gate for positive advantages.
@@ -37,10 +35,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         temperature: > 0; logits are divided by it.
         delta: upper bound of the ratio for negative advantages, > 1 + epsilon_high; None: none.
         use_bias_correction_kl: weigh the KL penalty by the token's ratio.
-        vespo_k_pos: of "vespo", which is not supported: only Liger's default.
-        vespo_lambda_pos: likewise.
-        vespo_k_neg: likewise.
-        vespo_lambda_neg: likewise.
+        vespo_k_pos: power of the sequence's ratio in VESPO's weight for advantages >= 0; only for "vespo".
+        vespo_lambda_pos: decay of that weight; likewise.
+        vespo_k_neg: the power for negative advantages; likewise.
+        vespo_lambda_neg: the decay for negative advantages; likewise.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device. Not Liger's.
 
     Raises:
@@ -75,12 +73,14 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             raise ValueError(f"chunk_size is {chunk_size}, but chunks are not sequences here; use logits_budget_mb")
         if not use_ref_model and beta != 0.0:
             raise ValueError(f"beta={beta} has no effect with use_ref_model=False; give beta=0.0")
-        given = zip(_VESPO, (vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg), strict=True)
-        if ignored := [name for name, value in given if value != _VESPO[name]]:
-            raise ValueError(f"{', '.join(ignored)} would be ignored: loss_type 'vespo' is not supported")
+        vespo = dict(zip(VESPO_SETTINGS, (vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg), strict=True))
+        defaults = Objective(surrogate="vespo")
+        ignored = [name for name, value in vespo.items() if value != getattr(defaults, name)]
+        if ignored and loss_type != "vespo":
+            raise ValueError(f"{', '.join(ignored)} would be ignored: loss_type is {loss_type!r}, not 'vespo'")
         self.beta, self.loss_type = beta, loss_type
         self.logits_budget_mb = logits_budget_mb
-        self.objective = objective_of(
+        self.objective = TrlLoss(
             loss_type=loss_type,
             epsilon_low=epsilon_low,
             epsilon_high=epsilon_high,
@@ -92,7 +92,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             use_bias_correction_kl=use_bias_correction_kl,
             sapo_temperature_pos=sapo_temperature_pos,
             sapo_temperature_neg=sapo_temperature_neg,
-        )
+            **vespo,
+        ).objective()
 
     def forward(
         self,
@@ -124,9 +125,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             ref_input: [B, T, H] hidden states of the reference model.
             ref_weight: [V, H] its output head.
             ref_bias: [V] its bias, or None.
-            vllm_is_ratio: [B], [B, 1] or [B, T], >= 0: weight of the surrogate.
-            num_items_in_batch: tokens of all ranks and micro-batches, the denominator of "dapo" and "cispo"; None:
-                those of this call, averaged over ranks. The other loss types do not read it.
+            vllm_is_ratio: [B], [B, 1] or [B, T], >= 0: weight of the surrogate. For "vespo" [B, T], a factor of the
+                sequence's ratio, beside `old_per_token_logps`.
+            num_items_in_batch: tokens of all ranks and micro-batches, the denominator of "dapo", "cispo" and "vespo";
+                None: those of this call, averaged over ranks. The other loss types do not read it.
 
         Returns:
             0-dim loss, and (KL in nats, clipped share), without the first for beta = 0. The share is that of tokens for
@@ -146,12 +148,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             attention_mask,
             bias=bias,
             logits_budget_mb=self.logits_budget_mb,
-            advantages=corrected_advantages(advantages, vllm_is_ratio, attention_mask),
             old_logps=old_per_token_logps,
             ref_logps=ref_per_token_logps,
             beta=self.beta,
-            objective=self.objective,
             normalizer=self._normalizer(attention_mask, num_items_in_batch),
+            **with_correction(self.objective, advantages, vllm_is_ratio, old_per_token_logps, attention_mask),
         )
         clipped = output.metrics["clip_low_fraction"] + output.metrics["clip_high_fraction"]
         return output.loss, (clipped,) if self.beta == 0.0 else (output.metrics["kl"], clipped)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expo_kernels.advantages import akl_beta
 from expo_kernels.curriculum import CurriculumTable
 from expo_kernels.integrations import _host
-from expo_kernels.integrations._trl_loss import WINDOW_LOSS_TYPES, check_loss_type, corrected_advantages, objective_of
+from expo_kernels.integrations._trl_loss import WINDOW_LOSS_TYPES, TrlLoss, check_loss_type, with_correction
 from expo_kernels.linear_loss import linear_expo_loss
 from expo_kernels.objective import Objective
 
@@ -52,7 +52,7 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     Args:
         model: as GRPOTrainer.
         reward_funcs: as GRPOTrainer.
-        args: as GRPOTrainer; `loss_type` is one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo.
+        args: as GRPOTrainer; `loss_type` is one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.
         positional: as GRPOTrainer.
         rho: how the batch's accuracy scales beta, as in `akl_beta`.
         curriculum: "gcs": questions are drawn by a `CurriculumTable` with the paper's settings; "uniform": TRL's order;
@@ -97,7 +97,7 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _make_objective(self) -> Objective:
         args = self.args
-        return objective_of(
+        return TrlLoss(
             loss_type=args.loss_type,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
@@ -109,8 +109,12 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             use_bias_correction_kl=args.use_bias_correction_kl,
             sapo_temperature_pos=args.sapo_temperature_pos,
             sapo_temperature_neg=args.sapo_temperature_neg,
+            vespo_k_pos=args.vespo_k_pos,
+            vespo_lambda_pos=args.vespo_lambda_pos,
+            vespo_k_neg=args.vespo_k_neg,
+            vespo_lambda_neg=args.vespo_lambda_neg,
             logit_softcap=getattr(self.model.config.get_text_config(), "final_logit_softcapping", None),
-        )
+        ).objective()
 
     def _make_curriculum(self, curriculum: str | CurriculumTable) -> CurriculumTable | None:
         if curriculum == "uniform":
@@ -211,7 +215,10 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             raise NotImplementedError("images in prompts are not supported yet; train with text alone")
         ids, attended = inputs["completion_ids"], inputs["completion_mask"]
         mask = attended * inputs["tool_mask"] if "tool_mask" in inputs else attended
-        advantages = corrected_advantages(inputs["advantages"], inputs.get("importance_sampling_ratio"), mask)
+        old_logps = inputs.get("old_per_token_logps")
+        corrected = with_correction(
+            self._objective, inputs["advantages"], inputs.get("importance_sampling_ratio"), old_logps, mask
+        )
 
         def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
             made = linear_expo_loss(
@@ -221,13 +228,12 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 mask,
                 bias=bias,
                 logits_budget_mb=self._budget_mb,
-                advantages=advantages,
-                old_logps=inputs.get("old_per_token_logps"),
+                old_logps=old_logps,
                 ref_logps=inputs.get("ref_per_token_logps"),
                 beta=0.0 if self.beta == 0.0 else self._beta_eff,
-                objective=self._objective,
                 normalizer=self._normalizer(inputs, mask),
                 return_entropy=True,
+                **corrected,
             )
             return {"loss": made.loss, **made.metrics}
 

@@ -31,7 +31,7 @@ LOSS_MODES: dict[str, tuple[Surrogate, RatioLevel]] = {
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token",
     "token-sum": "token",
-    "seq-mean-token-sum": "constant",
+    "seq-mean-token-sum": "sum",
     "seq-mean-token-sum-norm": "constant",
     "seq-mean-token-mean": "sequence",
 }
@@ -126,7 +126,6 @@ def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_lengt
         raise ValueError(f"loss_agg_mode is {loss_agg_mode!r}; expected one of {', '.join(AGGREGATIONS)}")
     surrogate, ratio = LOSS_MODES[loss_mode]
     scale = config.global_batch_info.get("loss_scale_factor") or response_length
-    divisors = {"seq-mean-token-sum": 1, "seq-mean-token-sum-norm": scale}
 
     def of_config(name: str) -> float:
         value = getattr(config, name)
@@ -141,7 +140,7 @@ def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_lengt
         ratio=ratio,
         surrogate=surrogate,
         aggregation=AGGREGATIONS[loss_agg_mode],
-        max_completion_length=divisors.get(loss_agg_mode),
+        max_completion_length=scale if loss_agg_mode == "seq-mean-token-sum-norm" else None,
         **read_by.get(loss_mode, clip_range),
     )
 

@@ -39,6 +39,13 @@ def make_call(dtype=torch.float32):
     }
 
 
+def ratio_of_valid_tokens():
+    """A sampler's correction as TRL makes it: 1 at padding, 0 where it is masked."""
+    ratio = 0.5 + torch.rand(B, T, generator=torch.Generator().manual_seed(2))
+    ratio[0, 2] = 0.0
+    return torch.where(torch.arange(T) < torch.tensor([[6], [3], [1], [5]]), ratio, 1.0)
+
+
 def results(loss_class, call, **settings):
     """Loss, metrics and gradients of one call; no clipped share where Liger counts other tokens than we do."""
     names = ("_input", "lin_weight", "bias")
@@ -96,6 +103,9 @@ def test_loss_metrics_and_gradients_are_ligers(liger, loss_type, settings):
         ({"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0}, {}),
         ({"loss_type": "dapo", "delta": 1.5}, {}),
         ({"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5}, {}),
+        ({"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_pos": 1.2}, {}),
+        ({"loss_type": "vespo", "vespo_k_neg": 0.9, "vespo_lambda_neg": 2.5, "beta": 0.0}, {}),
+        ({"loss_type": "vespo"}, {"vllm_is_ratio": ratio_of_valid_tokens()}),
         ({"loss_type": "dapo"}, {"num_items_in_batch": torch.tensor(40)}),
         ({"loss_type": "dapo"}, {"num_items_in_batch": 40.0}),
         ({"loss_type": "bnpo"}, {"vllm_is_ratio": torch.rand(B, T)}),
@@ -121,6 +131,16 @@ def test_reference_hidden_states_stand_for_their_logps(liger):
         results(LigerFusedLinearGRPOLoss, call | {"ref_weight": None})
 
 
+def test_vespo_refuses_a_correction_that_it_cannot_take_in():
+    call = make_call()
+    for arguments in (
+        {"vllm_is_ratio": torch.rand(B, 1)},
+        {"vllm_is_ratio": torch.rand(B, T), "old_per_token_logps": None},
+    ):
+        with pytest.raises(ValueError, match="takes an importance sampling ratio per token"):
+            results(LigerFusedLinearGRPOLoss, call | arguments, loss_type="vespo")
+
+
 def test_masked_garbage_changes_nothing():
     call = make_call() | {"vllm_is_ratio": torch.rand(B, T)}
     padding = call["attention_mask"] == 0
@@ -136,7 +156,7 @@ def test_masked_garbage_changes_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "vespo"}, "supported here"),
+        ({"loss_type": "gpg"}, "supported here"),
         ({"chunk_size": 4}, "chunk_size is 4"),
         ({"use_ref_model": False}, "beta=0.04 has no effect"),
         ({"vespo_k_pos": 1.0}, "vespo_k_pos would be ignored"),

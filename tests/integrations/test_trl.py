@@ -59,6 +59,13 @@ def test_plain_settings_give_trls_numbers(tiny_model, loss_type, accumulation, b
         {"temperature": 0.7, "beta": 0.02, "use_bias_correction_kl": False, "scale_rewards": "batch"},
         {"loss_type": "dr_grpo", "beta": 0.02, "gradient_checkpointing": True, "cast_lm_head_to_fp32": True},
         {"loss_type": "bnpo", "beta": 0.02, "sync_ref_model": True, "ref_model_sync_steps": 2},
+        {
+            "loss_type": "vespo",
+            "vespo_k_pos": 1.5,
+            "vespo_lambda_pos": 1.2,
+            "vespo_k_neg": 0.9,
+            "vespo_lambda_neg": 2.5,
+        },
     ],
     ids=lambda settings: "-".join(map(str, settings)),
 )
@@ -80,8 +87,18 @@ def test_environment_tokens_are_left_out(tiny_model):
     compare(tiny_model, extra={"rollout_func": with_environment}, beta=0.02, num_iterations=2)
 
 
-@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_the_samplers_logps_correct_the_loss_as_trl_does(tiny_model, mode, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "loss_type"),
+    [
+        ("token_truncate", "dapo"),
+        ("token_mask", "dapo"),
+        ("sequence_truncate", "dapo"),
+        ("sequence_mask", "dapo"),
+        ("token_truncate", "vespo"),
+        ("token_mask", "vespo"),
+    ],
+)
+def test_the_samplers_logps_correct_the_loss_as_trl_does(tiny_model, mode, loss_type, monkeypatch):
     class Engine:
         def sync_weights(self):
             """The rollouts are drawn without a model."""
@@ -92,6 +109,7 @@ def test_the_samplers_logps_correct_the_loss_as_trl_does(tiny_model, mode, monke
             tiny_model,
             extra=extra,
             beta=0.02,
+            loss_type=loss_type,
             vllm_importance_sampling_mode=mode,
             vllm_importance_sampling_clip_max=1.5,
         )
@@ -205,7 +223,7 @@ def test_a_checkpoint_without_a_table_is_refused(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "extra", "message"),
     [
-        ({"loss_type": "vespo"}, {}, "supported here: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo"),
+        ({"loss_type": "gpg"}, {}, "supported here: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"),
         ({"top_entropy_quantile": 0.5}, {}, "top_entropy_quantile=0.5 would be ignored"),
         ({"off_policy_mask_threshold": 0.5}, {}, "off_policy_mask_threshold"),
         ({"entropy_coef": 0.1}, {}, "entropy_coef"),
@@ -232,8 +250,8 @@ def test_every_option_that_trls_loss_reads_is_mapped_or_refused():
 
     ours = (ExpoGRPOTrainer._compute_loss, ExpoGRPOTrainer._normalizer, ExpoGRPOTrainer._make_objective)
     known = set().union(*(options(function) for function in ours), _REFUSED)
-    # bounds of the refused adaptive entropy, what is of "vespo" alone, and what made `importance_sampling_ratio`
-    known |= {name for name in options(GRPOTrainer._compute_loss) if name.startswith(("entropy_", "vespo_"))}
+    # bounds of the refused adaptive entropy, and what made `importance_sampling_ratio`
+    known |= {name for name in options(GRPOTrainer._compute_loss) if name.startswith("entropy_")}
     known |= {"use_vllm", "vllm_importance_sampling_correction"}
     known.add("router_aux_loss_coef")  # refused with the model it needs
     assert options(GRPOTrainer._compute_loss) - known == set()
