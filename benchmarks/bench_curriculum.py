@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.contenders import OURS
 from benchmarks.floors import device_copy
-from benchmarks.machine import RoundRobin, whole
+from benchmarks.machine import RoundRobin, total_time
 from expo_kernels import CurriculumTable
 
 QUESTIONS = tuple(10**power for power in range(4, 9))
@@ -86,7 +86,7 @@ def test_draw(num_questions, machine, table, rounds):
             table.append({"case": "draw", "questions": num_questions, "contender": name, "note": why})
         else:
             draws[name] = checked(prepare(curriculum), num_questions)
-    runs = {name: whole(machine, draw) for name, draw in draws.items()}
+    runs = {name: total_time(machine, draw) for name, draw in draws.items()}
     for name, times in rounds(RoundRobin(machine, runs, device_copy(curriculum.pass_rates))).items():
         table.append({"case": "draw", "questions": num_questions, "contender": name, **times})
 
@@ -100,6 +100,6 @@ def test_update(num_questions, machine, table, rounds):
     before = curriculum.visits[ids].clone()
     curriculum.update(ids, rates)
     assert torch.equal(curriculum.visits[ids], before + 1)
-    runs = {OURS: whole(machine, lambda: curriculum.update(ids, rates))}
+    runs = {OURS: total_time(machine, lambda: curriculum.update(ids, rates))}
     times = rounds(RoundRobin(machine, runs, device_copy(curriculum.pass_rates)))[OURS]
     table.append({"case": "update", "questions": num_questions, "contender": OURS, **times})

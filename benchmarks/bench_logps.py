@@ -10,7 +10,7 @@ import torch
 from benchmarks.contenders import OURS, contender, logps_and_entropies
 from benchmarks.floors import one_product
 from benchmarks.inputs import Inputs, make_inputs
-from benchmarks.machine import RoundRobin, whole
+from benchmarks.machine import RoundRobin, total_time
 from benchmarks.truth import LOGPS_BOUND, Truth, largest_error, truth_of
 from expo_kernels import linear_token_logps
 
@@ -58,7 +58,7 @@ def test_logps(kind, machine, table, rounds, side_case, obstacle_of):
     def once(name: str) -> Callable[[], Any]:
         return lambda: compute(name, inputs)
 
-    robin = RoundRobin(machine, {name: whole(machine, once(name)) for name in names}, one_product(inputs))
+    robin = RoundRobin(machine, {name: total_time(machine, once(name)) for name in names}, one_product(inputs))
     described = {"case": f"{side_case}, {kind}", "settings": asdict(side_case)}
     for name, times in rounds(robin).items():
         table.append({**described, "contender": name, **times, "errors": errors[name]})

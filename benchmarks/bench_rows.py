@@ -8,7 +8,7 @@ import torch
 from benchmarks.contenders import OURS, liger_triton_loss, our_loss_on
 from benchmarks.floors import device_copy
 from benchmarks.inputs import Inputs, make_inputs, policy_loss
-from benchmarks.machine import Machine, RoundRobin, whole
+from benchmarks.machine import Machine, RoundRobin, total_time
 from benchmarks.shapes import TINY, Case, Shape, dtype_for
 from benchmarks.truth import relative_error
 
@@ -57,7 +57,7 @@ def test_rows(machine: Machine, table, rounds, is_tiny):
     inputs = make_inputs(Case(TINY if is_tiny else shape, dtype_for(kind)), machine.device)
     logits = (inputs.hidden @ inputs.weight.T).detach()
     contenders = {name: checked(name, logits, inputs) for name in LOSSES if machine.is_gpu or name != "Liger Triton"}
-    runs = {name: whole(machine, run) for name, (run, _) in contenders.items()}
+    runs = {name: total_time(machine, run) for name, (run, _) in contenders.items()}
     num_bytes = logits.numel() * logits.element_size()
     for name, times in rounds(RoundRobin(machine, runs, device_copy(logits))).items():
         described = {"case": "rows", "settings": asdict(inputs.case), "contender": name, "num_bytes": num_bytes}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.machine import ROUNDS, RoundRobin, whole
+from benchmarks.machine import ROUNDS, RoundRobin, total_time
 from expo.rewards.verifier import Verifier
 
 COUNTS = {"numbers": 2000, "normal LaTeX": 200, "formulas": 40}  # replies per batch
@@ -102,6 +102,6 @@ def test_verifier(kind, machine, table, rounds, verifier, is_tiny):
         remaining = iter(batches)
         return lambda: graders[name](next(remaining))
 
-    runs = {name: whole(machine, once(name)) for name in names}
+    runs = {name: total_time(machine, once(name)) for name in names}
     for name, times in rounds(RoundRobin(machine, runs)).items():
         table.append({"case": kind, "replies": count, "contender": name, **times})

@@ -61,10 +61,10 @@ def our_linear_loss(
     logits_budget_mb: float | None = None,
 ) -> LossOutput:
     """Our loss from hidden states; `function` may be a compiled linear_expo_loss."""
-    request = {**_request(inputs), "beta": beta, "objective": _objective(inputs)}
+    arguments = {**_loss_arguments(inputs), "beta": beta, "objective": _objective(inputs)}
     if logits_budget_mb is not None:
-        request["logits_budget_mb"] = logits_budget_mb
-    return function(inputs.hidden, inputs.weight, inputs.ids, inputs.mask, **request)
+        arguments["logits_budget_mb"] = logits_budget_mb
+    return function(inputs.hidden, inputs.weight, inputs.ids, inputs.mask, **arguments)
 
 
 def _on_logits(inputs: Inputs) -> LossOutput:
@@ -72,8 +72,8 @@ def _on_logits(inputs: Inputs) -> LossOutput:
 
 
 def _loss_on(logits: Tensor, inputs: Inputs, *, inplace: bool) -> LossOutput:
-    request, objective = _request(inputs), _objective(inputs)
-    return expo_loss(logits, inputs.ids, inputs.mask, **request, objective=objective, inplace=inplace)
+    arguments, objective = _loss_arguments(inputs), _objective(inputs)
+    return expo_loss(logits, inputs.ids, inputs.mask, **arguments, objective=objective, inplace=inplace)
 
 
 def our_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
@@ -81,7 +81,7 @@ def our_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
     return _loss_on(logits, inputs, inplace=False).loss
 
 
-def _request(inputs: Inputs) -> dict[str, Tensor | float]:
+def _loss_arguments(inputs: Inputs) -> dict[str, Tensor | float]:
     return {
         "advantages": inputs.advantages,
         "old_logps": inputs.old_logps,
@@ -185,20 +185,20 @@ def _liger_logps(inputs: Inputs) -> Tensor:
     return LigerFusedLinearPPOBase.chunk_forward(inputs.hidden, inputs.weight, inputs.ids)
 
 
-def _trl(inputs: Inputs, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
+def _trl(inputs: Inputs, requested: tuple[str, ...]) -> tuple[Tensor, ...]:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     hidden, ids = inputs.hidden.flatten(0, 1), inputs.ids.flatten()
     if hidden.device.type == "cuda":  # as in TRL; on other devices it scores every position
         hidden, ids = hidden[inputs.mask.flatten()], ids[inputs.mask.flatten()]
-    made = ChunkedLogProbFunction.apply(
-        hidden, inputs.weight, None, ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
+    outputs = ChunkedLogProbFunction.apply(
+        hidden, inputs.weight, None, ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, requested
     )
-    return tuple(None if values is None else _spread(values, inputs) for values in made[:2])
+    return tuple(None if values is None else _pad(values, inputs) for values in outputs[:2])
 
 
-def _spread(values: Tensor, inputs: Inputs) -> Tensor:
+def _pad(values: Tensor, inputs: Inputs) -> Tensor:
     if len(values) == inputs.mask.numel():
         return values.view(inputs.mask.shape)
     return values.new_zeros(inputs.mask.shape).masked_scatter(inputs.mask, values)
@@ -225,13 +225,13 @@ OURS = "expo_kernels"
 CONTENDERS = (
     Contender(
         OURS,
-        "linear_expo_loss: loss and gradients in one pass over chunks of tokens, 6NHV; valid tokens only",
+        "linear_expo_loss: loss and gradients in one pass over chunks of tokens, 6NHV; unmasked tokens only",
         lambda inputs: lambda: our_linear_loss(inputs).loss,
         lambda inputs: our_linear_loss(inputs).logps,
     ),
     Contender(
         "expo_kernels on logits",
-        "expo_loss(inplace=True) on logits made by PyTorch: for trainers that have them; holds them all",
+        "expo_loss(inplace=True) on logits computed by PyTorch, for trainers that have them; stores all logits",
         lambda inputs: lambda: _on_logits(inputs).loss,
         lambda inputs: _on_logits(inputs).logps,
         is_everywhere=False,
@@ -246,17 +246,17 @@ CONTENDERS = (
         _logsumexp_logps,
         is_everywhere=False,
     ),
-    Contender("torch.compile", "eager log_softmax compiled for this one shape by Inductor", _compiled),
+    Contender("torch.compile", "eager log_softmax compiled by Inductor for one static shape", _compiled),
     Contender(
         "Liger fused linear",
-        "LigerFusedLinearGRPOLoss(compiled=False): vocabulary slices, makes the logits twice, 8NHV",
+        "LigerFusedLinearGRPOLoss(compiled=False): vocabulary slices, computes the logits twice, 8NHV",
         lambda inputs: _liger_linear(inputs, compiled=False),
         _liger_logps,
         package="liger_kernel",
     ),
     Contender(
         "Liger fused linear, compiled",
-        "the same with compiled=True, its default: the loss of the log-probs through torch.compile",
+        "the same with compiled=True, its default: computes the loss of the log-probs with torch.compile",
         lambda inputs: _liger_linear(inputs, compiled=True),
         _liger_logps,
         package="liger_kernel",
@@ -264,14 +264,14 @@ CONTENDERS = (
     ),
     Contender(
         "Liger Triton",
-        "triton_grpo_loss on a model's logits, gradient written over them; holds them all",
+        "triton_grpo_loss on a model's logits, overwrites them with the gradient; stores all logits",
         _liger_triton,
         package="liger_kernel",
         needs_gpu=True,
     ),
     Contender(
         "TRL chunked",
-        "TRL's ChunkedLogProbFunction, then the loss in eager: makes the logits twice, 8NHV",
+        "TRL's ChunkedLogProbFunction, then the loss in eager PyTorch: computes the logits twice, 8NHV",
         _from_logps(_trl_logps),
         _trl_logps,
         package="trl",
@@ -279,7 +279,7 @@ CONTENDERS = (
     ),
     Contender(
         "Apple CCE",
-        "cut_cross_entropy (reduction none), then the loss in eager: drops small gradients by its default filter",
+        "cut_cross_entropy (reduction none), then the loss in eager PyTorch: its default filter drops small gradients",
         _from_logps(_cce_logps),
         _cce_logps,
         package="cut_cross_entropy",
@@ -288,7 +288,7 @@ CONTENDERS = (
     ),
     Contender(
         "quack",
-        "chunked_linear_cross_entropy: a mean cross-entropy and no policy loss, which needs a weight per token",
+        "chunked_linear_cross_entropy: a mean cross-entropy, not a policy loss, which needs a weight per token",
         _quack,
         package="quack",
         needs_gpu=True,
@@ -314,7 +314,7 @@ CHUNKED = tuple(_with_budget(mib) for mib in CHUNK_BUDGETS)
 
 def contender(name: str) -> Contender:
     """The contender of that name."""
-    return next(found for found in (*CONTENDERS, *CHUNKED) if found.name == name)
+    return next(candidate for candidate in (*CONTENDERS, *CHUNKED) if candidate.name == name)
 
 
 def logps_and_entropies(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ def forward_and_backward(machine: Machine, run: Callable[[], Tensor], inputs: In
     return once
 
 
-def whole(machine: Machine, run: Callable[[], Any]) -> Round:
+def total_time(machine: Machine, run: Callable[[], Any]) -> Round:
     """A round with the total time only."""
 
     def once() -> dict[str, float]:

@@ -68,43 +68,43 @@ def _check_all(
     checked: list[_Checked | None] = []
     rows, failures = [], []
     truths: dict[tuple[int, Any], Truth] = {}
-    for case, found, inputs in entries:
-        rows.append(_described(case, found, inputs))
-        note = obstacle_of(found.name)
+    for case, contender, inputs in entries:
+        rows.append(_described(case, contender, inputs))
+        note = obstacle_of(contender.name)
         if note is None:
             try:
-                checked.append(_check(found, inputs, truths, machine))
+                checked.append(_check(contender, inputs, truths, machine))
                 continue
             except torch.OutOfMemoryError:
                 note = f"out of memory on {inputs.case}"
                 torch.cuda.empty_cache()
             except Exception as error:  # a peer may raise anything
                 note = f"{type(error).__name__}: {error}"
-                failures.append(f"{found.name} on {inputs.case}: {note}")
+                failures.append(f"{contender.name} on {inputs.case}: {note}")
             inputs.clear()
         checked.append(None)
-        rows[-1] = {"case": case, "contender": found.name, "note": note}
+        rows[-1] = {"case": case, "contender": contender.name, "note": note}
     return checked, rows, failures
 
 
-def _check(found: Contender, inputs: Inputs, truths: dict[tuple[int, Any], Truth], machine: Machine) -> _Checked:
+def _check(contender: Contender, inputs: Inputs, truths: dict[tuple[int, Any], Truth], machine: Machine) -> _Checked:
     if inputs.case.dtype != "float32":
-        check_formula(found, inputs.case, machine.device)
-    key = (id(inputs), found.loss_of)
+        check_formula(contender, inputs.case, machine.device)
+    key = (id(inputs), contender.loss_of)
     if key not in truths:
         truths.clear()  # keep one at a time: it is twice as large as the gradients
-        truths[key] = truth_of(inputs, found.loss_of)
-    errors = checked_errors(found, inputs, truths[key])
-    return _Checked(found, inputs, found.prepare(inputs), errors)
+        truths[key] = truth_of(inputs, contender.loss_of)
+    errors = checked_errors(contender, inputs, truths[key])
+    return _Checked(contender, inputs, contender.prepare(inputs), errors)
 
 
-def _described(case: str, found: Contender, inputs: Inputs) -> Row:
+def _described(case: str, contender: Contender, inputs: Inputs) -> Row:
     gradients = {name: _mib(tensor) for name, tensor in vars(inputs).items() if _is_learnt(tensor)}
     return {
         "case": case,
         "settings": asdict(inputs.case),
-        "contender": found.name,
-        "computes": found.computes,
+        "contender": contender.name,
+        "computes": contender.computes,
         "gradients_mib": gradients,  # every contender returns them
     }
 

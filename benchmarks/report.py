@@ -64,7 +64,7 @@ ABOUT = {
     "runs in the calling process. Normal LaTeX is fractions, roots, polynomials, an equation, pi, units, a pair and a "
     "number.",
     "step": "## {device}: a training step\n\nThe embedded model with GRPO settings, transformers generation and "
-    "float32; `benchmarks/trl_step.py` has all settings.",
+    "float32; see `benchmarks/step_settings.py` and `benchmarks/trl_step.py`.",
 }
 
 
@@ -109,9 +109,9 @@ def page(results: dict[tuple[str, str], dict[str, Any]], figures: dict[str, list
             if name in MEASURES:
                 better = better_peers(name, table["rows"])
                 parts.append(
-                    "\n".join(["Where others are better than ours:\n", *better, ""])
+                    "\n".join(["Contenders that are better than ours:\n", *better, ""])
                     if better
-                    else "No other is better than ours.\n"
+                    else "No contender is better than ours.\n"
                 )
         parts += [f"![{figure}](benchmarks/{figure})\n" for figure in figures.get(device, ())]
     return "\n".join(parts)

@@ -34,7 +34,7 @@ Tables = dict[str, list[Row]]  # of one device, by name
 TIE = 1.01  # errors within this factor are a tie
 SLOPE = (0.95, 1.05)
 # By device and target: why the target is missed; printed below the table if it is.
-WHY_MISSED: dict[tuple[str, str], str] = {
+MISSED_REASONS: dict[tuple[str, str], str] = {
     ("cpu", "time at most 1.0 x eager log_softmax"): (
         "missed in bfloat16 only. Eager PyTorch multiplies in bfloat16, with AMX if the processor has it, and rounds "
         "the logits to bfloat16, which causes errors of 1e-2 nats in the log-probs; ours computes float32 logits."
@@ -183,8 +183,8 @@ def targets_section(tables: Tables, device: str) -> str:
     for target, points_of in TARGETS.items():
         points = points_of(tables)
         lines.append([target, *_verdict(points)])
-        if not all(point.is_met for point in points) and (device, target) in WHY_MISSED:
-            reasons.append(f"- {target}: {WHY_MISSED[device, target]}")
+        if not all(point.is_met for point in points) and (device, target) in MISSED_REASONS:
+            reasons.append(f"- {target}: {MISSED_REASONS[device, target]}")
     table = markdown(["target", "worst case", "result"], lines)
     return "\n\n".join([table, *(["\n".join(reasons)] if reasons else [])])
 

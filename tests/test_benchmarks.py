@@ -19,14 +19,14 @@ from benchmarks.measured_loss import measure_losses
 from benchmarks.report import BEGIN, END, ReportError, write
 from benchmarks.shapes import GPU_SHAPES, TINY, Case, Shape
 from benchmarks.tables import better_peers, slope, spread, time_ratio, time_slope
-from benchmarks.targets import TARGETS, WHY_MISSED, targets_section
+from benchmarks.targets import MISSED_REASONS, TARGETS, targets_section
 from benchmarks.truth import WrongResultError, check_formula, checked_errors, truth_of
 from expo_kernels import _launch, linear_token_logps
 from tests.ranks.running import environment_of_no_rank
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-HERE = [found for found in CONTENDERS if not found.needs_gpu]
+CPU_CONTENDERS = [candidate for candidate in CONTENDERS if not candidate.needs_gpu]
 CASES = (
     Case(TINY),
     Case(TINY, active_share=0.5),
@@ -35,13 +35,21 @@ CASES = (
 )
 
 
+<<<<<<< HEAD
 @pytest.mark.medium
 @pytest.mark.parametrize("found", HERE, ids=lambda found: found.name)
 def test_every_contender_that_runs_on_a_cpu_is_correct(found):
     assert found.obstacle(CPU) is None
     for case in CASES[:1] if "compile" in found.name else CASES:
+=======
+@pytest.mark.medium
+@pytest.mark.parametrize("candidate", CPU_CONTENDERS, ids=lambda candidate: candidate.name)
+def test_every_contender_that_runs_on_a_cpu_is_correct(candidate):
+    assert candidate.obstacle(CPU) is None
+    for case in CASES[:1] if "compile" in candidate.name else CASES:
+>>>>>>> report
         inputs = make_inputs(case, CPU)
-        errors = checked_errors(found, inputs, truth_of(inputs))
+        errors = checked_errors(candidate, inputs, truth_of(inputs))
         assert max(errors.values()) < 1e-5
 
 
@@ -80,11 +88,11 @@ def test_a_missing_term_is_found_in_float32(loss_of):
 
 
 @pytest.mark.parametrize("loss_of", [without_penalty, without_clip])
-@pytest.mark.parametrize("found", [None, "Apple CCE"])
-def test_a_missing_term_is_found_before_bfloat16_is_timed(loss_of, found):
+@pytest.mark.parametrize("candidate", [None, "Apple CCE"])
+def test_a_missing_term_is_found_before_bfloat16_is_timed(loss_of, candidate):
     wrong = with_loss(loss_of)
-    if found is not None:  # the loosest bound of all contenders
-        wrong = dataclasses.replace(wrong, formula_bound=10 * contender(found).formula_bound)
+    if candidate is not None:  # the loosest bound of all contenders
+        wrong = dataclasses.replace(wrong, formula_bound=10 * contender(candidate).formula_bound)
     with pytest.raises(WrongResultError):
         check_formula(wrong, Case(TINY, "bfloat16"), CPU)
 
@@ -117,7 +125,7 @@ def test_every_contender_runs_once_per_round_after_the_floor():
     assert all(names[0] == "floor" and sorted(names[1:]) == ["a", "b", "c", "d"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1
     times = robin.times()
-    assert {len(found["ms"]["both"]) for found in times.values()} == {6}
+    assert {len(candidate["ms"]["both"]) for candidate in times.values()} == {6}
     assert [names.index("a") + 5 * index + 1 for index, names in enumerate(rounds)] == times["a"]["ms"]["both"]
     assert len(times["a"]["floor_ms"]) == 6
 
@@ -135,7 +143,7 @@ def test_a_failing_contender_does_not_affect_the_others():
     ours = contender(OURS)
     doubled = dataclasses.replace(ours, name="doubled", prepare=lambda inputs: lambda: 2 * ours.prepare(inputs)())
     wrong = (dataclasses.replace(ours, name="broken", prepare=broken), doubled)
-    entries = [("tiny", found, inputs) for found in (*wrong, ours)]
+    entries = [("tiny", candidate, inputs) for candidate in (*wrong, ours)]
     measured = measure_losses(entries, Machine(CPU), once_each, lambda name: None)
     assert [("ms" in row, "note" in row) for row in measured.rows] == [(False, True), (False, True), (True, False)]
     assert "no kernel for this device" in measured.rows[0]["note"]
@@ -187,7 +195,7 @@ def test_a_missed_target_is_shown_with_its_reason(monkeypatch):
     assert "**missed**" in lines["error of log-probs at most the best peer's"]
     assert "| met; 1 tied within 1 % |" in lines["error of dHidden at most the best peer's"]
     assert "not measured" in lines["a training step at most 0.8 x TRL's"]
-    monkeypatch.setitem(WHY_MISSED, ("cpu", target), "the machine was slow")
+    monkeypatch.setitem(MISSED_REASONS, ("cpu", target), "the machine was slow")
     assert f"- {target}: the machine was slow" in targets_section(tables, "cpu")
     assert "the machine was slow" not in targets_section({"loss": loss_rows((1.0,), (2.0,), 1.0)}, "cpu")
 
@@ -198,7 +206,7 @@ def test_an_error_within_a_percent_is_a_tie():
 
 
 def test_every_reason_belongs_to_a_target():
-    assert {target for _, target in WHY_MISSED} <= set(TARGETS)
+    assert {target for _, target in MISSED_REASONS} <= set(TARGETS)
 
 
 def test_measures_in_which_peers_are_better_are_listed():
@@ -263,8 +271,8 @@ def test_all_results_are_published(results, tmp_path):
     root = make_root(tmp_path / "root")
     write(results, root)
     page, readme = (root / "docs" / "benchmarks.md").read_text(), (root / "README.md").read_text()
-    for found in HERE:
-        assert (f"| {found.name} |" in page) == ("compile" not in found.name)
+    for candidate in CPU_CONTENDERS:
+        assert (f"| {candidate.name} |" in page) == ("compile" not in candidate.name)
     assert "Liger Triton: runs on GPUs only" in page
     for target in TARGETS:
         assert f"| {target} | " in page

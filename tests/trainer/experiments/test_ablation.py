@@ -197,34 +197,34 @@ def test_curves_equal_numbers_worked_by_hand():
     )
 
 
-def made_outcomes(*, gain, num_seeds=5, better="better", same="same"):
+def simulated_outcomes(*, gain, num_seeds=5, better="better", same="same"):
     """One arm gains `gain` over the baseline, one gains nothing; seeds have their own level, runs their own noise."""
     generator = torch.Generator().manual_seed(1)
-    made = []
+    outcomes = []
     for seed in range(num_seeds):
         level = 0.5 + 0.1 * float(torch.randn((), generator=generator))
         for arm, more in (("grpo", 0.0), (better, gain), (same, 0.0)):
             noise = 0.003 * torch.randn(2, generator=generator)
-            made.append(
+            outcomes.append(
                 outcome(
                     arm, seed, [(0, level), (10, level + more + float(noise[0])), (20, level + more + float(noise[1]))]
                 )
             )
-    return made
+    return outcomes
 
 
 def test_a_planted_difference_is_significant_and_an_absent_one_is_not():
-    found = {(contrast.arm, contrast.measure): contrast for contrast in contrasts(made_outcomes(gain=0.05))}
+    found = {(contrast.arm, contrast.measure): contrast for contrast in contrasts(simulated_outcomes(gain=0.05))}
     assert len(found) == 2 * len(MEASURES)
     planted, absent = found["better", "pass@1, at the end"], found["same", "pass@1, at the end"]
     assert planted.is_significant
     assert planted.difference.low < 0.05 < planted.difference.high
     assert not absent.is_significant
-    assert not any(contrast.is_significant for contrast in contrasts(made_outcomes(gain=0.0)))
+    assert not any(contrast.is_significant for contrast in contrasts(simulated_outcomes(gain=0.0)))
 
 
 def test_the_counted_estimate_is_compared_with_expo_in_a_separate_family():
-    outcomes = made_outcomes(gain=0.05, better="expo-counted", same="expo")
+    outcomes = simulated_outcomes(gain=0.05, better="expo-counted", same="expo")
     primary, secondary = contrasts(outcomes), secondary_contrasts(outcomes)
     assert {(contrast.arm, contrast.reference) for contrast in primary} == {("expo-counted", "grpo"), ("expo", "grpo")}
     assert {(contrast.arm, contrast.reference) for contrast in secondary} == {("expo-counted", "expo")}
@@ -235,7 +235,7 @@ def test_the_counted_estimate_is_compared_with_expo_in_a_separate_family():
     gaps = [by_seed["expo-counted", seed] - by_seed["expo", seed] for seed in range(5)]
     (found,) = [contrast for contrast in secondary if contrast.measure == "pass@1, at the end"]
     assert found.difference.mean == pytest.approx(sum(gaps) / 5)
-    assert secondary_contrasts(made_outcomes(gain=0.05, better="expo-counted")) == []
+    assert secondary_contrasts(simulated_outcomes(gain=0.05, better="expo-counted")) == []
 
 
 def test_a_full_ablation_has_24_primary_differences_and_6_secondary_ones():
@@ -257,7 +257,7 @@ def test_a_full_ablation_has_24_primary_differences_and_6_secondary_ones():
     ],
 )
 def test_the_effect_of_the_counted_estimate_is_reported_as_secondary(gain, expected):
-    outcomes = made_outcomes(gain=gain, better="expo-counted", same="expo")
+    outcomes = simulated_outcomes(gain=gain, better="expo-counted", same="expo")
     record = json.loads(json.dumps(as_record(outcomes, settings_of("expo-counted", "expo"), FACTS)))
     text = tables(record)
     assert f"Secondary analysis, added after the plan: {expected}" in text
@@ -275,7 +275,7 @@ def settings_of(*arms):
 
 
 def test_tables_are_made_from_results_json_alone():
-    outcomes = made_outcomes(gain=0.05)
+    outcomes = simulated_outcomes(gain=0.05)
     record = json.loads(json.dumps(as_record(outcomes, settings_of("better", "same"), FACTS)))
     assert from_record(record) == outcomes
     text = tables(record)
@@ -300,7 +300,7 @@ def test_every_commit_of_a_run_is_reported_from_old_and_new_files(tmp_path):
     runs = [{**asdict(found), "curve": [point._asdict() for point in found.curve]} for found in outcomes]
     (runs[1]["commit"],) = runs[1].pop("commits")  # the format of older results
     assert from_record(json.loads(json.dumps({"runs": runs}))) == outcomes
-    assert as_record(made_outcomes(gain=0.0), {}, FACTS)["commits"] == ["abc", "def"]
+    assert as_record(simulated_outcomes(gain=0.0), {}, FACTS)["commits"] == ["abc", "def"]
 
 
 def test_only_the_text_between_the_marks_is_replaced(tmp_path):
@@ -388,9 +388,9 @@ def test_the_command_runs_is_interrupted_resumes_and_reports(tmp_path, capsys, m
     for path in runs:
         replaced[path.parent.parent.name] += sum(json.loads(line)["groups_dropped"] for line in lines_of(path))
     assert replaced["grpo"] == 0 < replaced["dynamic"]
-    made = [path.stat().st_mtime_ns for path in runs]
+    modified = [path.stat().st_mtime_ns for path in runs]
     assert main(argv) == 0  # all runs are finished: nothing runs again
-    assert [path.stat().st_mtime_ns for path in runs] == made
+    assert [path.stat().st_mtime_ns for path in runs] == modified
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("\n".join(MARKS))
