@@ -66,9 +66,7 @@ def _ground_truth(value: Any) -> str:
 
 
 LAYOUTS = (
-    Layout(
-        "prompt", "reward_model", _question_of_prompt, _ground_truth
-    ),  # DAPO-17K as published, and other sets in verl's format
+    Layout("prompt", "reward_model", _question_of_prompt, _ground_truth),  # DAPO-17K as published; verl's format
     Layout("prompt", "solution", _question_of_prompt, _answer),  # open-r1's copy of it: `solution` is the bare answer
     Layout("question", "final_answer", _text, _answer),  # OlympiadBench: a list
     Layout("question", "answer", _text, _answer),  # the format of expo; Minerva, AMC 2023

@@ -52,10 +52,10 @@ class Overlap:
 
     def lines(self) -> list[str]:
         """One line for each set with matches, with the closest match as an example."""
-        found = defaultdict(list)
+        by_set = defaultdict(list)
         for match in self.matches:
-            found[match.name].append(match)
-        return [_describe(name, matches) for name, matches in found.items()]
+            by_set[match.name].append(match)
+        return [_describe(name, matches) for name, matches in by_set.items()]
 
     def to_json(self) -> list[dict[str, Any]]:
         """The matches, for data.json."""
@@ -90,7 +90,7 @@ def _describe(name: str, matches: Sequence[Match]) -> str:
     text = " ".join(closest.evaluation.text.split())
     return (
         f"overlap: {counts['exact']} questions of {name} are training questions too, {counts['near']} nearly so; "
-        f"for example {closest.evaluation.id} is {closest.training.id}: {text[:80]}{'...' if len(text) > 80 else ''}"
+        f"for example {closest.evaluation.id} and {closest.training.id}: {text[:80]}{'...' if len(text) > 80 else ''}"
     )
 
 
