@@ -35,19 +35,11 @@ CASES = (
 )
 
 
-<<<<<<< HEAD
-@pytest.mark.medium
-@pytest.mark.parametrize("found", HERE, ids=lambda found: found.name)
-def test_every_contender_that_runs_on_a_cpu_is_correct(found):
-    assert found.obstacle(CPU) is None
-    for case in CASES[:1] if "compile" in found.name else CASES:
-=======
 @pytest.mark.medium
 @pytest.mark.parametrize("candidate", CPU_CONTENDERS, ids=lambda candidate: candidate.name)
 def test_every_contender_that_runs_on_a_cpu_is_correct(candidate):
     assert candidate.obstacle(CPU) is None
     for case in CASES[:1] if "compile" in candidate.name else CASES:
->>>>>>> report
         inputs = make_inputs(case, CPU)
         errors = checked_errors(candidate, inputs, truth_of(inputs))
         assert max(errors.values()) < 1e-5
