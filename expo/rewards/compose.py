@@ -92,8 +92,7 @@ class RewardComposer:
         values: list[Tensor] = []
 
         def call() -> None:
-            for name, values in self._call_functions(graded).items():
-                part = values.view_as(rewards)
+            values.extend(torch.tensor(_values(name, function, rows)) for name, function in self._functions.items())
 
         self._ranks.run_on_rank0(call)
         return dict(zip(self._functions, self._ranks.broadcast_tensors_from_rank0(values), strict=True))
