@@ -68,7 +68,7 @@ class MiniBatch:
 
 
 def mini_batches(samples: Sequence[Sample], section: PolicySection, pad_id: int, ranks: Ranks) -> Iterator[MiniBatch]:
-    """Splits all ranks' `samples` in order into equal mini-batches, one per update; old and reference logps: None."""
+    """Splits all ranks' `samples` in order into equal mini-batches, one per update; no old or reference logps."""
     size = len(samples) // section.updates_per_step
     for start in range(0, len(samples), size):
         part = [sample for sample in samples[start : start + size] if not sample.is_left_out]
