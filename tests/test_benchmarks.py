@@ -35,6 +35,7 @@ CASES = (
 )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("candidate", CPU_CONTENDERS, ids=lambda candidate: candidate.name)
 def test_every_contender_that_runs_on_a_cpu_is_correct(candidate):
     assert candidate.obstacle(CPU) is None
@@ -257,6 +258,7 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.medium
 def test_all_results_are_published(results, tmp_path):
     root = make_root(tmp_path / "root")
     write(results, root)
@@ -301,6 +303,7 @@ def test_the_committed_page_is_generated_from_the_committed_results(tmp_path):
     assert (root / "docs" / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
+@pytest.mark.medium
 def test_two_commits_are_compared(tmp_path):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
@@ -324,6 +327,7 @@ def test_a_job_that_is_slower_in_every_round_is_reported():
     assert compare.sign_test([1.1] * 4 + [0.9]) == pytest.approx(12 / 32)
 
 
+@pytest.mark.medium
 def test_the_benchmarks_for_gpus_are_collected():
     listed = run_python("pytest", "benchmarks", "--device", "cuda", "--collect-only")
     for shape in GPU_SHAPES:
@@ -351,6 +355,7 @@ def kernels_on_cpu():
     _launch._switch.kernels_on_cpu = False
 
 
+@pytest.mark.medium
 def test_the_kernels_of_the_benchmarks_compile_for_a_gpu(kernels_on_cpu):
     from tests.kernels import compiling
 

@@ -41,6 +41,7 @@ def test_the_loop_of_forty_lines_has_forty():
     assert len([line for line in loop.splitlines() if line.strip()]) <= 45
 
 
+@pytest.mark.medium
 def test_the_pages_build_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     # a proxy without a server: every request fails

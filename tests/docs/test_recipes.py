@@ -13,7 +13,7 @@ import pytest
 
 from expo.rollout import RolloutEngine
 from tests import ROOT
-from tests.recipes import apply, recipe
+from tests.recipes import apply, patched, recipe
 
 RECIPES = ("Add a reward", "Add a data source", "Add a tracker", "Add an engine")
 COMMAND = re.compile(r"^    python -m expo\.train CONFIG\.yaml (.*)$", flags=re.MULTILINE)

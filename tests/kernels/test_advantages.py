@@ -92,6 +92,7 @@ def _rank_beta(rank, path, results):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.medium
 def test_ranks_share_one_mean(tmp_path):
     results = mp.get_context("spawn").Manager().dict()
     run = functools.partial(mp.spawn, args=(tmp_path / "store", results), nprocs=2)

@@ -150,6 +150,7 @@ def test_under_no_grad_a_compiled_loss_needs_no_gradient():
     assert torch.equal(out.loss, linear(call).loss)
 
 
+@pytest.mark.medium
 def test_inductor_gives_the_gradients_of_a_model_and_its_head():
     call = make_call()
 

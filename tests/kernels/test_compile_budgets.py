@@ -21,6 +21,8 @@ from expo_kernels.objective import Objective
 from tests.kernels import compiling
 from tests.kernels.chunks import make_chunk
 
+pytestmark = pytest.mark.medium  # compiles kernels
+
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)  # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 3
 GROUP_SIZES = (2, 4, 8, 16, 32, 64)
 # registers a thread: the most with which two programs of 8 warps share an SM's 65,536 registers (on gfx942: with

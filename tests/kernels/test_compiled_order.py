@@ -17,6 +17,8 @@ from expo_kernels._triton import launch as kernels
 from tests.kernels import compiling
 from tests.kernels.chunks import make_chunk
 
+pytestmark = pytest.mark.medium  # compiles kernels
+
 N, V = 4, 4096
 
 

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow  # each test interprets kernels for minutes
+
 TESTS = Path(__file__).parent
 # what these ask of the PyTorch path has no meaning here, or takes the interpreter minutes
 LEFT_OUT = (

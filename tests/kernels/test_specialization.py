@@ -19,6 +19,8 @@ from expo_kernels.objective import Objective
 from tests.kernels import compiling
 from tests.kernels.chunks import make_chunk
 
+pytestmark = pytest.mark.medium  # compiles kernels
+
 CPU = torch.device("cpu")
 TARGET = compiling.TARGETS["sm_90"]
 VOCAB_SIZE = 64

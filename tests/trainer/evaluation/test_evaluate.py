@@ -146,6 +146,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.medium
 def test_a_killed_evaluation_resumes_without_sampling_again_and_ends_with_the_same_bytes(
     whole, questions, tmp_path, monkeypatch
 ):

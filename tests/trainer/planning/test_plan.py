@@ -46,6 +46,7 @@ def error_of(capsys, *argv):
     return text
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_recipes_are_planned_without_hub_weights_or_gpu(name, tmp_path):
     # no hub, an empty cache, an empty folder
