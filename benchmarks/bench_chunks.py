@@ -1,4 +1,4 @@
-"""What the size of a chunk of logits, `logits_budget_mb`, buys in time and costs in memory."""
+"""Time and memory by the size of a chunk of logits, `logits_budget_mb`."""
 
 from benchmarks.contenders import CHUNKED, OURS, contender
 from benchmarks.floors import three_products

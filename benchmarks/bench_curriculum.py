@@ -1,7 +1,7 @@
-"""The curriculum: pass rates of 256 questions updated, and 256 questions drawn, out of 10 thousand to 100 million.
+"""The curriculum: update of 256 pass rates and draw of 256 questions, out of 10 thousand to 100 million questions.
 
-A draw is timed from pass rates to questions. The peers hold pass rates alone and make weights of them all; ours holds
-the logarithms of its weights too, which its update, timed apart, moves with the pass rates.
+A draw is timed from pass rates to question ids. The peers compute all weights from the pass rates in every draw; ours
+stores log-weights, which its update, timed separately, keeps in step with the pass rates.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Draw = Callable[[], torch.Tensor]
 
 
 def make_table(num_questions: int, device: torch.device) -> CurriculumTable:
-    """A table of which the first half of the questions is all but never drawn."""
+    """A table whose first half of the questions has negligible weight."""
     table = CurriculumTable(num_questions, std=STD, device=device)
     rates = torch.full((num_questions,), 0.5, device=device)
     rates[: num_questions // 2] = 0.0
@@ -44,7 +44,7 @@ def multinomial(table: CurriculumTable) -> Draw:
 
 
 def numpy_choice(table: CurriculumTable) -> Draw:
-    # its own pass rates, in the memory and the dtype that it draws with
+    # a copy of the pass rates in NumPy's memory and dtype, outside the timed draw
     rates, generator = table.pass_rates.double().cpu().numpy(), numpy.random.default_rng(0)
 
     def draw() -> torch.Tensor:
@@ -55,11 +55,11 @@ def numpy_choice(table: CurriculumTable) -> Draw:
     return draw
 
 
-# how each draws, up to how many questions, and why no more
+# by contender: how it draws, its largest number of questions, and the reason for that limit
 DRAWS: dict[str, tuple[Callable[[CurriculumTable], Draw], int, str]] = {
     OURS: (ours, max(QUESTIONS), ""),
     "torch.multinomial": (multinomial, 2**24, "takes at most 16,777,216 questions"),
-    "numpy Generator.choice": (numpy_choice, 10**7, "left out beyond 10,000,000 questions, where a draw takes seconds"),
+    "numpy Generator.choice": (numpy_choice, 10**7, "skipped beyond 10,000,000 questions, where a draw takes seconds"),
 }
 
 
@@ -80,24 +80,26 @@ def checked(draw: Draw, num_questions: int) -> Draw:
 
 
 def test_draw(num_questions, machine, table, rounds):
-    held, draws = make_table(num_questions, machine.device), {}
+    curriculum, draws = make_table(num_questions, machine.device), {}
     for name, (prepare, most, why) in DRAWS.items():
         if num_questions > most:
             table.append({"case": "draw", "questions": num_questions, "contender": name, "note": why})
         else:
-            draws[name] = checked(prepare(held), num_questions)
+            draws[name] = checked(prepare(curriculum), num_questions)
     runs = {name: whole(machine, draw) for name, draw in draws.items()}
-    for name, times in rounds(RoundRobin(machine, runs, device_copy(held.pass_rates))).items():
+    for name, times in rounds(RoundRobin(machine, runs, device_copy(curriculum.pass_rates))).items():
         table.append({"case": "draw", "questions": num_questions, "contender": name, **times})
 
 
 def test_update(num_questions, machine, table, rounds):
-    held = make_table(num_questions, machine.device)
+    curriculum = make_table(num_questions, machine.device)
     ids = torch.randperm(num_questions // 2, device=machine.device)[:DRAWN] + num_questions // 2
-    rates = torch.full((DRAWN,), 0.5, device=machine.device)  # which leaves them as they are
-    before = held.visits[ids].clone()
-    held.update(ids, rates)
-    assert torch.equal(held.visits[ids], before + 1)
-    runs = {OURS: whole(machine, lambda: held.update(ids, rates))}
-    times = rounds(RoundRobin(machine, runs, device_copy(held.pass_rates)))[OURS]
+    rates = torch.full(
+        (DRAWN,), 0.5, device=machine.device
+    )  # equal to the current values, so the table does not change
+    before = curriculum.visits[ids].clone()
+    curriculum.update(ids, rates)
+    assert torch.equal(curriculum.visits[ids], before + 1)
+    runs = {OURS: whole(machine, lambda: curriculum.update(ids, rates))}
+    times = rounds(RoundRobin(machine, runs, device_copy(curriculum.pass_rates)))[OURS]
     table.append({"case": "update", "questions": num_questions, "contender": OURS, **times})

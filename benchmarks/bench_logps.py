@@ -1,4 +1,4 @@
-"""Log-probs of given tokens without gradients, alone and with entropies: what old and reference log-probs cost."""
+"""Log-probs of given tokens without gradients, with and without entropies, as for old and reference log-probs."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +19,7 @@ WITH_ENTROPIES = [OURS, "eager log_softmax", "TRL chunked"]
 
 
 def logps_of(name: str, inputs: Inputs) -> torch.Tensor:
-    """Log-probs [B, T] without gradients; ours by the function made for it."""
+    """Log-probs [B, T] without gradients; ours by `linear_token_logps`."""
     with torch.no_grad():
         if name == OURS:
             return linear_token_logps(inputs.hidden, inputs.weight, inputs.ids, mask=inputs.mask)
@@ -52,8 +52,8 @@ def test_logps(kind, machine, table, rounds, side_case, obstacle_of):
     inputs = make_inputs(side_case, machine.device)
     truth = truth_of(inputs)
     errors = {name: errors_of(name, inputs, truth) for name in names}
-    for name, found in errors.items():
-        assert max(found.values()) <= LOGPS_BOUND[side_case.dtype], name
+    for name, of_contender in errors.items():
+        assert max(of_contender.values()) <= LOGPS_BOUND[side_case.dtype], name
 
     def once(name: str) -> Callable[[], Any]:
         return lambda: compute(name, inputs)

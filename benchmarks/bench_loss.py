@@ -1,4 +1,4 @@
-"""The policy loss with its gradients: time forward, backward and both, extra peak memory, and error against float64."""
+"""The policy loss with its gradients: forward and backward time, extra peak memory, and errors against float64."""
 
 import pytest
 
@@ -13,7 +13,7 @@ SIDES = ({"active_share": 0.5}, {"active_share": 0.25}, {"frozen_head": True}, {
 
 
 def cases_of(device: str, *, tiny: bool) -> list[tuple[Case, list[str]]]:
-    """Every case and who is in it: all contenders at one shape, most at every shape, few on what is varied there."""
+    """Every case with its contenders: all at one shape, most at every shape, three in its variations."""
     dtype, one_shape = dtype_for(device), side_shape(device, tiny=tiny)
     cases = []
     for shape in shapes_for(device, tiny=tiny):
@@ -22,14 +22,14 @@ def cases_of(device: str, *, tiny: bool) -> list[tuple[Case, list[str]]]:
     if device == "cpu":
         if not tiny:
             cases.append((Case(WIDE, dtype), [OURS, EAGER, LIGER]))
-        # without Liger, which takes some ten times as long as eager PyTorch there: half a minute
+        # without Liger, which takes about ten times as long as eager PyTorch here: half a minute
         cases.append((Case(one_shape, "bfloat16"), [OURS, EAGER]))
     return cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    found = cases_of(metafunc.config.getoption("--device"), tiny=metafunc.config.getoption("--tiny"))
-    metafunc.parametrize(("case", "names"), found, ids=[str(case) for case, _ in found])
+    cases = cases_of(metafunc.config.getoption("--device"), tiny=metafunc.config.getoption("--tiny"))
+    metafunc.parametrize(("case", "names"), cases, ids=[str(case) for case, _ in cases])
 
 
 def test_loss(case, names, machine, table, rounds, obstacle_of):

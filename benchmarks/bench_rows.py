@@ -1,4 +1,4 @@
-"""The loss on logits that are ready, with its gradient: what the row kernels reach of the device's bandwidth."""
+"""The loss on existing logits, with its gradient: the memory bandwidth that the row kernels reach."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from benchmarks.truth import relative_error
 
 NUM_TOKENS = {"cpu": 256, "cuda": 4096}
 VOCAB_SIZES = {"cpu": 32_768, "cuda": 151_936}
-GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 2e-2}  # relative Frobenius, from eager float64 on the same logits
+GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 2e-2}  # relative Frobenius norm of the error against eager float64
 
 
 def eager(logits, inputs):
@@ -30,19 +30,20 @@ LOSSES = {
 }
 
 
-def checked(name: str, made: torch.Tensor, inputs: Inputs) -> tuple[Callable[[], None], float]:
-    """What one contender runs in a round, and the error of its gradient."""
-    extra_rows = made[:, :1] if name == "Liger Triton" else made[:, :0]  # it takes a position more, and drops it
-    logits = torch.cat([made, extra_rows], dim=1)
+def checked(name: str, original: torch.Tensor, inputs: Inputs) -> tuple[Callable[[], None], float]:
+    """The function that one contender runs in a round, and the error of its gradient."""
+    # Liger's function takes one more position and drops it
+    extra_rows = original[:, :1] if name == "Liger Triton" else original[:, :0]
+    logits = torch.cat([original, extra_rows], dim=1)
     rows = logits.clone().requires_grad_()
-    gradient = torch.autograd.grad(LOSSES[name](rows, inputs), rows)[0][:, : made.shape[1]]
-    wide = made.double().requires_grad_()
+    gradient = torch.autograd.grad(LOSSES[name](rows, inputs), rows)[0][:, : original.shape[1]]
+    wide = original.double().requires_grad_()
     (truth,) = torch.autograd.grad(eager(wide, inputs), wide)
     error = relative_error(gradient, truth)
     assert error <= GRADIENT_BOUND[inputs.case.dtype], name
 
     def run() -> None:
-        # on the same rows again, which by now hold a gradient: other numbers, the same work
+        # later rounds reuse the buffer, which then contains a gradient: other values, the same work
         loss = LOSSES[name](logits.requires_grad_(), inputs)
         loss.backward()
         logits.grad = None
@@ -54,10 +55,10 @@ def test_rows(machine: Machine, table, rounds, is_tiny):
     kind = machine.device.type
     shape = Shape("rows", 8, NUM_TOKENS[kind] // 8, 64, VOCAB_SIZES[kind])
     inputs = make_inputs(Case(TINY if is_tiny else shape, dtype_for(kind)), machine.device)
-    made = (inputs.hidden @ inputs.weight.T).detach()
-    found = {name: checked(name, made, inputs) for name in LOSSES if machine.is_gpu or name != "Liger Triton"}
-    runs = {name: whole(machine, run) for name, (run, _) in found.items()}
-    num_bytes = made.numel() * made.element_size()
-    for name, times in rounds(RoundRobin(machine, runs, device_copy(made))).items():
-        named = {"case": "rows", "settings": asdict(inputs.case), "contender": name, "num_bytes": num_bytes}
-        table.append({**named, **times, "errors": {"gradient": found[name][1]}})
+    logits = (inputs.hidden @ inputs.weight.T).detach()
+    contenders = {name: checked(name, logits, inputs) for name in LOSSES if machine.is_gpu or name != "Liger Triton"}
+    runs = {name: whole(machine, run) for name, (run, _) in contenders.items()}
+    num_bytes = logits.numel() * logits.element_size()
+    for name, times in rounds(RoundRobin(machine, runs, device_copy(logits))).items():
+        described = {"case": "rows", "settings": asdict(inputs.case), "contender": name, "num_bytes": num_bytes}
+        table.append({**described, **times, "errors": {"gradient": contenders[name][1]}})

@@ -1,7 +1,7 @@
-"""What 100 steps cost beside their arithmetic when beta changes at each, as accuracy-conditioned KL makes it.
+"""Recompilations and synchronizations over 100 steps in which beta changes, as with accuracy-conditioned KL.
 
-Counted are graphs that torch.compile makes, Triton binaries, and waits for the device (both on a GPU only); the first
-step, which compiles whatever is needed once, is counted apart.
+Counts graphs of torch.compile and, on a GPU only, compiled Triton binaries and device synchronizations. The first step,
+which compiles once, is counted separately.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ Step = Callable[[Inputs, Tensor], Tensor]  # inputs and a beta [] on the device 
 
 @dataclass
 class Counts:
-    """What happened so far."""
+    """Events since the start of the block."""
 
     graphs: int = 0
     binaries: int = 0
@@ -42,9 +42,9 @@ class Counts:
 
 @contextmanager
 def counted(device: torch.device) -> Iterator[Counts]:
-    """Counts what happens inside the block."""
+    """Counts events inside the block."""
     counts, before = Counts(), _num_graphs()
-    with warnings.catch_warnings(record=True) as said, _counted_binaries(counts):
+    with warnings.catch_warnings(record=True) as caught, _counted_binaries(counts):
         warnings.simplefilter("always")
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
@@ -54,7 +54,7 @@ def counted(device: torch.device) -> Iterator[Counts]:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             counts.graphs = _num_graphs() - before
-            counts.waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
+            counts.waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def _num_graphs() -> int:
@@ -88,7 +88,7 @@ def ours_compiled() -> Step:
     return lambda inputs, beta: our_linear_loss(inputs, beta, compiled).loss
 
 
-# what makes a step; the contender whose obstacles it shares
+# a function that creates the step; the contender with the same requirements
 STEPS: dict[str, tuple[Callable[[], Step], str]] = {
     OURS: (lambda: lambda inputs, beta: our_linear_loss(inputs, beta).loss, OURS),
     f"{OURS} under torch.compile": (ours_compiled, OURS),
@@ -102,14 +102,14 @@ STEPS: dict[str, tuple[Callable[[], Step], str]] = {
         "Liger Triton",
     ),
 }
-VARYING = {"beta": (16,), "beta and length": (16, 13, 11, 7)}  # lengths T that follow each other
+VARYING = {"beta": (16,), "beta and length": (16, 13, 11, 7)}  # the lengths T of successive steps
 
 
 @pytest.mark.parametrize("varying", VARYING)
 @pytest.mark.parametrize("name", STEPS)
 def test_steadiness(name, varying, machine, table, is_tiny, obstacle_of):
-    make_step, like = STEPS[name]
-    obstacle = obstacle_of(like)
+    make_step, required = STEPS[name]
+    obstacle = obstacle_of(required)
     if obstacle is not None:
         pytest.skip(obstacle)
     torch._dynamo.reset()
@@ -130,7 +130,7 @@ def test_steadiness(name, varying, machine, table, is_tiny, obstacle_of):
 
 
 def first_positions(inputs: Inputs, length: int) -> Inputs:
-    """The same sequences, cut to `length` positions."""
+    """The first `length` positions of every sequence."""
     cut = {name: getattr(inputs, name)[:, :length].contiguous() for name in ("ids", "mask", "old_logps", "ref_logps")}
     hidden = inputs.hidden.detach()[:, :length].contiguous().requires_grad_()
     return Inputs(inputs.case, hidden, inputs.weight, advantages=inputs.advantages, **cut)

@@ -1,7 +1,7 @@
-"""One training step by phase, ours and TRL's, on the embedded model: the same data, settings and generation engine.
+"""One training step by phase, ours and TRL's, on the embedded model with the same data, settings and generation engine.
 
-Each trainer runs in fresh processes, turn by turn, so that what else the machine does falls on both; a pair of runs is
-one round, and who goes first changes. Before that both take one update on the same replies, and must move alike.
+The trainers run alternately in fresh processes, so that other load on the machine affects both; a pair of runs is one
+round, and the order alternates. Before timing, both make one update on the same replies, and the updates must agree.
 """
 
 import importlib.util
@@ -15,12 +15,12 @@ import pytest
 from benchmarks.fresh import in_fresh_process
 from benchmarks.trl_step import our_first_update, our_steps, trl_first_update, trl_steps
 
-PAIRS, STEPS = 3, 5  # runs of each trainer; steps of a run, of which the first is left out
+PAIRS, STEPS = 3, 5  # runs of each trainer; steps per run, the first of which is not counted
 TRAINERS = {"expo": our_steps, "TRL GRPOTrainer": trl_steps}
 CHECKED_QUESTIONS = 4
-# of gradient norm and update, relative. AdamW's first step is nearly the gradient's sign, so that weights whose
-# gradient is next to nothing may go either way. The first update has no penalty and clips nothing yet; later ones are
-# compared in tests/integrations, of our loss in TRL's trainer
+# relative, of gradient norm and update. AdamW's first step is nearly the sign of the gradient, so weights with a tiny
+# gradient may move either way. The first update has no KL penalty and no clipping; tests/integrations compare later
+# updates, with our loss in TRL's trainer
 NORM_BOUND, UPDATE_BOUND = 1e-4, 1e-2
 
 
@@ -33,7 +33,7 @@ def run(job: Callable[..., Any], *arguments: object) -> Any:
 def test_step(table, is_tiny):
     samples, theirs = run(trl_first_update, CHECKED_QUESTIONS)
     ours = run(our_first_update, samples)
-    assert theirs.grad_norm > 0, "every group was all right or all wrong, and taught nothing"
+    assert theirs.grad_norm > 0, "every group had equal rewards, so there is no gradient"
     errors = {"grad_norm": abs(ours.grad_norm / theirs.grad_norm - 1), "update": ours.distance(theirs)}
     assert errors["grad_norm"] <= NORM_BOUND
     assert errors["update"] <= UPDATE_BOUND

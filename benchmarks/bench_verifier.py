@@ -1,6 +1,6 @@
-"""Replies graded per second: the verifier, in its worker processes, beside TRL's accuracy_reward in the caller's own.
+"""Replies graded per second: our verifier with its worker processes, and TRL's accuracy_reward in the calling process.
 
-Both use math-verify. Ours judges plain numbers without it, and its workers can be killed where an answer hangs.
+Both use math-verify. Ours compares plain numbers without it, and can kill a worker that hangs on an answer.
 """
 
 import importlib.util
@@ -10,24 +10,24 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.machine import ROUNDS, RoundRobin, whole
-from expo.rewards import Verifier
+from expo.rewards.verifier import Verifier
 
-COUNTS = {"numbers": 2000, "normal LaTeX": 200, "formulas": 40}  # replies of a batch
+COUNTS = {"numbers": 2000, "normal LaTeX": 200, "formulas": 40}  # replies per batch
 MOST_ROUNDS = max(most for _, most in ROUNDS.values())
-Batch = tuple[list[str], list[str], list[bool]]  # replies, answers, whether each is right
+Batch = tuple[list[str], list[str], list[bool]]  # replies, answers, whether each reply is correct
 
 
 def numbers(rng: random.Random, count: int) -> Batch:
-    """Integers, as the answers of most benchmarks are; half of the replies are right."""
+    """Integers, like most benchmark answers; half of the replies are correct."""
     answers = [rng.randrange(1000) for _ in range(count)]
-    is_right = [rng.random() < 0.5 for _ in range(count)]
-    said = [answer + (not right) for answer, right in zip(answers, is_right, strict=True)]
-    return [f"So the total is \\boxed{{{value}}}." for value in said], [str(answer) for answer in answers], is_right
+    is_correct = [rng.random() < 0.5 for _ in range(count)]
+    values = [answer + (not correct) for answer, correct in zip(answers, is_correct, strict=True)]
+    return [f"So the total is \\boxed{{{value}}}." for value in values], [str(answer) for answer in answers], is_correct
 
 
 def normal_latex(rng: random.Random, count: int) -> Batch:
-    """What answers look like, in equal shares: fractions, roots, polynomials, an equation, multiples of pi, a length,
-    a pair, a number; five of eight replies are right.
+    """Typical answers in equal shares: fractions, roots, polynomials, an equation, multiples of pi, a length, a pair, a
+    number; five of eight replies are correct.
     """
     pairs: list[tuple[str, str, bool]] = []
     while len(pairs) < count:
@@ -42,19 +42,19 @@ def normal_latex(rng: random.Random, count: int) -> Batch:
             (rf"({a}, {b})", rf"\left({a},{b}\right)", True),
             (f"{b}", f"{b + 1}", False),
         ]
-    replies, answers, is_right = zip(*pairs[:count], strict=True)
-    return [rf"So it is \boxed{{{reply}}}." for reply in replies], list(answers), list(is_right)
+    replies, answers, is_correct = zip(*pairs[:count], strict=True)
+    return [rf"So it is \boxed{{{reply}}}." for reply in replies], list(answers), list(is_correct)
 
 
 def formulas(rng: random.Random, count: int) -> Batch:
-    """Expressions that only algebra can compare, all different; half of the replies are right."""
-    replies, answers, is_right = [], [], []
+    """Expressions, all different, that need symbolic comparison; half of the replies are correct."""
+    replies, answers, is_correct = [], [], []
     for _ in range(count):
-        a, b, right = rng.randrange(2, 10**6), rng.randrange(2, 10**6), rng.random() < 0.5
+        a, b, correct = rng.randrange(2, 10**6), rng.randrange(2, 10**6), rng.random() < 0.5
         answers.append(rf"\frac{{{a} + \sqrt{{{b}}}}}{{2}}")
-        replies.append(rf"It is \boxed{{\frac{{\sqrt{{{b}}}}}{{2}} + \frac{{{a + (not right)}}}{{2}}}}.")
-        is_right.append(right)
-    return replies, answers, is_right
+        replies.append(rf"It is \boxed{{\frac{{\sqrt{{{b}}}}}{{2}} + \frac{{{a + (not correct)}}}{{2}}}}.")
+        is_correct.append(correct)
+    return replies, answers, is_correct
 
 
 MAKE: dict[str, Callable[[random.Random, int], Batch]] = {
@@ -95,12 +95,12 @@ def test_verifier(kind, machine, table, rounds, verifier, is_tiny):
     for name, grade in graders.items():
         assert grade(first) == first[2], name
 
-    # a new batch each time, the same for all: ours grades equal pairs once and remembers them
+    # a new batch for each round, the same for all: our verifier caches verdicts
     batches = [MAKE[kind](rng, count) for _ in range(MOST_ROUNDS)]
 
     def once(name: str) -> Callable[[], None]:
-        left = iter(batches)
-        return lambda: graders[name](next(left))
+        remaining = iter(batches)
+        return lambda: graders[name](next(remaining))
 
     runs = {name: whole(machine, once(name)) for name in names}
     for name, times in rounds(RoundRobin(machine, runs)).items():

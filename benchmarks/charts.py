@@ -1,6 +1,4 @@
-"""Pictures of results: growth with N and V, time and memory by contender, and the roofline. SVG, the same for the same
-numbers.
-"""
+"""Figures of results as deterministic SVG: growth with N, time and memory by contender, and the roofline."""
 
 import io
 import math
@@ -9,33 +7,33 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import OURS
-from benchmarks.tables import Row, bandwidth, by_case, copy_bandwidth, least, measured, paired
-from expo.pictures import BLUE, GREY, STYLE, VERMILION
+from benchmarks.tables import Row, bandwidth, best_ms, by_case, copy_bandwidth, floor_ratios, measured
+from expo.reporting.figures import BLUE, GREY, STYLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PLAIN_STYLE = {**STYLE, "svg.hashsalt": "benchmarks", "svg.fonttype": "none"}
-# bytes of one logit moved by the loss from hidden states: written by a product, read twice and overwritten by the row
-# kernel, read by two products
+# memory traffic in bytes per logit of the loss from hidden states: written by a matrix product, read twice and
+# overwritten by the row kernel, read by two matrix products
 LOGIT_BYTES = {"float32": 4 + 2 * 4 + 4 + 2 * 4, "bfloat16": 4 + 2 * 4 + 2 + 2 * 2}
-FLOPS_PER_READY_LOGIT = 10  # a maximum, an exponential with its sum, and another with its slope
+FLOPS_PER_EXISTING_LOGIT = 10  # maximum, exponential and sum, then exponential and gradient
 
 
 def draw(tables: dict[str, list[Row]]) -> dict[str, bytes]:
-    """Every picture that there are rows for, by file name."""
+    """The figures for which there are rows, by file name."""
     import matplotlib
 
-    made = {}
+    svgs = {}
     with matplotlib.rc_context(PLAIN_STYLE):
         if "loss" in tables:
-            made["loss.svg"] = _svg(_bars(tables["loss"]))
+            svgs["loss.svg"] = _svg(_bars(tables["loss"]))
         if "growth" in tables:
-            made["growth.svg"] = _svg(_growth(tables["growth"]))
+            svgs["growth.svg"] = _svg(_growth(tables["growth"]))
         if "loss" in tables and "rows" in tables:
-            made["roofline.svg"] = _svg(_roofline(tables["loss"], tables["rows"]))
-    return made
+            svgs["roofline.svg"] = _svg(_roofline(tables["loss"], tables["rows"]))
+    return svgs
 
 
 def _svg(figure: "Figure") -> bytes:
@@ -52,12 +50,16 @@ def _panels(number: int, width: float, height: float = 3.4) -> "tuple[Figure, Se
 
 
 def _bars(rows: Sequence[Row]) -> "Figure":
-    """Time over the floor and memory of every contender, at the first case of the table."""
+    """Time relative to the floor, and memory, of every contender in the first case of the table."""
     case, group = next(iter(by_case(measured(rows)).items()))
     names = [row["contender"] for row in group]
     figure, (time, memory) = _panels(2, 10.4)
     for axes, values, title in (
-        (time, [median(paired(row)) for row in group], "forward and backward, times the three products alone"),
+        (
+            time,
+            [median(floor_ratios(row)) for row in group],
+            "forward and backward, relative to the floor",
+        ),
         (memory, [row["extra_peak_mib"] or 0.0 for row in group], "extra peak memory, MiB"),
     ):
         axes.barh(names, values, color=[BLUE if name == OURS else GREY for name in names])
@@ -77,7 +79,7 @@ def _growth(rows: Sequence[Row]) -> "Figure":
     for axes, title, value_of in zip(
         panels,
         ("ms, forward and backward", "extra peak memory, MiB", "relative error of dWeight"),
-        (least, lambda row: row["extra_peak_mib"], lambda row: row["errors"]["grad_weight"]),
+        (best_ms, lambda row: row["extra_peak_mib"], lambda row: row["errors"]["grad_weight"]),
         strict=True,
     ):
         for name, colour in colours.items():
@@ -97,24 +99,24 @@ def _tokens(row: Row) -> int:
     return int(shape["num_sequences"] * shape["length"])
 
 
-def _roofline(loss: Sequence[Row], ready: Sequence[Row]) -> "Figure":
-    """Operations a second against operations per byte, under the measured rates of a copy and of the products."""
+def _roofline(loss: Sequence[Row], existing: Sequence[Row]) -> "Figure":
+    """Operations per second against operations per byte, limited by the measured rates of copy and products."""
     cases = [row for row in measured(loss) if row["contender"] == OURS and row["settings"]["active_share"] == 1]
     cases = [row for row in cases if not row["settings"]["frozen_head"] and row["settings"]["ratio"] == "token"]
     cases = [row for row in cases if row["settings"]["dtype"] == cases[0]["settings"]["dtype"]]
-    copy = max(copy_bandwidth(row) for row in measured(ready))
+    copy = max(copy_bandwidth(row) for row in measured(existing))
     products = max(_gflop(row) / min(row["floor_ms"]) * 1e3 for row in cases)
     figure, (axes,) = _panels(1, 6.4, 4.0)
     intensities = [2.0**power for power in range(-1, 13)]
-    axes.plot(intensities, [min(copy * x, products) for x in intensities], color=GREY, label="a copy; the products")
-    for row in measured(ready):
+    axes.plot(intensities, [min(copy * x, products) for x in intensities], color=GREY, label="limit: copy, products")
+    for row in measured(existing):
         if row["contender"] == OURS:
-            intensity = FLOPS_PER_READY_LOGIT / 3 / _itemsize(row)
-            axes.plot(intensity, intensity * bandwidth(row), "s", color=VERMILION, label="loss on ready logits")
+            intensity = FLOPS_PER_EXISTING_LOGIT / 3 / _itemsize(row)
+            axes.plot(intensity, intensity * bandwidth(row), "s", color=VERMILION, label="loss on existing logits")
     for row in cases:
         intensity = 6 * row["settings"]["shape"]["hidden_size"] / LOGIT_BYTES[row["settings"]["dtype"]]
         label = "loss from hidden states" if row is cases[0] else None
-        axes.plot(intensity, _gflop(row) / least(row) * 1e3, "o", color=BLUE, label=label)
+        axes.plot(intensity, _gflop(row) / best_ms(row) * 1e3, "o", color=BLUE, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte of logits")
@@ -128,6 +130,6 @@ def _itemsize(row: dict[str, Any]) -> int:
 
 
 def _gflop(row: Row) -> float:
-    """Of the three products."""
+    """GFLOP of the three products."""
     shape = row["settings"]["shape"]
     return 6 * math.prod((_tokens(row), shape["hidden_size"], shape["vocab_size"])) / 1e9

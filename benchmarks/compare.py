@@ -1,20 +1,24 @@
-"""Two commits side by side: `python -m benchmarks.compare BASE [--head HEAD]`, or `make bench-compare BASE=...`.
+"""Compares the speed of two commits: `python -m benchmarks.compare BASE [--head HEAD]`, `make bench-compare BASE=...`.
 
-Each commit's expo_kernels is checked out into a folder of its own and runs in a process of its own, with this tree's
-benchmarks. Rounds go turn by turn, so that what else the machine does falls on both; a round's ratio is HEAD's time
-over BASE's. Printed are the median of the ratios, their quartiles, and which jobs got slower or faster: by a two-sided
-sign test of each, corrected for all of them (Holm), so that the chance of even one false word a run is at most 5 %.
+Each commit is checked out into its own folder and runs in its own process with this tree's benchmarks. The two
+alternate within rounds, so that other load on the machine affects both; the ratio of a round is HEAD's time / BASE's.
+The output is the median and quartiles of the ratios and which jobs became slower or faster, by a two-sided sign test
+with Holm's correction over all jobs, so that the probability of any false positive in a comparison is at most 5 %.
+
+Workers run with the `expo` package of any commit, so this module and all that it imports use only the public names of
+`expo_kernels`, and of `expo` only `expo.train.train` and `expo.config.RunConfig`.
 """
 
 import argparse
+import io
+import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -24,18 +28,22 @@ from benchmarks.contenders import OURS, contender
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.machine import Machine
 from benchmarks.shapes import Case, Shape, dtype_for, shapes_for, side_shape
-from benchmarks.stamp import ROOT
+from benchmarks.step_settings import QUESTIONS, step_config
+from benchmarks.worktrees import checked_out
 from expo_kernels import CurriculumTable, linear_token_logps
 
 ROUNDS = 15
 SMALL_TABLE = 10**6  # questions
+STEP_JOB, STEPS = "training step", 3  # steps of its training run; the first one is not timed
+
+Job = Callable[[], float]  # runs once and returns its milliseconds
 
 
-def jobs(machine: Machine, *, tiny: bool) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; inputs are made here."""
+def make_jobs(machine: Machine, *, tiny: bool) -> dict[str, Job]:
+    """The timed jobs by name; their inputs are created here."""
     kind = machine.device.type
     dtype, one_shape = dtype_for(kind), side_shape(kind, tiny=tiny)
-    made: dict[str, Callable[[], object]] = {}
+    jobs: dict[str, Job] = {}
 
     def add_loss(label: str, case: Case, name: str = OURS) -> Inputs:
         inputs = make_inputs(case, machine.device)
@@ -45,7 +53,7 @@ def jobs(machine: Machine, *, tiny: bool) -> dict[str, Callable[[], object]]:
             inputs.clear()
             loss().backward()
 
-        made[f"loss: {label}"] = run
+        jobs[f"loss: {label}"] = lambda: machine.time(run)
         return inputs
 
     for shape in _shapes(kind, tiny=tiny):
@@ -54,31 +62,44 @@ def jobs(machine: Machine, *, tiny: bool) -> dict[str, Callable[[], object]]:
     add_loss("half active", Case(one_shape, dtype, active_share=0.5))
     add_loss("ratio per sequence", Case(one_shape, dtype, ratio="sequence"))
     inputs = add_loss("on logits", Case(one_shape, dtype), f"{OURS} on logits")
-    made["log-probs"] = lambda: linear_token_logps(inputs.hidden.detach(), inputs.weight.detach(), inputs.ids)
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    jobs["log-probs"] = lambda: machine.time(lambda: linear_token_logps(hidden, weight, inputs.ids))
     table = CurriculumTable(SMALL_TABLE, device=machine.device)
-    made["curriculum draw"] = lambda: table.sample(256)
-    return made
+    jobs["curriculum draw"] = lambda: machine.time(lambda: table.sample(256))
+    jobs[STEP_JOB] = lambda: step_ms(questions=2 if tiny else QUESTIONS)
+    return jobs
+
+
+def step_ms(questions: int) -> float:
+    """Median milliseconds of a training step, from the metrics of a short run."""
+    from expo.train import train  # here: it imports transformers, which other jobs do not need
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        run = train(step_config(Path(folder) / "run", STEPS, questions))
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return 1e3 * median(json.loads(line)["seconds"] for line in lines[1:])
 
 
 def _shapes(kind: str, *, tiny: bool) -> tuple[Shape, ...]:
-    """Those of the published table, the largest left out: a regression shows at the others, in less time."""
+    """The shapes of the published table without the largest, to save time."""
     shapes = shapes_for(kind, tiny=tiny)
     largest = max(shapes, key=lambda shape: shape.num_tokens * shape.hidden_size * shape.vocab_size)
     return tuple(shape for shape in shapes if shape != largest) or shapes
 
 
-def serve(machine: Machine, *, tiny: bool) -> None:
-    """A worker: prints the names of its jobs, then milliseconds for each name that it reads."""
-    made = jobs(machine, tiny=tiny)
-    for run in made.values():
-        run()
-    print("\t".join(made), flush=True)
+def serve(machine: Machine, only: str, *, tiny: bool) -> None:
+    """A worker: prints the names of its jobs, then the milliseconds of every job whose name it reads."""
+    jobs = {name: job for name, job in make_jobs(machine, tiny=tiny).items() if only in name}
+    for name, job in jobs.items():
+        if name != STEP_JOB:  # a training run has its own warm-up step
+            job()
+    print("\t".join(jobs), flush=True)
     for line in sys.stdin:
-        print(machine.time(made[line.rstrip("\n")]), flush=True)
+        print(jobs[line.rstrip("\n")](), flush=True)
 
 
 class Worker:
-    """A commit's code in a process of its own."""
+    """The code of one commit in its own process."""
 
     def __init__(self, folder: Path, arguments: list[str]) -> None:
         command = [sys.executable, "-m", "benchmarks.compare", "--serve", *arguments]
@@ -91,77 +112,60 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline().rstrip("\n")
         if not line:
-            raise SystemExit(f"a worker ended with code {self._process.wait()}; its error stands above")
+            raise SystemExit(f"a worker exited with code {self._process.wait()}; see its error above")
         return line
 
     def ms(self, name: str) -> float:
-        """Milliseconds of one round of a job."""
+        """Milliseconds of one execution of a job."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
         return float(self._read())
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stops the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
-@contextmanager
-def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """`folder` with a commit's tree, but this tree's benchmarks."""
-    _git("worktree", "add", "--quiet", "--detach", str(folder), commit)
-    try:
-        shutil.rmtree(folder / "benchmarks", ignore_errors=True)
-        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
-        yield folder
-    finally:
-        _git("worktree", "remove", "--force", str(folder))
-
-
-def _git(*arguments: str) -> None:
-    if subprocess.run(["git", *arguments], cwd=ROOT, check=False).returncode:
-        raise SystemExit(f"git {' '.join(arguments)} failed; give two commits of this repository")
-
-
 def ratios(base: Worker, head: Worker, name: str, rounds: int) -> list[float]:
-    """HEAD's time over BASE's, round by round; who goes first changes at every round."""
-    found = []
+    """HEAD's time / BASE's for each round; the order alternates."""
+    values = []
     for index in range(rounds):
         first, second = (base, head) if index % 2 == 0 else (head, base)
         times = {first: first.ms(name), second: second.ms(name)}
-        found.append(times[head] / times[base])
-    return found
+        values.append(times[head] / times[base])
+    return values
 
 
 def sign_test(values: Sequence[float]) -> float:
-    """Two-sided p of as many ratios on one side of 1, where either side is as likely; ratios of 1 do not count."""
+    """The two-sided p value of a sign test of ratios against 1; ratios of exactly 1 are ignored."""
     above, below = sum(value > 1 for value in values), sum(value < 1 for value in values)
     num = above + below
     return min(1.0, 2 * sum(math.comb(num, k) for k in range(min(above, below) + 1)) / 2**num)
 
 
 def verdicts(ratios_of: Mapping[str, Sequence[float]]) -> dict[str, str]:
-    """ "slower", "faster" or "" for each job; any false word at all has a chance of at most 5 %."""
-    from expo.ablation.paired import holm  # here: the worker of an old commit has none
+    """For each job "slower", "faster" or "" (no significant difference); the family-wise error rate is 5 %."""
+    from expo.experiments.ablation.paired import holm  # here: workers of older commits do not have it
 
-    beyond = holm([sign_test(values) for values in ratios_of.values()])
+    significant = holm([sign_test(values) for values in ratios_of.values()])
     return {
-        name: ("slower" if median(values) > 1 else "faster") if is_beyond else ""
-        for (name, values), is_beyond in zip(ratios_of.items(), beyond, strict=True)
+        name: ("slower" if median(values) > 1 else "faster") if is_significant else ""
+        for (name, values), is_significant in zip(ratios_of.items(), significant, strict=True)
     }
 
 
-def least_rounds(num_jobs: int) -> int:
-    """Rounds from which on a job can be told slower or faster at all: all of them on one side."""
+def min_rounds(num_jobs: int) -> int:
+    """The fewest rounds that can show a significant difference if all ratios are on one side of 1."""
     rounds = 1
     while verdicts({str(job): [2.0] * rounds if job == 0 else [1.0] for job in range(num_jobs)})["0"] == "":
         rounds += 1
     return rounds
 
 
-def described(values: Sequence[float]) -> str:
+def summarize(values: Sequence[float]) -> str:
     """Median and quartiles of ratios."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
@@ -173,20 +177,21 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", help="the commit to compare with")
-    parser.add_argument("--head", default="HEAD", help="the other commit; what is not committed is not compared")
+    parser.add_argument("--head", default="HEAD", help="the other commit; uncommitted changes are not compared")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the jobs with this text in their names")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, for tests")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(Machine(torch.device(options.device)), tiny=options.tiny)
+        serve(Machine(torch.device(options.device)), options.only, tiny=options.tiny)
         return 0
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; give at least 1")
     if options.base is None:
         parser.error("give the commit to compare with: make bench-compare BASE=<commit>")
-    arguments = ["--device", options.device, *["--tiny"] * options.tiny]
+    arguments = ["--device", options.device, "--only", options.only, *["--tiny"] * options.tiny]
     with ExitStack() as stack:
         parent = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         commits = {"base": options.base, "head": options.head}
@@ -195,16 +200,16 @@ def main() -> int:
         for worker in workers:
             stack.callback(worker.close)
         base, head = workers
-        print(f"{options.head} over {options.base}: median of {options.rounds} paired rounds [quartiles]")
-        found = {}
+        print(f"time of {options.head} / {options.base}: median of {options.rounds} paired rounds [quartiles]")
+        results = {}
         for name in base.names:
-            found[name] = ratios(base, head, name, options.rounds)
-            print(f"{name:32} {described(found[name])}", flush=True)
-        said = [f"{name}: {verdict}" for name, verdict in verdicts(found).items() if verdict]
-        print("\n".join(said) or "nothing is slower or faster beyond noise")
-        needed = least_rounds(len(found))
+            results[name] = ratios(base, head, name, options.rounds)
+            print(f"{name:32} {summarize(results[name])}", flush=True)
+        significant = [f"{name}: {verdict}" for name, verdict in verdicts(results).items() if verdict]
+        print("\n".join(significant) or "no significant difference")
+        needed = min_rounds(len(results))
         if options.rounds < needed:
-            print(f"--rounds={options.rounds} cannot tell that of {len(found)} jobs: give {needed} or more")
+            print(f"--rounds={options.rounds} cannot show significance for {len(results)} jobs: use {needed} or more")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""The benchmarks' device, threads, tables and stamp: `python -m pytest benchmarks --results DIR`.
+"""Device, threads, tables and provenance of the benchmarks: `python -m pytest benchmarks --results DIR`.
 
-A test measures a case: every contender is checked against float64, then all of them run in rounds, and each table ends
-as one JSON file with its stamp. Without --results nothing is written; with --benchmark-disable there is one round, as a
-test.
+A test measures a case: every contender is checked against float64, then all contenders run in rounds. Each table is
+written to one JSON file with its stamp. Without --results nothing is written; with --benchmark-disable there is only
+one round.
 """
 
 import time
@@ -20,11 +20,11 @@ from benchmarks.stamp import stamp, write_results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="folder for one JSON file per table")
+    parser.addoption("--results", type=Path, help="folder for the JSON files, one per table")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.addoption("--threads", type=int, help="threads of PyTorch; default: its own choice")
-    parser.addoption("--tiny", action="store_true", help="tiny sizes: whether everything runs, in seconds")
-    parser.addoption("--skip", action="append", default=[], help="leave out contenders with this in their names")
+    parser.addoption("--threads", type=int, help="threads of PyTorch (default: PyTorch's)")
+    parser.addoption("--tiny", action="store_true", help="tiny sizes, to test that everything runs")
+    parser.addoption("--skip", action="append", default=[], help="skip contenders with this text in their names")
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def machine(pytestconfig: pytest.Config) -> Machine:
 
 @pytest.fixture(scope="session")
 def session_stamp(machine: Machine) -> dict[str, Any]:
-    """Taken before anything ran."""
+    """Recorded before the first measurement."""
     return stamp(machine.device)
 
 
@@ -47,14 +47,14 @@ def is_tiny(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def side_case(machine: Machine, is_tiny: bool) -> Case:
-    """The plain case of tables that have one alone."""
+    """The case of tables with only one case."""
     kind = machine.device.type
     return Case(side_shape(kind, tiny=is_tiny), dtype_for(kind))
 
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest, machine: Machine, session_stamp: dict[str, Any]):
-    """Rows of the table that this file makes; what is there when the file ends is written."""
+    """The rows of this file's table, written when the file is done."""
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     yield rows
@@ -62,17 +62,17 @@ def table(request: pytest.FixtureRequest, machine: Machine, session_stamp: dict[
     folder = request.config.getoption("--results")
     name = Path(request.module.__file__).stem.removeprefix("bench_")
     if folder is not None and rows:
-        made = {"stamp": session_stamp, "seconds": seconds, "rows": rows}
-        write_results(folder / f"{name}-{machine.device.type}.json", made)
+        results = {"stamp": session_stamp, "seconds": seconds, "rows": rows}
+        write_results(folder / f"{name}-{machine.device.type}.json", results)
 
 
 @pytest.fixture
 def obstacle_of(machine: Machine, pytestconfig: pytest.Config) -> Callable[[str], str | None]:
-    """Why the contender of a name cannot run here, or was asked not to; None if it can."""
+    """The reason why a contender, given by name, cannot run or is skipped; None if it runs."""
 
     def find(name: str) -> str | None:
         if any(text in name for text in pytestconfig.getoption("--skip")):
-            return "left out by --skip"
+            return "skipped by --skip"
         return contender(name).obstacle(machine.device)
 
     return find
@@ -80,9 +80,9 @@ def obstacle_of(machine: Machine, pytestconfig: pytest.Config) -> Callable[[str]
 
 @pytest.fixture
 def rounds(benchmark: Any, machine: Machine) -> Callable[[RoundRobin], dict[Any, dict[str, Any]]]:
-    """Runs the rounds of a case, of which each contender has run once before; times by contender.
+    """Runs the rounds of a case, after a warm-up of every contender; returns times by contender.
 
-    The first tells how many fit, and counts like the others.
+    The duration of the first round, which counts too, determines the number of rounds.
     """
 
     def run(robin: RoundRobin) -> dict[Any, dict[str, Any]]:

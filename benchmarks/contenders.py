@@ -1,7 +1,7 @@
-"""Everything that is measured against each other, behind one interface: inputs in, a callable that makes the loss out.
+"""All implementations that are compared, behind one interface: from inputs to a callable that computes the loss.
 
-A contender says in a line what it computes and in what it differs, and where it cannot run it says why. Peers are
-imported when they are first prepared, so that this file costs nothing and needs none of them.
+A contender describes what it computes and how it differs, and why it cannot run on a device. Peers are imported when
+they are first prepared, so that this module needs none of them.
 """
 
 import importlib.util
@@ -21,15 +21,15 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to the loss and its gradients.
+    """One implementation of the loss and its gradients.
 
-    prepare: inputs to a callable that gives the loss, ready for backward; everything that is done once is done here.
-    logps: inputs to log-probs [B, T] as this contender makes them, nats; None where it tells none.
-    computes: what it does, and in what it differs from the others.
-    package: what it needs installed; None: nothing.
+    prepare: from inputs to a callable that returns the loss, ready for backward; includes all one-time work.
+    logps: from inputs to log-probs [B, T] in nats; None if the contender does not return them.
+    computes: what it computes, and how it differs from the others.
+    package: the package that it needs; None for no package.
     loss_of: the loss that it is checked against.
-    is_everywhere: whether it is measured at every shape; if not, at one.
-    formula_bound: how far its float32 results may be from float64's; a peer that is rougher by design has more.
+    is_everywhere: whether it is measured at every shape or only at one.
+    formula_bound: largest relative error of its float32 results; larger for peers that approximate by design.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Contender:
     formula_bound: float = 1e-4
 
     def obstacle(self, device: torch.device) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """The reason why it cannot run on `device`; None if it can."""
         if self.needs_gpu and device.type != "cuda":
             return "runs on GPUs only"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
@@ -60,7 +60,7 @@ def our_linear_loss(
     function: Any = linear_expo_loss,
     logits_budget_mb: float | None = None,
 ) -> LossOutput:
-    """Ours from hidden states; `function`: a compiled linear_expo_loss in its place."""
+    """Our loss from hidden states; `function` may be a compiled linear_expo_loss."""
     request = {**_request(inputs), "beta": beta, "objective": _objective(inputs)}
     if logits_budget_mb is not None:
         request["logits_budget_mb"] = logits_budget_mb
@@ -77,7 +77,7 @@ def _loss_on(logits: Tensor, inputs: Inputs, *, inplace: bool) -> LossOutput:
 
 
 def our_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
-    """The loss of logits [B, T, V] that a model has made; they stay as they are."""
+    """Our loss on existing logits [B, T, V], which are not changed."""
     return _loss_on(logits, inputs, inplace=False).loss
 
 
@@ -108,7 +108,7 @@ def _logsumexp(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def _compiled(inputs: Inputs) -> Run:
-    # one graph for one shape: what its users would get after a warm-up, and the fastest it can be
+    # a graph for one static shape is the fastest form of torch.compile
     logps_of = torch.compile(_log_softmax, dynamic=False)
     return lambda: policy_loss(logps_of(inputs.hidden, inputs.weight, inputs.ids), inputs)
 
@@ -134,7 +134,7 @@ def _liger_linear(inputs: Inputs, *, compiled: bool) -> Run:
 
 
 def liger_linear_loss(inputs: Inputs, *, compiled: bool, beta: float = BETA) -> Tensor:
-    """Liger's fused loss; beta is an argument of its constructor, and a Python number."""
+    """Liger's fused loss; beta is a Python number, an argument of its constructor."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
@@ -154,12 +154,12 @@ def _liger_triton(inputs: Inputs) -> Run:
 
 
 def one_position_more(inputs: Inputs) -> Tensor:
-    """Logits [B, T + 1, V], as Liger's Triton loss takes them; it drops the last position."""
+    """Logits [B, T + 1, V] for Liger's Triton loss, which drops the last position."""
     return pad(inputs.hidden, (0, 0, 0, 1)) @ inputs.weight.T
 
 
 def liger_triton_loss(logits: Tensor, inputs: Inputs, beta: float = BETA) -> Tensor:
-    """Liger's loss of logits [B, T + 1, V]; its backward writes the gradient over them."""
+    """Liger's loss on logits [B, T + 1, V]; its backward overwrites them with the gradient."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     return triton_grpo_loss(
@@ -190,7 +190,7 @@ def _trl(inputs: Inputs, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     hidden, ids = inputs.hidden.flatten(0, 1), inputs.ids.flatten()
-    if hidden.device.type == "cuda":  # as trl does it: elsewhere every position is scored
+    if hidden.device.type == "cuda":  # as in TRL; on other devices it scores every position
         hidden, ids = hidden[inputs.mask.flatten()], ids[inputs.mask.flatten()]
     made = ChunkedLogProbFunction.apply(
         hidden, inputs.weight, None, ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
@@ -275,7 +275,7 @@ CONTENDERS = (
         _from_logps(_trl_logps),
         _trl_logps,
         package="trl",
-        is_everywhere=False,  # the slowest of all by far: elsewhere it would take a minute of ten
+        is_everywhere=False,  # by far the slowest: other shapes would take a tenth of the total time
     ),
     Contender(
         "Apple CCE",
@@ -284,7 +284,7 @@ CONTENDERS = (
         _cce_logps,
         package="cut_cross_entropy",
         needs_gpu=True,
-        formula_bound=1e-2,  # its filter; a term of the loss that is missing shows a hundredfold
+        formula_bound=1e-2,  # because of its filter; a missing term of the loss causes an error a hundred times larger
     ),
     Contender(
         "quack",
@@ -318,7 +318,7 @@ def contender(name: str) -> Contender:
 
 
 def logps_and_entropies(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [B, T], nats, without gradients, of those contenders that have both."""
+    """Log-probs and entropies [B, T] in nats, without gradients, of a contender that computes both."""
     with torch.no_grad():
         if name == OURS:
             return linear_token_logps(inputs.hidden, inputs.weight, inputs.ids, mask=inputs.mask, return_entropy=True)

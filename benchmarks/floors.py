@@ -1,4 +1,4 @@
-"""What no implementation can be faster than: the head's three products alone, and a copy of the logits."""
+"""Lower bounds of the time: the head's three matrix products alone, and a copy of the logits."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from benchmarks.inputs import Inputs
 from expo_kernels import _launch, _products
 
-ROWS_AT_ONCE_ON_GPU = 8192  # logits of 2.5 GB in bfloat16 at V = 151,936: more rows make the products no faster
+ROWS_AT_ONCE_ON_GPU = 8192  # logits of 2.5 GB in bfloat16 at V = 151,936; more rows are not faster
 
 
 def three_products(inputs: Inputs) -> Callable[[], None]:
-    """Logits, dHidden and dWeight of the tokens that count, nothing between: 6NHV operations, 4NHV without dWeight.
+    """The products for logits, dHidden and dWeight of the unmasked tokens: 6NHV operations, 4NHV without dWeight.
 
     On a CPU they go through the faster of PyTorch's two libraries, as in expo_kernels (`_products.py`), in chunks of
     the same size.
@@ -21,7 +21,7 @@ def three_products(inputs: Inputs) -> Callable[[], None]:
 
 
 def one_product(inputs: Inputs) -> Callable[[], None]:
-    """Logits of the tokens that count, and nothing done with them: 2NHV operations."""
+    """The product for the logits of the unmasked tokens: 2NHV operations."""
     return _products_of(inputs, with_gradients=False)
 
 

@@ -1,4 +1,4 @@
-"""Functions run in fresh processes, forked from a server that has imported the libraries and computed nothing."""
+"""Runs functions in fresh processes, forked from a server process that has only imported the libraries."""
 
 import importlib.util
 import multiprocessing
@@ -12,7 +12,7 @@ PRELOADED = ("benchmarks.peak", "benchmarks.trl_step", "liger_kernel.chunked_los
 
 
 def in_fresh_process(run: Callable[..., Any], *arguments: object) -> Any:
-    """What `run(*arguments)` gives in a process of its own, with as many threads as this one has."""
+    """The result of `run(*arguments)` in a new process with the same number of threads as this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name.split(".")[0])])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -1,8 +1,8 @@
-"""Everything about the kernels that only a GPU can tell, in one command: `python -m benchmarks.gpu_check`.
+"""All checks of the kernels that need a GPU, in one command: `python -m benchmarks.gpu_check`.
 
-Makes its own small inputs. Checks the kernels against float64 on the device, that a thousand changing steps compile
-nothing, that nothing waits for the device, that a captured graph replays with a new beta, and that torch.compile
-changes no bit. Exit code 1 if a check is off. Results go to `benchmarks/results/`; times are `make gpu-bench`'s.
+On small inputs it checks the kernels against float64, that a thousand varying steps compile nothing, that no step
+synchronizes with the device, that a captured CUDA graph replays with a new beta, and that results under torch.compile
+are bitwise equal. Exit code 1 if a check fails. Results go to `benchmarks/results/`; `make gpu-bench` measures times.
 """
 
 import math
@@ -30,7 +30,7 @@ SHAPES = [(4, 1, 64, 2), (4, 33, 64, 17), (4, 33, 128, 1003), (2, 70, 64, 151_93
 
 
 def make_inputs(B: int, T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    """One call's arguments on the GPU, with garbage where masked."""
+    """The arguments of one call on the GPU; masked positions contain NaN and invalid ids."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -52,26 +52,26 @@ def make_inputs(B: int, T: int, H: int, V: int, dtype: torch.dtype, seed: int = 
     }
 
 
-def widened(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64, which the PyTorch path takes."""
-    made = {name: value.double() if _is_float(value) else value for name, value in inputs.items()}
+def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64, for which the PyTorch path is used."""
+    wide = {name: value.double() if _is_float(value) else value for name, value in inputs.items()}
     for name in ("hidden", "weight"):
-        made[name] = inputs[name].detach().double().requires_grad_()
-    return made
+        wide[name] = inputs[name].detach().double().requires_grad_()
+    return wide
 
 
 def numeric_checks() -> Iterator[tuple[str, float, float]]:
-    """Each op at awkward sizes: its name, its error against float64 and the bound."""
+    """Name, error against float64, and bound for each op at awkward sizes."""
     for B, T, H, V in SHAPES:
         for dtype, gradient_bound in GRADIENT_BOUND.items():
             inputs = make_inputs(B, T, H, V, dtype)
-            wide = widened(inputs)
+            wide = to_float64(inputs)
             for name, objective in OBJECTIVES.items():
                 label = f"{name}, T {T}, V {V:,}, {str(dtype).removeprefix('torch.')}"
-                made = linear_expo_loss(**inputs, objective=objective, logits_budget_mb=1.0)
+                output = linear_expo_loss(**inputs, objective=objective, logits_budget_mb=1.0)
                 truth = linear_expo_loss(**wide, objective=objective)
-                yield f"log-probs: {label}", float((made.logps - truth.logps).abs().max()), LOGP_BOUND
-                gradients = zip(_gradients(made.loss, inputs), _gradients(truth.loss, wide), strict=True)
+                yield f"log-probs: {label}", float((output.logps - truth.logps).abs().max()), LOGP_BOUND
+                gradients = zip(_gradients(output.loss, inputs), _gradients(truth.loss, wide), strict=True)
                 yield f"gradients: {label}", max(_relative(*pair) for pair in gradients), gradient_bound
     logits = (4 * torch.randn(3, 5, 4099, device="cuda")).requires_grad_()
     ids = torch.randint(0, 4099, (3, 5), device="cuda")
@@ -85,13 +85,13 @@ def numeric_checks() -> Iterator[tuple[str, float, float]]:
     yield "gradient of log-probs and entropies", _relative(grad, true_grad), GRADIENT_BOUND[torch.float32]
     loss_inputs = {name: value for name, value in make_inputs(4, 5, 8, 64, torch.bfloat16).items() if name != "weight"}
     del loss_inputs["hidden"]
-    ready = torch.randn(4, 5, 64, device="cuda")
-    runs = [expo_loss(ready.clone().requires_grad_(), **loss_inputs) for _ in range(2)]
+    existing_logits = torch.randn(4, 5, 64, device="cuda")
+    runs = [expo_loss(existing_logits.clone().requires_grad_(), **loss_inputs) for _ in range(2)]
     yield "two runs differ by", float((runs[0].loss - runs[1].loss).abs()), 0.0
 
 
 def num_compiled() -> int:
-    """Binaries that Triton has made for this device so far."""
+    """The number of binaries that Triton has compiled so far."""
     from triton.runtime.jit import JITFunction
 
     from expo_kernels._triton import curriculum, rows, sequences
@@ -102,7 +102,7 @@ def num_compiled() -> int:
 
 
 def check_compilations() -> tuple[str, float, float]:
-    """New binaries over 1,000 steps in which everything changes."""
+    """The number of new binaries over 1,000 steps in which shapes and hyper-parameters change."""
     before = None
     for step in range(1010):
         if step == 10:
@@ -111,14 +111,14 @@ def check_compilations() -> tuple[str, float, float]:
         objective = Objective(temperature=0.5 + step % 9 / 8, clip_low=0.1 + step % 3 / 10)
         inputs = make_inputs(B, T, 64, 1024, torch.bfloat16, seed=step)
         beta = torch.full((), step / 1000, device="cuda")
-        made = linear_expo_loss(**inputs, objective=objective, beta=beta, normalizer=float(B + step))
-        made.loss.backward()
+        output = linear_expo_loss(**inputs, objective=objective, beta=beta, normalizer=float(B + step))
+        output.loss.backward()
     assert before is not None
-    return "binaries compiled over 1,000 changing steps", float(num_compiled() - before), 0.0
+    return "binaries compiled over 1,000 varying steps", float(num_compiled() - before), 0.0
 
 
 def check_synchronizations() -> tuple[str, float, float]:
-    """1 if a step waits for the device anywhere that PyTorch can tell."""
+    """1 if PyTorch reports a synchronization with the device in a step, else 0."""
     inputs = make_inputs(4, 33, 64, 1024, torch.bfloat16)
     linear_expo_loss(**inputs).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -133,7 +133,7 @@ def check_synchronizations() -> tuple[str, float, float]:
 
 
 def check_graph() -> tuple[str, float, float]:
-    """How far a captured step, replayed with another beta, is from the eager one."""
+    """The largest difference between a captured step, replayed with another beta, and an eager step."""
     inputs = make_inputs(4, 33, 64, 1024, torch.bfloat16)
     beta = torch.full((), 0.02, device="cuda")
 
@@ -155,7 +155,7 @@ def check_graph() -> tuple[str, float, float]:
 
 
 def check_compiled() -> tuple[str, float, float]:
-    """How far a step under torch.compile(fullgraph=True), sizes and beta changing, is from the eager one."""
+    """The largest difference between compiled (fullgraph=True) and eager steps with varying sizes and beta."""
     compiled = torch.compile(linear_expo_loss, fullgraph=True)
     difference = 0.0
     for step in range(6):
@@ -180,23 +180,23 @@ def _is_float(value: Any) -> bool:
 
 
 def main() -> int:
-    """Run all checks and write the results; 1 if a check is off, else 0, 2 without a GPU."""
+    """Run all checks and write the results; returns 0, 1 if a check fails, or 2 without a GPU."""
     if not torch.cuda.is_available():
-        print("no GPU here: gpu_check needs a CUDA or HIP device that PyTorch can see (torch.cuda.is_available())")
+        print("no GPU found: gpu_check needs a CUDA or HIP device for which torch.cuda.is_available() is true")
         return 2
     results: dict[str, Any] = {"stamp": stamp(torch.device("cuda")), "checks": []}
-    num_off = 0
+    num_failed = 0
     single_checks = (check_compilations, check_synchronizations, check_graph, check_compiled)
     for name, error, bound in (*numeric_checks(), *(check() for check in single_checks)):
-        is_right = error <= bound
-        num_off += not is_right
-        results["checks"].append({"name": name, "error": error, "bound": bound, "ok": is_right})
-        print(f"{'ok ' if is_right else 'OFF'}  {name}: {error:.2e}, bound {bound:.0e}")
+        is_ok = error <= bound
+        num_failed += not is_ok
+        results["checks"].append({"name": name, "error": error, "bound": bound, "ok": is_ok})
+        print(f"{'ok    ' if is_ok else 'FAILED'}  {name}: {error:.2e}, bound {bound:.0e}")
     name = results["stamp"]["machine"].replace(" ", "-").replace("/", "-")
     path = RESULTS / f"gpu_check_{name}.json"
     write_results(path, results)
-    print(f"{'all checks hold' if num_off == 0 else f'{num_off} checks are off'}; written to {path}")
-    return int(num_off > 0)
+    print(f"{'all checks passed' if num_failed == 0 else f'{num_failed} checks failed'}; written to {path}")
+    return int(num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Random inputs of a case, and the loss that all contenders compute, written out in eager PyTorch.
+"""Random inputs of a case, and the loss of all contenders in eager PyTorch.
 
-The loss is GRPO's: the clipped surrogate at 0.2, beta = 0.02 with the k3 penalty, a mean per sequence, then over
-sequences. Logits have a standard deviation of 2; old and reference log-probs lie 0.1 nats beside the present ones, so
-that some tokens are clipped.
+The loss is GRPO's: the surrogate clipped at 0.2, the k3 penalty with beta = 0.02, averaged per sequence, then over
+sequences. Logits have a standard deviation of 2; old and reference log-probs differ from the current ones by 0.1 nats
+(standard deviation), so that some tokens are clipped.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LOG_RATIO_STD = 0.1  # nats
 
 @dataclass
 class Inputs:
-    """One call's tensors: hidden [B, T, H], weight [V, H]; ids, mask, old and ref logps [B, T]; advantages [B]."""
+    """The tensors of one call: hidden [B, T, H], weight [V, H]; ids, mask, old and ref logps [B, T]; advantages [B]."""
 
     case: Case
     hidden: Tensor
@@ -32,16 +32,16 @@ class Inputs:
 
     @property
     def ids_or_ignored(self) -> Tensor:
-        """ids with -100 where masked."""
+        """`ids` with -100 where masked."""
         return self.ids.masked_fill(~self.mask, -100)
 
     def clear(self) -> None:
-        """Forgets the gradients."""
+        """Clears the gradients."""
         self.hidden.grad = self.weight.grad = None
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0, log_ratio_std: float = LOG_RATIO_STD) -> Inputs:
-    """The same numbers for the same case, device and seed."""
+    """Random inputs; equal for equal case, device and seed."""
     shape, dtype = case.shape, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -87,5 +87,5 @@ def policy_loss(logps: Tensor, inputs: Inputs, beta: float = BETA) -> Tensor:
 
 
 def cross_entropy(logps: Tensor, inputs: Inputs) -> Tensor:
-    """Minus the mean log-prob of the tokens that count, for what fuses a cross-entropy and no policy loss."""
+    """The mean cross-entropy of the unmasked tokens, for contenders that fuse a cross-entropy but no policy loss."""
     return -logps.masked_fill(~inputs.mask, 0.0).sum() / inputs.mask.sum()

@@ -1,7 +1,7 @@
-"""The device that is measured on, and the rounds of a case: in each of them every contender runs once.
+"""The device of the measurements, and the rounds of a case: in each round every contender runs once.
 
-What else the machine does at a time falls on all that run in that round, so times are compared within rounds alone: a
-ratio of two contenders is the median over rounds of one's time by the other's.
+Other load on the machine affects all contenders of a round, so times are compared within rounds only: the ratio of two
+contenders is the median over rounds of the ratio of their times.
 """
 
 import ctypes
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs
 
-SECONDS = {"cpu": 3.0, "cuda": 0.5}  # of all rounds of a case, times its contenders
-ROUNDS = {"cpu": (3, 15), "cuda": (5, 20)}  # at least and at most, the same number for all contenders of a case
-FLUSH_BYTES = 2**28  # written between rounds on a GPU: more than any L2 cache holds
+SECONDS = {"cpu": 3.0, "cuda": 0.5}  # for all rounds of a case, per contender
+ROUNDS = {"cpu": (3, 15), "cuda": (5, 20)}  # minimum and maximum of a case
+FLUSH_BYTES = 2**28  # written between runs on a GPU to flush the L2 cache; larger than any L2 cache
 
 
 class Machine:
-    """A CPU, timed by the host's clock, or a GPU, timed by its events."""
+    """A CPU, timed by the host's clock, or a GPU, timed by CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,7 +30,7 @@ class Machine:
         self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.is_gpu else None
 
     def mark(self) -> Any:
-        """A moment in the device's work."""
+        """A time mark: the host's clock on a CPU, a recorded event on a GPU."""
         if not self.is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -45,12 +45,12 @@ class Machine:
         return float(start.elapsed_time(end))
 
     def wait(self) -> None:
-        """Returns when the device has nothing more to do."""
+        """Waits until the device is idle."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
     def cool(self) -> None:
-        """Empties a GPU's cache; on a CPU gives back what others freed, so that nobody finds memory ready for use."""
+        """Flushes a GPU's L2 cache; on a CPU returns freed memory to the system, so that no contender can reuse it."""
         if self._flushed is not None:
             self._flushed.zero_()
         elif sys.platform == "linux":
@@ -64,12 +64,12 @@ class Machine:
         return self.ms(start, self.mark())
 
     def num_rounds(self, seconds: float, num_contenders: int) -> int:
-        """How many rounds of so many seconds fit what a case is given."""
-        least, most = ROUNDS[self.device.type]
-        return max(least, min(most, int(num_contenders * SECONDS[self.device.type] / max(seconds, 1e-6))))
+        """The number of rounds of `seconds` each that fit the time of a case."""
+        fewest, most = ROUNDS[self.device.type]
+        return max(fewest, min(most, int(num_contenders * SECONDS[self.device.type] / max(seconds, 1e-6))))
 
     def extra_peak_mib(self, run: Callable[[], Any]) -> float:
-        """MiB that `run` allocates beyond what is there, at most, on a GPU."""
+        """Peak MiB that `run` allocates on a GPU in addition to existing memory."""
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -78,22 +78,22 @@ class Machine:
 
 
 def trim_memory() -> None:
-    """Gives memory that is free, but held by the C library, back to the system; only glibc can."""
+    """Returns freed memory from the C library's allocator to the system; works with glibc only."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-Round = Callable[[], dict[str, float]]  # one round of one contender: milliseconds by part, "both" for the whole
+Round = Callable[[], dict[str, float]]  # one round of one contender: milliseconds by part, "both" for the total
 
 
 class RoundRobin:
-    """The rounds of a case; a call is one of them: the floor first, then every contender in an order drawn anew.
+    """The rounds of a case; a call executes one: the floor first, then every contender in random order.
 
     Args:
-        machine: what they run on.
-        runs: one round of each contender, by its name in the case.
-        floor: what runs before them; None: nothing.
+        machine: the device.
+        runs: one round of each contender, by its name.
+        floor: the lower bound, which runs first; None for no floor.
     """
 
     def __init__(self, machine: Machine, runs: Mapping[Any, Round], floor: Callable[[], Any] | None = None) -> None:
@@ -113,17 +113,17 @@ class RoundRobin:
 
     @property
     def num_contenders(self) -> int:
-        """How many run in each round, the floor aside."""
+        """Contenders in each round, without the floor."""
         return len(self._runs)
 
     def times(self) -> dict[Any, dict[str, Any]]:
-        """Milliseconds of every round so far by contender and part, and the floor's; entry i is of round i."""
+        """Milliseconds by contender and part, and those of the floor; entry i belongs to round i."""
         floor = {} if self._floor is None else {"floor_ms": self._floor_ms}
         return {name: {"ms": ms, **floor} for name, ms in self._ms.items()}
 
 
 def forward_and_backward(machine: Machine, run: Callable[[], Tensor], inputs: Inputs) -> Round:
-    """A round of one contender, its forward and backward parts noted apart; its gradients are gone after it."""
+    """A round of one contender with separate times of forward and backward; gradients are cleared afterwards."""
 
     def once() -> dict[str, float]:
         inputs.clear()
@@ -140,7 +140,7 @@ def forward_and_backward(machine: Machine, run: Callable[[], Tensor], inputs: In
 
 
 def whole(machine: Machine, run: Callable[[], Any]) -> Round:
-    """A round that has no parts."""
+    """A round with the total time only."""
 
     def once() -> dict[str, float]:
         start = machine.mark()

@@ -1,4 +1,4 @@
-"""The loss of several contenders, checked, then measured in shared rounds: the rows of the tables of the loss."""
+"""Checks and measures the loss of several contenders in shared rounds, and returns rows of results."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ from benchmarks.peak import extra_peak_mib
 from benchmarks.truth import Truth, check_formula, checked_errors, truth_of
 
 Row = dict[str, Any]
-Entry = tuple[str, Contender, Inputs]  # the case that its row is of; several may share their rounds
+Entry = tuple[str, Contender, Inputs]  # the first is the name of the case; cases may share rounds
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows of what was measured or says why not, and what went wrong, for the test to fail by."""
+    """Rows with measurements or the reason why there are none, and the failures that the test reports."""
 
     rows: list[Row]
     failures: list[str]
@@ -32,12 +32,12 @@ def measure_losses(
     obstacle_of: Callable[[str], str | None],
     floor: Callable[[], Any] | None = None,
 ) -> Measured:
-    """Checks every entry against float64, runs those that are right in shared rounds, then takes their memory.
+    """Checks every entry against float64, times the correct ones in shared rounds, then measures their memory.
 
-    A contender that is wrong or fails costs the others nothing but is among the failures.
+    A contender that is wrong or raises an error is added to the failures and does not affect the others.
     """
     torch._dynamo.reset()
-    checked, found, failures = _checked(entries, machine, obstacle_of)
+    checked, rows, failures = _check_all(entries, machine, obstacle_of)
     before = _num_graphs()
     runs = {
         index: forward_and_backward(machine, entry.run, entry.inputs)
@@ -49,8 +49,8 @@ def measure_losses(
         failures.append(f"{_num_graphs() - before} graphs were compiled inside the rounds; their times include it")
     for index, entry in enumerate(checked):
         if entry is not None:
-            found[index] |= {**times[index], "extra_peak_mib": _peak(entry, machine), "errors": entry.errors}
-    return Measured(found, failures)
+            rows[index] |= {**times[index], "extra_peak_mib": _peak(entry, machine), "errors": entry.errors}
+    return Measured(rows, failures)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class _Checked:
     errors: dict[str, float]
 
 
-def _checked(
+def _check_all(
     entries: Iterable[Entry], machine: Machine, obstacle_of: Callable[[str], str | None]
 ) -> tuple[list[_Checked | None], list[Row], list[str]]:
-    """Each entry's errors, its row so far, and what is wrong with some; first calls, which compile, are made here."""
+    """Checked entries (None: not measurable), their rows so far, and failures; makes the first calls, which compile."""
     checked: list[_Checked | None] = []
     rows, failures = [], []
     truths: dict[tuple[int, Any], Truth] = {}
@@ -78,7 +78,7 @@ def _checked(
             except torch.OutOfMemoryError:
                 note = f"out of memory on {inputs.case}"
                 torch.cuda.empty_cache()
-            except Exception as error:  # a peer may fail in any way
+            except Exception as error:  # a peer may raise anything
                 note = f"{type(error).__name__}: {error}"
                 failures.append(f"{found.name} on {inputs.case}: {note}")
             inputs.clear()
@@ -92,7 +92,7 @@ def _check(found: Contender, inputs: Inputs, truths: dict[tuple[int, Any], Truth
         check_formula(found, inputs.case, machine.device)
     key = (id(inputs), found.loss_of)
     if key not in truths:
-        truths.clear()  # one at a time: it is as large as the gradients twice over
+        truths.clear()  # keep one at a time: it is twice as large as the gradients
         truths[key] = truth_of(inputs, found.loss_of)
     errors = checked_errors(found, inputs, truths[key])
     return _Checked(found, inputs, found.prepare(inputs), errors)
@@ -105,7 +105,7 @@ def _described(case: str, found: Contender, inputs: Inputs) -> Row:
         "settings": asdict(inputs.case),
         "contender": found.name,
         "computes": found.computes,
-        "gradients_mib": gradients,  # which every contender hands out
+        "gradients_mib": gradients,  # every contender returns them
     }
 
 

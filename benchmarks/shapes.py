@@ -21,11 +21,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """What one call computes: a shape, and in what it differs from the plain float32 loss of all its tokens."""
+    """One call: a shape, and how the call differs from the float32 loss of all tokens."""
 
     shape: Shape
     dtype: Literal["float32", "bfloat16"] = "float32"
-    active_share: float = 1.0  # share of tokens that the mask lets count
+    active_share: float = 1.0  # share of unmasked tokens
     frozen_head: bool = False
     ratio: Literal["token", "sequence"] = "token"
 
@@ -43,7 +43,7 @@ LONG = Shape("long", num_sequences=8, length=512, hidden_size=256, vocab_size=32
 CPU_SHAPES = (SMALL, LARGE, LONG)
 WIDE = replace(SMALL, name="small, H = 1,024", hidden_size=1024)
 
-# the head of Qwen3-8B, and that of Qwen2.5-1.5B
+# the heads of Qwen3-8B and Qwen2.5-1.5B
 GPU_SHAPES = tuple(
     Shape(f"{name}, {tokens:,} tokens", num_sequences=8, length=tokens // 8, hidden_size=hidden, vocab_size=151_936)
     for name, hidden in (("8B head", 4096), ("1.5B head", 1536))
@@ -52,18 +52,18 @@ GPU_SHAPES = tuple(
 
 
 def shapes_for(device: str, *, tiny: bool = False) -> tuple[Shape, ...]:
-    """The shapes that a table has on "cpu" or "cuda"; `tiny`: one alone, for tests."""
+    """The shapes of a table on "cpu" or "cuda"; one tiny shape if `tiny`, for tests."""
     if tiny:
         return (TINY,)
     return GPU_SHAPES if device == "cuda" else CPU_SHAPES
 
 
 def side_shape(device: str, *, tiny: bool = False) -> Shape:
-    """The one shape at which all else is varied."""
+    """The shape at which other settings are varied."""
     shapes = shapes_for(device, tiny=tiny)
     return shapes[1] if shapes == GPU_SHAPES else shapes[0]
 
 
 def dtype_for(device: str) -> Literal["float32", "bfloat16"]:
-    """What models are trained in on such a device."""
+    """The usual training dtype on this kind of device."""
     return "bfloat16" if device == "cuda" else "float32"

@@ -1,4 +1,4 @@
-"""Where a result comes from: every file of results carries commit, date, machine and versions, and is written whole."""
+"""The provenance of results: every file of results has commit, date, machine and versions."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expo.files import write_bytes_whole
+from expo.runtime.atomic_io import write_bytes_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -22,8 +22,8 @@ PACKAGES = (
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
-    """Commit, date, device, driver, versions (None where missing), threads, and the load before anything ran."""
-    made = {
+    """Commit, date, device, driver, versions (None if not installed), threads, and the current load average."""
+    values = {
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device.type,
@@ -35,17 +35,17 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "versions": {name: installed_version(name) for name in PACKAGES},
     }
     if device.type == "cuda":
-        made |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": driver()}
-    return made
+        values |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": driver()}
+    return values
 
 
 def commit() -> str:
-    """Commit of the tree, with -dirty if anything but the results differs from it; "unknown" without git."""
-    found = _git("rev-parse", "--short=9", "HEAD")
-    if found is None:
+    """Commit of the tree, with -dirty if files other than results were changed; "unknown" without git."""
+    commit_hash = _git("rev-parse", "--short=9", "HEAD")
+    if commit_hash is None:
         return "unknown"
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    return f"{found}-dirty" if changed else found
+    return f"{commit_hash}-dirty" if changed else commit_hash
 
 
 def cpu_name() -> str:
@@ -56,7 +56,7 @@ def cpu_name() -> str:
 
 
 def driver() -> str:
-    """Version of the GPU's driver; "unknown" if no tool tells it."""
+    """Version of the GPU's driver; "unknown" without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -73,7 +73,7 @@ def installed_version(package: str) -> str | None:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes one JSON file whole."""
+    """Writes a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_whole(path, (json.dumps(results, indent=1) + "\n").encode("utf-8"))
 

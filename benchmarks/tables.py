@@ -1,4 +1,4 @@
-"""Rows of results to Markdown tables: a cell without a number in the JSON cannot be."""
+"""Markdown tables from rows of results; every number comes from the JSON files."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,38 +10,38 @@ from benchmarks.contenders import OURS
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, TINY
 
 Row = dict[str, Any]
-CLEARLY = 1.02  # a peer's number counts as better where ours is more than this many times it
+BETTER_BY = 1.02  # a peer's number is listed as better if ours is more than this factor larger
 EAGER, LIGER = "eager log_softmax", "Liger fused linear"
 SHAPE_NAMES = {shape.name for shape in (TINY, *CPU_SHAPES, *GPU_SHAPES)}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; all columns but the first are numbers."""
+    """A table whose columns except the first are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows of each case, in order; those that only say why something did not run stay among them."""
-    found: dict[str, list[Row]] = {}
+    """The rows of each case, in order, including those that only state why a contender did not run."""
+    cases: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["case"], []).append(row)
-    return found
+        cases.setdefault(row["case"], []).append(row)
+    return cases
 
 
-def least(row: Row, part: str = "both") -> float:
-    """Least milliseconds of all rounds."""
+def best_ms(row: Row, part: str = "both") -> float:
+    """The smallest time of all rounds, in milliseconds."""
     return min(row["ms"][part])
 
 
-def paired(row: Row) -> list[float]:
-    """Each round's time over that of the floor in it."""
+def floor_ratios(row: Row) -> list[float]:
+    """The time of each round relative to the floor's time in that round."""
     return [ms / floor for ms, floor in zip(row["ms"]["both"], row["floor_ms"], strict=True)]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the 20th and 80th percentiles around it."""
+    """The median and the 20th and 80th percentiles."""
 
     middle: float
     low: float
@@ -52,7 +52,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of one value or more."""
+    """The spread of at least one value."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     fifths = quantiles(values, n=5, method="inclusive")
@@ -60,22 +60,22 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def time_ratio(ours: Row, other: Row) -> Spread:
-    """Our time over another's, round by round of those that they shared."""
-    return spread([mine / its for mine, its in zip(ours["ms"]["both"], other["ms"]["both"], strict=True)])
+    """Our time relative to another's, over the rounds that both ran in."""
+    return spread([our_ms / other_ms for our_ms, other_ms in zip(ours["ms"]["both"], other["ms"]["both"], strict=True)])
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
-    """Those that ran."""
+    """The rows of contenders that ran."""
     return [row for row in rows if "ms" in row]
 
 
 def ours_of(rows: Iterable[Row]) -> Row:
-    """Our row among those of one case."""
+    """Our row of one case."""
     return next(row for row in rows if row["contender"] == OURS)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """To `digits` significant digits, thousands grouped; "" where there is none."""
+    """`value` with `digits` significant digits and grouped thousands; "" for None."""
     if value is None:
         return ""
     if value == 0 or not math.isfinite(value):
@@ -85,60 +85,60 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def error(value: float | None) -> str:
-    """An error in two digits."""
+    """An error with two significant digits; "" for None."""
     return "" if value is None else f"{value:.1e}"
 
 
 def notes(rows: Iterable[Row]) -> str:
-    """What did not run, and why."""
-    said = list(dict.fromkeys(f"{row['contender']}: {row['note']}" for row in rows if "note" in row))
-    return f"Not measured here: {'; '.join(said)}." if said else ""
+    """The contenders that did not run, and why."""
+    texts = list(dict.fromkeys(f"{row['contender']}: {row['note']}" for row in rows if "note" in row))
+    return f"Not measured here: {'; '.join(texts)}." if texts else ""
 
 
 # --- the loss
 
 
 def loss_table(rows: Sequence[Row]) -> str:
-    """One case of the loss: time, memory and error of every contender."""
+    """Time, memory and errors of every contender in one case of the loss."""
     ran = measured(rows)
     ours = ours_of(ran)
-    header = ["", "ms, least", "median", "forward", "backward", "x floor", "ours/it", "MiB", "ours/it"]
+    header = ["", "best ms", "median ms", "forward", "backward", "x floor", "ours / theirs", "MiB", "ours / theirs"]
     lines = []
     for row in ran:
         lines.append(
             [
                 row["contender"],
-                number(least(row)),
+                number(best_ms(row)),
                 *(number(median(row["ms"][part])) for part in ("both", "forward", "backward")),
-                f"{median(paired(row)):.2f}",
-                beside(ours, row),
+                f"{median(floor_ratios(row)):.2f}",
+                ratio_to(ours, row),
                 number(row["extra_peak_mib"]),
                 ratio(ours["extra_peak_mib"], row["extra_peak_mib"]),
                 *(error(row["errors"].get(name)) for name in ("logps", "grad_hidden", "grad_weight")),
             ]
         )
     table = markdown([*header, "log-prob", "dHidden", "dWeight"], lines)
-    gradients = f"of the memory {number(sum(ours['gradients_mib'].values()))} MiB are the gradients themselves"
-    return f"{table}\n\nRounds: {len(ours['ms']['both'])}; {gradients}."
+    gradients = f"the memory includes {number(sum(ours['gradients_mib'].values()))} MiB of gradients"
+    return f"{table}\n\n{len(ours['ms']['both'])} rounds; {gradients}."
 
 
-def beside(ours: Row, row: Row) -> str:
-    """Our time over a row's; "" for our own."""
+def ratio_to(ours: Row, row: Row) -> str:
+    """Our time / theirs as text; "" for our own row."""
     return "" if row is ours else str(time_ratio(ours, row))
 
 
 def ratio(ours: float | None, other: float | None) -> str:
-    """Ours over another's; "" where one is missing."""
+    """Our value / another's as text; "" if one is missing."""
     return "" if not ours or not other else f"{ours / other:.2f}"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number in which a peer may be better: the smaller, the better.
+    """A number that is compared with peers; smaller is better.
 
-    value_of: of a row; None where it has none.
-    text: how it is printed.
-    ratio_of: ours over a peer's; None: the quotient of the values.
+    value_of: the value of a row, or None.
+    text: formats a value.
+    ratio_of: our row relative to a peer's row; None for the quotient of the values.
     """
 
     name: str
@@ -148,18 +148,18 @@ class Measure:
 
 
 def error_measure(name: str, title: str) -> Measure:
-    """An error against float64."""
+    """The error against float64 that rows store as `name`."""
     return Measure(f"error of {title}", lambda row: row["errors"].get(name), error)
 
 
-TIME = Measure("ms, median", lambda row: median(row["ms"]["both"]), number, lambda o, r: time_ratio(o, r).middle)
+TIME = Measure("median ms", lambda row: median(row["ms"]["both"]), number, lambda o, r: time_ratio(o, r).middle)
 MEMORY = Measure("MiB", lambda row: row["extra_peak_mib"], number)
 ERRORS = (
     error_measure("logps", "log-probs, nats"),
     error_measure("grad_hidden", "dHidden"),
     error_measure("grad_weight", "dWeight"),
 )
-# by table: every number of it that a peer has too
+# by table: the measures that are compared with peers
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "loss": (TIME, MEMORY, *ERRORS),
     "chunks": (TIME, MEMORY, *ERRORS),
@@ -168,18 +168,18 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "rows": (TIME, error_measure("gradient", "the gradient")),
     "curriculum": (TIME,),
     "verifier": (TIME,),
-    "step": (),  # of seconds by phase
+    "step": (),  # compared by phase
 }
 PHASES = ("rollout", "reference", "reward", "step")
 
 
 def is_ours(row: Row) -> bool:
-    """Whether a row is of this project, by whichever of its functions."""
+    """Whether a row is of this project."""
     return bool(row["contender"].startswith("expo"))
 
 
 def better_peers(name: str, rows: Sequence[Row]) -> list[str]:
-    """A line for every number of a table in which something else is better than ours, the first that is ours."""
+    """A line for every measure in which a peer is better than our first row."""
     if name == "step":
         return _faster_phases(rows)
     lines = []
@@ -189,7 +189,7 @@ def better_peers(name: str, rows: Sequence[Row]) -> list[str]:
             beaten_by = [
                 f"{row['contender']} {measure.text(measure.value_of(row))}"
                 for row in group
-                if (found := _ours_over(measure, ours, row)) is not None and found > CLEARLY
+                if (factor := _our_factor(measure, ours, row)) is not None and factor > BETTER_BY
             ]
             if beaten_by:
                 lines.append(
@@ -205,36 +205,36 @@ def _faster_phases(rows: Sequence[Row]) -> list[str]:
         for phase in PHASES
     }
     return [
-        f"- {phase}, seconds, median: ours {number(ours)}; {names[1]} {number(other)}"
+        f"- {phase}, median seconds: ours {number(ours)}; {names[1]} {number(other)}"
         for phase, (ours, other) in medians.items()
-        if ours > CLEARLY * other
+        if ours > BETTER_BY * other
     ]
 
 
-def _ours_over(measure: Measure, ours: Row, row: Row) -> float | None:
-    mine, its = measure.value_of(ours), measure.value_of(row)
-    if row is ours or mine is None or its is None:
+def _our_factor(measure: Measure, ours: Row, row: Row) -> float | None:
+    our_value, other_value = measure.value_of(ours), measure.value_of(row)
+    if row is ours or our_value is None or other_value is None:
         return None
     if measure.ratio_of is not None:
         return measure.ratio_of(ours, row)
-    return mine / its if its else (math.inf if mine else 1.0)
+    return our_value / other_value if other_value else (math.inf if our_value else 1.0)
 
 
 def by_point(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that are compared with each other: of one case, and of one size where a case has several."""
-    found: dict[str, list[Row]] = {}
+    """The rows that are compared with each other: of the same case and, if a case has several, the same size."""
+    points: dict[str, list[Row]] = {}
     for row in rows:
         label = row["case"]
         if "questions" in row:
             label = f"{label}, {row['questions']:,} questions"
         elif "settings" in row and row["case"] in ("N", "V"):
             label = f"along {row['case']}, {row['settings']['shape']['name']}"
-        found.setdefault(label, []).append(row)
-    return found
+        points.setdefault(label, []).append(row)
+    return points
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """The plain cases in short: least milliseconds, our time over it, and MiB of each contender."""
+    """Best time, our time / theirs, and memory of each contender in the cases without variations."""
     groups = list(by_case(measured(rows)).values())
     dtype = groups[0][0]["settings"]["dtype"]
     cases = [group for group in groups if _is_plain(group[0]["settings"]) and group[0]["settings"]["dtype"] == dtype]
@@ -244,8 +244,8 @@ def summary_table(rows: Sequence[Row]) -> str:
         row, ours = next((row for row in measured(group) if row["contender"] == name), None), ours_of(group)
         if row is None:
             return ""
-        beside = "" if row is ours else f" ({time_ratio(ours, row).middle:.2f})"
-        return f"{number(least(row))} ms{beside}, {number(row['extra_peak_mib'])} MiB"
+        ratio_text = "" if row is ours else f" ({time_ratio(ours, row).middle:.2f})"
+        return f"{number(best_ms(row))} ms{ratio_text}, {number(row['extra_peak_mib'])} MiB"
 
     return markdown(
         ["", *(_size(group[0]["settings"]["shape"]) for group in cases)],
@@ -263,62 +263,64 @@ def _size(shape: Row) -> str:
     return f"N = {num_tokens:,}, H = {shape['hidden_size']:,}, V = {shape['vocab_size']:,}"
 
 
-# --- the rest
+# --- other tables
 
 
 def timed_table(rows: Sequence[Row]) -> str:
-    """Cases that have a time, a floor and errors."""
+    """The table of a case with times, a floor and errors."""
     names = list(dict.fromkeys(name for row in measured(rows) for name in row["errors"]))
     ours = ours_of(measured(rows))
     lines = [
         [
             row["contender"],
-            number(least(row)),
+            number(best_ms(row)),
             number(median(row["ms"]["both"])),
-            f"{median(paired(row)):.2f}",
-            beside(ours, row),
+            f"{median(floor_ratios(row)):.2f}",
+            ratio_to(ours, row),
             *(error(row["errors"].get(name)) for name in names),
         ]
         for row in measured(rows)
     ]
-    return markdown(["", "ms, least", "median", "x floor", "ours/it", *(f"error of {name}" for name in names)], lines)
+    return markdown(
+        ["", "best ms", "median ms", "x floor", "ours / theirs", *(f"error of {name}" for name in names)], lines
+    )
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    """The loss on ready logits: GB/s, counting two reads and one write of every logit, beside a copy's."""
+    """The loss on existing logits: GB/s for two reads and one write per logit, and GB/s of a copy."""
     ours = ours_of(rows)
     lines = [
         [
             row["contender"],
-            number(least(row)),
-            beside(ours, row),
+            number(best_ms(row)),
+            ratio_to(ours, row),
             number(bandwidth(row)),
             number(copy_bandwidth(row)),
             error(row["errors"]["gradient"]),
         ]
         for row in measured(rows)
     ]
-    return markdown(["", "ms, least", "ours/it", "GB/s", "a copy's GB/s", "error of the gradient"], lines)
+    return markdown(["", "best ms", "ours / theirs", "GB/s", "GB/s of a copy", "error of the gradient"], lines)
 
 
 def bandwidth(row: Row) -> float:
-    """GB/s of the loss on ready logits."""
-    return 3e-6 * float(row["num_bytes"]) / least(row)
+    """GB/s of the loss on existing logits."""
+    return 3e-6 * float(row["num_bytes"]) / best_ms(row)
 
 
 def copy_bandwidth(row: Row) -> float:
-    """GB/s of the copy that ran beside it."""
+    """GB/s of the copy in the same rounds."""
     return 2e-6 * float(row["num_bytes"]) / min(row["floor_ms"])
 
 
 def chunks_table(rows: Sequence[Row]) -> str:
-    """Time and memory by the size of a chunk, beside eager PyTorch's and the default's."""
+    """Time and memory by chunk size, relative to the default and to eager PyTorch."""
     ran = measured(rows)
     default, eager = ours_of(ran), next(row for row in ran if row["contender"] == EAGER)
     lines = [
         [
             row["contender"],
-            number(least(row)),
+            number(best_ms(row)),
             number(median(row["ms"]["both"])),
             str(time_ratio(row, default)),
             str(time_ratio(row, eager)),
@@ -327,12 +329,12 @@ def chunks_table(rows: Sequence[Row]) -> str:
         ]
         for row in ran
     ]
-    table = markdown(["", "ms, least", "median", "it/default", "it/eager", "MiB", "it/eager"], lines)
-    return f"{ran[0]['case']}; rounds: {len(default['ms']['both'])}.\n\n{table}"
+    table = markdown(["", "best ms", "median ms", "time / default", "time / eager", "MiB", "MiB / eager"], lines)
+    return f"{ran[0]['case']}; {len(default['ms']['both'])} rounds.\n\n{table}"
 
 
 def growth_table(rows: Sequence[Row]) -> str:
-    """Log-log slopes of time and memory along N and V, with what they were fitted to."""
+    """Log-log slopes of time and memory along N and V, and the ranges of the fitted values."""
     lines = []
     for series, group in by_case(measured(rows)).items():
         for name in dict.fromkeys(row["contender"] for row in group):
@@ -341,19 +343,19 @@ def growth_table(rows: Sequence[Row]) -> str:
             times = [median(row["ms"]["both"]) for row in points]
             lines.append([f"{name}, along {series}", _span(sizes), _span(times), str(time_slope(series, points))])
             if all(memory):
-                beyond = [mib_beyond_hidden(row) for row in points]
-                lines[-1] += [_span(memory), number(slope(sizes, memory)), _span(beyond)]
-    return markdown(["", "from ... to", "ms, median", "slope", "MiB", "slope", "MiB beyond dHidden"], lines)
+                without_hidden = [mib_without_hidden(row) for row in points]
+                lines[-1] += [_span(memory), number(slope(sizes, memory)), _span(without_hidden)]
+    return markdown(["", "sizes", "median ms", "slope", "MiB", "slope", "MiB without dHidden"], lines)
 
 
 def time_slope(series: str, points: Sequence[Row]) -> Spread:
-    """Of the slopes of time that each round gives; in a round all points ran."""
+    """The spread of the slopes of time of all rounds; every point ran in every round."""
     sizes = [along(series, row) for row in points]
     return spread([slope(sizes, times) for times in zip(*(row["ms"]["both"] for row in points), strict=True)])
 
 
-def mib_beyond_hidden(row: Row) -> float:
-    """Extra peak memory but for dHidden, which every contender hands out."""
+def mib_without_hidden(row: Row) -> float:
+    """Extra peak memory without dHidden, which every contender returns."""
     return float(row["extra_peak_mib"] - row["gradients_mib"]["hidden"])
 
 
@@ -368,7 +370,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Least-squares slope of log(values) over log(sizes): 1 where cost is proportional to size."""
+    """Least-squares slope of log(values) over log(sizes): 1 if values are proportional to sizes."""
     xs, ys = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     products = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
@@ -376,12 +378,12 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def steadiness_table(rows: Sequence[Row]) -> str:
-    """What was compiled and waited for while beta changed."""
-    counts = {"graphs at the first step": "first_graphs", "graphs after it": "graphs"}
-    counts |= {"Triton binaries after it": "binaries", "waits for the device": "waits"}
+    """Compilations and synchronizations while beta changed."""
+    counts = {"graphs in the first step": "first_graphs", "graphs in later steps": "graphs"}
+    counts |= {"Triton binaries in later steps": "binaries", "device synchronizations": "waits"}
     counts = {title: name for title, name in counts.items() if any(name in row for row in rows)}
     lines = [
-        [f"{row['contender']}, {row['case']} changing", *(str(row.get(name, "")) for name in counts.values())]
+        [f"{row['contender']}, varying {row['case']}", *(str(row.get(name, "")) for name in counts.values())]
         for row in rows
     ]
     return markdown([f"{rows[0]['steps']} steps", *counts], lines)
@@ -393,12 +395,12 @@ def curriculum_table(rows: Sequence[Row]) -> str:
     kinds = list(dict.fromkeys((row["case"], row["contender"]) for row in rows))
 
     def line(case: str, name: str) -> list[str]:
-        found = {row["questions"]: row for row in measured(rows) if (row["case"], row["contender"]) == (case, name)}
-        cells = [number(least(found[size])) if size in found else "" for size in sizes]
-        grows = number(slope(list(found), [least(row) for row in found.values()])) if len(found) > 1 else ""
-        return [f"{case}, {name}", *cells, grows]
+        by_size = {row["questions"]: row for row in measured(rows) if (row["case"], row["contender"]) == (case, name)}
+        cells = [number(best_ms(by_size[size])) if size in by_size else "" for size in sizes]
+        fitted = number(slope(list(by_size), [best_ms(row) for row in by_size.values()])) if len(by_size) > 1 else ""
+        return [f"{case}, {name}", *cells, fitted]
 
-    return markdown(["ms, least", *(f"{size:,}" for size in sizes), "slope"], [line(*kind) for kind in kinds])
+    return markdown(["best ms", *(f"{size:,}" for size in sizes), "slope"], [line(*kind) for kind in kinds])
 
 
 def verifier_table(rows: Sequence[Row]) -> str:
@@ -410,11 +412,11 @@ def verifier_table(rows: Sequence[Row]) -> str:
         row = next((row for row in measured(rows) if (row["contender"], row["case"]) == (name, kind)), None)
         return "" if row is None else number(1e3 * row["replies"] / median(row["ms"]["both"]))
 
-    return markdown(["replies a second", *kinds], [[name, *(rate(name, kind) for kind in kinds)] for name in names])
+    return markdown(["replies per second", *kinds], [[name, *(rate(name, kind) for kind in kinds)] for name in names])
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """Seconds of a step by phase, medians over all steps, and the ratio of each pair of runs."""
+    """Median seconds of a step by phase, and the ratio of each pair of runs."""
     names, phases = list(dict.fromkeys(row["contender"] for row in rows)), PHASES
 
     def middle(name: str, phase: str) -> float:
@@ -425,18 +427,18 @@ def step_table(rows: Sequence[Row]) -> str:
         others = middle(name, "step") - sum(middle(name, phase) for phase in phases[:-1])
         rate = middle(name, "reply_tokens") / middle(name, "step")
         lines.append([name, *(number(middle(name, phase)) for phase in phases), number(others), number(rate)])
-    table = markdown(["seconds", *phases[:-1], "whole step", "update and the rest", "reply tokens/s"], lines)
+    table = markdown(["seconds", *phases[:-1], "step", "update and other", "reply tokens/s"], lines)
     ratios = ", ".join(f"{value:.2f}" for value in step_ratios(rows))
-    text = f"{table}\n\n{names[0]} over {names[1]}, one pair of runs after the other: {ratios}."
+    text = f"{table}\n\nTime of {names[0]} / {names[1]} by pair of runs: {ratios}."
     if "errors" in rows[0]:
         norm, update = (error(rows[0]["errors"][name]) for name in ("grad_norm", "update"))
-        text += f" On the same replies their first updates differ by {update} of their length, the gradients' norms by"
-        text += f" {norm}."
+        text += f" On the same replies the relative difference of the first updates is {update}, that of the gradient"
+        text += f" norms {norm}."
     return text
 
 
 def step_ratios(rows: Sequence[Row]) -> list[float]:
-    """Our median step over the other's, by pair of runs."""
+    """Our median step time / the other's, by pair of runs."""
     ours, other = dict.fromkeys(row["contender"] for row in rows)
 
     def middle(name: str, pair: int) -> float:

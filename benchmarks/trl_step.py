@@ -1,9 +1,9 @@
-"""The embedded ledger task, trained by this project's trainer and by TRL's GRPOTrainer, as nearly alike as both allow.
+"""Training on the embedded ledger task with this project's trainer and with TRL's GRPOTrainer, configured alike.
 
-The same weights, questions, verifier and numbers: 32 questions a step with 8 replies of at most 32 tokens at
-temperature 1, transformers generation, one AdamW step in float32, clip 0.2, k3 with beta = 0.02 against the starting
-weights, a mean per sequence, advantages over the group's standard deviation. Questions are drawn uniformly and beta is
-constant: GRPO, since TRL has no curriculum and no accuracy-conditioned KL.
+Both use the same weights, questions, verifier and settings: 32 questions per step with 8 replies of at most 32 tokens
+at temperature 1, transformers generation, one AdamW step in float32, clip 0.2, the k3 penalty with beta = 0.02 to the
+initial weights, a mean per sequence, and advantages divided by the group's standard deviation. The method is GRPO
+(uniform sampling, constant beta), since TRL has no curriculum and no accuracy-conditioned KL.
 """
 
 import io
@@ -19,117 +19,99 @@ import torch
 from torch import Tensor
 
 import expo.train
-from expo.assemble import open_run
-from expo.config import ModelSection, RunConfig
+from benchmarks.step_settings import BETA, BETAS, CLIP, GROUP_SIZE, LR, MAX_NEW_TOKENS, QUESTIONS, step_config
+from expo.config import ModelSection
 from expo.data import PROMPTS, load_questions
-from expo.model import check_model_path
-from expo.policy import Sample
-from expo.quiet import errors_only
-from expo.rewards import Verifier
+from expo.learner.model import check_model_path
+from expo.rewards.verifier import Verifier
+from expo.run.setup import RunBookkeeping, open_run
+from expo.runtime.logging_filters import errors_only
+from expo.types import Sample
 
-QUESTIONS, GROUP_SIZE, MAX_NEW_TOKENS = 32, 8, 32
-MICRO_BATCH, MICRO_BATCH_TOKENS = 64, 2048  # of one forward-backward pass: TRL counts replies, we tokens with padding
-LR, BETAS, BETA, CLIP = 2e-4, (0.9, 0.99), 0.02, 0.2
+MICRO_BATCH = 64  # replies of one forward and backward pass in TRL; ours counts tokens, padding included
 
-Step = dict[str, float]  # seconds by phase, and "step" for the whole
-
-
-def our_config(folder: Path, steps: int, questions: int = QUESTIONS) -> RunConfig:
-    """The run's configuration."""
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": folder, "steps": steps, "checkpoint_every": 0, "threads": torch.get_num_threads()},
-            "model": {"path": "ledger"},
-            "data": {"train": "ledger:train", "prompt": "plain", "chat_template": False, "max_prompt_tokens": 32},
-            "rollout": {
-                "questions_per_step": questions,
-                "group_size": GROUP_SIZE,
-                "max_new_tokens": MAX_NEW_TOKENS,
-                "batch_size": QUESTIONS * GROUP_SIZE,
-            },
-            "curriculum": {"kind": "uniform"},
-            "kl": {"beta": BETA, "rho": "constant"},
-            "objective": {"clip_low": CLIP, "clip_high": CLIP, "dual_clip": None, "aggregation": "sequence"},
-            "policy": {"dtype": "float32", "micro_batch_tokens": MICRO_BATCH_TOKENS, "updates_per_step": 1},
-            "optimizer": {"lr": LR, "betas": BETAS, "weight_decay": 0.0, "warmup_steps": 0},
-        }
-    )
+Step = dict[str, float]  # seconds by phase, and "step" for the total
 
 
 @dataclass(frozen=True)
 class FirstUpdate:
-    """What the first update of a run came to: its gradient's norm, and how far it moved each weight."""
+    """The first update of a run: the gradient norm, and the change of each weight."""
 
     grad_norm: float
-    moved: dict[str, Tensor]
+    change: dict[str, Tensor]
 
     def distance(self, other: "FirstUpdate") -> float:
-        """How far the two moves lie apart, as a share of the other's length; 1 or more where nothing is shared."""
-        assert set(self.moved) == set(other.moved)
-        apart = sum(float((moved - other.moved[name]).square().sum()) for name, moved in self.moved.items())
-        return (apart / sum(float(moved.square().sum()) for moved in other.moved.values())) ** 0.5
+        """The norm of the difference between both changes, relative to the norm of the other change."""
+        assert set(self.change) == set(other.change)
+        squared = sum(float((change - other.change[name]).square().sum()) for name, change in self.change.items())
+        return (squared / sum(float(change.square().sum()) for change in other.change.values())) ** 0.5
 
 
 def our_first_update(folder: Path, samples: list[Sample]) -> FirstUpdate:
-    """Our update on given replies and advantages, from the starting weights."""
-    with open_run(our_config(folder, 1), False) as parts:
-        before = _copied(parts.policy.named_weights())
-        (mini_batch,) = parts.policy.prepare(samples)
-        metrics = parts.policy.update(mini_batch, torch.tensor(BETA))
-        return FirstUpdate(metrics["grad_norm"], _moved(before, _copied(parts.policy.named_weights())))
+    """Our update of the initial weights on given replies and advantages."""
+    with open_run(step_config(folder, 1), False) as run:
+        policy = run.learner.policy
+        before = _copy(policy.named_weights())
+        (mini_batch,) = policy.prepare(samples)
+        metrics = policy.update(mini_batch, torch.tensor(BETA))
+        return FirstUpdate(metrics["grad_norm"], _change(before, _copy(policy.named_weights())))
 
 
 def trl_first_update(folder: Path, questions: int) -> tuple[list[Sample], FirstUpdate]:
-    """The replies that TRL's first step samples, with the advantages that it gives them, and its update on them."""
+    """The replies of TRL's first step with their advantages, and TRL's update on them."""
     with _trl_trainer(folder, 1, questions) as trainer:
-        before = _copied(trainer.model.named_parameters())
+        before = _copy(trainer.model.named_parameters())
         trainer.train()
-        after = _copied(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+        after = _copy(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     grad_norm = next(row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row)
-    return _samples(trainer.first_batch), FirstUpdate(float(grad_norm), _moved(before, after))
+    return _samples(trainer.first_batch), FirstUpdate(float(grad_norm), _change(before, after))
 
 
-def _copied(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _copy(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights}
 
 
-def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+def _change(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: after[name] - weight for name, weight in before.items()}
 
 
 def _samples(batch: dict[str, Any]) -> list[Sample]:
-    """TRL's padded batch, row by row; what the sampler said of log-probs is asked by nothing here."""
-    found = []
+    """The rows of TRL's padded batch as samples; the sampler's log-probs are not used and set to 0."""
+    samples = []
     for row, advantage in enumerate(batch["advantages"].tolist()):
         prompt, reply = (
             batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist() for name in ("prompt", "completion")
         )
-        found.append(Sample(prompt, reply, [0.0] * len(reply), advantage))
-    return found
+        samples.append(Sample(prompt, reply, [0.0] * len(reply), advantage))
+    return samples
 
 
 def our_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
-    """Seconds of each of our steps but the first, from one recorded step to the next."""
-    found, ends, record = [], [], expo.train.record
+    """Seconds of our steps except the first, from one recorded step to the next."""
+    steps_so_far, ends, record_step = [], [], RunBookkeeping.record_step
 
-    def clocked(parts: Any, step: int, graded: Any, row: dict[str, Any]) -> None:
-        record(parts, step, graded, row)
+    def timed_record(
+        bookkeeping: RunBookkeeping, step: int, graded: Any, row: dict[str, Any], curriculum: dict[str, Any]
+    ) -> None:
+        record_step(bookkeeping, step, graded, row, curriculum)
         ends.append(time.perf_counter())
         phases = {name.removeprefix("seconds/"): row[name] for name in row if name.startswith("seconds/")}
-        found.append({**phases, "reply_tokens": graded.num_tokens})
+        steps_so_far.append({**phases, "reply_tokens": graded.num_tokens})
 
-    with mock.patch.object(expo.train, "record", clocked):
-        expo.train.train(our_config(folder, steps, questions))
-    return steps_between(found, ends)
+    with mock.patch.object(RunBookkeeping, "record_step", timed_record):
+        expo.train.train(step_config(folder, steps, questions))
+    return steps_between(steps_so_far, ends)
 
 
 def steps_between(phases: list[Step], ends: list[float]) -> list[Step]:
-    """Every step but the first, with the seconds since the one before it ended."""
-    return [{**taken, "step": end - start} for taken, start, end in zip(phases[1:], ends[:-1], ends[1:], strict=True)]
+    """Every step except the first, with the seconds since the end of the previous step."""
+    return [
+        {**seconds, "step": end - start} for seconds, start, end in zip(phases[1:], ends[:-1], ends[1:], strict=True)
+    ]
 
 
 def trl_steps(folder: Path, steps: int, questions: int = QUESTIONS) -> list[Step]:
-    """Seconds of each of TRL's steps but the first."""
+    """Seconds of TRL's steps except the first."""
     with _trl_trainer(folder, steps, questions) as trainer:
         trainer.train()
     return steps_between(trainer.steps[:steps], trainer.ends[:steps])
@@ -192,7 +174,7 @@ def _trl_arguments(folder: Path, steps: int, num_replies: int) -> Any:
 
 
 def _timed_trainer() -> type:
-    """GRPOTrainer, noting what its phases take, and when each step has been logged."""
+    """GRPOTrainer that records the seconds of its phases and the time at which each step is logged."""
     from trl import GRPOTrainer
 
     class TimedTrainer(GRPOTrainer):
@@ -216,9 +198,9 @@ def _timed_trainer() -> type:
             return generated
 
         def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
-            made = super()._generate_and_score_completions(*args, **kwargs)
-            self.first_batch = made if self.first_batch is None else self.first_batch
-            return made
+            batch = super()._generate_and_score_completions(*args, **kwargs)
+            self.first_batch = batch if self.first_batch is None else self.first_batch
+            return batch
 
         def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
             with self.phase("reward"):
@@ -231,7 +213,7 @@ def _timed_trainer() -> type:
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
         def log(self, *args: Any, **kwargs: Any) -> None:
-            # called once a step, and with a summary after the last
+            # called once per step, and once more with a summary
             with redirect_stdout(io.StringIO()):
                 super().log(*args, **kwargs)
             self.steps.append(self.phases)

@@ -1,6 +1,6 @@
-"""What float64 says of a case, and how far a contender is from it: nothing is timed that is not right.
+"""The float64 result of a case, and the errors of contenders against it: only correct contenders are timed.
 
-Truth is eager PyTorch in float64 on the same numbers, one sequence at a time.
+The float64 result is computed by eager PyTorch on the same numbers, one sequence at a time.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,24 @@ from benchmarks.contenders import Contender
 from benchmarks.inputs import Inputs, make_inputs, policy_loss
 from benchmarks.shapes import TINY, Case
 
-# relative, of loss and gradients: a contender further off computes something else. Bfloat16 rounds every logit of most
-# peers to 8 bits, which is their own error and is published, not refused
+# relative, of loss and gradients; a contender with a larger error computes something else. In bfloat16 most peers round
+# every logit to 8 bits; that error is published, not rejected
 BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
-LOGPS_BOUND = {"float32": 1e-3, "bfloat16": 0.5}  # nats, likewise
-# nats by which old and reference log-probs lie aside where the formula is checked: every term of the loss then is a
-# large part of the gradient, the clip bounds' and the penalty's too
+LOGPS_BOUND = {"float32": 1e-3, "bfloat16": 0.5}  # nats
+# standard deviation in nats of old and reference log-probs from the current ones in the check of the formula; it makes
+# every term of the loss, clipping and penalty included, a large part of the gradient
 FORMULA_LOG_RATIO_STD = 1.5
 
 Loss = Callable[[Tensor, Inputs], Tensor]
 
 
 class WrongResultError(Exception):
-    """A contender's loss or gradients are not those of float64."""
+    """A contender's loss or gradients differ from those in float64."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What float64 gives: the losses, log-probs and entropies [B, T], and the gradients of the policy loss."""
+    """Float64 results: the loss, log-probs and entropies [B, T], and the gradients of the loss."""
 
     loss: float
     logps: Tensor
@@ -41,7 +41,7 @@ class Truth:
 
 
 def truth_of(inputs: Inputs, loss_of: Loss = policy_loss) -> Truth:
-    """The eager loss in float64 on the same numbers, one sequence at a time: logits of all would not fit."""
+    """The eager loss in float64 on the same numbers, one sequence at a time to limit the memory of the logits."""
     weight = inputs.weight.detach().double().requires_grad_(not inputs.case.frozen_head)
     parts = []
     for row in range(len(inputs.ids)):
@@ -60,27 +60,27 @@ def truth_of(inputs: Inputs, loss_of: Loss = policy_loss) -> Truth:
 
 
 def _one_sequence(inputs: Inputs, row: int, weight: Tensor) -> Inputs:
-    def taken(tensor: Tensor) -> Tensor:
+    def select(tensor: Tensor) -> Tensor:
         part = tensor.detach()[row : row + 1]
         return part.double() if part.is_floating_point() else part
 
     names = ("ids", "mask", "advantages", "old_logps", "ref_logps")
-    hidden = taken(inputs.hidden).requires_grad_()
-    return Inputs(inputs.case, hidden, weight, **{name: taken(getattr(inputs, name)) for name in names})
+    hidden = select(inputs.hidden).requires_grad_()
+    return Inputs(inputs.case, hidden, weight, **{name: select(getattr(inputs, name)) for name in names})
 
 
 def _share(inputs: Inputs, row: int, loss_of: Loss) -> float:
-    """What one sequence's own mean weighs in the loss of all."""
+    """The weight of one sequence's mean in the loss of all sequences."""
     if loss_of is policy_loss:
         return 1 / len(inputs.ids)
     return float(inputs.mask[row].sum() / inputs.mask.sum())
 
 
 def check_formula(contender: Contender, case: Case, device: torch.device) -> None:
-    """Checks in float32, on a tiny shape, that a contender computes the loss of `case`, each of its terms.
+    """Checks in float32, on a tiny shape, that a contender computes every term of the loss of `case`.
 
-    The bounds of bfloat16 alone would let pass a loss without its penalty, which at beta = 0.02 moves the gradient by a
-    fifth of a percent. A cross-entropy has no such terms.
+    The bounds for bfloat16 would accept a loss without its KL penalty, which changes the gradient by only 0.2 % at
+    beta = 0.02. A cross-entropy has no such terms.
 
     Raises: WrongResultError if it computes something else.
     """
@@ -92,9 +92,9 @@ def check_formula(contender: Contender, case: Case, device: torch.device) -> Non
 
 
 def checked_errors(contender: Contender, inputs: Inputs, truth: Truth, bound: float | None = None) -> dict[str, float]:
-    """How far one contender's run is from `truth`: gradients by relative Frobenius norm, log-probs in nats.
+    """Errors of one contender against `truth`: relative Frobenius norm for gradients, nats for log-probs.
 
-    Raises: WrongResultError if loss or gradients are further off than `bound`; None: that of the dtype.
+    Raises: WrongResultError if the error of loss or gradients exceeds `bound` (None: the bound of the dtype).
     """
     inputs.clear()
     loss = contender.prepare(inputs)()
@@ -116,10 +116,10 @@ def checked_errors(contender: Contender, inputs: Inputs, truth: Truth, bound: fl
 
 
 def relative_error(found: Any, truth: Tensor) -> float:
-    """Relative Frobenius error."""
+    """Relative error in the Frobenius norm."""
     return float((found.double() - truth).norm() / truth.norm())
 
 
 def largest_error(found: Tensor, truth: Tensor, mask: Tensor) -> float:
-    """Largest difference among the tokens that count, in the unit of `truth`."""
+    """Largest absolute difference over the unmasked tokens, in the unit of `truth`."""
     return float((found.double() - truth)[mask].abs().max())

@@ -1,231 +1,180 @@
-"""pass@k on questions that are not trained on, with intervals: within a run, and of any model on any sets.
+"""Evaluates a model on question sets that are not trained on: pass@k with intervals.
 
     python -m expo.evaluate MODEL --sets [NAME=]SOURCE ... --num-samples 64 --temperature 0.6 --out DIR
     python -m expo.evaluate compare A B
 
-Replies are seeded by question and sample number alone: two evaluations use the same random numbers, and in float32 on
-a CPU the order in which questions are asked, or where an evaluation was interrupted, changes nothing. On GPUs or in
-bfloat16 the shape of a batch moves the rounding of its log-probs, and so, now and then, a token.
+The seed of a reply depends on the question and the number of the sample alone, so two evaluations use the same random
+numbers. In float32 on a CPU, results do not depend on batches or interruptions. On GPUs or in bfloat16, the shape of a
+batch changes the rounding of its log-probs and so, occasionally, a sampled token.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.answers import judge_exactly
-from expo.checkpoint import CheckpointError
-from expo.config import ConfigError, EvaluationSection, fail
-from expo.data import Prompted
+from expo.config import EvaluationSection
+from expo.errors import ExpoError, StopRequested
 from expo.evaluation import compare
-from expo.evaluation.options import PROGRAM, Invocation, parse_command_line
-from expo.evaluation.parts import Evaluation, open_evaluation
-from expo.evaluation.protocol import REPLIES, RESULTS, read_replies
+from expo.evaluation.config import PROGRAM, EvalArguments, parse_command_line
+from expo.evaluation.protocol import RESULTS
+from expo.evaluation.replies import REPLIES, read_replies, reply_rows
+from expo.evaluation.results import summarise
+from expo.evaluation.scores import pass_at_k, score_set
+from expo.evaluation.session import open_evaluation
 from expo.evaluation.tables import scores_table
-from expo.graded import Graded, Grader, grade
-from expo.metrics import describe_environment
-from expo.ranks import leave_ranks
-from expo.rewards import GoldError
-from expo.rollout import Request, RolloutEngine, Sampling, request_seed
-from expo.scores import (
-    by_question,
-    majority_scores,
-    mean_with_interval,
-    num_correct,
-    pass_at_k,
-    powers_of_two,
-    score_set,
-)
-from expo.stopping import StopRequested
-from expo.sync import SyncError
+from expo.rewards.groups import GradedRollouts, Grader, grade
+from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
+from expo.run.environment import describe_environment
+from expo.runtime.cli import fail
+from expo.runtime.distributed import leave_ranks
+from expo.types import Prompt
 
-__all__ = ["ask", "evaluate", "main", "measure", "pass_at_k"]
+__all__ = ["evaluate", "evaluate_model", "main", "pass_at_k", "sample_and_grade"]
 
 KS = (1, 8, 32)  # of evaluations within a run
-PAIRS_AT_ONCE = 512  # stated answers compared between two looks at the clock and at signals
-CHUNK_BATCHES = 4  # batches of replies between two writes: what an evaluation that dies has to make again, at most
+BATCHES_PER_CHUNK = 4  # batches of replies that are written together; an interruption loses at most these
 
 
-def ask(
+def sample_and_grade(
     engine: RolloutEngine,
     verifier: Grader,
-    asked: Sequence[Prompted],
+    prompts: Sequence[Prompt],
     config: EvaluationSection,
     max_new_tokens: int,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
-) -> Graded:
-    """evaluation.num_samples graded replies to each question."""
+) -> GradedRollouts:
+    """Samples evaluation.num_samples replies to each question and grades them."""
     requests = [
-        Request(
-            prompted.prompt_ids,
-            [request_seed(seed, "evaluate", prompted.question.id, i) for i in range(config.num_samples)],
+        GenerationRequest(
+            prompt.prompt_ids,
+            [request_seed(seed, "evaluate", prompt.question.id, i) for i in range(config.num_samples)],
         )
-        for prompted in asked
+        for prompt in prompts
     ]
     sampling = Sampling(config.temperature, max_new_tokens, config.top_p)
-    return grade(verifier, asked, engine.generate(requests, sampling, on_progress))
+    return grade(verifier, prompts, engine.generate(requests, sampling, on_progress))
 
 
 def evaluate(
     engine: RolloutEngine,
     verifier: Grader,
-    sets: Mapping[str, Sequence[Prompted]],
+    sets: Mapping[str, Sequence[Prompt]],
     config: EvaluationSection,
     max_new_tokens: int,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """pass@k for k = 1, 8, 32 (where n allows) of every set, as a whole and by level, and what was not answered.
+    """Evaluates the policy of a run.
 
-    Replies are seeded as `ask` does, so the difference of two evaluations in a run is the policies'.
+    All evaluations of a run use the same random numbers, so they differ by the policies alone.
+
+    Returns: pass@k for k = 1, 8, 32 (where n allows) of every set and of its levels, and the fractions of replies that
+        were truncated, unparsed or timed out.
     """
     started = time.perf_counter()
     n = config.num_samples
     ks = [k for k in KS if k < n or k == n == 1]
-    results = {}
-    for name, asked in sets.items():
-        graded = ask(engine, verifier, asked, config, max_new_tokens, seed, on_progress)
-        results[name] = score_set(graded.rows(), n, ks, ks)
+    scores = {}
+    for name, prompts in sets.items():
+        graded = sample_and_grade(engine, verifier, prompts, config, max_new_tokens, seed, on_progress)
+        scores[name] = score_set(graded.rows(), n, ks, ks)
     return {
         "seconds": time.perf_counter() - started,
         "num_samples": n,
         "temperature": config.temperature,
         "top_p": config.top_p,
-        "sets": results,
+        "sets": scores,
     }
 
 
-def measure(invocation: Invocation) -> Path:
-    """Evaluates a model, from where an earlier attempt stopped, and returns the folder of results.
+def evaluate_model(arguments: EvalArguments) -> Path:
+    """Evaluates a model, or resumes its evaluation, and returns the folder of results.
 
-    Every rank calls it; each samples and grades its share of the replies.
+    Every rank calls it; each rank samples and grades its share of the replies.
 
     Raises:
-        ConfigError: if the evaluation cannot be, or the folder holds another.
-        CheckpointError: if the checkpoint asked for is not there or not whole.
-        GoldError: if a gold answer turned out to be one that replies cannot be graded against.
-        SyncError: if the rollout engine's weights turned out not to be the model's.
-        StopRequested: if it was asked to stop; all whole questions are kept.
+        ConfigError: if the evaluation cannot run, or the folder holds another one.
+        CheckpointError: if the checkpoint does not exist or is incomplete.
+        GoldError: if replies cannot be graded against a gold answer.
+        SyncError: if the rollout engine's weights differ from the model's.
+        StopRequested: if a signal asked to stop; questions with all their replies are kept.
     """
-    with open_evaluation(invocation) as parts:
-        left = list(chunks_left(parts))
-        if left:
-            sample(parts, left)
-        if parts.ranks.is_first:
-            finish(parts)
-        return parts.folder.path
+    with open_evaluation(arguments) as evaluation:
+        config, ranks, folder = evaluation.config, evaluation.ranks, evaluation.folder
+        display, watchdog, num_done = evaluation.display, evaluation.watchdog, evaluation.num_done
+        n = config.evaluation.num_samples
+        chunk_size = questions_per_chunk(config.rollout.batch_size, n, ranks.size)
+        chunks = remaining_chunks(evaluation.sets, num_done, chunk_size)
+        if chunks:
+            started = time.perf_counter()
+            with watchdog.phase("start", config.deadline.start):
+                engine = evaluation.start_engine()
+            total = n * sum(len(prompts) for prompts in evaluation.sets.values())
+            with display.bar("replies", total, done=n * sum(num_done.values())) as bar:
+                for name, prompts in chunks:
+                    with watchdog.phase("evaluation", config.deadline.evaluation):
+                        graded = sample_and_grade(
+                            engine,
+                            evaluation.verifier,
+                            prompts,
+                            config.evaluation,
+                            config.rollout.max_new_tokens,
+                            config.run.seed,
+                            on_progress=bar.advance,
+                        )
+                    folder.append(REPLIES, *reply_rows(name, graded, n))
+            cost = {"ranks": ranks.size, "seconds": time.perf_counter() - started}
+            folder.write_json("environment.json", {**describe_environment(), **cost})
+        if ranks.is_rank0:
+            replies = read_replies(folder.path / f"{REPLIES}.jsonl", list(evaluation.sets))
+            scores = summarise(replies, n, evaluation.comparer)
+            # equal replies give an equal file, byte for byte
+            folder.write_json(RESULTS, {**evaluation.metadata, "sets": scores})
+            display.line(scores_table(scores, n))
+            display.line(f"results: {folder.path / RESULTS}")
+        return folder.path
 
 
-def sample(parts: Evaluation, left: Sequence[tuple[str, Sequence[Prompted]]]) -> None:
-    """Writes down the replies to what is left, portion by portion, and then where and how long that took."""
-    started = time.perf_counter()
-    config, n = parts.config, parts.config.evaluation.num_samples
-    with parts.watchdog.phase("start", config.deadline.start):
-        engine = parts.start_engine()
-    total = n * sum(len(prompts) for prompts in parts.sets.values())
-    with parts.display.bar("replies", total, done=n * sum(parts.done.values())) as bar:
-        for name, chunk in left:
-            with parts.watchdog.phase("evaluation", config.deadline.evaluation):
-                graded = ask(
-                    engine,
-                    parts.verifier,
-                    chunk,
-                    config.evaluation,
-                    config.rollout.max_new_tokens,
-                    config.run.seed,
-                    on_progress=bar.advance,
-                )
-            rows = enumerate(graded.rows())
-            parts.folder.append(REPLIES, *({"set": name, "sample": index % n, **row} for index, row in rows))
-    took = {"ranks": parts.ranks.size, "seconds": time.perf_counter() - started}
-    parts.folder.write_json("environment.json", {**describe_environment(), **took})
+def questions_per_chunk(batch_size: int, num_samples: int, num_ranks: int) -> int:
+    """Questions whose replies are sampled and then written together: BATCHES_PER_CHUNK batches on every rank."""
+    return max(BATCHES_PER_CHUNK * batch_size * num_ranks // num_samples, num_ranks)
 
 
-def chunks_left(parts: Evaluation) -> Iterator[tuple[str, Sequence[Prompted]]]:
-    """Set by set the questions that have no replies yet, in portions that are written down together."""
-    replies = CHUNK_BATCHES * parts.config.rollout.batch_size * parts.ranks.size
-    size = max(replies // parts.config.evaluation.num_samples, parts.ranks.size)
-    for name, prompts in parts.sets.items():
-        for start in range(parts.done.get(name, 0), len(prompts), size):
-            yield name, prompts[start : start + size]
+def remaining_chunks(
+    sets: Mapping[str, Sequence[Prompt]], num_done: Mapping[str, int], chunk_size: int
+) -> list[tuple[str, Sequence[Prompt]]]:
+    """The questions without replies, in chunks of one set each.
 
-
-def finish(parts: Evaluation) -> None:
-    """Writes results.json, the same bytes for evaluations of equal replies, and prints its table."""
-    n = parts.config.evaluation.num_samples
-    replies = read_replies(parts.folder.path / f"{REPLIES}.jsonl", list(parts.sets))
-    scores = {name: summarise(rows, n, parts) for name, rows in replies.items()}
-    parts.folder.write_json(RESULTS, {**parts.facts, "sets": scores})
-    parts.display.line(scores_table(scores, n))
-    parts.display.line(f"results: {parts.folder.path / RESULTS}")
-
-
-def summarise(rows: Sequence[Mapping[str, Any]], n: int, parts: Evaluation) -> dict[str, Any]:
-    """All that results.json says of a set: pass@k for every k up to n, the majority's score, lengths, each question."""
-    groups = list(by_question(rows, n))
-    majority = majority_scores(groups, lambda pairs: agreements(parts, pairs))
-    found = score_set(rows, n, range(1, n + 1), powers_of_two(n))
-    return {
-        **found,
-        "mean_at_n": found["pass_at"]["1"],
-        "maj_at_n": mean_with_interval(majority),
-        "mean_length": sum(row["num_tokens"] for row in rows) / len(rows),
-        "questions": [
-            {
-                "id": group[0]["question_id"],
-                "level": group[0]["level"],
-                "correct": num_correct(group),
-                "majority": score,
-            }
-            for group, score in zip(groups, majority, strict=True)
-        ],
-    }
-
-
-def agreements(parts: Evaluation, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether the two stated answers of each pair are one; each pair is looked at once.
-
-    Formulas may take reward.timeout_s each, so those have a bar, and every portion of them a deadline.
+    Args:
+        num_done: questions at the start of each set that have all their replies.
+        chunk_size: questions in a chunk, at most.
     """
-    same: dict[tuple[str, str], bool] = {}
-    slow: list[tuple[str, str]] = []
-    for pair in dict.fromkeys(pairs):
-        is_same = judge_exactly(*pair)
-        if is_same is None:
-            slow.append(pair)
-        else:
-            same[pair] = is_same
-    if not slow:
-        return [same[pair] for pair in pairs]
-    with parts.display.bar("answers compared", len(slow)) as bar:
-        for start in range(0, len(slow), PAIRS_AT_ONCE):
-            parts.switch.check()
-            portion = slow[start : start + PAIRS_AT_ONCE]
-            with parts.watchdog.phase("evaluation", parts.config.deadline.evaluation):
-                same.update(zip(portion, parts.agree(portion), strict=True))
-            bar.advance(len(portion))
-    return [same[pair] for pair in pairs]
+    return [
+        (name, prompts[start : start + chunk_size])
+        for name, prompts in sets.items()
+        for start in range(num_done.get(name, 0), len(prompts), chunk_size)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when the evaluation is done, 1 when it was stopped or could not go on, 2 when it cannot be.
+    """The command line. An error is one line on stderr.
 
-    What is wrong is one line on stderr. 75 is the exit code of a phase that outlasted its deadline.
+    Exit codes: 0 if the evaluation is complete, 1 if it was stopped or failed, 2 if it cannot start, 75 if a phase
+    outlasted its deadline.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["compare"]:
-        return compare.main(given[1:])
-    invocation = parse_command_line(given)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
+    parsed = parse_command_line(arguments)
     try:
-        measure(invocation)
-    except ConfigError as error:
-        fail(PROGRAM, error)
-    except (CheckpointError, GoldError, SyncError) as error:
-        fail(PROGRAM, error, code=1)
+        evaluate_model(parsed)
     except StopRequested as request:
-        fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"), code=1)
+        fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"))
+    except ExpoError as error:
+        fail(PROGRAM, error)
     leave_ranks()
     return 0
 

@@ -1,21 +1,21 @@
-"""Reward functions for the form of a reply, for `reward.functions`: 1 where it is kept, else 0.
+"""Reward functions for `reward.functions` that check the format of a reply: 1 if it is kept, else 0.
 
-They take what every reward function takes (see `expo.shaping.RewardFunction`) and read the replies alone.
+They have the signature of every reward function (see `expo.rewards.compose.RewardFunction`) and use the replies only.
 """
 
-from expo.answers import has_box
+from expo.rewards.answers import has_box
 
 
 def boxed(replies: list[str], answers: list[str], questions: list[str]) -> list[float]:  # noqa: ARG001
-    r"""1 for each reply with a complete, non-empty `\boxed{...}`, whatever is in it."""
+    r"""1 for each reply with a complete, non-empty `\boxed{...}`."""
     return [float(has_box(reply)) for reply in replies]
 
 
 def think_then_answer(replies: list[str], answers: list[str], questions: list[str]) -> list[float]:  # noqa: ARG001
-    """1 for each reply of the form `<think>...</think>` and then an answer, each tag once.
+    """1 for each reply of the form `<think>...</think>`, then an answer, with each tag once.
 
-    The opening tag may be missing: chat templates put it into the prompt. Source: the format reward of DeepSeek-R1
-    (arXiv 2501.12948, section 2.2.2).
+    The opening tag may be missing, since chat templates put it into the prompt. Source: the format reward of
+    DeepSeek-R1 (arXiv 2501.12948, section 2.2.2).
     """
     return [float(_thinks_then_answers(reply)) for reply in replies]
 

@@ -1,7 +1,8 @@
 """A vLLM server for rollout.engine = vllm-server: `python -m expo.serve CONFIG.yaml [--host=H] [--port=N] ...`.
 
-Takes the configuration of the run that it will serve, with the same `--section.field=value` changes, and starts vLLM's
-own HTTP server with what that run needs. Whoever reaches its port can change its weights: keep it inside the cluster.
+Takes the configuration of the run that it will serve, with the same `--section.field=value` overrides, and starts
+vLLM's HTTP server with the settings that the run needs. Anyone who reaches its port can change the weights: keep it
+inside the cluster.
 """
 
 import argparse
@@ -16,15 +17,17 @@ from typing import Any
 
 import torch
 
-from expo.config import ConfigError, RunConfig, fail, parse_command_line
-from expo.model import check_model_path
-from expo.rollout.vllm_common import MADE_FOR_TEXT, check_vllm, engine_settings, version
-from expo.rollout.vllm_group import BACKEND
-from expo.rollout.vllm_keeper import guard
+from expo.config import RunConfig, parse_command_line
+from expo.errors import ConfigError
+from expo.learner.model import check_model_path
+from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
+from expo.rollout.vllm.supervisor import fork_guarded
+from expo.rollout.vllm.transfer.group import BACKEND
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.serve"
-WORKER = "expo.rollout.vllm_worker.WeightReader"
-MODULE = "vllm.entrypoints.openai.api_server"  # what starts vLLM's HTTP server when run
+WORKER = "expo.rollout.vllm.worker.WeightReader"
+MODULE = "vllm.entrypoints.openai.api_server"  # runs vLLM's HTTP server
 
 
 def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -> list[str]:
@@ -56,26 +59,26 @@ def _flag(name: str, value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is told to end; 2 with one line on stderr if it cannot."""
+    """Serves until it is stopped; exits with code 2 and one line on stderr if it cannot start."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--guarded", action="store_true")  # end when our stdin closes
-    parser.add_argument("--ward", type=Path)  # folder to remove then
+    parser.add_argument("--guarded", action="store_true")  # ends the server when stdin closes
+    parser.add_argument("--cleanup-dir", type=Path)  # removed when stdin closes
     own, others = parser.parse_known_args(argv)
     if own.guarded:
-        guard(own.ward)
+        fork_guarded(own.cleanup_dir)
     config = parse_command_line(others, PROGRAM).config
     try:
         check_vllm()
         if find_spec(MODULE) is None:
-            raise ConfigError(f"vLLM {version()} has no {MODULE}; install one from {MADE_FOR_TEXT}")
+            raise ConfigError(f"vLLM {version()} has no {MODULE}; install version {MADE_FOR_TEXT}")
     except ConfigError as error:
         fail(PROGRAM, error)
     is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if is_cpu and config.vllm.tensor_parallel > 1:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # on its own it asks for a memory node for each
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for the routes that change weights
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker needs a NUMA node
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # adds the routes that change weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     sys.argv = [MODULE, *server_arguments(config, own.host, own.port, is_cpu=is_cpu)]

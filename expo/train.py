@@ -5,355 +5,207 @@ replies to each, grades them, and takes gradient steps on the clipped surrogate 
 `--curriculum.kind=uniform --kl.rho=constant` is GRPO.
 """
 
-import functools
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from expo.assemble import Parts, open_run
-from expo.checkpoint import CheckpointError, Position, random_states
-from expo.config import ConfigError, RunConfig, fail, parse_command_line
-from expo.data import Prompted
-from expo.evaluate import evaluate
-from expo.files import write_whole
-from expo.graded import Graded, grade
-from expo.metrics import ENVIRONMENT, PhaseTimer, curriculum_row, progress_note, step_row
-from expo.mini_batch import MiniBatch, Sample
-from expo.plan import print_plan
-from expo.ranks import leave_ranks
-from expo.records import commits_of, results_table
-from expo.report import write_report
-from expo.resampling import Rollouts
-from expo.rewards import GoldError
-from expo.rollout import EngineError, Reply, Request, Sampling, request_seed
-from expo.shaping import RewardError
-from expo.stopping import StopRequested
-from expo.sync import SyncError
-from expo_kernels import akl_beta, group_advantages
+from expo.config import RunConfig, parse_command_line
+from expo.errors import ExpoError, StopRequested
+from expo.learner.batch import MiniBatch
+from expo.learner.policy import Policy
+from expo.planning.plan import print_plan
+from expo.rewards.groups import GradedRollouts, Rollouts, grade
+from expo.rollout import GenerationRequest, Sampling, request_seed
+from expo.run.bad_updates import BadUpdates
+from expo.run.checkpoint import current_position, random_states
+from expo.run.lifecycle import evaluate_if_due, finish, resume_run, save_checkpoint
+from expo.run.metrics import curriculum_row, progress_note, step_row
+from expo.run.schedule import is_due, is_over
+from expo.run.setup import RunRollout, open_run
+from expo.runtime.cli import fail
+from expo.runtime.distributed import leave_ranks
+from expo.runtime.timer import PhaseTimer
+from expo.types import Prompt, Reply, Sample
+from expo_kernels import CurriculumTable, akl_beta, group_advantages
 
 PROGRAM = "python -m expo.train"
 
 
-class Diverged(Exception):  # noqa: N818  # a state of the run, as its message says
-    """Losses or gradients that are not finite came too often in a row."""
-
-
 def train(config: RunConfig, resume: bool = False) -> Path:
-    """Runs `config` to its end, or until it is asked to stop, and returns the run's folder.
+    """Trains until the run is over or is asked to stop, and returns the run's folder.
 
-    Every rank of the run calls it. Each draws the same questions, samples and grades its share of the replies, and
-    after that holds all of them; the policy's update is shared out again.
+    Every rank calls it. All ranks draw the same questions; each samples and grades its share of the replies, after
+    which every rank holds all of them; each takes its share of every policy update.
 
     Args:
-        config: the whole run.
-        resume: go on from the newest whole checkpoint in the run's folder, if it has one.
+        config: of the run.
+        resume: continue from the newest whole checkpoint in the run's folder, if there is one.
 
     Raises:
-        ConfigError: if the run cannot be, found before any model loads where that is possible.
-        Diverged: if run.max_bad_updates updates in a row had a loss or gradient that was not finite.
-        CheckpointError: if the run was to end and its state could not be written.
-        GoldError: if a gold answer turned out to be one that replies cannot be graded against.
+        ConfigError: if the run cannot start; before any model loads where that is possible.
+        Diverged: if run.max_bad_updates updates in a row had a non-finite loss or gradient.
+        CheckpointError: if the run was asked to stop and its checkpoint could not be written.
+        FolderError: if a file in the run's folder could not be written.
+        GoldError: if replies cannot be graded against a gold answer.
+        GraderError: if the processes that grade cannot start.
         RewardError: if one of reward.functions failed.
-        SyncError: if the rollout engine's weights turned out not to be the policy's.
-        EngineError: if a rollout engine in another process cannot go on.
+        SyncError: if the rollout engine does not hold the policy's weights after a weight sync.
+        EngineError: if a rollout engine in another process cannot continue.
     """
-    with open_run(config, resume) as parts:
-        position = take_up(parts, resume)
+    with open_run(config, resume) as run:
+        data, rollout, policy, books = run.data, run.rollout, run.learner.policy, run.bookkeeping
+        position = resume_run(run, resume)
         try:
-            evaluate_if_due(parts, position)
-            with parts.display.bar("step", config.run.steps, done=position.step) as bar:
-                while not is_over(config, position):
+            evaluate_if_due(run, position)
+            with books.display.bar("step", config.run.steps, done=position.step) as bar:
+                while not is_over(config.run, position):
                     step = position.step + 1
-                    leave_if_asked(parts)
-                    timer = PhaseTimer(parts.guard)
+                    run.raise_if_stop_requested()
+                    timer = PhaseTimer(run.guard)
                     with timer.phase("curriculum"):
-                        drawn = draw_questions(parts)
-                    rollouts = roll_out(parts, step, drawn, timer)
-                    sampled, kept = rollouts.sampled, rollouts.kept
+                        drawn = draw_questions(data.train_set, data.curriculum, data.generator, config)
+                    prompts = [data.train_set[index] for index in drawn.tolist()]
+                    rollouts = sample_rollouts(rollout, prompts, step, config, timer)
+                    sampled, kept = rollouts.sampled, rollouts.kept_groups
                     with timer.phase("curriculum"):
-                        parts.curriculum.update(drawn[: len(sampled.asked)], sampled.correct.mean(dim=1))
+                        data.curriculum.update(drawn[: len(sampled.prompts)], sampled.correct.mean(dim=1))
                     advantages = group_advantages(
                         kept.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
                     )
                     beta = akl_beta(sampled.correct, config.kl.beta, rho=config.kl.rho)
                     with timer.phase("reference"):
-                        parts.engine.rest()
+                        rollout.engine.sleep()
                         samples = training_samples(kept, advantages, mask_truncated=config.objective.mask_truncated)
-                        mini_batches = parts.policy.prepare(samples)
-                    leave_if_asked(parts)
+                        mini_batches = policy.prepare(samples)
+                    run.raise_if_stop_requested()
                     with timer.phase("update"):
-                        updates, bad_updates = update_policy(parts, step, mini_batches, beta, position.bad_updates)
+                        updates, num_bad = update_policy(
+                            policy, mini_batches, beta, step, books.bad_updates, position.bad_updates
+                        )
                     with timer.phase("sync"):
-                        difference = parts.sync.run()
+                        difference = rollout.sync.run()
 
-                    reply_tokens = position.reply_tokens + sampled.num_tokens
-                    position = position_after(parts, step, bad_updates, reply_tokens)
-                    with parts.guard("save"):
-                        row = step_row(step, sampled, float(beta), updates, parts.curriculum, timer)
-                        row.update(rollouts.metrics(), **parts.policy.mismatch())
-                        row.update(sync_max_abs_dlogp=difference, sync_weights_compared=parts.sync.num_compared)
-                        row.update(parts.throughput.row(sampled, mini_batches, timer))
-                        record(parts, step, sampled, row)
+                    num_tokens = position.reply_tokens + sampled.num_tokens
+                    position = current_position(step, data.curriculum, data.generator, num_bad, num_tokens)
+                    with run.guard("save"):
+                        row = step_row(step, sampled, float(beta), updates, data.curriculum, timer)
+                        row.update(rollouts.metrics(), **policy.mismatch())
+                        row.update(sync_max_abs_dlogp=difference, sync_weights_compared=rollout.sync.num_compared)
+                        row.update(books.throughput.row(sampled, mini_batches, timer))
+                        books.record_step(step, sampled, row, curriculum_row(step, data.curriculum))
                     bar.advance(note=progress_note(row))
-                    score = evaluate_if_due(parts, position)
-                    position = replace(position, random=random_states())  # evaluating may have drawn some
-                    if is_due(step, config.run.checkpoint_every) or is_over(config, position):
-                        save(parts, position, score)
+                    score = evaluate_if_due(run, position)
+                    position = replace(position, random=random_states())  # an evaluation may draw random numbers
+                    if is_due(step, config.run.checkpoint_every) or is_over(config.run, position):
+                        save_checkpoint(run, position, score)
         except StopRequested as request:
-            save(parts, position, must=True)
-            parts.display.line(f"stopped by {request} after step {position.step}; go on with --resume")
+            save_checkpoint(run, position, is_required=True)
+            books.display.line(f"stopped by {request} after step {position.step}; continue with --resume")
         else:
-            finish(parts, position)
-    return parts.folder.path
+            finish(run, position)
+    return books.folder.path
 
 
-def draw_questions(parts: Parts) -> Tensor:
-    """Indices of this step's questions, none twice (paper eq. 7; or all alike), in the order in which they are asked:
-    [questions_per_step], and as many for each round that may replace groups.
+def draw_questions(
+    train_set: Sequence[Prompt], curriculum: CurriculumTable, generator: torch.Generator, config: RunConfig
+) -> Tensor:
+    """Indices of the step's questions without repetition, in the order of their use: [questions_per_step] int64, and
+    as many again for each resampling round. They are drawn by the curriculum's weights (paper eq. 7), or uniformly.
     """
-    section = parts.config.rollout
-    count = min(section.questions_per_step * (1 + section.max_resamples), len(parts.train_set))
-    if parts.config.curriculum.kind == "uniform":
-        return torch.randperm(len(parts.train_set), generator=parts.generator)[:count]
-    return parts.curriculum.sample(count, generator=parts.generator)
+    section = config.rollout
+    count = min(section.questions_per_step * (1 + section.max_resamples), len(train_set))
+    if config.curriculum.kind == "uniform":
+        return torch.randperm(len(train_set), generator=generator)[:count]
+    return curriculum.sample(count, generator=generator)
 
 
-def roll_out(parts: Parts, step: int, drawn: Tensor, timer: PhaseTimer) -> Rollouts:
-    """Graded groups of the first questions drawn; then, for rollout.max_resamples rounds at most, of as many of the
-    next ones as there are groups still missing that teach something.
+def sample_rollouts(
+    rollout: RunRollout, prompts: Sequence[Prompt], step: int, config: RunConfig, timer: PhaseTimer
+) -> Rollouts:
+    """Graded groups of the first questions_per_step prompts; then, for up to max_resamples rounds, groups of the next
+    prompts in place of those whose rewards are all equal.
     """
-    section = parts.config.rollout
+    section = config.rollout
     rollouts, missing = Rollouts([], section.questions_per_step), section.questions_per_step
-    while missing and len(drawn) and len(rollouts.rounds) <= section.max_resamples:
-        questions, drawn = drawn[:missing], drawn[missing:]
+    while missing and len(prompts) and len(rollouts.rounds) <= section.max_resamples:
+        current, prompts = prompts[:missing], prompts[missing:]
         with timer.phase("rollout"):
-            asked, replies = sample_replies(parts, step, len(rollouts.rounds), questions)
+            replies = sample_replies(rollout, current, step, len(rollouts.rounds), config)
         with timer.phase("reward"):
-            graded = parts.shaping.shape(grade(parts.verifier, asked, replies))
+            graded = rollout.reward_composer.shape(grade(rollout.verifier, current, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
         missing = rollouts.num_missing
     return rollouts
 
 
 def sample_replies(
-    parts: Parts, step: int, round_index: int, drawn: Tensor
-) -> tuple[list[Prompted], list[list[Reply]]]:
-    """Drawn questions and group_size replies to each; seeds follow from run, step, question and sample alone.
+    rollout: RunRollout, prompts: Sequence[Prompt], step: int, round_index: int, config: RunConfig
+) -> list[list[Reply]]:
+    """group_size replies to each prompt, from the cache if the run sampled them before it was interrupted.
 
-    What the run had sampled in this very place before it died is not sampled again.
+    The seed of a reply depends on run seed, step, question id and sample number alone.
     """
-    config = parts.config
-    asked = [parts.train_set[index] for index in drawn.tolist()]
     requests = []
-    for prompted in asked:
-        key = (config.run.seed, "rollout", step, prompted.question.id)
+    for prompt in prompts:
+        key = (config.run.seed, "rollout", step, prompt.question.id)
         seeds = [request_seed(*key, sample) for sample in range(config.rollout.group_size)]
-        requests.append(Request(prompted.prompt_ids, seeds))
+        requests.append(GenerationRequest(prompt.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-    ids = [prompted.question.id for prompted in asked]
-    return asked, parts.cache.replies(step, round_index, ids, lambda: parts.engine.generate(requests, sampling))
+    ids = [prompt.question.id for prompt in prompts]
+    return rollout.cache.replies(step, round_index, ids, lambda: rollout.engine.generate(requests, sampling))
 
 
-def training_samples(graded: Graded, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
-    """Every reply with its prompt and its advantage, question after question; truncated ones left out if so asked."""
+def training_samples(graded: GradedRollouts, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:
+    """One sample for each reply, question after question; truncated replies are left out if `mask_truncated`."""
     value = iter(advantages.tolist())
     return [
-        Sample(prompted.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
-        for prompted, group in zip(graded.asked, graded.replies, strict=True)
+        Sample(prompt.prompt_ids, reply.token_ids, reply.logps, next(value), mask_truncated and reply.is_truncated)
+        for prompt, group in zip(graded.prompts, graded.replies, strict=True)
         for reply in group
     ]
 
 
-def is_over(config: RunConfig, position: Position) -> bool:
-    """Whether the run has taken all its steps, or sampled all the tokens it may."""
-    budget = config.run.reply_tokens
-    return position.step >= config.run.steps or (budget is not None and position.reply_tokens >= budget)
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something done every `every` steps (0: never) is done after this one."""
-    return every > 0 and step % every == 0
-
-
-def leave_if_asked(parts: Parts) -> None:
-    """Raises StopRequested on every rank if one of them has been asked to stop."""
-    with parts.guard("sync"):
-        reasons = [reason for reason in parts.ranks.gather(parts.switch.reason) if reason is not None]
-    if reasons:
-        raise StopRequested(reasons[0])
-
-
 def update_policy(
-    parts: Parts, step: int, mini_batches: Sequence[MiniBatch], beta: Tensor, bad_updates: int
+    policy: Policy,
+    mini_batches: Sequence[MiniBatch],
+    beta: Tensor,
+    step: int,
+    bad_updates: BadUpdates,
+    num_bad: int,
 ) -> tuple[list[dict[str, float]], int]:
-    """The metrics of each optimizer step, and how many have been skipped in a row up to now.
+    """Takes one optimizer step for each mini-batch.
 
-    Raises: Diverged when run.max_bad_updates have been.
+    Args:
+        num_bad: consecutive updates skipped before this step.
+
+    Returns: the metrics of each update, and the number of consecutive updates skipped up to now.
+
+    Raises: Diverged if run.max_bad_updates updates in a row were skipped.
     """
     updates = []
     for index, mini_batch in enumerate(mini_batches):
-        updates.append(parts.policy.update(mini_batch, beta))
-        if not updates[-1]["skipped"]:
-            bad_updates = 0
-            continue
-        bad_updates += 1
-        name = f"bad_updates/step-{step:06d}-update-{index}-rank-{parts.ranks.rank}.pt"
-        path = parts.folder.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = {"micro_batches": [asdict(micro) for micro in mini_batch.micro_batches], "beta": beta, **updates[-1]}
-        write_whole(path, functools.partial(torch.save, held))
-        parts.display.line(f"step {step}, update {index}: the gradient is not finite; skipped, its batch is in {path}")
-        if bad_updates >= parts.config.run.max_bad_updates:
-            raise Diverged(
-                f"{bad_updates} updates in a row had a loss or gradient that was not finite, the last at step {step}: "
-                f"{updates[-1]}; their batches are in {path.parent}. Look at them, lower optimizer.lr, and go on from "
-                f"the last checkpoint with --resume"
-            )
-    return updates, bad_updates
-
-
-def record(parts: Parts, step: int, graded: Graded, row: Mapping[str, Any]) -> None:
-    """Writes down a step: its metrics, some of its replies, and where the curriculum stands."""
-    kept = graded.rows()[: parts.config.run.completions_per_step]
-    parts.folder.append("completions", *({"step": step, **row} for row in kept))
-    parts.folder.append("curriculum", curriculum_row(step, parts.curriculum))
-    parts.folder.append("metrics", row)
-    for tracker in parts.trackers:
-        tracker.log(step, row)
-
-
-def evaluate_if_due(parts: Parts, position: Position) -> float | None:
-    """Evaluates every set with the present policy, if that is due here and not in evaluations.jsonl yet.
-
-    Returns: mean pass@1 over the sets; None if nothing was evaluated.
-    """
-    config, sets, step = parts.config, parts.evaluation_sets, position.step
-    total = sum(len(asked) for asked in sets.values()) * config.evaluation.num_samples
-    is_edge = step == 0 or is_over(config, position)
-    if total == 0 or not (is_edge or is_due(step, config.evaluation.every)):
-        return None
-    with parts.guard("sync"):
-        is_known = parts.ranks.on_first(lambda: step in [row["step"] for row in parts.folder.read_rows("evaluations")])
-    if is_known:
-        return None
-    with parts.guard("evaluation"), parts.display.bar(f"evaluation after step {step}, replies", total) as bar:
-        result = evaluate(
-            parts.engine,
-            parts.verifier,
-            sets,
-            config.evaluation,
-            config.rollout.max_new_tokens,
-            config.run.seed,
-            on_progress=bar.advance,
-        )
-    parts.folder.append("evaluations", {"step": step, "reply_tokens": position.reply_tokens, **result})
-    first = [found["pass_at"]["1"]["mean"] for found in result["sets"].values()]
-    return float(sum(first) / len(first))
-
-
-def position_after(parts: Parts, step: int, bad_updates: int = 0, reply_tokens: int = 0) -> Position:
-    """What the next step reads besides the policy, as it stands now."""
-    return Position(
-        step,
-        parts.curriculum.state_dict(),
-        parts.generator.get_state(),
-        bad_updates,
-        reply_tokens,
-        random_states(),
-    )
-
-
-def save(parts: Parts, position: Position, score: float | None = None, *, must: bool = False) -> None:
-    """Writes a checkpoint and deletes those that need not be kept, and the replies before it; unless it `must`, a
-    failure is only reported.
-    """
-    with parts.guard("save"):
-        try:
-            parts.checkpoints.save(position, parts.policy, score)
-            parts.checkpoints.retain(parts.config.run.keep_checkpoints, best=parts.config.run.keep_best)
-            parts.cache.drop(position.step)
-        except CheckpointError as error:
-            if must:
-                raise
-            parts.display.line(f"warning: {error}; free some space")
-
-
-def take_up(parts: Parts, resume: bool) -> Position:
-    """Where the run stands: after the newest whole checkpoint, if it is to resume and there is one, or at its start."""
-    with parts.guard("save"):
-        position = position_after(parts, step=0)
-        parts.checkpoints.tidy()
-        found = parts.checkpoints.newest_whole() if resume else None
-        if found is not None:
-            position = parts.checkpoints.load(found, parts.policy)
-            parts.curriculum.load_state_dict(dict(position.curriculum))
-            parts.generator.set_state(position.generator)
-            parts.display.line(
-                f"going on after step {position.step} of {parts.config.run.steps} in {parts.folder.path}"
-            )
-        parts.folder.rewind(position.step)
-        parts.cache.drop(position.step)
-        parts.folder.record_start(position.step + 1, parts.ranks.size)
-    with parts.guard("sync"):
-        parts.sync.run()
-    return position
-
-
-def finish(parts: Parts, position: Position) -> None:
-    """The exported model, summary.json, the report, and the table of before and after."""
-    folder, config = parts.folder, parts.config
-    with parts.guard("save"):
-        export(parts)
-    if not parts.ranks.is_first:
-        return
-    evaluations = folder.read_rows("evaluations")
-    summary = {
-        "seed": config.run.seed,
-        "steps": position.step,
-        "reply_tokens": position.reply_tokens,
-        "commits": commits_of(folder.read_json(ENVIRONMENT)),
-        "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + evaluations),
-        "before": evaluations[0]["sets"] if evaluations else {},
-        "after": evaluations[-1]["sets"] if evaluations else {},
-    }
-    folder.write_json("summary.json", summary)
-    if evaluations:
-        parts.display.line(results_table(summary["before"], summary["after"]))
-    parts.display.line(f"run:    {folder.path}\nreport: {write_report(folder.path)}")
-
-
-def export(parts: Parts) -> None:
-    """Writes the policy as a transformers folder; every rank takes part, rank 0 writes."""
-
-    def write(path: Path) -> None:
-        parts.policy.export(path)
-        parts.tokenizer.save_pretrained(path)
-
-    if parts.ranks.is_first:
-        write_whole(parts.folder.path / "export", write)
-    else:
-        parts.policy.export(parts.folder.path)
+        updates.append(policy.update(mini_batch, beta))
+        num_bad = num_bad + 1 if updates[-1]["skipped"] else 0
+        if num_bad:
+            bad_updates.keep(step, index, mini_batch, beta, updates[-1], num_bad)
+    return updates, num_bad
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when the run has ended well, 1 when it could not go on, 2 when it cannot be.
-
-    What is wrong is one line on stderr. 75 is the exit code of a phase that outlasted its deadline.
+    """The command line. Exit codes: 0 if the run ended well, 1 if it could not continue, 2 if it could not start, 75 if
+    a phase exceeded its deadline. An error is one line on stderr.
     """
     invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
     try:
         if invocation.dry_run:
             return print_plan(invocation)
         train(invocation.config, invocation.resume)
-    except ConfigError as error:
+    except ExpoError as error:
         fail(PROGRAM, error)
-    except (Diverged, CheckpointError, EngineError, GoldError, RewardError, SyncError) as error:
-        fail(PROGRAM, error, code=1)
     leave_ranks()
     return 0
 

@@ -1,4 +1,4 @@
-"""Every test runs with uninitialised memory filled with NaN, so an output left unwritten shows itself."""
+"""Every test runs with uninitialised memory filled with NaN, from one seed, and leaves no files or processes behind."""
 
 import os
 
@@ -6,15 +6,34 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.leftovers import no_running_processes, repository_files
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers or TRL are imported: no test asks a hub for anything
 
 # no deadline: a shared machine is slow at times; no database: nothing is left behind in the working tree
-settings.register_profile("house", deadline=None, database=None, max_examples=60)
-settings.load_profile("house")
+settings.register_profile("expo", deadline=None, database=None, max_examples=60)
+settings.load_profile("expo")
+
+
+@pytest.fixture(autouse=True)
+def _no_new_files():
+    """Fails a test that leaves a new file in the repository."""
+    before = repository_files()
+    yield
+    new = repository_files() - before
+    assert not new, f"the test left files in the repository: {sorted(new)}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_running_processes():
+    """Fails a test file that leaves processes of ours running; a file, since its fixtures may start some lazily."""
+    with no_running_processes():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _nan_filled_memory():
+    """An output left unwritten shows itself."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -40,6 +59,6 @@ def _own_linear():
 def ledger_model():
     """The embedded model and tokenizer, float32 on the CPU; a test that changes the model copies it first."""
     from expo.config import ModelSection
-    from expo.model import load_model
+    from expo.learner.model import load_model
 
     return load_model(ModelSection(path="ledger"), torch.device("cpu"))

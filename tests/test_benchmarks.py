@@ -1,4 +1,4 @@
-"""The benchmarks: what is measured is right, what is published was measured."""
+"""The benchmarks: contenders are checked before they are timed, and pages show only committed results."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("found", HERE, ids=lambda found: found.name)
-def test_every_contender_that_runs_here_is_right(found):
+def test_every_contender_that_runs_on_a_cpu_is_correct(found):
     assert found.obstacle(CPU) is None
     for case in CASES[:1] if "compile" in found.name else CASES:
         inputs = make_inputs(case, CPU)
@@ -44,7 +44,7 @@ def test_every_contender_that_runs_here_is_right(found):
         assert max(errors.values()) < 1e-5
 
 
-def test_a_contender_that_computes_something_else_is_refused():
+def test_a_contender_that_computes_something_else_is_rejected():
     inputs = make_inputs(Case(TINY), CPU)
     ours = contender(OURS)
     doubled = dataclasses.replace(ours, prepare=lambda inputs: lambda: 2 * ours.prepare(inputs)())
@@ -58,12 +58,12 @@ def without_penalty(logps, inputs):
 
 def without_clip(logps, inputs):
     mask, ratio = inputs.mask, (logps - inputs.old_logps).exp()
-    # what the clipped surrogate leaves out, put back
+    # adds the part of the surrogate that clipping removes
     clipped = torch.min(
         ratio * inputs.advantages[:, None], ratio.clamp(1 - CLIP, 1 + CLIP) * inputs.advantages[:, None]
     )
-    left_out = (ratio * inputs.advantages[:, None] - clipped).masked_fill(~mask, 0.0)
-    return policy_loss(logps, inputs) - (left_out.sum(1) / mask.sum(1)).mean()
+    removed = (ratio * inputs.advantages[:, None] - clipped).masked_fill(~mask, 0.0)
+    return policy_loss(logps, inputs) - (removed.sum(1) / mask.sum(1)).mean()
 
 
 def with_loss(loss_of):
@@ -82,24 +82,28 @@ def test_a_missing_term_is_found_in_float32(loss_of):
 @pytest.mark.parametrize("found", [None, "Apple CCE"])
 def test_a_missing_term_is_found_before_bfloat16_is_timed(loss_of, found):
     wrong = with_loss(loss_of)
-    if found is not None:  # the roughest bound of all
+    if found is not None:  # the loosest bound of all contenders
         wrong = dataclasses.replace(wrong, formula_bound=10 * contender(found).formula_bound)
     with pytest.raises(WrongResultError):
         check_formula(wrong, Case(TINY, "bfloat16"), CPU)
 
 
-def test_bfloat16_alone_would_let_a_missing_penalty_pass():
+@pytest.mark.parametrize("loss_of", [without_penalty, without_clip])
+def test_a_missing_term_in_bfloat16_is_a_failure_and_not_timed(loss_of):
     inputs = make_inputs(Case(TINY, "bfloat16"), CPU)
-    checked_errors(with_loss(without_penalty), inputs, truth_of(inputs))
+    entries = [("tiny", with_loss(loss_of), inputs), ("tiny", contender(OURS), inputs)]
+    measured = measure_losses(entries, Machine(CPU), once_each, lambda name: None)
+    assert [failure.split(" on ")[0] for failure in measured.failures] == ["eager log_softmax"]
+    assert ["ms" in row for row in measured.rows] == [False, True]
 
 
 @pytest.mark.parametrize("case", [dataclasses.replace(case, dtype="bfloat16") for case in CASES], ids=str)
-def test_what_is_right_passes_the_check_of_its_formula(case):
+def test_correct_contenders_pass_the_check_of_the_formula(case):
     for name in (OURS, "eager log_softmax", "Liger fused linear"):
         check_formula(contender(name), case, CPU)
 
 
-def test_every_contender_runs_once_a_round_after_the_floor():
+def test_every_contender_runs_once_per_round_after_the_floor():
     ran = []
 
     def once(name):
@@ -122,7 +126,7 @@ def once_each(robin):
     return robin.times()
 
 
-def test_a_contender_that_fails_costs_the_others_nothing():
+def test_a_failing_contender_does_not_affect_the_others():
     def broken(inputs):
         raise RuntimeError("no kernel for this device")
 
@@ -147,13 +151,13 @@ def timed(name, *ms, case="small", errors=None, mib=1.0, **more):
 
 
 def test_times_are_compared_within_rounds():
-    # the machine was ten times slower in the second round: that is nobody's loss
+    # the machine was ten times slower in the second round, which affects both
     ratio = time_ratio(timed(OURS, 1.0, 10.0, 1.0), timed("eager log_softmax", 2.0, 20.0, 2.0))
     assert (ratio.low, ratio.middle, ratio.high) == (0.5, 0.5, 0.5)
     assert str(spread([0.0, 0.1, 0.2, 0.3, 0.4, 1.0])) == "0.25 [0.10, 0.40]"
 
 
-def test_a_slope_is_one_of_rounds_that_all_points_shared():
+def test_a_slope_is_computed_within_a_round():
     def point(num_tokens, *ms):
         return timed(OURS, *ms, settings={"shape": {"num_sequences": 1, "length": num_tokens}})
 
@@ -173,14 +177,14 @@ def lines_of(section):
     return {line.split(" | ")[0].removeprefix("| "): line for line in section.splitlines()}
 
 
-def test_a_missed_target_shows_itself(monkeypatch):
+def test_a_missed_target_is_shown_with_its_reason(monkeypatch):
     target = "time at most 1.0 x eager log_softmax"
     tables = {"loss": loss_rows((3.0, 3.0), (2.0, 2.0), 1.02)}
     lines = lines_of(targets_section(tables, "cpu"))
-    assert "| 1.50 [1.50, 1.50] at small | **does not hold** |" in lines[target]
-    assert "| 0.30 at small | holds |" in lines["extra peak memory at most 0.35 x eager log_softmax"]
-    assert "**does not hold**" in lines["error of log-probs the least, over the best peer's"]
-    assert "| holds; 1 within 1 %, a tie |" in lines["error of dHidden the least, over the best peer's"]
+    assert "| 1.50 [1.50, 1.50] (small) | **missed** |" in lines[target]
+    assert "| 0.30 (small) | met |" in lines["extra peak memory at most 0.35 x eager log_softmax"]
+    assert "**missed**" in lines["error of log-probs at most the best peer's"]
+    assert "| met; 1 tied within 1 % |" in lines["error of dHidden at most the best peer's"]
     assert "not measured" in lines["a training step at most 0.8 x TRL's"]
     monkeypatch.setitem(WHY_MISSED, ("cpu", target), "the machine was slow")
     assert f"- {target}: the machine was slow" in targets_section(tables, "cpu")
@@ -189,26 +193,26 @@ def test_a_missed_target_shows_itself(monkeypatch):
 
 def test_an_error_within_a_percent_is_a_tie():
     lines = lines_of(targets_section({"loss": loss_rows((1.0,), (2.0,), 1.005)}, "cpu"))
-    assert "| holds; 1 within 1 %, a tie |" in lines["error of log-probs the least, over the best peer's"]
+    assert "| met; 1 tied within 1 % |" in lines["error of log-probs at most the best peer's"]
 
 
-def test_every_explanation_is_of_a_target():
+def test_every_reason_belongs_to_a_target():
     assert {target for _, target in WHY_MISSED} <= set(TARGETS)
 
 
-def test_what_peers_do_better_is_said_of_every_table():
+def test_measures_in_which_peers_are_better_are_listed():
     draws = [
         timed(name, *ms, case="draw", questions=10**6) for name, ms in ((OURS, (11.0, 12.0)), ("numpy", (7.0, 8.0)))
     ]
     assert better_peers("curriculum", draws) == [
-        "- draw, 1,000,000 questions, ms, median: ours 11.5; numpy 7.50",
+        "- draw, 1,000,000 questions, median ms: ours 11.5; numpy 7.50",
     ]
     seconds = {"rollout": 1.0, "reference": 1.0, "reward": 1.0, "step": 3.0}
     steps = [
         {"contender": "expo", "seconds": seconds},
         {"contender": "TRL GRPOTrainer", "seconds": {**seconds, "reward": 0.5, "step": 4.0}},
     ]
-    assert better_peers("step", steps) == ["- reward, seconds, median: ours 1.00; TRL GRPOTrainer 0.500"]
+    assert better_peers("step", steps) == ["- reward, median seconds: ours 1.00; TRL GRPOTrainer 0.500"]
 
 
 def test_the_slope_of_a_power_law_is_its_power():
@@ -232,7 +236,7 @@ def make_root(folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the benchmarks write at tiny sizes; the two tables that take long are given by hand."""
+    """The results of the benchmarks at tiny sizes; the two slowest tables are written by hand."""
     folder = tmp_path_factory.mktemp("results")
     run_python(
         *("pytest", "benchmarks", "--device", "cpu", "--tiny", "--benchmark-disable", "--results", str(folder)),
@@ -253,7 +257,7 @@ def results(tmp_path_factory):
     return folder
 
 
-def test_what_is_measured_is_published(results, tmp_path):
+def test_all_results_are_published(results, tmp_path):
     root = make_root(tmp_path / "root")
     write(results, root)
     page, readme = (root / "docs" / "benchmarks.md").read_text(), (root / "README.md").read_text()
@@ -264,7 +268,7 @@ def test_what_is_measured_is_published(results, tmp_path):
         assert f"| {target} | " in page
     assert "### tiny, bfloat16" in page
     assert "| expo_kernels, 64 MiB |" in page
-    assert "one pair of runs after the other: 0.75, 0.75" in page
+    assert "by pair of runs: 0.75, 0.75" in page
     assert "Commit 0123456" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
@@ -274,7 +278,7 @@ def test_what_is_measured_is_published(results, tmp_path):
         assert f"(benchmarks/{name})" in page
 
 
-def test_the_same_results_make_the_same_files(results, tmp_path):
+def test_pages_are_deterministic(results, tmp_path):
     roots = [make_root(tmp_path / name) for name in ("one", "other")]
     for root in roots:
         write(results, root)
@@ -291,7 +295,7 @@ def test_results_of_an_uncommitted_tree_are_not_published(results, tmp_path):
         write(tmp_path, make_root(tmp_path / "root"))
 
 
-def test_the_published_page_is_what_the_committed_results_make(tmp_path):
+def test_the_committed_page_is_generated_from_the_committed_results(tmp_path):
     root = make_root(tmp_path / "root")
     write(ROOT / "benchmarks" / "results", root)
     assert (root / "docs" / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
@@ -300,27 +304,27 @@ def test_the_published_page_is_what_the_committed_results_make(tmp_path):
 def test_two_commits_are_compared(tmp_path):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
-    said = run_python("benchmarks.compare", "HEAD", "--tiny", "--rounds", "1", "--device", "cpu", folder=clone)
-    assert "loss: ratio per sequence" in said
-    assert "curriculum draw" in said
-    assert "--rounds=1 cannot tell that of 7 jobs: give 9 or more" in said
+    output = run_python("benchmarks.compare", "HEAD", "--tiny", "--rounds", "1", "--device", "cpu", folder=clone)
+    assert "loss: ratio per sequence" in output
+    assert "curriculum draw" in output
+    assert "--rounds=1 cannot show significance for 8 jobs: use 9 or more" in output
 
 
-def test_noise_is_called_slower_at_most_once_in_twenty_comparisons():
+def test_noise_is_significant_in_at_most_one_of_twenty_comparisons():
     draws = torch.Generator().manual_seed(0)
     ratios = torch.randn(400, 9, 15, generator=draws).mul(0.05).exp().tolist()
     false = sum(any(compare.verdicts({str(job): r for job, r in enumerate(jobs)}).values()) for jobs in ratios)
     assert false <= 20
 
 
-def test_a_job_that_is_slower_in_every_round_is_said_to_be():
+def test_a_job_that_is_slower_in_every_round_is_reported():
     noise = [0.9, 1.1] * 7 + [1.05]
     found = compare.verdicts({"slower": [1.01] * 15, "noise": noise, "faster": [0.97] * 15})
     assert found == {"slower": "slower", "noise": "", "faster": "faster"}
     assert compare.sign_test([1.1] * 4 + [0.9]) == pytest.approx(12 / 32)
 
 
-def test_the_gpus_benchmarks_are_collected():
+def test_the_benchmarks_for_gpus_are_collected():
     listed = run_python("pytest", "benchmarks", "--device", "cuda", "--collect-only")
     for shape in GPU_SHAPES:
         assert f"test_loss[{shape.name}, bfloat16]" in listed
@@ -328,7 +332,7 @@ def test_the_gpus_benchmarks_are_collected():
 
 
 @pytest.mark.slow
-def test_a_step_of_both_trainers_is_checked_then_timed(tmp_path):
+def test_a_step_of_both_trainers_is_checked_and_timed(tmp_path):
     pytest.importorskip("trl")
     arguments = ("--device", "cpu", "--tiny", "--benchmark-disable", "--results", str(tmp_path))
     run_python("pytest", "benchmarks/bench_step.py", *arguments)
@@ -347,7 +351,7 @@ def kernels_on_cpu():
     _launch._switch.kernels_on_cpu = False
 
 
-def test_the_kernels_that_a_gpu_would_time_compile_for_it(kernels_on_cpu):
+def test_the_kernels_of_the_benchmarks_compile_for_a_gpu(kernels_on_cpu):
     from tests.kernels import compiling
 
     inputs = make_inputs(Case(Shape("GPU", 2, 2, 64, 151_936), "bfloat16"), CPU)

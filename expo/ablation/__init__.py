@@ -1,1 +1,1 @@
-"""Which part of the method helps: arms, pools and seeds as ordinary runs, compared in pairs."""
+"""The commands of the ablation: `python -m expo.ablation` and `python -m expo.ablation.page`."""

@@ -1,106 +1,13 @@
-"""The ablation in one command: `python -m expo.ablation --out DIR`.
+"""`python -m expo.ablation --out DIR` runs the ablation; the code is in `expo/experiments/ablation/`."""
 
-Arms x pools x seeds, each an ordinary training run of the embedded task that ends at the same budget of sampled
-tokens. What is finished is skipped and what was begun is taken up, so the same command goes on where it stopped. At
-the end DIR holds results.json, results.md and two pictures; `python -m expo.ablation.page` puts them into a page.
-"""
-
-import argparse
-import json
-import re
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from expo.ablation.page import tables, write_record
-from expo.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, Run, plan_runs, with_arms
-from expo.ablation.results import as_record, read_outcome
-from expo.ablation.runs import RunFailed, run_all
-from expo.config import ConfigError, fail
-from expo.files import write_bytes_whole
-from expo.metrics import ENVIRONMENT, Display
-from expo.records import starts_of
+from expo.experiments.ablation.command import main
 
-REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        usage="%(prog)s --out DIR [options] [--section.field=value ...]",
-        description="GRPO, each of EXPO's two parts alone, and both: paired runs on two pools of the embedded task.",
-        epilog="--section.field=value goes to every run; python -m expo.train --help lists them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all runs and results")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side (default: %(default)s)")
-    parser.add_argument(
-        "--tokens", type=int, default=REPLY_TOKENS, metavar="N", help="reply tokens of a run (default: %(default)s)"
-    )
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help=f"arms; always {BASELINE}, too")
-    parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS), help="question pools")
-    parser.add_argument(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=--A.B=V,...",
-        help="one more arm with its own name, over EXPO's settings",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when all runs have ended well, 1 when one has not, 2 when what is asked for cannot be."""
-    options, flags = _parser().parse_known_args(argv)
-    try:
-        settings, runs = _plan(options, flags)
-        display = Display()
-        run_all(runs, options.jobs, display)
-        display.line(_write_results(runs, settings, options.out))
-    except ConfigError as error:
-        fail(PROGRAM, error)
-    except RunFailed as error:
-        fail(PROGRAM, error, code=1)
-    except KeyboardInterrupt:
-        fail(PROGRAM, RunFailed("stopped; give the same command to go on"), code=1)
-    return 0
-
-
-def _plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[str, Any], list[Run]]:
-    for flag in flags:
-        if not re.fullmatch(r"--\w+\.\w+=.*", flag, flags=re.DOTALL):
-            raise ConfigError(f"unknown argument {flag}; --help lists the known ones")
-    for name, least in (("seeds", 2), ("jobs", 1), ("tokens", 1)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name}={getattr(options, name)}; expected {least} or more")
-    chosen = {name: own for name, own in ARMS.items() if name in (BASELINE, *options.arms)}
-    arms = with_arms(chosen, options.arm)
-    shared = [*SHARED, f"--run.reply_tokens={options.tokens}", *flags]
-    settings = {
-        "reply_tokens": options.tokens,
-        "seeds": options.seeds,
-        "pools": options.pools,
-        "arms": {name: list(own) for name, own in arms.items()},
-        "shared": shared,
-    }
-    return settings, plan_runs(options.out, arms, options.pools, options.seeds, shared)
-
-
-def _write_results(runs: Sequence[Run], settings: dict[str, Any], out: Path) -> str:
-    """Writes results.json, results.md and the pictures, and returns the tables."""
-    environment = json.loads((runs[0].folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    first = starts_of(environment)[0]
-    facts = {name: first[name] for name in ("started", "versions", "machine")}
-    record = as_record([read_outcome(run) for run in runs], settings, facts)
-    text = tables(record)
-    write_bytes_whole(out / "results.md", text.encode())
-    write_record(out, record)
-    return text
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are asked to save and end then too
+    # SIGTERM acts like Ctrl-C, so that the training runs are asked to save a checkpoint and stop as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

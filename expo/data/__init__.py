@@ -1,17 +1,15 @@
-"""Questions with checkable answers, from files, the Hugging Face hub or a generator, and the prompts made of them."""
+"""Questions with checkable answers, from files, the Hugging Face hub or a generator, and their prompts."""
 
 from expo.data.gradable import bad_questions, only_gradable
 from expo.data.overlap import Overlap, find_overlap
-from expo.data.prompts import PROMPTS, Prompted, render_prompt, render_prompts, render_whole_set
-from expo.data.questions import Question, QuestionSet, question_id
+from expo.data.prompts import PROMPTS, render_prompt, render_prompts, render_whole_set
+from expo.data.questions import QuestionSet, question_id
 from expo.data.sources import BUILT_IN, count_questions, load_questions
 
 __all__ = [
     "BUILT_IN",
     "PROMPTS",
     "Overlap",
-    "Prompted",
-    "Question",
     "QuestionSet",
     "bad_questions",
     "count_questions",

@@ -1,25 +1,27 @@
-"""`python -m expo.data show | check SOURCE`: questions as the model sees them, and what is wrong with a set."""
+"""`python -m expo.data show | check SOURCE`: prints prompts as the model gets them, and reports problems of a set."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from expo.answers import normalise_gold
-from expo.config import ConfigError, DataSection, ModelSection, fail
+from expo.config import DataSection, ModelSection
 from expo.data import sources
 from expo.data.gradable import bad_questions
 from expo.data.overlap import find_overlap
 from expo.data.prompts import PROMPTS, render_prompt
 from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
+from expo.errors import ConfigError
+from expo.rewards.answers import normalise_gold
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """Prints some prompts exactly as the model gets them, special tokens included, with their gold answers."""
+    """Prints some prompts exactly as the model gets them, with special tokens, and their gold answers."""
     loaded = sources.load_questions(arguments.source)
     section, tokenizer = _section(arguments), _tokenizer(arguments.model)
     for number, question in enumerate(loaded.questions[: arguments.n], 1):
@@ -33,7 +35,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Prints rows, duplicates, answers that cannot be graded, longest prompts and overlaps; 1 if answers are bad."""
+    """Prints rows, duplicates, ungradable answers, longest prompts and overlaps; 1 if answers are ungradable."""
     loaded = sources.load_questions(arguments.source)
     print(f"{loaded.num_rows:,} rows")
     print(*set_lines(loaded), sep="\n")
@@ -64,7 +66,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
 
 
 def _tokenizer(path: str) -> Any:
-    from expo.model import load_tokenizer  # brings transformers, which a check without --model can spare
+    from expo.learner.model import load_tokenizer  # imports transformers, which a check without --model does not need
 
     return load_tokenizer(ModelSection(path=path))
 
@@ -72,7 +74,7 @@ def _tokenizer(path: str) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="show | check")
-    for run, summary in ((show, "print a few prompts"), (check, "report what a set holds and what is wrong with it")):
+    for run, summary in ((show, "print a few prompts"), (check, "report the size and the problems of a set")):
         command = commands.add_parser(
             run.__name__, help=summary, description=run.__doc__, epilog=sources.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("source", metavar="SOURCE", help="as data.train")
         command.add_argument(
-            "--model", required=run is show, metavar="PATH", help="whose tokenizer to use: as model.path"
+            "--model", required=run is show, metavar="PATH", help="model whose tokenizer is used; as model.path"
         )
         command.add_argument("--prompt", choices=list(PROMPTS), default=DataSection.model_fields["prompt"].default)
         command.add_argument(
@@ -94,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0; 1 if a check finds answers that cannot be graded; 2 with one line if a source is wrong."""
+    """The command line.
+
+    Exit codes: 0; 1 if a check finds ungradable answers; 2, with one line on stderr, if a source is wrong.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

@@ -1,10 +1,11 @@
-"""Questions whose gold answers the verifier can grade against."""
+"""Finds questions whose gold answers the verifier cannot grade against."""
 
 from dataclasses import replace
 
-from expo.config import ConfigError
-from expo.data.questions import Question, QuestionSet, name_some
-from expo.rewards import ungradable_answers
+from expo.data.questions import QuestionSet, name_some
+from expo.errors import ConfigError
+from expo.rewards.verifier import ungradable_answers
+from expo.types import Question
 
 
 def bad_questions(loaded: QuestionSet) -> list[Question]:
@@ -14,9 +15,9 @@ def bad_questions(loaded: QuestionSet) -> list[Question]:
 
 
 def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
-    """The set, without the questions that cannot be graded if those may be skipped.
+    """The set without the questions that cannot be graded.
 
-    Raises: ConfigError that names them if they may not, or if no question is left.
+    Raises: ConfigError, which names these questions, if there are any and not skip_bad_answers, or if no other is left.
     """
     bad = bad_questions(loaded)
     if not bad:
@@ -24,8 +25,8 @@ def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
     named = name_some([f"{question.id} ({question.answer!r})" for question in bad])
     if not skip_bad_answers:
         raise ConfigError(
-            f"{loaded.source}: {len(bad)} gold answers cannot be parsed: {named}; correct these rows, or leave them "
-            f"out with --data.skip_bad_answers=true"
+            f"{loaded.source}: {len(bad)} gold answers cannot be parsed: {named}; correct these rows, or drop "
+            f"them with --data.skip_bad_answers=true"
         )
     if len(bad) == len(loaded.questions):
         raise ConfigError(f"{loaded.source}: no gold answer can be parsed: {named}; give another file")

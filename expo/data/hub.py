@@ -1,13 +1,13 @@
-"""Questions from the Hugging Face hub, by id or by the name of a set that the paper uses."""
+"""Questions from the Hugging Face hub, by id or by the short name of a set that the paper uses."""
 
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expo.config import ConfigError
 from expo.data.layouts import Table, columns_to_read
+from expo.errors import ConfigError
 
-ROWS_AT_ONCE = 10_000
+ROWS_PER_BATCH = 10_000
 SYNTAX = "owner/name[/configuration][:split][@revision]"
 
 _SOURCE = re.compile(
@@ -17,7 +17,7 @@ _SOURCE = re.compile(
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a data set on the hub; None: its only one, and the newest revision."""
+    """One split of a data set on the hub; None stands for the only configuration or split, and the newest revision."""
 
     id: str
     configuration: str | None = None
@@ -31,12 +31,12 @@ class HubSource:
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set of the paper, on the hub, with the numbers that its name promises."""
+    """A set of the paper on the hub, with its expected numbers of rows and questions."""
 
     source: HubSource
     num_rows: int
     num_distinct: int
-    """Questions of different text."""
+    """Questions with distinct texts."""
 
 
 def _named(source: str, num_rows: int, num_distinct: int | None = None) -> NamedSet:
@@ -46,13 +46,13 @@ def _named(source: str, num_rows: int, num_distinct: int | None = None) -> Named
 
 
 def parse_hub_source(source: str) -> HubSource | None:
-    """What "owner/name[/configuration][:split][@revision]" means; None for a text of another form."""
+    """Parses "owner/name[/configuration][:split][@revision]"; None if the text has another form."""
     match = _SOURCE.fullmatch(source)
     return HubSource(**match.groupdict()) if match and not source.startswith(".") else None
 
 
 NAMED = {
-    # open-r1's copy of the next: each text once
+    # open-r1's copy of dapo-17k-raw, with each text once
     "dapo-17k": _named("open-r1/DAPO-Math-17k-Processed/all:train", 17_398),
     # as its authors published it (arXiv 2503.14476)
     "dapo-17k-raw": _named("BytedTsinghua-SIA/DAPO-Math-17k:train", 1_791_700, 17_398),
@@ -64,24 +64,25 @@ NAMED = {
     "amc": _named("math-ai/amc23:test", 40),
     "amc-83": _named("AI-MO/aimo-validation-amc:train", 83),
 }
-"""The paper's training set and benchmarks by short name. AMC is reported on either of two sets."""
+"""The paper's training set and benchmarks by short name. Papers report AMC on either amc or amc-83."""
 
 
 def find_named(source: str) -> NamedSet | None:
-    """The set behind a short name, or a short name and "@revision"; None for any other text."""
+    """The set with that short name, which may end in "@revision"; None if there is none."""
     name, _, revision = source.partition("@")
     named = NAMED.get(name)
     return replace(named, source=replace(named.source, revision=revision)) if named and revision else named
 
 
 def hub_table(source: HubSource) -> Table:
-    """The rows of a split, downloaded or from the hub library's cache; only the columns that are read.
+    """The rows of a split, downloaded or from the cache of the hub's library, with only the columns that are used.
 
-    Raises: ConfigError if it cannot be had, has several splits and none was named, or its columns fit no layout.
+    Raises: ConfigError if the split cannot be loaded, the source has several splits and names none, or no layout fits
+        its columns.
     """
     split = _load_split(source)
     wanted = split.select_columns(columns_to_read(str(source), split.column_names))
-    batches = wanted.with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
+    batches = wanted.with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
     return Table(str(source), enumerate((record for batch in batches for record in batch.to_pylist()), 1))
 
 

@@ -1,34 +1,34 @@
-"""Where the published data sets keep their questions and answers: one table of column layouts.
+"""The columns in which published data sets keep their questions and answers.
 
-A layout is chosen by the columns of a table's first row. Column names and traps were taken from the data sets' pages on
-the Hugging Face hub; `hub.NAMED` lists the sets.
+The columns of a table's first row choose its layout. Column names and pitfalls come from the data sets' pages on the
+Hugging Face hub; `hub.NAMED` lists the sets.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expo.answers import normalise_gold
-from expo.config import ConfigError
 from expo.data.prompts import PROMPTS
 from expo.data.questions import Row
+from expo.errors import ConfigError
+from expo.rewards.answers import normalise_gold
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns: records with their numbers, and the file or set that errors name."""
+    """Rows with the same columns; name: the file or set, for error messages; records: each with its row number."""
 
     name: str
     records: Iterable[tuple[int, Record]]
     keeps_ids: bool = False
-    """Whether a column `id` names the question; else its text does."""
+    """Whether the column `id` is the question's id; otherwise the id is a hash of its text."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a question and of its answer, and how each is read; a reader returns "" for what it cannot."""
+    """The columns of question and answer, and the functions that read their values; "" is an unreadable value."""
 
     question: str
     answer: str
@@ -40,8 +40,8 @@ def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _asked(value: Any) -> str:
-    """The problem in a text or in messages of one user, without DAPO's instructions: a prompt template adds its own."""
+def _question_of_prompt(value: Any) -> str:
+    """The question in a text or a single user message, without DAPO's instructions: prompt templates add their own."""
     if not isinstance(value, str):
         messages = value if isinstance(value, list) else []
         roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
@@ -51,7 +51,7 @@ def _asked(value: Any) -> str:
 
 
 def _answer(value: Any) -> str:
-    """A gold answer that `\\boxed{}` can hold: 142.0 as "142.0", a list, or a list written as text, by commas."""
+    """A gold answer that `\\boxed{}` can hold: 142.0 as "142.0"; a list, also one written as text, joined by commas."""
     if isinstance(value, list):
         members = [_answer(member) for member in value]
         return ", ".join(members) if all(members) else ""
@@ -66,20 +66,22 @@ def _ground_truth(value: Any) -> str:
 
 
 LAYOUTS = (
-    Layout("prompt", "reward_model", _asked, _ground_truth),  # DAPO-17K as published, and other sets for verl
-    Layout("prompt", "solution", _asked, _answer),  # open-r1's copy of it: `solution` is the bare answer
+    Layout(
+        "prompt", "reward_model", _question_of_prompt, _ground_truth
+    ),  # DAPO-17K as published, and other sets in verl's format
+    Layout("prompt", "solution", _question_of_prompt, _answer),  # open-r1's copy of it: `solution` is the bare answer
     Layout("question", "final_answer", _text, _answer),  # OlympiadBench: a list
-    Layout("question", "answer", _text, _answer),  # ours; Minerva, AMC 2023
+    Layout("question", "answer", _text, _answer),  # the format of expo; Minerva, AMC 2023
     Layout("problem", "answer", _text, _answer),  # AIME, MATH-500; AMC of AIMO has 142.0 for 142
     Layout("Problem", "Answer", _text, _answer),  # Maxwell-Jia/AIME_2024
 )
-"""Tried in this order: what has `final_answer` or `answer` may have a `solution` too, a worked one."""
+"""Tried in this order: a table with `final_answer` or `answer` may also have a `solution`, a worked one."""
 
 
 def choose_layout(name: str, columns: Iterable[str]) -> Layout:
-    """The first layout whose columns are there.
+    """The first layout whose columns are present.
 
-    Raises: ConfigError that names the columns if there is none.
+    Raises: ConfigError, which names the columns, if no layout fits.
     """
     found = list(columns)
     for layout in LAYOUTS:
@@ -90,9 +92,9 @@ def choose_layout(name: str, columns: Iterable[str]) -> Layout:
 
 
 def columns_to_read(name: str, columns: Iterable[str]) -> list[str]:
-    """Of a table's columns, those that reading its rows looks at.
+    """The columns of a table that `read_table` uses.
 
-    Raises: ConfigError that names the columns if no layout fits.
+    Raises: ConfigError, which names the columns, if no layout fits.
     """
     found = list(columns)
     layout = choose_layout(name, found)
@@ -102,7 +104,7 @@ def columns_to_read(name: str, columns: Iterable[str]) -> list[str]:
 def read_table(table: Table) -> Iterator[Row]:
     """The rows of a table.
 
-    Raises: ConfigError if no layout fits its first record, or a record has no question or answer; it is named.
+    Raises: ConfigError if no layout fits its first record, or if a record, which it names, has no question or answer.
     """
     layout = None
     for number, record in table.records:

@@ -1,12 +1,14 @@
-"""Training questions that are evaluation questions too, word for word or nearly.
+"""Finds training questions that have the same or nearly the same text as an evaluation question (contamination).
 
-Exact: the same text once case, white space, dollars and LaTeX's sizing and spacing commands are gone. Near: at least
-half of an evaluation question's telling runs of 8 tokens stand in one training question. A run is telling if at most 10
-questions on either side hold it: "where m and n are relatively prime positive integers" is no sign of a copy. Questions
-with fewer than 8 telling runs are compared exactly only. Rewording that keeps no 8 tokens in a row is not found.
+Exact match: the texts are equal after removing case, white space, dollars and LaTeX's sizing and spacing commands.
+Near match: a training question contains at least half of the evaluation question's rare 8-grams. An 8-gram is rare if
+at most 10 training and at most 10 evaluation questions contain it, which excludes phrases such as "where m and n are
+relatively prime positive integers". An evaluation question with fewer than 8 rare 8-grams has exact matches only. A
+paraphrase without 8 consecutive tokens in common is not found.
 
-Source: the n-gram search of GPT-3's appendix C (arXiv 2005.14165), there with runs of 13 words of which one is enough;
-here tokens are words, numbers and single signs, and phrases that competition problems share would make every one match.
+Source: the n-gram search of GPT-3 (arXiv 2005.14165, appendix C), in which one shared 13-gram of words is a match. Here
+tokens are words, numbers and single signs, and one shared n-gram would match all competition problems with a common
+phrase.
 """
 
 import re
@@ -17,27 +19,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from expo.config import ConfigError
-from expo.data.questions import Question, QuestionSet
+from expo.data.questions import QuestionSet
+from expo.errors import ConfigError
+from expo.types import Question
 
-RUN = 8  # tokens
-MAX_HOLDERS = 10  # questions of one side that may hold a telling run
-MIN_RUNS = 8  # telling runs that an evaluation question needs to be searched for
-MIN_SHARE = 0.5
+NGRAM = 8  # tokens
+MAX_QUESTIONS = 10  # training or evaluation questions that may contain a rare n-gram
+MIN_NGRAMS = 8  # rare n-grams that an evaluation question needs for a near match
+MIN_SHARE = 0.5  # of the rare n-grams of an evaluation question, for a near match
 
-_DRESSING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:! ]|\\|[${}]")
+_FORMATTING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:! ]|\\|[${}]")
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Match:
-    """A training question that is an evaluation question of the set `name` too."""
+    """A training question that has the text of an evaluation question of the set `name`."""
 
     name: str
     evaluation: Question
     training: Question
     share: float
-    """Of the evaluation question's telling runs, those in the training question; 1 if the match is exact."""
+    """Share of the evaluation question's rare n-grams that the training question contains; 1 for an exact match."""
     kind: Literal["exact", "near"]
 
 
@@ -48,14 +51,14 @@ class Overlap:
     matches: tuple[Match, ...]
 
     def lines(self) -> list[str]:
-        """One line for each set with matches, with the closest as an example."""
+        """One line for each set with matches, with the closest match as an example."""
         found = defaultdict(list)
         for match in self.matches:
             found[match.name].append(match)
         return [_describe(name, matches) for name, matches in found.items()]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The matches by their questions' ids."""
+        """The matches, for data.json."""
         return [
             {
                 "set": match.name,
@@ -68,9 +71,9 @@ class Overlap:
         ]
 
     def drop_from(self, train: QuestionSet, what: Literal["none", "exact", "near"]) -> QuestionSet:
-        """The training questions without those that match exactly; or, with "near", at all.
+        """The training set without exact matches; with "near", without any matches; with "none", unchanged.
 
-        Raises: ConfigError if none is left.
+        Raises: ConfigError if no question is left.
         """
         dropped = {match.training.id for match in self.matches if what in (match.kind, "near")}
         kept = tuple(question for question in train.questions if question.id not in dropped)
@@ -92,50 +95,50 @@ def _describe(name: str, matches: Sequence[Match]) -> str:
 
 
 def find_overlap(train: QuestionSet, evaluation: Mapping[str, QuestionSet]) -> Overlap:
-    """Every pair of a training and an evaluation question that are the same or nearly; time grows with their number."""
+    """Every exact and near match between training and evaluation questions; time is linear in their number."""
     targets = [(name, question) for name, loaded in evaluation.items() for question in loaded.questions]
     if not targets:
         return Overlap(())
     target_tokens = [_tokens(question.text) for _, question in targets]
     training_tokens = [_tokens(question.text) for question in train.questions]
-    same: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    same_text: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, tokens in enumerate(target_tokens):
-        same[tokens].append(index)
-    index_of_runs = _index_telling_runs(target_tokens, training_tokens)
-    num_runs = Counter(index for holders in index_of_runs.values() for index in holders)
+        same_text[tokens].append(index)
+    targets_of_ngram = _index_rare_ngrams(target_tokens, training_tokens)
+    num_ngrams = Counter(index for indices in targets_of_ngram.values() for index in indices)
     matches = []
     for question, tokens in zip(train.questions, training_tokens, strict=True):
-        exact = same.get(tokens, [])
+        exact = same_text.get(tokens, [])
         matches += [Match(*targets[index], question, 1.0, "exact") for index in exact]
-        shared = Counter(index for run in _runs(tokens) for index in index_of_runs.get(run, ()))
+        shared = Counter(index for ngram in _ngrams(tokens) for index in targets_of_ngram.get(ngram, ()))
         for index, count in shared.items():
-            share = count / num_runs[index]
-            if index not in exact and num_runs[index] >= MIN_RUNS and share >= MIN_SHARE:
+            share = count / num_ngrams[index]
+            if index not in exact and num_ngrams[index] >= MIN_NGRAMS and share >= MIN_SHARE:
                 matches.append(Match(*targets[index], question, share, "near"))
     return Overlap(tuple(matches))
 
 
-def _index_telling_runs(
+def _index_rare_ngrams(
     targets: Sequence[tuple[str, ...]], training: Sequence[tuple[str, ...]]
 ) -> dict[tuple[str, ...], list[int]]:
-    """The evaluation questions that hold each telling run."""
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    """The indices of the evaluation questions that contain each rare n-gram."""
+    containing: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, tokens in enumerate(targets):
-        for run in _runs(tokens):
-            holders[run].append(index)
-    num_training = Counter(run for tokens in training for run in _runs(tokens) if run in holders)
+        for ngram in _ngrams(tokens):
+            containing[ngram].append(index)
+    num_training = Counter(ngram for tokens in training for ngram in _ngrams(tokens) if ngram in containing)
     return {
-        run: indices
-        for run, indices in holders.items()
-        if len(indices) <= MAX_HOLDERS and num_training[run] <= MAX_HOLDERS
+        ngram: indices
+        for ngram, indices in containing.items()
+        if len(indices) <= MAX_QUESTIONS and num_training[ngram] <= MAX_QUESTIONS
     }
 
 
 def _tokens(text: str) -> tuple[str, ...]:
     plain = unicodedata.normalize("NFKC", text).casefold()
-    # interned: a set of questions has few different tokens
-    return tuple(map(sys.intern, _TOKEN.findall(_DRESSING.sub(" ", plain))))
+    # interned to save memory: a set of questions has few distinct tokens
+    return tuple(map(sys.intern, _TOKEN.findall(_FORMATTING.sub(" ", plain))))
 
 
-def _runs(tokens: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return {tokens[start : start + RUN] for start in range(len(tokens) - RUN + 1)}
+def _ngrams(tokens: tuple[str, ...]) -> set[tuple[str, ...]]:
+    return {tokens[start : start + NGRAM] for start in range(len(tokens) - NGRAM + 1)}

@@ -1,11 +1,11 @@
-"""The prompts made of questions: a template by name, then the tokenizer's chat template."""
+"""Turns questions into prompts: a named template, then the tokenizer's chat template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from expo.config import ConfigError, DataSection
-from expo.data.questions import Question
+from expo.config import DataSection
+from expo.errors import ConfigError
+from expo.types import Prompt, Question
 
 PROMPTS = {
     "plain": "{question}",
@@ -19,18 +19,10 @@ PROMPTS = {
 """Templates by name; `dapo` is the wording of DAPO-17K (arXiv 2503.14476)."""
 
 
-@dataclass(frozen=True)
-class Prompted:
-    """A question and the token ids that ask it."""
-
-    question: Question
-    prompt_ids: list[int]
-
-
 def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> list[int]:
-    """Token ids of what the model is asked, ending where its reply begins.
+    """Token ids of a question's prompt, up to the first token of the reply.
 
-    Raises: ConfigError if the tokenizer has no chat template though one is asked for.
+    Raises: ConfigError if data.chat_template is true and the tokenizer has no chat template.
     """
     text = PROMPTS[config.prompt].format(question=question.text)
     if not config.chat_template:
@@ -45,15 +37,15 @@ def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> li
     return list(encoded["input_ids"])
 
 
-def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompted]:
-    """The questions whose prompts fit data.max_prompt_tokens, with those prompts.
+def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:
+    """The questions whose prompts have at most data.max_prompt_tokens tokens, with these prompts.
 
-    Raises: ConfigError if the tokenizer has no chat template though one is asked for, or no prompt fits.
+    Raises: ConfigError if no prompt fits, or as `render_prompt`.
     """
-    rendered = [Prompted(question, render_prompt(question, config, tokenizer)) for question in questions]
-    fitting = [prompted for prompted in rendered if len(prompted.prompt_ids) <= config.max_prompt_tokens]
+    rendered = [Prompt(question, render_prompt(question, config, tokenizer)) for question in questions]
+    fitting = [prompt for prompt in rendered if len(prompt.prompt_ids) <= config.max_prompt_tokens]
     if not fitting:
-        shortest = min(len(prompted.prompt_ids) for prompted in rendered)
+        shortest = min(len(prompt.prompt_ids) for prompt in rendered)
         raise ConfigError(
             f"no prompt fits data.max_prompt_tokens = {config.max_prompt_tokens}; the shortest has {shortest} tokens: "
             f"raise it"
@@ -61,17 +53,17 @@ def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer
     return fitting
 
 
-def render_whole_set(name: str, questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompted]:
-    """All questions of an evaluation set with their prompts: with some left out, its score would be another set's.
+def render_whole_set(name: str, questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:
+    """All questions of an evaluation set with their prompts; dropping some would change what its score means.
 
-    Raises: ConfigError that names the set if a prompt exceeds data.max_prompt_tokens, or as `render_prompt`.
+    Raises: ConfigError, which names the set, if a prompt exceeds data.max_prompt_tokens; or as `render_prompt`.
     """
-    rendered = [Prompted(question, render_prompt(question, config, tokenizer)) for question in questions]
-    lengths = [len(prompted.prompt_ids) for prompted in rendered]
+    rendered = [Prompt(question, render_prompt(question, config, tokenizer)) for question in questions]
+    lengths = [len(prompt.prompt_ids) for prompt in rendered]
     num_long = sum(length > config.max_prompt_tokens for length in lengths)
     if num_long:
         raise ConfigError(
             f"{name}: the prompts of {num_long} questions are longer than data.max_prompt_tokens = "
-            f"{config.max_prompt_tokens}, and without them the score would be another set's; raise it to {max(lengths)}"
+            f"{config.max_prompt_tokens}, and dropping them would change the set; raise it to {max(lengths)}"
         )
     return rendered

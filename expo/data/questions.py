@@ -1,7 +1,7 @@
-"""Questions, each held once.
+"""Sets of distinct questions.
 
-The curriculum keeps one pass rate per question, so a file that repeats its questions (DAPO-17K's holds each about a
-hundred times) would be learnt wrongly: rows of one text become one question, and the rest are counted.
+The curriculum keeps one pass rate per question, so a file must not count a question twice (DAPO-17K's file has about a
+hundred rows for each): rows with the same text become one question, and the duplicates are counted.
 """
 
 import hashlib
@@ -11,50 +11,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from expo.answers import normalise_gold
-from expo.config import ConfigError
+from expo.errors import ConfigError
+from expo.rewards.answers import normalise_gold
+from expo.types import Question
 
 NUM_EXAMPLES = 5  # ids named in a note
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question: a stable `id`, its `text`, the gold `answer`, and the name of its difficulty `level`."""
-
-    id: str
-    text: str
-    answer: str
-    level: str = ""
-
-
-@dataclass(frozen=True)
 class QuestionSet:
-    """Distinct questions of one source, how many rows were left out, and what is worth saying about that."""
+    """The distinct questions of one source, counts of what was left out, and notes about it."""
 
     source: str
     questions: tuple[Question, ...]
     num_duplicates: int = 0
-    """Rows that repeat another's text."""
+    """Rows with the text of another row."""
     fewest_rows: int = 1
-    """Of the question with the fewest rows; above 1 the file repeats itself."""
+    """Rows of the question with the fewest rows; above 1, the file repeats every question."""
     num_conflicts: int = 0
     """Questions left out because their rows disagree on the answer."""
     num_bad_answers: int = 0
     """Questions left out because their gold answer cannot be graded."""
     num_overlapping: int = 0
-    """Training questions left out because an evaluation set holds them."""
+    """Training questions left out because an evaluation set contains them."""
     notes: tuple[str, ...] = ()
-    """One line each."""
+    """Messages for the user, one line each."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the source, those left out included."""
+        """Rows of the source, including those left out."""
         left_out = self.num_conflicts + self.num_bad_answers + self.num_overlapping
         return len(self.questions) + left_out + self.num_duplicates
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over every question and answer, in order: equal for equal sets, wherever they came from."""
+        """SHA-256 over all ids, texts and answers in order; equal for equal sets from different sources."""
         hashed = hashlib.sha256()
         for question in self.questions:
             hashed.update(repr((question.id, question.text, question.answer)).encode())
@@ -63,7 +54,7 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source, as its layout reads it."""
+    """One row of a source; where: file or set and row number, for error messages."""
 
     where: str
     text: str
@@ -76,18 +67,18 @@ class Row:
 class _Merger:
     source: str
     num_rows: int = 0
-    questions: dict[str, Question] = field(default_factory=dict)  # by normal text
-    rows_of: Counter[str] = field(default_factory=Counter)  # by normal text
-    normal_texts: dict[str, str] = field(default_factory=dict)  # by text as written, which mostly repeats exactly
+    questions: dict[str, Question] = field(default_factory=dict)  # by normalised text
+    num_rows_of: Counter[str] = field(default_factory=Counter)  # by normalised text
+    normal_texts: dict[str, str] = field(default_factory=dict)  # cache by original text, which mostly repeats exactly
     texts_of_ids: dict[str, str] = field(default_factory=dict)
-    conflicts: dict[str, None] = field(default_factory=dict)  # normal texts, a set that keeps its order
+    conflicts: dict[str, None] = field(default_factory=dict)  # normalised texts, as an ordered set
 
     def add(self, row: Row) -> None:
         self.num_rows += 1
         normal = self.normal_texts.get(row.text)
         if normal is None:
             normal = self.normal_texts[row.text] = normal_text(row.text)
-        self.rows_of[normal] += 1
+        self.num_rows_of[normal] += 1
         key = row.given_id or (self.questions[normal].id if normal in self.questions else _digest(normal))
         if self.texts_of_ids.setdefault(key, normal) != normal:
             raise ConfigError(f"{row.where}: the id {key} belongs to another question already; make ids unique")
@@ -97,27 +88,27 @@ class _Merger:
 
 
 def merge_rows(source: str, rows: Iterable[Row]) -> QuestionSet:
-    """The distinct questions among some rows; those whose rows disagree on the answer are left out.
+    """The distinct questions of some rows, without those whose rows have different answers.
 
-    Raises: ConfigError if no question is left, or one id stands for two texts.
+    Raises: ConfigError if no question is left, or two texts have the same id.
     """
     merger = _Merger(source)
     for row in rows:
         merger.add(row)
-    kept = tuple(question for text, question in merger.questions.items() if text not in merger.conflicts)
-    if not kept and merger.conflicts:
+    questions = tuple(question for text, question in merger.questions.items() if text not in merger.conflicts)
+    if not questions and merger.conflicts:
         raise ConfigError(
             f"every question of {source} comes with different answers, none of which can be trusted: "
             f"{_conflicting(merger)}; give each question one answer"
         )
-    if not kept:
+    if not questions:
         raise ConfigError(f"{source} holds no questions; give a source that has some")
     num_distinct = len(merger.questions)
     return QuestionSet(
         source,
-        kept,
+        questions,
         num_duplicates=merger.num_rows - num_distinct,
-        fewest_rows=min(merger.rows_of.values()),
+        fewest_rows=min(merger.num_rows_of.values()),
         num_conflicts=len(merger.conflicts),
         notes=(*_repeats_note(merger.num_rows, num_distinct), *_conflicts_note(merger)),
     )
@@ -145,17 +136,17 @@ def _conflicting(merger: _Merger) -> str:
 
 
 def name_some(ids: list[str]) -> str:
-    """The first few of some ids."""
+    """The first NUM_EXAMPLES ids, joined by commas."""
     return ", ".join(ids[:NUM_EXAMPLES]) + (", ..." if len(ids) > NUM_EXAMPLES else "")
 
 
 def normal_text(text: str) -> str:
-    """The text that tells questions apart: in Unicode's composed form, white space made single blanks."""
+    """The text by which questions are distinguished: Unicode NFC, with each run of white space as one blank."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def question_id(text: str) -> str:
-    """16 hexadecimal digits that depend on the normal text alone."""
+    """The id of a question: 16 hexadecimal digits, a hash of its normalised text."""
     return _digest(normal_text(text))
 
 

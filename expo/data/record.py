@@ -1,19 +1,19 @@
-"""What is shown and written down of a run's questions."""
+"""The record of a run's questions: on the console and in data.json."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError
 from expo.data.questions import QuestionSet
+from expo.errors import ConfigError
 
 
 def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:
-    """What was left out, by reason.
+    """Counts of questions and rows left out, by reason.
 
     Args:
-        num_long: questions whose prompts exceed data.max_prompt_tokens.
+        num_long: number of questions whose prompts exceed data.max_prompt_tokens.
     """
     return {
         "duplicate rows": loaded.num_duplicates,
@@ -25,7 +25,7 @@ def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:
 
 
 def set_lines(loaded: QuestionSet, num_long: int = 0) -> list[str]:
-    """A set's size and what was left out of it, then its notes."""
+    """The size of a set, what was left out of it, and its notes, as lines of text."""
     parts = [f"{count:,} {reason}" for reason, count in left_out(loaded, num_long).items() if count]
     reasons = f"; left out: {', '.join(parts)}" if parts else ""
     size = f"{loaded.source}: {len(loaded.questions) - num_long:,} questions{reasons}"
@@ -33,7 +33,7 @@ def set_lines(loaded: QuestionSet, num_long: int = 0) -> list[str]:
 
 
 def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
-    """The same for data.json, with the digest of the questions as they were loaded."""
+    """The record of a set for data.json, with the digest of its questions."""
     return {
         "source": loaded.source,
         "questions": len(loaded.questions) - num_long,
@@ -44,13 +44,13 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
 
 
 def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None:
-    """Raises: ConfigError if `saved`, the data.json of a run, exists and is of other questions."""
+    """Raises: ConfigError if `saved`, the data.json of a run, exists and records other questions."""
     if not saved.exists():
         return
     before = json.loads(saved.read_text(encoding="utf-8"))["sets"]
     differing = [name for name, loaded in sets.items() if loaded.digest != before[name]["digest"]]
     if differing:
         raise ConfigError(
-            f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} began with; "
-            f"restore them, or start another run"
+            f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} "
+            f"started with; restore them, or start another run"
         )

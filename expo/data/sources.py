@@ -1,10 +1,10 @@
-"""The one door for questions: what a source's name stands for.
+"""Loads questions from a source, by its name:
 
 - questions.jsonl, questions.parquet: a local file; `layouts.py` knows the columns
 - some/folder: all such files of a folder
-- owner/name[/configuration][:split][@revision]: the Hugging Face hub
+- owner/name[/configuration][:split][@revision]: a data set on the Hugging Face hub
 - dapo-17k, aime-2024, math-500, ...: a set of the paper on the hub (`hub.NAMED`); its number of rows is checked
-- reasoning-gym:chain_sum?level=1&size=500&seed=0: made on the spot
+- reasoning-gym:chain_sum?level=1&size=500&seed=0: generated
 - ledger:train, ledger:held_out, ledger:beyond: the embedded task
 - arithmetic:train, arithmetic:held_out: one-digit sums and differences
 """
@@ -15,13 +15,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from expo import arithmetic, ledger
-from expo.config import ConfigError
+from expo import ledger
+from expo.data import arithmetic
 from expo.data.files import SUFFIXES, local_tables
 from expo.data.hub import NAMED, NamedSet, find_named, hub_table, parse_hub_source
 from expo.data.layouts import Table, read_table
 from expo.data.questions import QuestionSet, Row, merge_rows
 from expo.data.reasoning import PREFIX, reasoning_rows
+from expo.errors import ConfigError
 
 BUILT_IN: dict[str, Callable[[], list[ledger.LedgerQuestion]]] = {
     "ledger:train": partial(ledger.train_questions, seed=0),
@@ -30,14 +31,14 @@ BUILT_IN: dict[str, Callable[[], list[ledger.LedgerQuestion]]] = {
     "arithmetic:train": arithmetic.train_questions,
     "arithmetic:held_out": arithmetic.held_out_questions,
 }
-"""Question sets that need no file, by name."""
+"""Built-in question sets by name."""
 
 
 def load_questions(source: str) -> QuestionSet:
     """The distinct questions of a source.
 
-    Raises: ConfigError if there is no such source, it cannot be read, is empty, or a row is not a question (the row is
-        named), or a named set has another number of rows than its name promises.
+    Raises: ConfigError if the source does not exist, cannot be read or is empty, if a row (which it names) is not a
+        question, or if a named set does not have the expected number of rows.
     """
     named = find_named(source)
     if named is not None:
@@ -46,7 +47,7 @@ def load_questions(source: str) -> QuestionSet:
 
 
 def count_questions(source: str) -> int | None:
-    """Questions that loading would give, if that can be told without a download; else None."""
+    """The number of questions of a source, or None if it is unknown without a download."""
     named = find_named(source)
     if named is not None:
         return named.num_distinct
@@ -59,8 +60,8 @@ def _load_named(source: str, named: NamedSet) -> QuestionSet:
     loaded = merge_rows(source, read_table(hub_table(named.source)))
     if loaded.num_rows != named.num_rows:
         raise ConfigError(
-            f"{source} is {named.source} with {named.num_rows:,} rows, but {loaded.num_rows:,} were found: it is "
-            f"another set now; to take it as it is, name it {named.source}"
+            f"{source} is {named.source} with {named.num_rows:,} rows, but {loaded.num_rows:,} were found: the "
+            f"set has changed; to use it as it is, name it {named.source}"
         )
     num_distinct = loaded.num_rows - loaded.num_duplicates
     if num_distinct == named.num_distinct:

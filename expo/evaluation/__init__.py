@@ -1,1 +1,1 @@
-"""What `python -m expo.evaluate` is made of: its command line, the model it samples from, its records, comparisons."""
+"""The parts of `python -m expo.evaluate`: command line, frozen policy, scores, files of results, comparison."""

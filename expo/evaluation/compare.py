@@ -1,7 +1,7 @@
-"""Two evaluations of the same questions, beside each other: `python -m expo.evaluate compare A B`.
+"""Compares two evaluations of the same questions: `python -m expo.evaluate compare A B`.
 
-The interval of a difference B - A is a percentile bootstrap over questions of the paired differences: how hard the
-questions are is the same for both, and falls out.
+The interval of a difference B - A is a percentile bootstrap of the paired differences over questions, so the spread of
+the questions' difficulty does not widen it.
 """
 
 import argparse
@@ -9,59 +9,60 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from expo.config import ConfigError, fail
+from expo.errors import ConfigError
 from expo.evaluation.protocol import RESULTS, differences
-from expo.evaluation.tables import SHARES, estimates_of
-from expo.files import write_bytes_whole
-from expo.page import comparison_table, document, figure, pairs, section
-from expo.pictures import Picture, draw_curves
-from expo.records import Comparison, Estimate, pass_at, table_cells, text_table
-from expo.scores import mean_with_interval, pass_at_k, powers_of_two
+from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
+from expo.evaluation.tables import estimates_of, fractions_text
+from expo.reporting.comparison import Comparison, Estimate, pass_at, table_cells, text_table
+from expo.reporting.figures import RenderedFigure, draw_curves
+from expo.reporting.templates import comparison_table
+from expo.reporting.templates import render as render_template
+from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.evaluate compare"
 
 
 @dataclass(frozen=True)
 class Results:
-    """A results.json, and what it is called."""
+    """The content of a results.json, and the name of its folder."""
 
     label: str
-    facts: dict[str, Any]
+    content: dict[str, Any]
 
     @property
     def num_samples(self) -> int:
         """n, replies per question."""
-        return int(self.facts["protocol"]["num_samples"])
+        return int(self.content["protocol"]["num_samples"])
 
     def correct(self, name: str) -> dict[str, int]:
-        """c of every question of a set, by its id."""
-        return {question["id"]: question["correct"] for question in self.facts["sets"][name]["questions"]}
+        """c, the number of correct replies, of every question of a set by its id."""
+        return {question["id"]: question["correct"] for question in self.content["sets"][name]["questions"]}
 
     def majority(self, name: str) -> dict[str, float]:
-        """The majority's score on every question of a set, by its id."""
-        return {question["id"]: question["majority"] for question in self.facts["sets"][name]["questions"]}
+        """The majority vote's score on every question of a set by its id."""
+        return {question["id"]: question["majority"] for question in self.content["sets"][name]["questions"]}
 
 
 def compare(a: Results, b: Results, *, anyway: bool = False) -> list[Comparison]:
-    """For every set of both pass@k at powers of two, and the majority's score: A, B, and B - A over the same questions.
+    """pass@k at powers of two and maj@n of every set in both: of A, of B, and B - A over the questions in both.
 
     Args:
-        anyway: compare where protocols or questions differ, on the sets and questions that both have; the columns of A
-            and B are then still of all their questions.
+        anyway: compare although protocols or questions differ. Differences then cover the questions in both; the
+            columns of A and B still cover all their questions.
 
-    Raises: ConfigError if there is nothing to compare, or the evaluations differ in more than the model.
+    Raises: ConfigError if A and B share no questions, or differ in more than the model.
     """
     differing = incomparable(a, b)
     if differing and not anyway:
         raise ConfigError(
-            f"A and B differ in more than the model: {', '.join(differing)}; evaluate one of them again, or add "
+            f"A and B differ in more than the model: {', '.join(differing)}; repeat one of the evaluations, or add "
             f"--anyway"
         )
-    names = [name for name in a.facts["sets"] if name in b.facts["sets"]]
+    names = [name for name in a.content["sets"] if name in b.content["sets"]]
     lines = [line for name in names for line in _compare_set(a, b, name)]
     if not lines:
         raise ConfigError("A and B have no question in common; compare evaluations of the same sets")
@@ -69,33 +70,37 @@ def compare(a: Results, b: Results, *, anyway: bool = False) -> list[Comparison]
 
 
 def incomparable(a: Results, b: Results) -> list[str]:
-    """What the two differ in beside the model: settings, sets, and questions by their checksums.
+    """The differences between two evaluations beside the model: settings, sets, and checksums of the questions.
 
-    The seed may differ: other replies of the same kind.
+    Seeds may differ: they change the sampled replies, not their distribution.
     """
 
     def comparable(results: Results) -> dict[str, Any]:
-        questions = {name: found["questions_sha256"] for name, found in results.facts["questions"].items()}
-        protocol = {name: value for name, value in results.facts["protocol"].items() if name != "seed"}
+        questions = {name: metadata["questions_sha256"] for name, metadata in results.content["questions"].items()}
+        protocol = {name: value for name, value in results.content["protocol"].items() if name != "seed"}
         return {"protocol": protocol, "questions_sha256": questions}
 
     return differences(comparable(a), comparable(b))
 
 
 def _compare_set(a: Results, b: Results, name: str) -> list[Comparison]:
-    ours, theirs = a.correct(name), b.correct(name)
-    common = [key for key in ours if key in theirs]
+    correct_a, correct_b = a.correct(name), b.correct(name)
+    common = [question_id for question_id in correct_a if question_id in correct_b]
     if not common:
         return []
     n = min(a.num_samples, b.num_samples)
-    before, after = (estimates_of(results.facts["sets"][name], results.num_samples) for results in (a, b))
+    before, after = (estimates_of(results.content["sets"][name], results.num_samples) for results in (a, b))
     lines = []
     for k in powers_of_two(n):
-        gains = [pass_at_k(b.num_samples, theirs[key], k) - pass_at_k(a.num_samples, ours[key], k) for key in common]
+        gains = [
+            pass_at_k(b.num_samples, correct_b[question_id], k) - pass_at_k(a.num_samples, correct_a[question_id], k)
+            for question_id in common
+        ]
         lines.append(_line(name, f"pass@{k}", before, after, gains))
     if a.num_samples == b.num_samples:
-        of_a, of_b = a.majority(name), b.majority(name)
-        lines.append(_line(name, f"maj@{n}", before, after, [of_b[key] - of_a[key] for key in common]))
+        majority_a, majority_b = a.majority(name), b.majority(name)
+        gains = [majority_b[question_id] - majority_a[question_id] for question_id in common]
+        lines.append(_line(name, f"maj@{n}", before, after, gains))
     return lines
 
 
@@ -107,14 +112,14 @@ def _line(
 
 
 def read_results(folder: Path) -> Results:
-    """What an evaluation left in its folder.
+    """Reads the results of an evaluation from its folder, or from a results.json.
 
-    Raises: ConfigError if there is no whole evaluation.
+    Raises: ConfigError if there is no complete evaluation.
     """
     path = folder / RESULTS if folder.is_dir() else folder
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Results(path.parent.name, {name: facts[name] for name in ("model", "protocol", "questions", "sets")})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Results(path.parent.name, {name: content[name] for name in ("model", "protocol", "questions", "sets")})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is not the result of an evaluation ({type(error).__name__}); give a folder that a finished "
@@ -126,65 +131,62 @@ def _labelled(a: Results, b: Results) -> dict[str, Results]:
     return {f"A: {a.label}": a, f"B: {b.label}": b}
 
 
-def draw(a: Results, b: Results, lines: Sequence[Comparison]) -> list[Picture]:
-    """pass@k over k of both, a picture for each set."""
-    pictures = []
+def draw(a: Results, b: Results, lines: Sequence[Comparison]) -> list[RenderedFigure]:
+    """A figure for each set: pass@k of A and of B over k."""
+    figures = []
     for name in dict.fromkeys(line.set_name for line in lines):
         curves = {}
         for label, results in _labelled(a, b).items():
-            found = [pass_at(results.facts["sets"][name], k) for k in range(1, results.num_samples + 1)]
-            curves[label] = [estimate for estimate in found if estimate is not None]
-        pictures.append(draw_curves(name, curves))
-    return pictures
+            estimates = [pass_at(results.content["sets"][name], k) for k in range(1, results.num_samples + 1)]
+            curves[label] = [estimate for estimate in estimates if estimate is not None]
+        figures.append(draw_curves(name, curves))
+    return figures
 
 
-def render(a: Results, b: Results, lines: Sequence[Comparison], pictures: Sequence[Picture]) -> str:
+def render(a: Results, b: Results, lines: Sequence[Comparison], figures: Sequence[RenderedFigure]) -> str:
     """The page as HTML text."""
-    guide = (
-        '<p class="soft under">Difference: B - A over the same questions, with its 95 % interval by a bootstrap over '
-        "questions. Coloured: an interval that leaves out zero; of twenty such lines one is coloured by chance.</p>"
-    )
     shares = {
-        f"{name}, {label}": ", ".join(f"{found[f'{share}_fraction']:.1%} {share}" for share in SHARES)
+        f"{name}, {label}": fractions_text(scores)
         for label, results in _labelled(a, b).items()
-        for name, found in results.facts["sets"].items()
+        for name, scores in results.content["sets"].items()
     }
-    models = {label: results.facts["model"] for label, results in _labelled(a, b).items()}
-    differing = incomparable(a, b)
-    notice = f'<p class="notice">They differ in more than the model: {escape(", ".join(differing))}</p>'
-    body = (
-        f"<h1>{escape(a.label)} (A) and {escape(b.label)} (B)</h1>\n{notice if differing else ''}",
-        section("Scores", comparison_table(lines, "Set", ("Metric", "A", "B", "Difference")) + guide),
-        section("pass@k", f'<div class="grid">{"".join(figure(picture) for picture in pictures)}</div>'),
-        section("Replies", pairs(shares)),
-        section("How they were made", pairs({**models, **a.facts["protocol"]})),
+    models = {label: results.content["model"] for label, results in _labelled(a, b).items()}
+    return render_template(
+        "compare.html.j2",
+        title=f"{a.label} and {b.label} · EXPO evaluations",
+        label_a=a.label,
+        label_b=b.label,
+        other_differences=incomparable(a, b),
+        scores=comparison_table(lines, "Set", ("Metric", "A", "B", "Difference")),
+        figures=figures,
+        reply_shares=shares,
+        protocol={**models, **a.content["protocol"]},
     )
-    return document(f"{a.label} and {b.label} · EXPO evaluations", body)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table and writes the page: 0, or 2 if the two cannot be compared."""
+    """Prints the table and writes the page. Exit codes: 0, or 2 if A and B cannot be compared."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="B - A, question by question, with 95 % intervals, and pass@k curves as a page."
+        prog=PROGRAM, description="Paired differences B - A with 95 % intervals, and a page with pass@k curves."
     )
     parser.add_argument("a", metavar="A", type=Path, help="folder of results")
     parser.add_argument("b", metavar="B", type=Path, help="folder of results")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for compare.html and pictures (default: B)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.html and its figures (default: B)")
     parser.add_argument("--anyway", action="store_true", help="compare even if protocols or questions differ")
-    given = parser.parse_args(list(argv))
+    arguments = parser.parse_args(list(argv))
     try:
-        a, b = read_results(given.a), read_results(given.b)
-        lines = compare(a, b, anyway=given.anyway)
+        a, b = read_results(arguments.a), read_results(arguments.b)
+        lines = compare(a, b, anyway=arguments.anyway)
     except ConfigError as error:
         fail(PROGRAM, error)
     heads = ("set", "questions", "metric", "A [95 %]", "B [95 %]", "B - A [95 %]")
     sys.stdout.write(text_table(heads, [table_cells(line) for line in lines]) + "\n")
-    out = given.out or given.b
+    out = arguments.out or arguments.b
     out.mkdir(parents=True, exist_ok=True)
-    pictures = draw(a, b, lines)
-    for picture in pictures:
-        assert picture.png is not None
-        write_bytes_whole(out / f"{picture.name}.png", picture.png)
-    write_bytes_whole(out / "compare.html", render(a, b, lines, pictures).encode())
+    figures = draw(a, b, lines)
+    for figure in figures:
+        assert figure.png is not None
+        write_bytes_whole(out / f"{figure.name}.png", figure.png)
+    write_bytes_whole(out / "compare.html", render(a, b, lines, figures).encode())
     sys.stdout.write(f"page: {out / 'compare.html'}\n")
     return 0

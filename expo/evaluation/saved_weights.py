@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, whole, on one process and without the optimizer, however ZeRO had split them."""
+"""Reads the weights of a checkpoint on one process, without the optimizer, however ZeRO sharded them."""
 
 import os
 from contextlib import redirect_stderr, redirect_stdout
@@ -9,40 +9,40 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection
-from expo.deepspeed_engine import TAG
-from expo.lora import add_adapters, merged
-from expo.quiet import errors_only
+from expo.learner.deepspeed import TAG
+from expo.learner.lora import add_adapters, merge_adapters
+from expo.runtime.logging_filters import errors_only
 
 
 def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) -> None:
-    """Puts the float32 weights that a policy saved into `model`, the one its run started from; adapters are merged in.
+    """Copies the float32 weights of a checkpoint into `model`; LoRA adapters are merged.
 
     Args:
-        model: whole and without adapters.
-        section: the run's; says how the weights were split and whether they are adapters.
-        folder: what `Policy.save` was given.
+        model: the initial model of the run, unsharded and without adapters; changed in place.
+        section: of the run; says how the weights were sharded and whether there are adapters.
+        folder: the folder that `Policy.save` wrote.
     """
-    saved = {name.removeprefix("model."): value for name, value in _saved(section.zero_stage, folder).items()}
+    saved = {name.removeprefix("model."): value for name, value in _read_parameters(section.zero_stage, folder).items()}
     if section.lora_rank:
-        with torch.device("meta"):  # for the names and scales of the adapters alone
-            shape = type(model)(model.config)
-        add_adapters(shape, section.lora_rank, section.lora_alpha)
-        saved = merged(saved, shape)
+        with torch.device("meta"):  # only the names and scales of the adapters are needed
+            adapted = type(model)(model.config)
+        add_adapters(adapted, section.lora_rank, section.lora_alpha)
+        saved = merge_adapters(saved, adapted)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(saved[name])
 
 
-def _saved(zero_stage: int, folder: Path) -> dict[str, Tensor]:
+def _read_parameters(zero_stage: int, folder: Path) -> dict[str, Tensor]:
     """Parameters by their name in the policy's module."""
-    found: dict[str, Tensor]
-    if zero_stage < 3:  # every rank had them all; only the optimizer's states are split
+    parameters: dict[str, Tensor]
+    if zero_stage < 3:  # every rank had all parameters; only optimizer states are sharded
         file = folder / TAG / "mp_rank_00_model_states.pt"
-        found = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
-        return found
-    # it prints its steps
-    with errors_only(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        parameters = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+        return parameters
+    # DeepSpeed prints its progress
+    with errors_only(), Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-    return found
+        parameters = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    return parameters

@@ -1,4 +1,4 @@
-"""The embedded learning task: questions, tokenizer and a warm-started model small enough to ship."""
+"""The embedded task: questions, tokenizer, and a warm-started model that is small enough to ship."""
 
 from pathlib import Path
 

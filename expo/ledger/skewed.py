@@ -1,7 +1,8 @@
-"""A skewed pool of ledger questions: half of them trivial or hopeless for the warm start, the other half in between.
+"""A skewed set of ledger questions: half of them are trivial or hopeless for the warm-started model.
 
-Trivial: one operation that crosses no ten. Hopeless: 9 and 10 operations, more than the warm start was ever shown; it
-solves 3 in 100. What a curriculum can gain, it can gain here: uniform sampling spends half of its questions on nothing.
+Trivial questions have one operation that does not cross a multiple of ten. Hopeless ones have 9 or 10 operations, more
+than in the model's training data; it solves 3 in 100. A curriculum helps most here, because uniform sampling spends
+half of its questions on groups without a gradient.
 """
 
 import random
@@ -35,6 +36,6 @@ def skewed_questions(seed: int) -> list[LedgerQuestion]:
 
 
 def crosses_a_ten(question: str) -> bool:
-    """Whether some operation of a question text leads from one ten into another."""
+    """Whether an operation of a question text changes the tens digit of the total."""
     totals = [int(question[0]), *running_totals(question)]
     return any(before // 10 != after // 10 for before, after in pairwise(totals))

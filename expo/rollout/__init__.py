@@ -1,5 +1,5 @@
-"""Rollout engines: what samples replies from the policy."""
+"""Rollout engines sample replies from the policy."""
 
-from expo.rollout.engine import EngineError, Reply, Request, RolloutEngine, Sampling, end_ids, request_seed
+from expo.rollout.engine import GenerationRequest, RolloutEngine, Sampling, end_ids, request_seed
 
-__all__ = ["EngineError", "Reply", "Request", "RolloutEngine", "Sampling", "end_ids", "request_seed"]
+__all__ = ["GenerationRequest", "RolloutEngine", "Sampling", "end_ids", "request_seed"]

@@ -1,4 +1,4 @@
-"""What every rollout engine offers, and the seeds that make its samples repeatable."""
+"""The interface of rollout engines, and the seeds that make their samples reproducible."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -7,15 +7,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from expo.rollout.weight_samples import Described
+from expo.rollout.weight_samples import WeightDescription
+from expo.types import Reply
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How replies are drawn: temperature (0: always the likeliest token), and the most tokens a reply may have.
+    """How replies are sampled.
 
-    top_p: only the likeliest tokens that together have this probability are drawn. Below 1, and at temperature 0, the
-    log-probs of replies are those of what was drawn from, not the policy's: such replies are not for training.
+    temperature: 0 means greedy decoding. max_new_tokens: most tokens of a reply. top_p: nucleus sampling. With top_p
+    below 1 or temperature 0, log-probs are those of the truncated distribution, not the policy's: such replies must not
+    be trained on.
     """
 
     temperature: float
@@ -24,76 +26,59 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One prompt and a seed for each reply wanted."""
+class GenerationRequest:
+    """One prompt, and a seed for each reply to it."""
 
     prompt_ids: Sequence[int]
     seeds: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One sampled reply.
-
-    token_ids: the reply with its end-of-sequence token, if it came to one; logps: log-probability of each of them
-    in nats, at the sampling temperature; is_truncated: cut at max_new_tokens; text: decoded, no special tokens.
-    """
-
-    token_ids: list[int]
-    logps: list[float]
-    is_truncated: bool
-    text: str
-
-
-class EngineError(Exception):
-    """An engine cannot go on, and the run with it; the run can be resumed."""
-
-
 class RolloutEngine(Protocol):
-    """Samples replies from the policy's present weights."""
+    """Samples replies from the policy's current weights."""
 
     @property
-    def holds_weights(self) -> bool:
-        """Whether the weights are a copy that `load_weights` must bring up to date, and not the policy's own."""
+    def needs_weight_sync(self) -> bool:
+        """Whether the engine has a copy of the policy's weights, which `load_weights` must update."""
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
-        """For each request one reply per seed; the same seed and weights give the same reply in any batch, where its
-        shape does not change rounding: tested in float32 on a CPU.
+        """For each request one reply per seed, in order.
 
-        `on_progress` is told how many replies have been finished since it was last told; what it raises ends the call.
+        The same seed and weights give the same reply in any batch, unless the batch's shape changes rounding; tested in
+        float32 on a CPU. `on_progress` is called with the number of replies finished since its last call; an exception
+        that it raises ends the call.
         """
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the policy's present weights, named as in the model; an engine that shares its model needs none."""
+        """Loads the policy's current weights, named as in the model; does nothing if the engine shares the model."""
 
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
-        """Log-probability in nats of every token of given replies, by the path that samples, caches included."""
+        """Log-probability in nats of every token of given replies, computed as in sampling, with its caches."""
 
-    def describe_weights(self) -> list[dict[str, Described]]:
-        """What it holds, by its own names; for each process that holds some."""
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
+        """The engine's weights by the engine's names, for each process that holds some."""
 
-    def rest(self) -> None:
-        """No reply is wanted before the next `load_weights`: memory may be given back until then."""
+    def sleep(self) -> None:
+        """Allows the engine to free memory until the next `load_weights`; no reply is requested before."""
 
     def close(self) -> None:
-        """Ends what the engine has started."""
+        """Ends the processes that the engine has started."""
 
 
 def request_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all of `parts`, such as run seed, step, question id, sample number."""
+    """A 63-bit seed derived from all of `parts`, such as run seed, step, question id, sample number."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a reply: the tokenizer's, and those the model's generation config names."""
+    """All end-of-sequence token ids: the tokenizer's, and those of the model's generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)

@@ -1,8 +1,8 @@
 """Batched generation by transformers, in the trainer's own process and on its own weights.
 
-Each distinct prompt is read once and its key-value cache repeated for the samples of its group; rows that have ended
-leave the batch. One uniform number per token, drawn beforehand from the reply's own seed, picks the token by inverse
-distribution function, so a reply does not depend on what else is in the batch.
+Each prompt is prefilled once and its key-value cache repeated for the samples of its group; finished rows leave the
+batch. Tokens are drawn by inverse transform sampling, with one uniform number per token from the reply's own seed, so a
+reply does not depend on the rest of the batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.model import head_logits, run_transformer
-from expo.rollout.engine import Reply, Request, Sampling, end_ids
-from expo.rollout.weight_samples import Described, describe
+from expo.learner.model import head_logits, run_transformer
+from expo.rollout.engine import GenerationRequest, Sampling, end_ids
+from expo.rollout.weight_samples import WeightDescription, describe
+from expo.types import Reply
 from expo_kernels import token_logps
 
-KEEP_ROWS_ABOVE = 0.75  # share of rows still running under which ended ones are worth copying the cache to drop
+KEEP_ROWS_ABOVE = 0.75  # share of running rows; dropping the finished ones copies the cache, so it is done below
 
 
 class TransformersEngine:
-    """Samples from `model` as it stands at each call.
+    """Samples from the current weights of `model`.
 
     Args:
-        model: a transformers causal language model: the policy's own, or a copy that `load_weights` keeps up to date.
+        model: a transformers causal language model: the policy's own, or a copy that `load_weights` updates.
         tokenizer: its tokenizer, with an end-of-sequence token.
-        batch_size: replies generated at once.
-        dtype: of the transformer's products, as in the policy; logits are float32.
-        is_shared: whether `model` is the policy's own, which needs no weights brought to it.
+        batch_size: most replies generated at once.
+        dtype: of the transformer's matrix products, as in the policy; logits are float32.
+        is_shared: whether `model` is the policy's own, so that no weight sync is needed.
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class TransformersEngine:
         self._end_ids = end_ids(model, tokenizer)
 
     @property
-    def holds_weights(self) -> bool:
+    def needs_weight_sync(self) -> bool:
         """Whether `model` is a copy of the policy's."""
         return not self._is_shared
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Reply]]:
@@ -74,18 +75,18 @@ class TransformersEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies the policy's weights into a model that is not its own."""
+        """Copies the policy's weights into `model`, unless it is the policy's own."""
         if self._is_shared:
             return
-        own = dict(self._model.named_parameters())
+        parameters = dict(self._model.named_parameters())
         for name, value in weights:
-            own[name].copy_(value)
+            parameters[name].copy_(value)
 
     @torch.inference_mode()
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
-        """Log-probability in nats of every token of given replies; one pass a reply, since no cache outlives a call."""
+        """Log-probability in nats of every token of given replies, by one forward pass for each reply."""
         found = []
         for prompt, reply in zip(prompts, replies, strict=True):
             ids = torch.tensor([[*prompt, *reply]], device=self._model.device)
@@ -94,29 +95,29 @@ class TransformersEngine:
             found.append(token_logps(logits[None], ids[:, len(prompt) :], temperature=temperature)[0].tolist())
         return found
 
-    def describe_weights(self) -> list[dict[str, Described]]:
-        """What it holds."""
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
+        """The parameters of `model`."""
         return [describe(self._model.named_parameters())]
 
-    def rest(self) -> None:
-        """Between calls nothing is held but the model."""
+    def sleep(self) -> None:
+        """Does nothing: between calls the engine holds no memory but the model."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Does nothing: the engine has started no process."""
 
-    def _batches(self, requests: Sequence[Request]) -> list[list["_Job"]]:
-        """Requests by prompt length, cut so that no batch has more than batch_size replies."""
+    def _batches(self, requests: Sequence[GenerationRequest]) -> list[list["_Job"]]:
+        """Requests sorted by prompt length, split into batches of at most batch_size replies."""
         batches: list[list[_Job]] = []
-        room = 0
+        free = 0
         for request in sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids)):
             samples = list(range(len(requests[request].seeds)))
             while samples:
-                if room == 0:
+                if free == 0:
                     batches.append([])
-                    room = self._batch_size
-                batches[-1].append(_Job(request, samples[:room]))
-                taken, samples = len(samples[:room]), samples[room:]
-                room -= taken
+                    free = self._batch_size
+                batches[-1].append(_Job(request, samples[:free]))
+                num_added, samples = len(samples[:free]), samples[free:]
+                free -= num_added
         return batches
 
     @torch.inference_mode()
@@ -145,9 +146,9 @@ class TransformersEngine:
             if num_running == 0 or position + 1 == sampling.max_new_tokens:
                 break
             if num_running <= KEEP_ROWS_ABOVE * len(rows):
-                kept = running.nonzero()[:, 0].to(rows.device)
-                rows, drawn = rows[kept], drawn[kept]
-                state.select(kept)
+                remaining = running.nonzero()[:, 0].to(rows.device)
+                rows, drawn = rows[remaining], drawn[remaining]
+                state.select(remaining)
             self._advance(state, drawn)
         self._model.train(was_training)
         return [self._reply(ids, values) for ids, values in zip(tokens, logps, strict=True)]
@@ -204,7 +205,7 @@ class _Job:
 
 @dataclass
 class _State:
-    """Where a batch of running replies stands: cache, mask over it, last position [B, 1], next logits [B, V]."""
+    """State of a batch of running replies: cache, attention mask, last position [B, 1], next logits [B, V]."""
 
     cache: Any
     mask: Tensor
@@ -212,26 +213,26 @@ class _State:
     logits: Tensor
 
     def select(self, rows: Tensor) -> None:
-        """Keeps `rows` alone."""
+        """Keeps only `rows`."""
         self.cache.batch_select_indices(rows)
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """[len(seeds), count] numbers in [0, 1), each row from its own seed."""
+    """[len(seeds), count] uniform numbers in [0, 1), each row from its own seed."""
     generator = torch.Generator()
     return torch.stack([torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds])
 
 
 def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token per row of logits [B, V] by inverse distribution function, and its log-probability in nats."""
+    """One token per row of logits [B, V] by inverse transform sampling, and its log-probability in nats."""
     temperature = sampling.temperature
     if temperature == 0:
         return logits.argmax(dim=-1), torch.zeros_like(uniforms)
     if sampling.top_p < 1:
         logits = _nucleus(logits.float(), sampling)
     cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    # a float32 sum of probabilities need not end at 1, and rounding must not reach past its end
+    # float32 probabilities need not sum to 1, and the threshold must stay below their sum
     total = cumulative[:, -1:]
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, threshold, right=True)
@@ -239,11 +240,12 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor,
 
 
 def _nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits [B, V], -inf where a token is not among the likeliest that together have probability `top_p`.
+    """The logits [B, V], with -inf for tokens outside the nucleus of probability `top_p`.
 
-    Source: Holtzman et al., arXiv 1904.09751, section 3.1; the token that reaches top_p is still among them.
+    Source: Holtzman et al., arXiv 1904.09751, section 3.1; the token that reaches top_p is in the nucleus.
     """
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
-    likeliest, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    is_left_out = likeliest.cumsum(dim=-1) - likeliest >= sampling.top_p  # by what comes before it
-    return logits.masked_fill(is_left_out.scatter(-1, order, is_left_out), -torch.inf)
+    sorted_probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    preceding = sorted_probabilities.cumsum(dim=-1) - sorted_probabilities
+    is_outside = preceding >= sampling.top_p
+    return logits.masked_fill(is_outside.scatter(-1, order, is_outside), -torch.inf)

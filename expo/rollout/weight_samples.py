@@ -1,7 +1,7 @@
-"""Samples of weights, by which two sides that should hold the same are compared exactly, whatever process each is in.
+"""Samples of weights, by which the copies of two processes are compared exactly.
 
-A sample is the elements at places that follow from the shape alone: all of a norm, of an embedding so many that a
-sync left out shows even where an update is too small to round most elements anew.
+A sample takes the elements at indices that depend on the shape alone: all of a norm's, and so many of an embedding's
+that a skipped sync is found even if an update is so small that most elements round to the same value.
 """
 
 import hashlib
@@ -11,12 +11,12 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-NUM_SAMPLED = 4096  # elements of a weight
-COMPARED = ("float64", "float32", "bfloat16", "float16")  # what is stored in less has a scale beside it
+NUM_SAMPLED = 4096  # most elements of a weight in its sample
+COMPARED = ("float64", "float32", "bfloat16", "float16")  # quantised weights have other values and a scale
 
 
-class Described(TypedDict):
-    """A weight, in JSON: its shape, its dtype, and a digest of its sample in that dtype."""
+class WeightDescription(TypedDict):
+    """A weight as JSON: its shape, its dtype, and a digest of its sample in that dtype."""
 
     shape: list[int]
     dtype: str
@@ -24,16 +24,16 @@ class Described(TypedDict):
 
 
 class Comparison(NamedTuple):
-    """How many weights both sides have under one name and in one shape, and the names of those that differ."""
+    """The number of weights that both sides have with the same name and shape, and the names of those that differ."""
 
     num_compared: int
     differing: list[str]
 
 
-def describe(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Described]:
-    """Weights by name."""
+def describe(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightDescription]:
+    """The descriptions of weights by name."""
     return {
-        name: Described(
+        name: WeightDescription(
             shape=list(weight.shape), dtype=str(weight.dtype).removeprefix("torch."), digest=_digest(_sample(weight))
         )
         for name, weight in weights
@@ -41,34 +41,35 @@ def describe(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Described]:
 
 
 class WeightSamples:
-    """Samples of the policy's weights, taken while these go past on their way to an engine."""
+    """Samples of the policy's weights, taken while an engine iterates over them."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, tuple[list[int], Tensor]] = {}
+        self._samples: dict[str, tuple[list[int], Tensor]] = {}
 
-    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same weights, each sampled."""
+    def record(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the same weights and samples each."""
         for name, weight in weights:
-            self._taken[name] = (list(weight.shape), _sample(weight))
+            self._samples[name] = (list(weight.shape), _sample(weight))
             yield name, weight
 
-    def compare(self, held: Mapping[str, Described]) -> Comparison:
-        """The samples rounded to the dtypes of an engine's weights against these; what was fused, cut or packed there
-        has other names or shapes, and is left out.
+    def compare(self, engine_weights: Mapping[str, WeightDescription]) -> Comparison:
+        """Compares the samples, rounded to the engine's dtypes, with the engine's weights.
+
+        Weights that the engine fuses, shards or packs have other names or shapes there and are not compared.
         """
         same = {
-            name: _digest(self._taken[name][1].to(getattr(torch, found["dtype"]))) == found["digest"]
-            for name, found in held.items()
-            if found["dtype"] in COMPARED and name in self._taken and self._taken[name][0] == found["shape"]
+            name: _digest(self._samples[name][1].to(getattr(torch, found["dtype"]))) == found["digest"]
+            for name, found in engine_weights.items()
+            if found["dtype"] in COMPARED and name in self._samples and self._samples[name][0] == found["shape"]
         }
         return Comparison(len(same), [name for name, is_same in same.items() if not is_same])
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """NUM_SAMPLED elements spread evenly, or all, on the CPU."""
+    """NUM_SAMPLED evenly spaced elements, or all if there are fewer, on the CPU."""
     count = min(weight.numel(), NUM_SAMPLED)
-    places = torch.arange(count, device=weight.device) * weight.numel() // max(count, 1)
-    return weight.detach()[torch.unravel_index(places, weight.shape)].reshape(-1).cpu()
+    indices = torch.arange(count, device=weight.device) * weight.numel() // max(count, 1)
+    return weight.detach()[torch.unravel_index(indices, weight.shape)].reshape(-1).cpu()
 
 
 def _digest(sample: Tensor) -> str:

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests import ROOT
 from tests.integrations.trl_runs import Run, assert_same
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Starts lives of runs under torchrun, and reads what they leave."""
+"""Launches runs under torchrun, and reads what they write."""
 
 import hashlib
 import json
@@ -10,8 +10,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-LIVES = ROOT / "tests" / "ranks" / "lives.py"
+from tests import ROOT
+
+LAUNCHER = ROOT / "tests" / "ranks" / "launcher.py"
 QUICK = {
     "run.steps": 6,
     "run.checkpoint_every": 3,
@@ -23,32 +24,32 @@ QUICK = {
     **{f"deadline.{phase}": 120 for phase in ("start", "rollout", "reward", "reference")},
     **{f"deadline.{phase}": 120 for phase in ("update", "sync", "evaluation", "save")},
 }
-RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # libraries tested before in a process may have left these behind
-# what differs between two runs of the same numbers: clocks and memory
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # tests that ran earlier in this process may have set these
+# metrics that differ between two runs of equal numbers: times and memory
 TIMED = ("seconds", "tokens_per_second", "memory", "flops", "mfu")
 
 
 def environment_of_no_rank():
-    """Ours, for a process that is a rank of nothing."""
+    """The environment of this process without the variables that give it a rank."""
     return {name: value for name, value in os.environ.items() if name not in RANK}
 
 
 def environment(folder):
-    """What a run in `folder` starts with; its name marks every process that comes of it, the verifier's too."""
+    """The environment of a run in `folder`; the folder's name marks all its processes, the verifier's too."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = environment_of_no_rank()
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "EXPO_TEST_FOLDER": str(folder)}
 
 
 def write_questions(path, answers):
-    """Sums with the answers given, as a file of questions."""
+    """Writes a file of sums with the given answers."""
     rows = [{"question": f"{index}+4=", "answer": answer, "level": "sums"} for index, answer in enumerate(answers)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def argv(folder, name, resume=False, fractions=False, **overrides):
-    """The command line of the run in folder/name; with `fractions`, every answer takes the verifier's processes."""
+    """The command line of the run in folder/name; with `fractions`, the verifier's processes grade every answer."""
     evaluation = write_questions(folder / "few.jsonl", [4, 5, 6, 7])
     values = {**QUICK, "run.dir": folder / name, "evaluation.sets": f"{{few: {evaluation}}}"}
     if fractions:
@@ -59,30 +60,32 @@ def argv(folder, name, resume=False, fractions=False, **overrides):
     return [f"--{key}={value}" for key, value in values.items()] + (["--resume"] if resume else [])
 
 
-def life(name, command, ranks=2, fault=None, copies=(), spoils=(), here=False):
-    """One entry of a plan; `copies` of folders are made and checkpoints spoiled before it begins."""
+def launch(name, command, ranks=2, fault=None, copies=(), corruptions=(), in_process=False):
+    """One entry of a plan; before it starts, `copies` of folders are made and `corruptions` applied to checkpoints."""
     return {
         "name": name,
         "argv": command,
         "ranks": ranks,
         "fault": fault,
         "copies": [[str(source), str(target)] for source, target in copies],
-        "spoils": [[str(path), way] for path, way in spoils],
-        "here": here,
+        "corruptions": [[str(path), damage] for path, damage in corruptions],
+        "in_process": in_process,
     }
 
 
 def start(folder, plan, ranks=2, **options):
-    """The process of torchrun, or of the only rank, that lives the plan in `folder`."""
+    """Starts torchrun, or the process of the only rank, to run the plan in `folder`."""
     (folder / "plan.json").write_text(json.dumps(plan))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     agents = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()] or ["--standalone"]
-    command = [*torchrun, *agents, str(LIVES), str(folder)] if ranks > 1 or options else [sys.executable, LIVES, folder]
-    return begun(folder, command)
+    command = (
+        [*torchrun, *agents, str(LAUNCHER), str(folder)] if ranks > 1 or options else [sys.executable, LAUNCHER, folder]
+    )
+    return start_process(folder, command)
 
 
-def begun(folder, command, **place):
-    """A process that is given its place among the ranks, if it has one."""
+def start_process(folder, command, **place):
+    """Starts a process; `place`: further environment variables, such as its rank."""
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -93,19 +96,19 @@ def begun(folder, command, **place):
     )
 
 
-def lived(folder, plan, ranks=2):
-    """Exit codes of every life, by name: one for each rank."""
+def run_launches(folder, plan, ranks=2):
+    """Runs all launches of the plan; the exit codes of each by its name, one for each rank."""
     process = start(folder, plan, ranks)
     _, problems = process.communicate(timeout=600)
     assert process.returncode == 0, problems
     return {
-        life["name"]: [int((folder / f"{life['name']}-{rank}.code").read_text()) for rank in range(life["ranks"])]
-        for life in plan
+        entry["name"]: [int((folder / f"{entry['name']}-{rank}.code").read_text()) for rank in range(entry["ranks"])]
+        for entry in plan
     }
 
 
-def said(folder, name, rank=0):
-    """What a rank said in a life."""
+def log_of(folder, name, rank=0):
+    """The output of one rank of a launch."""
     return (folder / f"{name}-{rank}.log").read_text()
 
 
@@ -113,8 +116,8 @@ def rows_of(run, name):
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
-def facts(run):
-    """All that two runs of equal bits have in common."""
+def outcome_of(run):
+    """Weights and records of a run, equal for two runs with equal bits."""
     (weights,) = (run / "export").glob("*.safetensors")
     names = ("metrics", "completions", "curriculum", "evaluations")
     return {
@@ -128,7 +131,7 @@ def untimed(row):
 
 
 def processes_naming(text):
-    """Ids and command lines of the processes that carry `text` in their environment or command line."""
+    """Ids and command lines of the processes with `text` in their environment or command line."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -144,7 +147,7 @@ def processes_naming(text):
 
 
 def kill_all(text):
-    """Kills every process that carries `text`, until there is none."""
+    """Kills the processes with `text` in their environment or command line, until there is none."""
     while found := processes_naming(text):
         for process in found:
             with suppress(ProcessLookupError):

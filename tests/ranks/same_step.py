@@ -1,4 +1,4 @@
-"""Run by torchrun: three optimizer steps in every way of splitting them; rank 0 writes each way's parameters.
+"""Run by torchrun: three optimizer steps, split in every combination; rank 0 writes the parameters of each.
 
 torchrun ... same_step.py MODEL_FOLDER... OUT
 """
@@ -9,9 +9,9 @@ import sys
 import torch
 
 from expo.config import load_config
-from expo.mini_batch import Sample
-from expo.policy import DeepSpeedPolicy
-from expo.ranks import Ranks, join_ranks, leave_ranks
+from expo.learner.policy import DeepSpeedPolicy
+from expo.runtime.distributed import Ranks, join_ranks, leave_ranks
+from expo.types import Sample
 
 STAGES, PACKING, AGGREGATIONS = (0, 1, 2, 3), (False, True), ("token", "sequence", "constant")
 # prompt and reply tokens
@@ -19,7 +19,7 @@ LENGTHS = [(9, 14), (4, 7), (6, 1), (3, 25), (5, 5), (8, 12), (4, 3), (7, 9), (9
 
 
 def samples(vocab_size: int) -> list[Sample]:
-    """Ragged, with advantages of both signs, one left out; the same on every rank."""
+    """Samples of different lengths with advantages of both signs, one left out; equal on every rank."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for row, (prompt, reply) in enumerate(LENGTHS):
@@ -32,8 +32,8 @@ def samples(vocab_size: int) -> list[Sample]:
 def parameters_after_three_steps(
     path: str, stage: int, packing: bool, aggregation: str, budget: int, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """All parameters in one row; the last loss, gradient norm and distance from the rollout engine; and how many
-    micro-batches this rank had a step.
+    """All parameters in one row; the last loss, gradient norm and mismatch metrics; and the number of micro-batches of
+    this rank in a step.
     """
     overrides = {
         "model.path": path,
@@ -63,7 +63,7 @@ def main() -> None:
         found[path, stage, packing, aggregation] = parameters_after_three_steps(
             path, stage, packing, aggregation, 40, ranks
         )
-    if ranks.is_first:
+    if ranks.is_rank0:
         torch.save(found, out)
     leave_ranks()
 

@@ -1,16 +1,16 @@
-"""A rank that dies or hangs ends the whole run in time, and says where."""
+"""If a rank dies or hangs, the whole run ends within the deadline, and reports the phase."""
 
 import time
 
 import pytest
 
-from tests.ranks.running import argv, kill_all, life, processes_naming, start
+from tests.ranks.running import argv, kill_all, launch, processes_naming, start
 
 pytestmark = pytest.mark.slow
 DEADLINE_S = 5
-GRACE_S = 10  # promised beyond the deadline
+GRACE_S = 10  # allowed after the deadline
 
-# what befalls rank 1, in which phase, and whether it writes down its own stacks
+# the fault of rank 1, its phase, and whether rank 1 writes its own stacks
 FAULTS = {
     "raises": ("raise", "update", False),
     "is killed": ("kill", "update", False),
@@ -19,23 +19,23 @@ FAULTS = {
     "is stopped": ("stop", "rollout", False),
     "is stopped between phases": ("stop", "record", False),
 }
-WAITED_IN = {"record": "save"}  # where the other ranks stand, by another name
+WAITED_IN = {"record": "save"}  # the phase in which the other ranks wait
 
 
 def ended(folder, fault, ranks=2):
-    """Seconds from the fault to the end of torchrun, its exit code and what was said on stderr, and who stayed."""
-    mark, phase = folder / "struck", WAITED_IN.get(fault["phase"], fault["phase"])
+    """Seconds from the fault to the end of torchrun, its exit code, its stderr, and the processes that remain."""
+    mark, phase = folder / "injected", WAITED_IN.get(fault["phase"], fault["phase"])
     command = argv(folder, "run", fractions=True, run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
-    process = start(folder, [life("run", command, ranks, {**fault, "mark": str(mark)}, here=True)], ranks)
+    process = start(folder, [launch("run", command, ranks, {**fault, "mark": str(mark)}, in_process=True)], ranks)
     try:
         while not mark.exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
-        struck = time.monotonic()
+        injected = time.monotonic()
         problems = process.communicate(timeout=60)[1]
-        while (left := processes_naming(str(folder))) and time.monotonic() < struck + DEADLINE_S + GRACE_S:
+        while (left := processes_naming(str(folder))) and time.monotonic() < injected + DEADLINE_S + GRACE_S:
             time.sleep(0.05)
-        return time.monotonic() - struck, process.returncode, problems, left
+        return time.monotonic() - injected, process.returncode, problems, left
     finally:
         kill_all(str(folder))
 
@@ -57,9 +57,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(tmp_path, what):
         assert "in train\n" in (tmp_path / "run" / "stacks-rank0.txt").read_text()
 
 
-def test_code_that_never_lets_go_of_the_interpreter_is_ended_too(tmp_path):
+def test_code_that_never_releases_the_gil_is_ended_too(tmp_path):
     took, code, problems, left = ended(tmp_path, {"phase": "reference", "do": "spin", "nth": 2}, ranks=1)
     assert took < DEADLINE_S + GRACE_S, problems
     assert code != 0
-    assert 'lives.py", line' in problems
+    assert 'launcher.py", line' in problems
     assert left == {}

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from expo.checkpoint import CheckpointError
-from expo.evaluate import measure
-from expo.evaluation.options import parse_command_line
-from tests.ranks.running import argv, environment, life, lived, write_questions
+from expo.errors import CheckpointError
+from expo.evaluate import evaluate_model
+from expo.evaluation.config import parse_command_line
+from tests.ranks.running import argv, environment, launch, run_launches, write_questions
 
 pytestmark = pytest.mark.slow
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "expo.evaluate"]
@@ -21,10 +21,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     settings = {"policy__zero_stage": 3, "run__steps": 2, "run__checkpoint_every": 1, "evaluation__every": 0}
     plan = [
-        life("plain", argv(folder, "plain", **settings)),
-        life("adapters", argv(folder, "adapters", policy__lora_rank=4, **settings)),
+        launch("plain", argv(folder, "plain", **settings)),
+        launch("adapters", argv(folder, "adapters", policy__lora_rank=4, **settings)),
     ]
-    assert set(map(tuple, lived(folder, plan).values())) == {(0, 0)}
+    assert set(map(tuple, run_launches(folder, plan).values())) == {(0, 0)}
     write_questions(folder / "sums.jsonl", [n + 4 for n in range(11)])
     return folder
 
@@ -38,7 +38,7 @@ def results(folder):
 
 
 def measured(model, folder, name, *more):
-    return results(measure(parse_command_line([str(model), *options(folder, name, *more)])))
+    return results(evaluate_model(parse_command_line([str(model), *options(folder, name, *more)])))
 
 
 @pytest.mark.parametrize("run", ["plain", "adapters"])

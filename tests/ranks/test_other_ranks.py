@@ -1,36 +1,36 @@
-"""A run taken up by another number of ranks than left it."""
+"""Runs that are resumed with another number of ranks."""
 
 import pytest
 
-from tests.ranks.running import argv, life, lived, rows_of, said
+from tests.ranks.running import argv, launch, log_of, rows_of, run_launches
 
 pytestmark = pytest.mark.slow
 STAGES = (0, 1, 2, 3)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
     quick = {"run__checkpoint_every": 2, "run__steps": 4, "run__keep_checkpoints": 2, "evaluation__every": 0}
     plan = []
     for stage in STAGES:
         for before, after in ((2, 1), (1, 2)):
             whole, moved = f"{before}-{stage}", f"{before}-to-{after}-{stage}"
-            plan.append(life(whole, argv(tmp_path, whole, policy__zero_stage=stage, **quick), ranks=before))
+            plan.append(launch(whole, argv(tmp_path, whole, policy__zero_stage=stage, **quick), ranks=before))
             command = argv(tmp_path, moved, resume=True, policy__zero_stage=stage, **quick)
-            copies, spoils = (
+            copies, corruptions = (
                 [(tmp_path / whole, tmp_path / moved)],
                 [(tmp_path / moved / "checkpoints/step-000004", "gone")],
             )
-            plan.append(life(moved, command, ranks=after, copies=copies, spoils=spoils))
+            plan.append(launch(moved, command, ranks=after, copies=copies, corruptions=corruptions))
     failing = argv(tmp_path, "failing", resume=True, policy__zero_stage=2, **quick)
     fault = {"phase": "convert", "bytes": 100_000}
-    plan.append(life("failing", failing, ranks=1, fault=fault, copies=[(tmp_path / "2-2", tmp_path / "failing")]))
-    codes = lived(tmp_path, plan)
+    plan.append(launch("failing", failing, ranks=1, fault=fault, copies=[(tmp_path / "2-2", tmp_path / "failing")]))
+    codes = run_launches(tmp_path, plan)
     for stage in STAGES:
         for before, after in ((2, 1), (1, 2)):
             whole, moved = f"{before}-{stage}", f"{before}-to-{after}-{stage}"
             assert codes[whole] == [0] * before
-            assert codes[moved] == [0] * after, said(tmp_path, moved)
-            assert "going on after step 2" in said(tmp_path, moved)
+            assert codes[moved] == [0] * after, log_of(tmp_path, moved)
+            assert "resuming after step 2" in log_of(tmp_path, moved)
             left, right = rows_of(tmp_path / whole, "metrics"), rows_of(tmp_path / moved, "metrics")
             for name in ("loss", "kl", "grad_norm", "accuracy"):
                 assert right[2][name] == pytest.approx(left[2][name], abs=1e-6), (moved, name)
@@ -38,6 +38,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
             names = sorted(path.name for path in (tmp_path / moved / "checkpoints").iterdir())
             assert names == ["latest", "step-000002", "step-000004"]
     assert codes["failing"] == [2]
-    (line,) = [line for line in said(tmp_path, "failing").splitlines() if "error" in line]
-    assert "was made by another number of ranks and could not be converted for 1" in line
-    assert "resume with as many as made it" in line
+    (line,) = [line for line in log_of(tmp_path, "failing").splitlines() if "error" in line]
+    assert "was saved by another number of ranks and could not be converted for 1" in line
+    assert "resume with the number of ranks that saved it" in line

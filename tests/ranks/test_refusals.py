@@ -1,11 +1,12 @@
-"""A run that cannot be, or cannot go on, says so once, and every rank ends alike."""
+"""A run that cannot start or continue prints one error, and every rank exits with the same code."""
 
 import pytest
 
-from tests.ranks.running import ROOT, argv, life, lived, said
+from tests import ROOT
+from tests.ranks.running import argv, launch, log_of, run_launches
 
 pytestmark = pytest.mark.slow
-ELSEWHERE = {"phase": "join", "do": "move", "path": "here", "on_ranks": [1]}
+ELSEWHERE = {"phase": "join", "do": "move", "path": "other", "on_ranks": [1]}
 CASES = {
     "taken": ({}, None, "already holds a run; add --resume"),
     "lost": ({"model__path": "./lost"}, None, "model.path = ./lost does not exist"),
@@ -16,29 +17,37 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The folder of runs that could not be, and one that could not go on, and the exit codes of each."""
+    """The folder of runs that cannot start, and of two that cannot continue, and the exit codes of each."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "taken").mkdir()
     (folder / "taken" / "config.yaml").write_text("model: {path: ledger}\ndata: {train: ledger:train}\n")
-    (folder / "here").mkdir()
+    (folder / "other").mkdir()
     (folder / "model").symlink_to(ROOT / "expo" / "ledger" / "model")
-    plan = [life(name, argv(folder, name, **values), fault=fault) for name, (values, fault, _) in CASES.items()]
+    plan = [launch(name, argv(folder, name, **values), fault=fault) for name, (values, fault, _) in CASES.items()]
     bad_gold = {"phase": "grading", "do": "bad gold", "on_ranks": [1]}
-    plan.append(life("gold", argv(folder, "gold", fractions=True), fault=bad_gold))
-    return folder, lived(folder, plan)
+    plan.append(launch("gold", argv(folder, "gold", fractions=True), fault=bad_gold))
+    plan.append(launch("reward", argv(folder, "reward", reward__functions="{os.path:join: 1}")))
+    return folder, run_launches(folder, plan)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_config_error_is_one_line_whichever_rank_meets_it(ended, name):
+def test_a_config_error_of_any_rank_is_one_line(ended, name):
     folder, codes = ended
     assert codes[name] == [2, 2]
-    assert said(folder, name, rank=1) == ""
-    (line,) = said(folder, name).splitlines()
+    assert log_of(folder, name, rank=1) == ""
+    (line,) = log_of(folder, name).splitlines()
     assert CASES[name][2] in line
 
 
-def test_a_gold_answer_that_one_rank_cannot_grade_against_ends_all_ranks(ended):
+def test_an_ungradable_gold_answer_on_one_rank_ends_all_ranks(ended):
     folder, codes = ended
     assert codes["gold"] == [1, 1]
-    assert said(folder, "gold").splitlines()[-1].endswith("error: gold answer 'x-' cannot be parsed")
-    assert "Traceback" not in said(folder, "gold") + said(folder, "gold", rank=1)
+    assert log_of(folder, "gold").splitlines()[-1].endswith("error: gold answer 'x-' cannot be parsed")
+    assert "Traceback" not in log_of(folder, "gold") + log_of(folder, "gold", rank=1)
+
+
+def test_a_reward_function_that_fails_ends_all_ranks(ended):
+    folder, codes = ended
+    assert codes["reward"] == [1, 1]
+    assert "error: reward function os.path:join raised TypeError" in log_of(folder, "reward").splitlines()[-1]
+    assert "Traceback" not in log_of(folder, "reward") + log_of(folder, "reward", rank=1)

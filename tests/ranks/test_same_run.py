@@ -1,32 +1,32 @@
-"""A run that was killed and taken up again is the run that never died."""
+"""A run that was killed and resumed equals the run that was never killed."""
 
 import pytest
 
-from tests.ranks.running import argv, facts, life, lived, said
+from tests.ranks.running import argv, launch, log_of, outcome_of, run_launches
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_killed_in_mid_step_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
+def test_a_run_killed_within_a_step_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
     plan, stages = [], (0, 1, 2, 3)
     for stage in stages:
-        # with groups that are replaced, rewards of which rank 0 alone makes a part, replies that are kept or not
+        # with resampled groups, a reward function that runs on rank 0 only, and replies that are cached or not
         options = {
             "policy__zero_stage": stage,
             "rollout__max_resamples": stage,
             "rollout__keep_replies": stage < 2,
             "reward__functions": "{expo.formats:boxed: 0.5}",
         }
-        plan.append(life(f"whole-{stage}", argv(tmp_path, f"whole-{stage}", **options)))
+        plan.append(launch(f"whole-{stage}", argv(tmp_path, f"whole-{stage}", **options)))
         command = argv(tmp_path, f"killed-{stage}", **options)
-        plan.append(life(f"killed-{stage}", command, fault={"phase": "gradient", "do": "kill", "nth": 4}))
-        plan.append(life(f"resumed-{stage}", [*command, "--resume"]))
-    codes = lived(tmp_path, plan)
+        plan.append(launch(f"killed-{stage}", command, fault={"phase": "gradient", "do": "kill", "nth": 4}))
+        plan.append(launch(f"resumed-{stage}", [*command, "--resume"]))
+    codes = run_launches(tmp_path, plan)
     for stage in stages:
         assert codes[f"killed-{stage}"] == [-9, -9]
-        assert ("step 4: replies taken from" in said(tmp_path, f"resumed-{stage}")) == (stage < 2)
+        assert ("step 4: replies taken from" in log_of(tmp_path, f"resumed-{stage}")) == (stage < 2)
         assert codes[f"whole-{stage}"] == codes[f"resumed-{stage}"] == [0, 0]
-        whole, resumed = facts(tmp_path / f"whole-{stage}"), facts(tmp_path / f"killed-{stage}")
+        whole, resumed = outcome_of(tmp_path / f"whole-{stage}"), outcome_of(tmp_path / f"killed-{stage}")
         assert [row["step"] for row in whole["evaluations"]] == [0, 2, 4, 6]
         assert (max(row["groups_dropped"] for row in whole["metrics"]) > 0) == (stage > 0)
         for name, values in whole.items():

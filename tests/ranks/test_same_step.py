@@ -1,4 +1,4 @@
-"""However a step is split over ranks, micro-batches and ZeRO stages, it is the same step."""
+"""An optimizer step does not depend on ranks, micro-batches, packing or ZeRO stage."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expo.ranks import join_ranks
+from expo.runtime.distributed import join_ranks
 from tests.ranks.same_step import AGGREGATIONS, PACKING, STAGES, parameters_after_three_steps
 
 ONE_MICRO_BATCH = 4096
@@ -16,7 +16,7 @@ ONE_MICRO_BATCH = 4096
 
 @pytest.fixture(scope="module")
 def models(ledger_model, tmp_path_factory):
-    """Folders of the embedded model's shape in small, with a tied and with an untied head."""
+    """Folders of small models with the embedded tokenizer, with a tied and with an untied head."""
     _, tokenizer = ledger_model
     found = {}
     for kind, tied in (("tied", True), ("untied", False)):
@@ -65,7 +65,7 @@ def test_two_ranks_with_several_micro_batches_take_the_same_step(
     assert one == 1
     assert several >= 3
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    # AdamW takes the same step after a gradient of another scale; loss and norm tell
+    # AdamW takes the same step for a gradient of another scale; loss and norm would differ
     torch.testing.assert_close(sizes, expected_sizes, atol=1e-6, rtol=1e-5)
 
 

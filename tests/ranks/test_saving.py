@@ -1,4 +1,4 @@
-"""Checkpoints that are killed while they are written, spoiled afterwards, or find no room on the disk."""
+"""Checkpoints that are interrupted while they are written, corrupted afterwards, or meet a full disk."""
 
 import json
 import subprocess
@@ -7,13 +7,14 @@ import zlib
 
 import pytest
 
-from tests.ranks.running import ROOT, argv, environment, facts, life, lived, rows_of, said
+from tests import ROOT
+from tests.ranks.running import argv, environment, launch, log_of, outcome_of, rows_of, run_launches
 
 pytestmark = pytest.mark.slow
 
 
 def is_whole(path):
-    """Whether every file of a checkpoint is as its manifest says."""
+    """Whether every file of a checkpoint matches the manifest."""
     files = json.loads((path / "manifest.json").read_text())["files"]
     contents = {name: (path / name).read_bytes() for name in files}
     return all([len(content), zlib.crc32(content)] == files[name] for name, content in contents.items())
@@ -26,70 +27,72 @@ def checkpoints(run):
 def test_twenty_kills_while_saving_lose_nothing(tmp_path):
     steps, kills = 26, 20
     quick = {"run__checkpoint_every": 1, "run__steps": steps, "evaluation__every": 0}
-    assert lived(tmp_path, [life("whole", argv(tmp_path, "whole", **quick), ranks=1)], ranks=1) == {"whole": [0]}
-    script = [sys.executable, "-m", "tests.ranks.kills", str(tmp_path), str(kills)]
+    assert run_launches(tmp_path, [launch("whole", argv(tmp_path, "whole", **quick), ranks=1)], ranks=1) == {
+        "whole": [0]
+    }
+    script = [sys.executable, "-m", "tests.ranks.kill_while_saving", str(tmp_path), str(kills)]
     done = subprocess.run(
         [*script, *argv(tmp_path, "run", **quick)], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "not whole" not in done.stderr, "what bears its final name is whole"
+    assert "not whole" not in done.stderr, "a checkpoint with its final name is whole"
     left = json.loads((tmp_path / "left.json").read_text())
     assert len(left) == kills
     assert sum(".part" in name for kill in left for name in kill["names"]) >= 5, "the kills came while saving"
-    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+    assert outcome_of(tmp_path / "run") == outcome_of(tmp_path / "whole")
     assert checkpoints(tmp_path / "run") == checkpoints(tmp_path / "whole") == ["latest", "step-000025", "step-000026"]
     assert all(is_whole(tmp_path / "run" / "checkpoints" / f"step-{step:06d}") for step in (25, 26))
     assert [path.name for path in (tmp_path / "run").glob(".*")] == [".lock"]
 
 
-WAYS = ("truncated", "flipped", "missing", "manifest cut", "manifest changed", "manifest emptied")
+DAMAGES = ("truncated", "flipped", "missing", "manifest cut", "manifest changed", "manifest emptied")
 
 
 def test_a_spoiled_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path):
     quick = {"run__checkpoint_every": 1, "run__steps": 3, "policy__zero_stage": 1, "run__keep_checkpoints": 3}
-    plan = [life("whole", argv(tmp_path, "whole", **quick))]
-    for way in WAYS:
-        run = tmp_path / way
-        spoils = [(run / "checkpoints" / "step-000003", way)]
-        command = argv(tmp_path, way, resume=True, **quick)
-        plan.append(life(way, command, copies=[(tmp_path / "whole", run)], spoils=spoils))
+    plan = [launch("whole", argv(tmp_path, "whole", **quick))]
+    for damage in DAMAGES:
+        run = tmp_path / damage
+        corruptions = [(run / "checkpoints" / "step-000003", damage)]
+        command = argv(tmp_path, damage, resume=True, **quick)
+        plan.append(launch(damage, command, copies=[(tmp_path / "whole", run)], corruptions=corruptions))
     run = tmp_path / "all"
-    spoils = [(run / "checkpoints" / f"step-{step:06d}", "truncated") for step in (1, 2, 3)]
+    corruptions = [(run / "checkpoints" / f"step-{step:06d}", "truncated") for step in (1, 2, 3)]
     command = argv(tmp_path, "all", resume=True, **quick)
-    plan.append(life("all", command, copies=[(tmp_path / "whole", run)], spoils=spoils))
-    codes = lived(tmp_path, plan)
-    whole = facts(tmp_path / "whole")
-    for way in WAYS:
-        assert codes[way] == [0, 0], said(tmp_path, way)
-        assert "step-000003 is not whole" in said(tmp_path, way)
-        assert "going on after step 2 of 3" in said(tmp_path, way)
-        assert facts(tmp_path / way) == whole
-        assert is_whole(tmp_path / way / "checkpoints" / "step-000003"), "it is written again"
-        assert checkpoints(tmp_path / way) == checkpoints(tmp_path / "whole")
-        assert said(tmp_path, way, rank=1) == ""
+    plan.append(launch("all", command, copies=[(tmp_path / "whole", run)], corruptions=corruptions))
+    codes = run_launches(tmp_path, plan)
+    whole = outcome_of(tmp_path / "whole")
+    for damage in DAMAGES:
+        assert codes[damage] == [0, 0], log_of(tmp_path, damage)
+        assert "step-000003 is not whole" in log_of(tmp_path, damage)
+        assert "resuming after step 2 of 3" in log_of(tmp_path, damage)
+        assert outcome_of(tmp_path / damage) == whole
+        assert is_whole(tmp_path / damage / "checkpoints" / "step-000003"), "it is written again"
+        assert checkpoints(tmp_path / damage) == checkpoints(tmp_path / "whole")
+        assert log_of(tmp_path, damage, rank=1) == ""
     assert codes["all"] == [1, 1]
-    assert "not one of the 3 checkpoints" in said(tmp_path, "all").splitlines()[-1]
-    assert rows_of(tmp_path / "all", "metrics") == rows_of(tmp_path / "whole", "metrics"), "nothing is begun anew"
+    assert "none of the 3 checkpoints" in log_of(tmp_path, "all").splitlines()[-1]
+    assert rows_of(tmp_path / "all", "metrics") == rows_of(tmp_path / "whole", "metrics"), "the run is not started over"
 
 
 def test_a_full_disk_on_one_rank_is_reported_and_the_run_goes_on(tmp_path):
     quick = {"run__checkpoint_every": 1, "run__steps": 3, "run__keep_checkpoints": 3, "evaluation__every": 0}
-    plan, cases = [life("whole", argv(tmp_path, "whole", **quick))], {}
+    plan, cases = [launch("whole", argv(tmp_path, "whole", **quick))], {}
     for rank in (0, 1):
-        for room in (0, 100, 2**20):  # the system says so at the end; even the small files; the large files alone
+        for room in (0, 100, 2**20):  # fsync fails; all files are too large; the large files are
             for stage in (0, 3) if room == 2**20 else (2,):
                 name = f"full-{rank}-{room}-{stage}"
                 if rank == 1 and stage == 0:
                     continue  # it writes only small files
                 fault = {"phase": "full disk", "nth": 2, "bytes": room, "on_ranks": [rank]}
                 command = argv(tmp_path, name, policy__zero_stage=stage, **quick)
-                plan.append(life(name, command, fault=fault))
+                plan.append(launch(name, command, fault=fault))
                 cases[name] = rank
-    codes = lived(tmp_path, plan)
+    codes = run_launches(tmp_path, plan)
     assert codes["whole"] == [0, 0]
     for name, rank in cases.items():
-        assert codes[name] == [0, 0], said(tmp_path, name) + said(tmp_path, name, rank=1)
-        (warning,) = [line for line in said(tmp_path, name).splitlines() if "warning" in line]
+        assert codes[name] == [0, 0], log_of(tmp_path, name) + log_of(tmp_path, name, rank=1)
+        (warning,) = [line for line in log_of(tmp_path, name).splitlines() if "warning" in line]
         assert "step-000002 could not be written" in warning
         assert f"rank {rank}: OSError" in warning
         assert checkpoints(tmp_path / name) == ["latest", "step-000001", "step-000003"]

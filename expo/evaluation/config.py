@@ -1,0 +1,160 @@
+"""The command line of `python -m expo.evaluate`, and what its MODEL stands for.
+
+If MODEL is a run, settings that are not given are those of the run; otherwise they have the defaults of `expo.config`.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expo.config import EVALUATION_FIELDS, EvalConfig, evaluation_values, load_config
+from expo.errors import ConfigError
+from expo.runtime.cli import Overrides, add_field, fail, filled, flag_parser, read_flags
+
+PROGRAM = "python -m expo.evaluate"
+FOLDER = Path("evaluations")
+EXPORT = "export"
+SHORT_FLAGS = {
+    "evaluation.num_samples": "--num-samples",
+    "evaluation.temperature": "--temperature",
+    "evaluation.top_p": "--top-p",
+    "rollout.max_new_tokens": "--max-new-tokens",
+    "rollout.engine": "--engine",
+    "data.prompt": "--prompt",
+    "run.seed": "--seed",
+    "run.dir": "--out",
+}
+"""Fields with a short flag in addition to --section.field."""
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """A parsed command line of `python -m expo.evaluate`.
+
+    model: MODEL as it was given; config: model.path is the model to load, run.dir the folder of results; run: the run
+    whose checkpoint holds the weights, None if model.path holds them; step: of that checkpoint, None for the newest.
+    """
+
+    model: str
+    config: EvalConfig
+    run: Path | None = None
+    step: int | None = None
+
+
+def parse_command_line(argv: Sequence[str]) -> EvalArguments:
+    """Parses a command line (without the program's name).
+
+    Exits: 0 after --help; 2 with one line on stderr if the command line is wrong.
+    """
+    parser = _parser()
+    known = ["--sets", "--step", *SHORT_FLAGS.values(), *(f"--{name}" for name in EVALUATION_FIELDS)]
+    try:
+        options, overrides = read_flags(parser, argv, known)
+        if options["sets"] is not None:
+            overrides.append(("evaluation.sets", name_sets(options["sets"])))
+        step = None if options["step"] is None else _step_number(options["step"])
+        return resolve(options["model"], step, overrides)
+    except ConfigError as error:
+        fail(PROGRAM, error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = flag_parser(
+        PROGRAM,
+        usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [--num-samples N] [--out DIR] [...]\n"
+        "       %(prog)s compare A B [...]",
+        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals. The same command "
+        "resumes an interrupted evaluation.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="transformers folder or hub id, run folder, checkpoint folder, or ledger"
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        metavar="[NAME=]SOURCE",
+        help="question sets, as data.train (default: evaluation.sets of the run)",
+    )
+    parser.add_argument("--step", metavar="N", help="this checkpoint of a run (default: its export, else the newest)")
+    for name in EVALUATION_FIELDS:
+        add_field(parser, EvalConfig, name, *([SHORT_FLAGS[name]] if name in SHORT_FLAGS else []))
+    return parser
+
+
+def _step_number(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"--step = {text!r}; expected the number of a checkpoint's step, such as 50")
+    return int(text)
+
+
+def name_sets(texts: Sequence[str]) -> dict[str, str]:
+    """Sources by name, from "NAME=SOURCE" or "SOURCE"; the latter is named after the last part of its path.
+
+    Raises: ConfigError if two have the same name.
+    """
+    sets: dict[str, str] = {}
+    for text in texts:
+        named = re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text)
+        name, source = named.groups() if named else (_last_part(text), text)
+        if name in sets:
+            raise ConfigError(f"--sets has two sets of the name {name}; give one of them another: NAME={source}")
+        sets[name] = source
+    return sets
+
+
+def _last_part(source: str) -> str:
+    name = re.split(r"[/:]", source.rstrip("/"))[-1]
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def resolve(model: str, step: int | None, overrides: Overrides) -> EvalArguments:
+    """Finds the weights that MODEL stands for, and builds the configuration.
+
+    Raises: ConfigError if --step does not fit MODEL, or a value is wrong.
+    """
+    run, step = _find_run(model, step)
+    name = _last_part(str(run or model)) + ("" if step is None else f"-step-{step}")
+    config = _build_config(model, run, [("run.dir", str(FOLDER / name)), *overrides])
+    if not config.evaluation.sets:
+        raise ConfigError("no questions; give --sets [NAME=]SOURCE ...")
+    if run is not None and step is None and (run / EXPORT / "config.json").is_file():
+        exported = config.model.model_copy(update={"path": str(run / EXPORT)})
+        return EvalArguments(model, config.model_copy(update={"model": exported}))
+    return EvalArguments(model, config, run, step)
+
+
+def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
+    """The run folder that MODEL is or lies in (None if there is none), and the step of the checkpoint to evaluate."""
+    path = Path(model)
+    checkpoint = re.fullmatch(r"step-(\d+)", path.name)
+    if checkpoint and _is_run(path.parent.parent):
+        if step not in (None, int(checkpoint[1])):
+            raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
+        return path.parent.parent, int(checkpoint[1])
+    if path.name == EXPORT and _is_run(path.parent):
+        path = path.parent
+    if _is_run(path):
+        return path, step
+    if step is not None:
+        raise ConfigError(
+            f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder; give one, or leave "
+            f"--step out"
+        )
+    return None, None
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalConfig:
+    values: dict[str, Any] = {"model": {"path": model}}
+    if run is not None or model == "ledger":
+        values = evaluation_values(load_config(run and run / "config.yaml"))
+    return filled(EvalConfig, values, overrides)

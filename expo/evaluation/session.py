@@ -1,0 +1,202 @@
+"""Sets up an evaluation from its arguments: questions, policy, verifier and the folder of results."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expo.config import EvalConfig
+from expo.data import QuestionSet, load_questions, only_gradable, render_whole_set
+from expo.data.record import set_lines
+from expo.errors import CheckpointError, ConfigError
+from expo.evaluation.agreement import AnswerComparer
+from expo.evaluation.config import EvalArguments
+from expo.evaluation.frozen import FrozenPolicy
+from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
+from expo.evaluation.replies import REPLIES, resume_replies
+from expo.learner.model import check_model_path
+from expo.rewards.verifier import Verifier
+from expo.rollout.build import build_engine
+from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
+from expo.rollout.vllm.common import check_vllm
+from expo.rollout.weight_sync import WeightSync, make_probe
+from expo.run.checkpoint import Checkpoints
+from expo.run.environment import describe_environment
+from expo.run.folder import RunFolder
+from expo.runtime.atomic_io import remove_leftovers
+from expo.runtime.console import Display
+from expo.runtime.distributed import Ranks, join_ranks
+from expo.runtime.signals import StopSwitch
+from expo.runtime.watchdog import Watchdog
+from expo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objects of an evaluation.
+
+    sets: the prompts of each question set; metadata: what results.json records of the evaluation beside its scores;
+    num_done: how many questions of each set have all their replies in the folder.
+    """
+
+    config: EvalConfig
+    ranks: Ranks
+    policy: FrozenPolicy
+    verifier: DataParallelVerifier
+    comparer: AnswerComparer  # uses this rank's own verifier
+    sets: dict[str, list[Prompt]]
+    metadata: dict[str, Any]
+    num_done: dict[str, int]
+    folder: RunFolder
+    display: Display
+    watchdog: Watchdog
+    switch: StopSwitch
+
+    def start_engine(self) -> DataParallelEngine:
+        """Starts the rollout engine and gives it the policy's weights.
+
+        Raises: SyncError if the engine's weights differ from the policy's.
+        """
+        config = self.config
+        engine = build_engine(config, self.policy, self.ranks, self.switch, self.display, self.folder.path)
+        prompts = [prompt.prompt_ids for prompts in self.sets.values() for prompt in prompts]
+        probe = make_probe(prompts, config.max_tokens)
+        WeightSync(engine, self.policy, self.ranks, probe, 1.0, config.rollout.sync_tolerance).run()
+        return engine
+
+
+@contextmanager
+def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
+    """Sets up an evaluation. Inside the block, a signal to stop is recorded and every wait has a deadline.
+
+    Raises:
+        ConfigError: if the evaluation cannot run; before the model loads where that is possible.
+        CheckpointError: if the checkpoint does not exist or is incomplete.
+    """
+    config = arguments.config
+    assert config.run.dir is not None
+    watchdog, switch = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again"), StopSwitch()
+    with ExitStack() as stack:
+        with watchdog.phase("start", config.deadline.start):
+            ranks = join_ranks(config.run.device, max(config.deadline.start, config.deadline.evaluation))
+            stack.enter_context(switch.listening())
+            if config.run.threads is not None:
+                torch.set_num_threads(config.run.threads)
+            display = Display(is_shown=ranks.is_rank0)
+            questions = ranks.raise_on_all_ranks(lambda: _load_sets(config, display))
+            checkpoint = _find_checkpoint(arguments.run, arguments.step, ranks)
+            # vLLM holds a copy of the weights, so the policy leaves the GPU's memory to it
+            device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
+            policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config.model, config.policy, device, checkpoint))
+            sets = ranks.raise_on_all_ranks(lambda: _render_sets(config, questions, policy.tokenizer))
+            metadata = ranks.run_on_rank0(lambda: _metadata(arguments, checkpoint, questions, sets, policy))
+            folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
+            stack.callback(folder.release)
+            ranks.raise_on_all_ranks(folder.lock)
+            num_done = ranks.run_on_rank0(lambda: _resume(folder, metadata))
+            verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
+        yield Evaluation(
+            config=config,
+            ranks=ranks,
+            policy=policy,
+            verifier=DataParallelVerifier(verifier, ranks),
+            comparer=AnswerComparer(verifier.agree, display, watchdog, switch, config.deadline.evaluation),
+            sets=sets,
+            metadata=metadata,
+            num_done=num_done,
+            folder=folder,
+            display=display,
+            watchdog=watchdog,
+            switch=switch,
+        )
+
+
+def _load_sets(config: EvalConfig, display: Display) -> dict[str, QuestionSet]:
+    check_model_path(config.model)
+    if config.rollout.engine == "vllm":
+        check_vllm()
+    skip_bad_answers = config.data.skip_bad_answers
+    return {name: _load_set(name, source, skip_bad_answers, display) for name, source in config.evaluation.sets.items()}
+
+
+def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) -> QuestionSet:
+    """Loads a set, and shows its size and what was left out.
+
+    Raises: ConfigError if the file repeats every question: an AIME file of 960 rows has 30 questions, each in 32 rows.
+    """
+    loaded = load_questions(source)
+    if loaded.fewest_rows > 1:
+        num_distinct = loaded.num_rows - loaded.num_duplicates
+        raise ConfigError(
+            f"--sets {name}: {source} has {loaded.num_rows:,} rows for {num_distinct:,} questions, each in "
+            f"{loaded.fewest_rows} or more, but --num-samples sets the number of replies to a question; give --sets a "
+            f"file with one row per question (for AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} for as "
+            f"many replies"
+        )
+    loaded = only_gradable(loaded, skip_bad_answers)
+    for line in set_lines(loaded):
+        display.line(f"{name}: {line}")
+    return loaded
+
+
+def _find_checkpoint(run: Path | None, step: int | None, ranks: Ranks) -> Path | None:
+    """The folder of the run's checkpoint of that step (None: the newest); None without a run."""
+    if run is None:
+        return None
+    checkpoints = Checkpoints(run / "checkpoints", ranks, config_hash=None)
+    checkpoint = checkpoints.newest_whole() if step is None else checkpoints.whole(step)
+    if checkpoint is None:
+        raise CheckpointError(f"the run {run} has neither an export nor a checkpoint yet")
+    return checkpoint
+
+
+def _render_sets(config: EvalConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
+    return {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
+
+
+def _metadata(
+    arguments: EvalArguments,
+    checkpoint: Path | None,
+    questions: dict[str, QuestionSet],
+    sets: dict[str, list[Prompt]],
+    policy: FrozenPolicy,
+) -> dict[str, Any]:
+    environment = describe_environment()
+    return {
+        "model": {
+            "path": arguments.model,
+            "checkpoint": checkpoint and checkpoint.name,
+            "hub_commit": getattr(policy.model.config, "_commit_hash", None),
+            "weights_sha256": policy.checksum(),
+        },
+        "protocol": evaluation_protocol(arguments.config),
+        "questions": {
+            name: question_metadata(loaded, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids))
+            for name, loaded in questions.items()
+        },
+        "software": {"commit": environment["commit"], "versions": environment["versions"]},
+    }
+
+
+def _resume(folder: RunFolder, metadata: dict[str, Any]) -> dict[str, int]:
+    """Starts the folder of results, or resumes it. Returns: how many questions of each set are done.
+
+    Raises: ConfigError if the folder holds an evaluation with other metadata.
+    """
+    remove_leftovers(folder.path)
+    if (folder.path / PROTOCOL).exists():
+        differing = differences(folder.read_json(PROTOCOL), metadata)
+        if differing:
+            raise ConfigError(
+                f"--out = {folder.path} holds another evaluation: {', '.join(differing)}; change these back, or give "
+                f"another folder"
+            )
+    elif any(path.name != ".lock" for path in folder.path.iterdir()):
+        raise ConfigError(f"--out = {folder.path} holds files but no evaluation; give another folder")
+    else:
+        folder.write_json(PROTOCOL, metadata)
+    return resume_replies(folder.path / f"{REPLIES}.jsonl", metadata["protocol"]["num_samples"])

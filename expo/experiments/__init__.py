@@ -1,0 +1,1 @@
+"""Experiments: the ablation of the method, and a real language model that needs no hub."""

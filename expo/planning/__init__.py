@@ -1,0 +1,1 @@
+"""Estimates memory, steps and disk space of a run before it starts (--dry-run)."""

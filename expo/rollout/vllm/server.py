@@ -1,0 +1,261 @@
+"""Generation by vLLM servers in processes of their own, over HTTP, on copies of the policy's weights.
+
+The ranks of a run share the servers: each rank sends its requests to some of them, rank 0 sends the weights to all.
+Every reply names the weights it was sampled with. Replies sampled with stale weights are regenerated, and so are those
+whose server died.
+"""
+
+import functools
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expo.config import EngineConfig, VllmSection
+from expo.errors import ConfigError, EngineError
+from expo.rollout.engine import GenerationRequest, Sampling
+from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
+from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
+from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
+from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
+from expo.rollout.vllm.transfer.files import WeightFiles
+from expo.rollout.vllm.transfer.group import BACKEND
+from expo.rollout.weight_samples import WeightDescription
+from expo.runtime.distributed import Ranks
+from expo.types import Reply
+
+GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
+STALE_WEIGHTS = "it does not have the current weights"
+
+
+class ServerEngine:
+    """Samples from the servers' copies of the policy's weights, which `load_weights` updates; one on every rank.
+
+    Args:
+        config: of the run.
+        tokenizer: the policy's tokenizer.
+        end_ids: tokens that end a reply.
+        ranks: the processes of the run; all methods but `generate` and `score` are called by all of them together.
+        folder: of the run, with its config.yaml; the servers' logs are written there.
+
+    Raises: ConfigError if a server does not start, does not answer, or has other settings.
+    """
+
+    def __init__(
+        self, config: EngineConfig, tokenizer: Any, end_ids: frozenset[int], ranks: Ranks, folder: Path
+    ) -> None:
+        self._config, self._section, self._ranks = config, config.vllm, ranks
+        self._tokenizer, self._end_ids = tokenizer, end_ids
+        self._supervisors: list[Supervisor] = []
+        self._weights: WeightFiles | WeightBroadcast | None = None
+        self._version: str | None = None
+        if not config.vllm.servers:
+            _require_startable(config.vllm, ranks)
+        urls, self.version = ranks.run_on_rank0(lambda: self._open(folder))
+        own = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
+        chosen = own or [urls[ranks.rank % len(urls)]]  # with fewer servers than ranks, some ranks share one
+        self._servers = [Server(url, config.vllm.patience_s) for url in chosen]
+
+    def _open(self, folder: Path) -> tuple[list[str], str]:
+        """Starts the run's own servers; returns the URLs of all, once ready, and the last one's vLLM version."""
+        section = self._section
+        files = WeightFiles(section.weights_folder) if section.transfer == "files" else None
+        processes: list[ServerProcess | None] = [None] * len(section.servers)
+        urls = list(section.servers)
+        if not urls:
+            started = [self._process(folder, number, files) for number in range(section.num_servers)]
+            urls, processes = [process.url for process in started], [*started]
+        servers = [Server(url, section.patience_s) for url in urls]
+        weights: WeightFiles | WeightBroadcast = files or WeightBroadcast(
+            servers, section.tensor_parallel, self._ranks.device, section.patience_s
+        )
+        self._weights = weights
+        for server, process in zip(servers, processes, strict=True):
+            self._supervisors.append(Supervisor(server, process, weights, section.patience_s))
+        try:
+            for supervisor in self._supervisors:
+                supervisor.start()
+            for supervisor in self._supervisors:
+                supervisor.wait_until_ready()
+                version = require_settings(self._config, supervisor.server, on_gpu=self._ranks.device.type == "cuda")
+        except BaseException:
+            self.close()
+            raise
+        return urls, version
+
+    def _process(self, folder: Path, number: int, files: WeightFiles | None) -> ServerProcess:
+        width = self._section.tensor_parallel
+        gpus = self._section.gpus[number * width : (number + 1) * width]
+        log = folder / f"vllm-server-{number}.log"
+        weights = None if files is None else files.folder
+        return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads)
+
+    @property
+    def needs_weight_sync(self) -> bool:
+        """True: the weights are copies of the policy's."""
+        return True
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Reply]]:
+        """For each request one reply per seed, in order; `on_progress` is called at least twice a second.
+
+        Raises: EngineError if a server is unavailable for too long, or dies too often.
+        """
+        done = iter(self._run(reply_jobs(requests, sampling, self._end_ids), on_progress))
+        return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """Log-probability in nats of every token of given replies. Raises: as `generate`."""
+        choices = iter(self._run(score_jobs(prompts, replies, temperature), None))
+        return [[_logp_of(next(choices), token) for token in reply] for reply in replies]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Sends the policy's weights from rank 0 to every server; all ranks iterate over them together.
+
+        Raises: EngineError, on every rank, if they cannot be stored or a server does not load them.
+        """
+        weights = iter(weights)
+        problem = None
+        try:
+            if self._weights is not None:
+                self._weights.publish(weights)
+                for supervisor in self._supervisors:
+                    supervisor.sync()
+        except EngineError as error:
+            problem = str(error)
+        for _ in weights:  # gathering them is collective: the other ranks iterate too, and rank 0 if it failed
+            pass
+        version = None if self._weights is None else self._weights.version
+        self._version, problem = self._ranks.broadcast_from_rank0((version, problem))
+        if problem is not None:
+            raise EngineError(problem)
+
+    def describe_weights(self) -> list[dict[str, WeightDescription]]:
+        """The weights that this rank's servers hold, for each worker. Raises: as `generate`."""
+        found = []
+        for server in self._servers:
+            ask = functools.partial(self._describe, server)
+            found += retry(server, self._section.patience_s, self._check, ask)
+        return found
+
+    def _describe(self, server: Server) -> list[dict[str, WeightDescription]]:
+        if server.get("/weight_info")["weight_version"] != self._version:
+            raise ServerUnavailable(STALE_WEIGHTS)
+        answer = server.post("/collective_rpc", {"method": "describe_weights"})
+        found: list[dict[str, WeightDescription]] = answer["results"]
+        return found
+
+    def sleep(self) -> None:
+        """Does nothing: the servers have GPUs of their own."""
+
+    def close(self) -> None:
+        """Ends the servers that the run has started, and removes what the weight transfer has created."""
+        for supervisor in self._supervisors:
+            supervisor.close()
+        if self._weights is not None:
+            self._weights.close()
+
+    def _run(
+        self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
+    ) -> list[Any]:
+        """The servers' choices, in order."""
+        pool = RequestPool(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
+        bodies = [{"token_ids": list(prompt), "sampling_params": options} for prompt, options in jobs]
+        return pool.run(GENERATE, bodies, self._choice, on_progress or _ignore)
+
+    def _check(self) -> None:
+        for supervisor in self._supervisors:
+            supervisor.check()
+
+    def _choice(self, answer: Any) -> Any:
+        """The only choice in an answer. Raises: ServerUnavailable if it is incomplete or sampled with stale weights."""
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ServerUnavailable(f"it ended a reply early: {choice['finish_reason']}")
+        versions = {span["version"] for span in choice["weight_versions"]}
+        if self._version is not None and versions != {self._version}:
+            raise ServerUnavailable(STALE_WEIGHTS)
+        return choice
+
+    def _reply(self, choice: Any) -> Reply:
+        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
+        return make_reply(self._tokenizer, self._end_ids, choice["token_ids"], logps)
+
+
+def _ignore(_count: int) -> None:
+    """Does nothing."""
+
+
+def _logp_of(choice: Any, token: int) -> float:
+    (position,) = choice["logprobs"]["content"]
+    return next(float(at["logprob"]) for at in position["top_logprobs"] if at["token_id"] == token)
+
+
+def _require_startable(section: VllmSection, ranks: Ranks) -> None:
+    """Raises: ConfigError if the run cannot start servers for these ranks."""
+    if ranks.device.type == "cuda" and not section.gpus:
+        raise ConfigError(
+            "rollout.engine = vllm-server needs GPUs of its own: name GPUs in vllm.gpus that no rank uses, or take "
+            "rollout.engine = vllm, which shares them"
+        )
+    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"rollout.engine = vllm-server starts servers on the machine of rank 0 only, where ranks on other machines "
+            f"({', '.join(hosts)}) cannot reach them; start servers by python -m expo.serve, name them in vllm.servers"
+        )
+
+
+def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> str:
+    """A server's vLLM version. Raises: ConfigError if the server's settings differ from those that the run needs."""
+
+    def ask(path: str) -> Any:
+        return retry(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
+
+    try:
+        info, version = ask("/server_info?config_format=json"), str(ask("/version")["version"])
+    except EngineError as error:
+        raise ConfigError(f"{error}; start it with python -m expo.serve, which sets what the run needs") from error
+    parts = [part for part in info["vllm_config"].values() if isinstance(part, dict)]
+    found = {name: value for part in parts for name, value in part.items()}
+    dtype, max_tokens = getattr(torch, config.policy.dtype), config.max_tokens
+    needed = engine_settings(config.vllm, dtype=dtype, is_cpu=False, num_replies=1, max_tokens=max_tokens)
+    for name in ("dtype", "generation_config", "logprobs_mode", "skip_tokenizer_init", "tensor_parallel_size"):
+        if str(found.get(name)).removeprefix("torch.") != str(needed[name]):
+            raise ConfigError(
+                f"the vLLM server {server.url} has {name} = {found.get(name)}, but the run needs {needed[name]}; start "
+                f"it with python -m expo.serve and the run's configuration"
+            )
+    if found["max_model_len"] < max_tokens:
+        raise ConfigError(
+            f"the vLLM server {server.url} takes {found['max_model_len']} tokens, but prompts and replies may have "
+            f"{max_tokens}; start it with python -m expo.serve and the run's configuration"
+        )
+    if config.vllm.transfer == "broadcast":
+        _require_broadcast(server, info["vllm_config"], on_gpu=on_gpu)
+    return version
+
+
+def _require_broadcast(server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:
+    """Raises: ConfigError if rank 0 cannot broadcast weights to a server."""
+    found = (settings.get("weight_transfer_config") or {}).get("backend")
+    if found != BACKEND:
+        raise ConfigError(
+            f"the vLLM server {server.url} has the weight transfer {found}, but vllm.transfer = broadcast needs "
+            f"{BACKEND}; start it with python -m expo.serve and the run's configuration"
+        )
+    kind = (settings.get("device_config") or {}).get("device_type")
+    if on_gpu and kind == "cpu":
+        raise ConfigError(
+            f"the vLLM server {server.url} runs on a CPU and rank 0 on a GPU, and vllm.transfer = broadcast needs the "
+            f"same kind of device on both; take vllm.transfer = files"
+        )

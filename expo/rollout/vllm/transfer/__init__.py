@@ -1,0 +1,1 @@
+"""Weight transfer from rank 0 to vLLM servers: through files, or by broadcast."""

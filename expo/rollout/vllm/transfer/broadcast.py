@@ -1,0 +1,216 @@
+"""Weight transfer by broadcast: rank 0 sends the weights to each server's workers directly.
+
+A weight sync streams every bucket to all servers as it is gathered, and keeps a copy in the host's memory. A server
+that restarts is sent that copy over gloo, by the thread of its supervisor, while the policy may already be training.
+"""
+
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expo.errors import EngineError
+from expo.rollout.vllm.client import Call, Server, ServerUnavailable
+from expo.rollout.vllm.transfer import interface
+from expo.rollout.vllm.transfer.buckets import Bucket, fill_buckets
+from expo.rollout.vllm.transfer.group import (
+    END_OF_UPDATE,
+    ROOT,
+    Group,
+    GroupError,
+    address_toward,
+    new_store,
+    wait_for_workers,
+)
+from expo.rollout.vllm.transfer.interface import activate
+
+SHUTDOWN_S = 2.0
+
+
+class WeightBroadcast:
+    """Sends the policy's weights from rank 0, and keeps a copy that a restarted server can be sent.
+
+    Args:
+        servers: all servers.
+        workers: number of workers of each server.
+        device: of the policy on rank 0.
+        patience_s: deadline of every wait, in seconds.
+    """
+
+    def __init__(self, servers: Sequence[Server], workers: int, device: torch.device, patience_s: float) -> None:
+        self._device = device
+        self._channels = {server.url: _Channel(server, 1 + workers, patience_s) for server in servers}
+        self._copy: tuple[str, list[Bucket]] | None = None
+
+    @property
+    def version(self) -> str | None:
+        """The name of the copy; None while it is incomplete."""
+        copy = self._copy
+        return None if copy is None else copy[0]
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Sends new weights to every server, and keeps them in place of the old copy.
+
+        A server that does not receive them is reported on stderr; its supervisor sends them again.
+        """
+        self._copy = None  # before the new copy is made, so that its memory is free
+        version, buckets = uuid.uuid4().hex, list[Bucket]()
+
+        def copied() -> Iterable[Bucket]:
+            for bucket in fill_buckets(weights, self._device, interface.BUCKET_BYTES):
+                buckets.append(bucket.copy_to_cpu())
+                yield bucket
+
+        # a channel on which a supervisor is sending the old weights is left to that supervisor
+        channels = [channel for channel in self._channels.values() if channel.lock.acquire(blocking=False)]
+        try:
+            _broadcast(channels, copied(), "nccl" if self._device.type == "cuda" else "gloo", version)
+        finally:
+            for channel in channels:
+                channel.lock.release()
+        for channel in channels:
+            if channel.problem is not None:
+                reason = f"{channel.problem}; they are sent again"
+                print(f"the vLLM server {channel.server.url} did not receive the weights: {reason}", file=sys.stderr)
+        self._copy = version, buckets
+
+    def send(self, server: Server, version: str) -> None:
+        """Sends the copy to a server through a new group. Raises: ServerUnavailable, EngineError."""
+        channel = self._channels[server.url]
+        with channel.lock:
+            copy = self._copy
+            if copy is None or copy[0] != version:
+                raise ServerUnavailable("a newer weight sync has begun")
+            channel.close()  # the group of the server's previous process
+            _broadcast([channel], copy[1], "gloo", version)
+            channel.close()  # the next weight sync uses NCCL where there are GPUs
+            if channel.problem is not None:
+                raise channel.problem
+
+    def close(self) -> None:
+        """Leaves the groups of all servers."""
+        for channel in self._channels.values():
+            with suppress(ServerUnavailable, EngineError):
+                Call(channel.server, "/shutdown_weight_transfer_engine").result(SHUTDOWN_S)
+            channel.close()
+
+
+class _Channel:
+    """The connection between rank 0 and the workers of one server.
+
+    Attributes:
+        lock: held by the thread that sends.
+        problem: why the last update failed; None: it did not.
+    """
+
+    def __init__(self, server: Server, size: int, patience_s: float) -> None:
+        self.server, self._size, self._patience_s = server, size, patience_s
+        self.lock = threading.Lock()
+        self.problem: ServerUnavailable | EngineError | None = None
+        self._group: Group | None = None
+        self._update: Call | None = None
+        self._version, self._keys = "", list[str]()
+
+    def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Runs a step of an update, unless an earlier one has failed."""
+        if self.problem is not None:
+            return
+        try:
+            step(*arguments)
+        except (ServerUnavailable, EngineError) as error:
+            self.problem = error
+        except (GroupError, OSError) as error:
+            self.problem = ServerUnavailable(f"{error}")
+        if self.problem is not None:
+            self.close()
+
+    def begin_update(self, backend: str, version: str) -> None:
+        """Has the server wait for weights."""
+        if self._group is None:
+            self._group = self._join(backend)
+        self._version, self._keys = version, []
+        try:
+            self.server.post("/start_weight_update")
+        except ServerUnavailable:  # another run may have died in the middle of an update
+            self.server.post("/finish_weight_update")
+            self.server.post("/start_weight_update")
+        self._update = Call(self.server, "/update_weights", {"update_info": {"version": version}})
+
+    def _join(self, backend: str) -> Group:
+        address = address_toward(*self.server.address)
+        store = new_store(address, self._size, self._patience_s)
+        rendezvous = {"host": address, "port": store.port, "size": self._size}
+        info = {**rendezvous, "backend": backend, "timeout_s": self._patience_s}
+        call = Call(self.server, "/init_weight_transfer_engine", {"init_info": info})
+        try:
+            wait_for_workers(store, self._size, self._patience_s, call.check)
+            group = Group(store, ROOT, self._size, backend, address, self._patience_s)
+            call.result(self._patience_s)
+        finally:
+            call.cancel()
+        return group
+
+    def start_bucket(self, bucket: Bucket) -> None:
+        """Begins to send a bucket."""
+        self._post_message(bucket.manifest())
+        assert self._group is not None
+        self._group.start_broadcast(bucket.data)
+
+    def wait_for_bucket(self) -> None:
+        """Waits until the bucket has been sent, or the server has failed."""
+        assert self._group is not None
+        assert self._update is not None
+        self._group.wait(self._update.check)
+
+    def finish_update(self, version: str) -> None:
+        """Waits until the server uses the weights."""
+        self._post_message(END_OF_UPDATE)
+        assert self._group is not None
+        assert self._update is not None
+        self._update.result(self._patience_s)
+        self._update = None
+        self._group.delete_messages(self._keys)
+        self.server.post("/finish_weight_update")
+        activate(self.server, version)
+
+    def _post_message(self, text: str) -> None:
+        assert self._group is not None
+        self._keys.append(f"{self._version}/{len(self._keys)}")
+        self._group.post_message(self._keys[-1], text)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not ended."""
+        return self._update is not None
+
+    def close(self) -> None:
+        """Abandons an update under way and leaves the group."""
+        if self._update is not None:
+            self._update.cancel()
+        if self._group is not None:
+            self._group.close()
+        self._update = self._group = None
+
+
+def _broadcast(channels: Sequence[_Channel], buckets: Iterable[Bucket], backend: str, version: str) -> None:
+    """Sends each bucket through every channel; all buckets are consumed even if every channel fails."""
+    for channel in channels:
+        channel.problem = None
+        channel.attempt(channel.begin_update, backend, version)
+    try:
+        for bucket in buckets:
+            for channel in channels:
+                channel.attempt(channel.start_bucket, bucket)
+            for channel in channels:
+                channel.attempt(channel.wait_for_bucket)
+        for channel in channels:
+            channel.attempt(channel.finish_update, version)
+    finally:
+        for channel in channels:
+            if channel.is_updating:
+                channel.close()

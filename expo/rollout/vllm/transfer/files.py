@@ -1,0 +1,77 @@
+"""Weight transfer through safetensors files, in /dev/shm if the machine has it."""
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from expo.errors import ConfigError, EngineError
+from expo.rollout.vllm.client import Server
+from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, activate
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class WeightFiles:
+    """The policy's weights as files, kept until the next weight sync so that a restarted server can load them again.
+
+    Args:
+        parent: folder in which to create the folder; None: /dev/shm, or the system's temporary folder without one.
+
+    Raises: ConfigError if the folder cannot be created.
+    """
+
+    def __init__(self, parent: Path | None) -> None:
+        if parent is None and SHARED_MEMORY.is_dir():
+            parent = SHARED_MEMORY
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="expo-weights-", dir=parent))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make a folder for weights in {parent}: {error.strerror}; set vllm.weights_folder"
+            ) from error
+        self.version: str | None = None
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes new weights in place of the old. Raises: EngineError if the disk is full."""
+        self.version = None
+        try:
+            for path in self.folder.iterdir():
+                path.unlink()
+            for number, bucket in enumerate(_buckets(weights)):
+                save_file(bucket, self.folder / f"{number:05}.safetensors")
+        except OSError as error:
+            raise EngineError(
+                f"cannot write the weights to {self.folder}: {error}; free some space there, or set "
+                f"vllm.weights_folder to a folder with more, then go on with --resume"
+            ) from error
+        self.version = uuid.uuid4().hex
+
+    def send(self, server: Server, version: str) -> None:
+        """Has the server read the files and use the weights. Raises: ServerUnavailable, EngineError."""
+        server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder)]})
+        activate(server, version)
+
+    def close(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The weights on the CPU, in parts of at most BUCKET_BYTES; a larger weight is a part of its own."""
+    bucket: dict[str, Tensor] = {}
+    used = 0
+    for name, value in weights:
+        size = value.numel() * value.element_size()
+        if bucket and used + size > BUCKET_BYTES:
+            yield bucket
+            bucket, used = {}, 0
+        bucket[name] = value.detach().to(torch.device("cpu")).contiguous()
+        used += size
+    if bucket:
+        yield bucket

@@ -1,0 +1,34 @@
+"""The interface of both weight transfers: what a supervisor calls, and how a server switches to new weights."""
+
+from typing import Protocol
+
+from expo.rollout.vllm.client import Server, ServerUnavailable
+
+BUCKET_BYTES = 2**28  # weights that are packed and sent together
+
+
+class WeightTransfer(Protocol):
+    """The policy's current weights, in a form that can be sent to a server at any time."""
+
+    @property
+    def version(self) -> str | None:
+        """The name of the current weights; None: there are none that could be sent now."""
+
+    def send(self, server: Server, version: str) -> None:
+        """Has the server load them. Raises: ServerUnavailable if it fails; EngineError if it cannot be repeated."""
+
+
+def activate(server: Server, version: str) -> None:
+    """Has a server that received weights rebuild a tied head, drop cached results of older weights, and name them.
+
+    Raises: ServerUnavailable, EngineError.
+    """
+    server.post("/collective_rpc", {"method": "pack_tied_head"})
+    reset_prefix_cache(server)
+    server.post("/update_weight_version", {"new_version": version})
+
+
+def reset_prefix_cache(server: Server) -> None:
+    """Drops the prefix cache; running requests are computed anew. Raises: ServerUnavailable, EngineError."""
+    if not server.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
+        raise ServerUnavailable("it kept its prefix cache, computed with older weights")

@@ -1,0 +1,126 @@
+"""What runs inside vLLM's worker processes: loading weights from a folder or from rank 0.
+
+`expo/serve.py` starts a server with `--worker-extension-cls=expo.rollout.vllm.worker.WeightReader`, and for broadcasts
+with `--weight-transfer-config={"backend": "expo"}`, the name of the receiver that is registered here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+
+from expo.rollout.vllm._compat import layerwise_reload, pack_tied_head
+from expo.rollout.vllm.common import describe_model
+from expo.rollout.vllm.transfer.buckets import empty_bucket
+from expo.rollout.vllm.transfer.group import BACKEND, END_OF_UPDATE, Group, GroupError, join
+from expo.rollout.weight_samples import WeightDescription
+
+
+class WeightReader:
+    """Methods that vLLM adds to its worker class; `collective_rpc` calls them by name."""
+
+    def read_weights(self, folder: str) -> None:
+        """Loads the weights in a folder's safetensors files, one tensor at a time."""
+        worker: Any = self
+        worker.reload_weights(weights_iterator=_tensors(Path(folder)))
+
+    def pack_tied_head(self) -> None:
+        """See `pack_tied_head` in `_compat.py`."""
+        worker: Any = self
+        pack_tied_head(worker.get_model())
+
+    def describe_weights(self) -> dict[str, WeightDescription]:
+        """The weights that this worker holds."""
+        worker: Any = self
+        return describe_model(worker.get_model())
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                yield name, file.get_tensor(name)
+
+
+@dataclass
+class Rendezvous:
+    """How to join rank 0's group: host and port of its store, the group's size and backend, deadline in seconds."""
+
+    host: str
+    port: int
+    size: int
+    backend: str
+    timeout_s: float
+
+
+@dataclass
+class Update:
+    """An update that rank 0 is about to send; its messages are named after the version."""
+
+    version: str
+
+
+class WeightReceiver(WeightTransferEngine):  # type: ignore[misc,unused-ignore]  # vLLM is not seen by mypy
+    """Receives the weights that rank 0 broadcasts, all of them in one `update_weights`.
+
+    The model is reloaded within that one call, so no request ever runs on a model in parts. After a transfer that was
+    interrupted it holds invalid weights under its old version, until it is sent weights again.
+    """
+
+    init_info_cls = Rendezvous
+    update_info_cls = Update
+    _group: Group | None = None
+
+    def init_transfer_engine(self, init_info: Rendezvous) -> None:
+        """Joins a new group in place of the old one."""
+        self.shutdown()
+        info, rank = init_info, 1 + self.parallel_config.rank
+        self._group = join(info.host, info.port, rank, info.size, info.backend, info.timeout_s)
+        self._device = self.device if info.backend == "nccl" else torch.device("cpu")
+
+    def start_weight_update(self) -> None:
+        """Does nothing: the reload begins in `update_weights`."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Loads all weights of an update."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def receive_weights(self, update_info: Update) -> None:
+        """Loads them. Raises: GroupError if they do not all come, having left the group."""
+        with layerwise_reload(self.model, self.model_config):
+            try:
+                self.model.load_weights(self._received(update_info.version))
+            except BaseException:
+                self.shutdown()  # so that rank 0 and the other workers do not wait for this one
+                raise
+
+    def _received(self, version: str) -> Iterator[tuple[str, Tensor]]:
+        if self._group is None:
+            raise GroupError("rank 0 sends weights, but this worker has not joined its group")
+        number = 0
+        while (manifest := self._group.read_message(f"{version}/{number}")) != END_OF_UPDATE:
+            bucket = empty_bucket(manifest, self._device)
+            self._group.start_broadcast(bucket.data)
+            self._group.wait()
+            yield from bucket.tensors()
+            number += 1
+
+    def finish_weight_update(self) -> None:
+        """Does nothing: the reload ended in `update_weights`."""
+
+    def shutdown(self) -> None:
+        """Leaves the group."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)

@@ -1,0 +1,1 @@
+"""A run: how it is set up, its folder, metrics, checkpoints and trackers."""

@@ -1,0 +1,317 @@
+"""Checkpoints: the whole state of a run, written atomically by all ranks together, verified and loaded.
+
+A checkpoint is a folder `step-000050`. It is written under a temporary name, flushed to disk, listed with sizes and
+checksums in its manifest, renamed, and then named in the file `latest`. A folder with its final name whose files match
+the manifest is whole. The folder must be on a file system that every rank can reach.
+"""
+
+import json
+import random
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor
+
+from expo.errors import CheckpointError
+from expo.learner.policy import Policy
+from expo.runtime.atomic_io import flush, remove_leftovers, write_bytes_whole
+from expo.runtime.distributed import Ranks
+from expo_kernels import CurriculumTable
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+READ_BYTES = 2**22
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Position:
+    """The state of a run after a step, except for the policy: all else that the next step reads."""
+
+    step: int
+    curriculum: Mapping[str, Any]  # CurriculumTable.state_dict()
+    generator: Tensor  # state of the generator that draws questions
+    bad_updates: int = 0  # skipped updates in a row
+    reply_tokens: int = 0  # sampled so far
+    random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: those at the time of saving
+
+
+def current_position(
+    step: int, curriculum: CurriculumTable, generator: torch.Generator, bad_updates: int = 0, reply_tokens: int = 0
+) -> Position:
+    """The position of a run after `step`, with the current states of its curriculum and random generators."""
+    state = curriculum.state_dict()
+    return Position(step, state, generator.get_state(), bad_updates, reply_tokens, random_states())
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: of the checkpoints, shared by all ranks.
+        ranks: the processes of the run; all of them call every method.
+        config_hash: digest of the settings that may not change on resume; a checkpoint with another digest is refused.
+            None: accept any, for reading only.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, config_hash: str | None) -> None:
+        self.folder, self._ranks, self._config_hash = folder, ranks, config_hash
+
+    def save(self, position: Position, policy: Policy, score: float | None = None) -> Path:
+        """Writes `step-NNNNNN` and returns its path; an existing checkpoint of that step is left as it is.
+
+        Args:
+            position: of the run.
+            policy: writes its weights and optimizer states.
+            score: of the policy, larger is better; None if it was not evaluated after this step.
+
+        Raises: CheckpointError on every rank if a rank could not write; earlier checkpoints are untouched.
+        """
+        path = self.folder / f"step-{position.step:06d}"
+        if self._ranks.broadcast_from_rank0(path.is_dir()):
+            return path
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            self._run_on_all_ranks(lambda: self._make_folder(temporary))
+            self._run_on_all_ranks(lambda: self._write(temporary, position, policy))
+            checksums = self._run_on_all_ranks(lambda: self._checksums(temporary))
+            manifest = {
+                "step": position.step,
+                "ranks": self._ranks.size,
+                "score": score,
+                "config_hash": self._config_hash,
+                "files": {name: entry for part in checksums for name, entry in part.items()},
+            }
+            self._run_on_all_ranks(lambda: self._publish(temporary, path, manifest))
+        except CheckpointError as error:
+            if self._ranks.is_rank0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"checkpoint {path} could not be written ({error}); earlier ones are untouched"
+            ) from None
+        return path
+
+    def _run_on_all_ranks(self, function: Callable[[], T]) -> list[T]:
+        """The result of `function` on each rank. Raises: CheckpointError on every rank if one had an OSError."""
+        problem, result = None, None
+        try:
+            result = function()
+        except OSError as error:
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        gathered = self._ranks.gather((problem, result))
+        for rank, (problem, _) in enumerate(gathered):
+            if problem is not None:
+                raise CheckpointError(f"rank {rank}: {problem}")
+        return [result for _, result in gathered]  # type: ignore[misc]  # None only where there is a problem
+
+    def _make_folder(self, temporary: Path) -> None:
+        if self._ranks.is_rank0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "policy").mkdir(parents=True)
+
+    def _write(self, temporary: Path, position: Position, policy: Policy) -> None:
+        policy.save(temporary / "policy")
+        _save(position.random or random_states(), temporary / f"random-rank{self._ranks.rank}.pt")
+        if self._ranks.is_rank0:
+            shared = {name: value for name, value in vars(position).items() if name != "random"}
+            _save(shared, temporary / "position.pt")
+
+    def _checksums(self, temporary: Path) -> dict[str, list[int]]:
+        """Flushes this rank's share of the files to disk; their sizes and CRC-32."""
+        entries = {}
+        for path in self._ranks.shard(sorted(path for path in temporary.rglob("*") if path.is_file())):
+            flush(path)
+            entries[path.relative_to(temporary).as_posix()] = [path.stat().st_size, _crc(path)]
+        return entries
+
+    def _publish(self, temporary: Path, path: Path, manifest: Mapping[str, Any]) -> None:
+        if not self._ranks.is_rank0:
+            return
+        content = {**manifest, "crc": _crc_of_manifest(manifest)}
+        write_bytes_whole(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+        for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
+            flush(folder)
+        flush(temporary)
+        temporary.rename(path)
+        flush(path.parent)
+        write_bytes_whole(path.parent / LATEST, path.name.encode())
+
+    def retain(self, newest: int, *, best: bool) -> None:
+        """Deletes all but the `newest` last checkpoints and, with `best`, the one with the highest score."""
+        if not self._ranks.is_rank0:
+            return
+        paths = self.list()
+        kept = set(paths[-newest:])
+        scores = {path: _score(path) for path in paths}
+        scored = [path for path in paths if scores[path] is not None]
+        if best and scored:
+            kept.add(max(scored, key=lambda path: (scores[path], path)))
+        self._delete([path for path in paths if path not in kept])
+
+    @staticmethod
+    def _delete(paths: "list[Path]") -> None:
+        for path in paths:
+            # renamed first: an interrupted deletion must not leave half of a checkpoint under its final name
+            retired = path.with_name(f".{path.name}.old")
+            try:
+                shutil.rmtree(retired, ignore_errors=True)
+                path.rename(retired)
+                shutil.rmtree(retired)
+            except OSError as error:
+                sys.stderr.write(f"checkpoint {path} could not be deleted ({error}); delete it by hand\n")
+
+    def list(self) -> "list[Path]":
+        """Checkpoints with their final name, oldest first."""
+        paths = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+        return sorted(paths, key=_step)
+
+    def remove_leftovers(self) -> None:
+        """Removes what interrupted processes left half written or half deleted."""
+        if self._ranks.is_rank0:
+            remove_leftovers(self.folder)
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that matches its manifest; None if there are no checkpoints.
+
+        A checkpoint that does not match is reported on stderr and skipped.
+
+        Raises: CheckpointError if there are checkpoints, but none of them is whole.
+        """
+        paths = self._ranks.broadcast_from_rank0(self.list())
+        for path in reversed(paths):
+            problems = [problem for problem in self._ranks.gather(self._problem(path)) if problem]
+            if not problems:
+                return path
+            if self._ranks.is_rank0:
+                sys.stderr.write(f"checkpoint {path} is not whole ({problems[0]}); trying the one before\n")
+        if paths:
+            raise CheckpointError(
+                f"none of the {len(paths)} checkpoints in {self.folder} is whole; restore one, or delete them to start "
+                f"the run over"
+            )
+        return None
+
+    def whole(self, step: int) -> Path:
+        """The checkpoint after `step`.
+
+        Raises: CheckpointError if there is none, or it does not match its manifest.
+        """
+        paths = self._ranks.broadcast_from_rank0({_step(path): path for path in self.list()})
+        if step not in paths:
+            known = ", ".join(map(str, paths)) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
+        problems = [problem for problem in self._ranks.gather(self._problem(paths[step])) if problem]
+        if problems:
+            raise CheckpointError(f"checkpoint {paths[step]} is not whole ({problems[0]}); choose another step")
+        return paths[step]
+
+    def _problem(self, path: Path) -> str | None:
+        """Why the checkpoint cannot be loaded, as far as this rank's share of its files shows; None if it can."""
+        try:
+            manifest = _read_manifest(path)
+            if self._config_hash not in (None, manifest["config_hash"]):
+                return "it belongs to a run with other settings"
+            for name in self._ranks.shard(sorted(manifest["files"])):
+                size, crc = manifest["files"][name]
+                if not (path / name).is_file():
+                    return f"{name} is missing"
+                if (path / name).stat().st_size != size:
+                    return f"{name} has {(path / name).stat().st_size} bytes, expected {size}"
+                if _crc(path / name) != crc:
+                    return f"{name} has changed"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def load(self, path: Path, policy: Policy) -> Position:
+        """Restores the policy and this rank's random states from a whole checkpoint; returns the run's position.
+
+        The random states are restored only if the number of ranks is the one that saved them.
+        """
+        saved_size = _read_manifest(path)["ranks"]
+        policy.load(path / "policy", self._ranks.size != saved_size)
+        position = Position(**torch.load(path / "position.pt", map_location="cpu", weights_only=True))
+        random_path = path / f"random-rank{self._ranks.rank}.pt"
+        if self._ranks.size == saved_size:
+            _set_random_states(torch.load(random_path, map_location="cpu", weights_only=True))
+        self._ranks.barrier()
+        if self._ranks.is_rank0:
+            # later ones are not whole, and the run will write them again
+            self._delete([later for later in self.list() if _step(later) > _step(path)])
+            with suppress(OSError):
+                write_bytes_whole(self.folder / LATEST, path.name.encode())
+        return position
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint without its own checksum.
+
+    Raises: ValueError, KeyError or TypeError if it is not as it was written.
+    """
+    manifest: dict[str, Any] = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    if manifest.pop("crc") != _crc_of_manifest(manifest):
+        raise ValueError(f"{MANIFEST} has changed")
+    return manifest
+
+
+def _crc_of_manifest(manifest: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _score(path: Path) -> float | None:
+    try:
+        score: float | None = _read_manifest(path)["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return score
+
+
+def _save(value: Any, path: Path) -> None:
+    """torch.save that raises an OSError for every error of the disk."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        # on a full disk its message is only that the archive failed
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def random_states() -> dict[str, Any]:
+    """The states of this process's global random generators: Python's, numpy's and torch's."""
+    name, keys, *rest = numpy.random.get_state()  # libraries draw from it
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(numpy.asarray(keys).astype("int64")), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,193 @@
+"""The folder of a run: opening it, and writing and reading its files."""
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from expo.config import RunConfig, changed_settings, load_config
+from expo.errors import ConfigError, ExpoError, FolderError
+from expo.reporting.reader import starts_of
+from expo.run.environment import ENVIRONMENT, describe_environment
+from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.distributed import Ranks
+
+RUNS = Path("runs")
+MAY_CHANGE_ON_RESUME = (
+    "run.dir",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.keep_best",
+    "run.save_by_minutes",
+    "run.completions_per_step",
+    "run.max_bad_updates",
+    "run.trackers",
+    "rollout.keep_replies",
+    "vllm.servers",
+    "vllm.gpus",
+    "vllm.transfer",
+    "vllm.weights_folder",
+    "vllm.patience_s",
+)
+
+
+class RunFolder:
+    """The files of a run. Every line is flushed after it is written; every other file is written atomically.
+
+    Args:
+        path: the folder, created if it does not exist.
+        is_writer: whether this rank writes; on the other ranks all writing methods do nothing.
+
+    Raises: ConfigError if the folder cannot be created.
+    """
+
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
+        self.path, self._is_writer = path, is_writer
+        self._lock: IO[str] | None = None
+        if is_writer:
+            with _folder_errors(path, ConfigError):
+                path.mkdir(parents=True, exist_ok=True)
+
+    def lock(self) -> None:
+        """Locks the folder until `release`, or until this process ends.
+
+        Raises: ConfigError if another process holds the lock, or the folder cannot be written.
+        """
+        if not self._is_writer:
+            return
+        with _folder_errors(self.path, ConfigError):
+            self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is at work in run.dir = {self.path}; end it first, or choose another folder"
+            ) from error
+
+    def release(self) -> None:
+        """Releases the lock."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def append(self, name: str, *rows: Mapping[str, Any]) -> None:
+        """Appends rows to `<name>.jsonl`. Raises: FolderError if they cannot be written."""
+        if not self._is_writer:
+            return
+        with _folder_errors(self.path), (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_json_lines(rows))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes one file atomically. Raises: FolderError if it cannot be written."""
+        if self._is_writer:
+            with _folder_errors(self.path):
+                write_bytes_whole(self.path / name, text.encode("utf-8"))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes one JSON file atomically. Raises: FolderError if it cannot be written."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The content of a file that `write_json` wrote."""
+        value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        return value
+
+    def record_start(self, first_step: int, num_ranks: int) -> None:
+        """Appends to environment.json the environment in which the run starts or resumes, and its first step."""
+        if not self._is_writer:
+            return
+        path = self.path / ENVIRONMENT
+        earlier = starts_of(self.read_json(ENVIRONMENT)) if path.exists() else []
+        start = {**describe_environment(), "ranks": num_ranks, "first_step": first_step}
+        self.write_json(ENVIRONMENT, {"starts": [*earlier, start]})
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of `<name>.jsonl`; an incomplete last line is left out."""
+        path = self.path / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, step: int) -> None:
+        """Removes all rows of later steps: a resumed run writes them again."""
+        for path in self.path.glob("*.jsonl"):
+            rows = [row for row in self.read_rows(path.stem) if row["step"] <= step]
+            self.write_text(path.name, _json_lines(rows))
+
+
+@contextmanager
+def _folder_errors(path: Path, kind: type[ExpoError] = FolderError) -> Iterator[None]:
+    """Raises an OSError of the block as an error of this package, which the command prints as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"the folder {path} cannot be written ({error}); check its permissions and free space") from error
+
+
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with null in place of NaN and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
+# --- opening
+
+
+def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
+    """Locks the run's folder and writes config.yaml; rank 0 chooses the folder for all ranks.
+
+    Raises:
+        ConfigError: if the folder holds a run and `resume` is not set, a run of another configuration, or a run that
+            another process is at work on, or cannot be created.
+        FolderError: if config.yaml cannot be written.
+    """
+    path = ranks.run_on_rank0(lambda: _choose_folder(config, resume))
+    folder = ranks.raise_on_all_ranks(lambda: RunFolder(path, is_writer=ranks.is_rank0))
+    ranks.raise_on_all_ranks(folder.lock)
+    folder.write_text("config.yaml", config.to_yaml())
+    return folder
+
+
+def _choose_folder(config: RunConfig, resume: bool) -> Path:
+    path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
+    saved = path / "config.yaml"
+    if saved.exists():
+        if not resume:
+            raise ConfigError(
+                f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
+            )
+        _require_same_run(config, saved)
+    return path
+
+
+def _new_run(seed: int) -> Path:
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}"
+
+
+def _newest_run() -> Path | None:
+    runs = sorted(RUNS.glob("*/config.yaml"))
+    return runs[-1].parent if runs else None
+
+
+def _require_same_run(config: RunConfig, saved: Path) -> None:
+    differing = changed_settings(fixed_settings(load_config(saved)), fixed_settings(config))
+    if differing:
+        raise ConfigError(
+            f"--resume would change the run in {saved.parent}: {', '.join(differing)}; use the values it started with"
+        )
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting that may not change on resume, since the run's numbers depend on it, by its dotted name."""
+    return {
+        name: value
+        for name, value in config.settings.items()
+        if not name.startswith("deadline.") and name not in MAY_CHANGE_ON_RESUME
+    }

@@ -1,0 +1,242 @@
+"""Command lines and YAML files into a configuration, with every error as one line.
+
+A configuration is a pydantic model whose fields are sections. `expo.config` defines them; the descriptions of their
+fields are the text of --help.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from expo.errors import ConfigError, ExpoError
+
+Config = TypeVar("Config", bound=BaseModel)
+Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; the last one of a field wins
+
+
+class Invocation(BaseModel, Generic[Config]):
+    """The parsed command line of `python -m expo.train`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    config: Config
+    resume: bool = False
+    dry_run: bool = False
+    """Print memory, steps and disk space of the run, and stop."""
+    ranks: Annotated[int, Field(ge=1)] | None = None
+    """Number of GPUs to plan for; None: those of this machine."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of each in GiB; None: that of this machine's GPU."""
+
+
+# --- values
+
+
+def read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
+    """The sections of a YAML file, merged over those of its base."""
+    try:
+        raw = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config file {source}: {error.strerror}; give an existing YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    if raw is not None and not isinstance(raw, dict):
+        raise ConfigError(f"{source} holds a {type(raw).__name__}; expected sections such as `model:` and `data:`")
+    values = dict(raw or {})
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str) or not may_have_base:
+        given = "a base of a base" if isinstance(base, str) else "not a file name"
+        raise ConfigError(f"{source}: base = {base!r} is {given}; expected the file name of a recipe without a base")
+    return _merged(read_recipe(source.parent / base, may_have_base=False), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The fields of both, section by section; those of `above` win. Validation reports what is no section."""
+    merged = dict(below)
+    for name, section in above.items():
+        lower = merged.get(name) or {}
+        is_section = isinstance(lower, dict) and isinstance(section, dict)
+        merged[name] = {**lower, **section} if is_section else section
+    return merged
+
+
+def filled(kind: type[Config], values: dict[str, Any], overrides: Overrides = (), where: str = "") -> Config:
+    """Builds the configuration from its sections, with overrides applied.
+
+    Raises: ConfigError, its message beginning with `where`, if a key is unknown, a value has the wrong type or range,
+        or values contradict each other.
+    """
+    for dotted, value in overrides:
+        section, _, field = dotted.partition(".")
+        values = _merged(values, {section: {field: value}})
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        known = [*field_names(kind), *sections_of(kind)]
+        problems = "; ".join(_explain(item, known) for item in error.errors())
+        raise ConfigError(f"{where}{problems}") from error
+
+
+def as_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML; reading it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def sections_of(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of a configuration, by name."""
+    sections = {}
+    for name, info in kind.model_fields.items():
+        assert isinstance(info.annotation, type)
+        sections[name] = info.annotation
+    return sections
+
+
+def field_names(kind: type[BaseModel]) -> list[str]:
+    """Every `section.field` of a configuration."""
+    return [f"{name}.{field}" for name, section in sections_of(kind).items() for field in section.model_fields]
+
+
+def _explain(item: ErrorDetails, known: Sequence[str]) -> str:
+    """One line for one of pydantic's errors."""
+    dotted = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {dotted}{nearest(dotted, known)}"
+    if item["type"] == "missing":
+        return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
+    text = item["msg"].removeprefix("Value error, ")
+    if not dotted:
+        return text
+    message = text[0].lower() + text[1:]
+    return f"{dotted} = {item['input']!r}: {message}"
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: a suggestion of the most similar known one."""
+    matches = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists the known ones"
+
+
+# --- flags
+
+
+def parse(
+    kind: type[Config], load: Callable[[Path | None, Overrides], Config], argv: Sequence[str], prog: str
+) -> Invocation[Config]:
+    """Parses a command line of the trainer.
+
+    Args:
+        kind: the class of the configuration; its fields are the flags.
+        load: reads the configuration from a file, or the default one, and applies overrides.
+        argv: the arguments.
+        prog: the program's name in messages.
+
+    Exits: 0 after --help or --print-config; 2 with one line on stderr if the command line or config is wrong.
+    """
+    parser = _parser(kind, prog)
+    try:
+        options, overrides = read_flags(parser, argv, [f"--{name}" for name in field_names(kind)])
+        path, print_config = options.pop("config"), options.pop("print_config")
+        invocation = _invocation(load(path, overrides), options)
+    except ConfigError as error:
+        fail(prog, error)
+    if print_config:
+        sys.stdout.write(as_yaml(invocation.config))
+        raise SystemExit(0)
+    return invocation
+
+
+def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
+    parser = flag_parser(
+        prog,
+        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...] [--resume] [--print-config | --dry-run]",
+        description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print memory, steps and disk space of the run and stop")
+    parser.add_argument(
+        "--ranks", metavar="N", help="with --dry-run: number of GPUs to plan for (default: those of this machine)"
+    )
+    parser.add_argument(
+        "--gpu-memory-gib",
+        metavar="GIB",
+        help="with --dry-run: memory of each GPU (default: that of this machine's, or 80)",
+    )
+    for name, section in sections_of(kind).items():
+        group = parser.add_argument_group(name, section.__doc__)
+        for field in section.model_fields:
+            add_field(group, kind, f"{name}.{field}")
+    return parser
+
+
+def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
+    """Validates the other options of the command line."""
+    for name in ("ranks", "gpu_memory_gib"):
+        if options[name] is not None and not options["dry_run"]:
+            raise ConfigError(f"--{name.replace('_', '-')} is only for --dry-run; add --dry-run, or leave it out")
+    try:
+        return Invocation(config=config, **options)
+    except ValidationError as error:
+        problems = "; ".join(f"--{_explain(item, ()).replace('_', '-')}" for item in error.errors())
+        raise ConfigError(problems) from error
+
+
+def flag_parser(prog: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """A parser to which a program adds its flags; flags cannot be abbreviated."""
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    # DeepSpeed's launcher passes it to every rank; LOCAL_RANK in the environment has the same value
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_field(group: Any, kind: type[BaseModel], name: str, *aliases: str) -> None:
+    """Adds the flag of `section.field`, and its aliases, to an argument parser; its help is the field's description."""
+    section, field = name.split(".")
+    info = sections_of(kind)[section].model_fields[field]
+    default = "required" if info.is_required() else f"default: {info.get_default()}"
+    text = f"{info.description} ({default})".replace("%", "%%")
+    group.add_argument(*aliases, f"--{name}", dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def read_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str], known: Sequence[str]
+) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Parses a command line into options by name, and overrides of config fields.
+
+    Raises: ConfigError if a flag is unknown, with the most similar of the `known` ones, or a field's value is not YAML.
+    """
+    parsed, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    options = vars(parsed)
+    del options["local_rank"]
+    overrides = [(name, _value(name, options.pop(name))) for name in list(options) if "." in name]
+    return options, overrides
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of a flag, parsed as YAML. Raises: ConfigError if it is not YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
+
+
+def fail(prog: str, error: ExpoError) -> NoReturn:
+    """Exits with the error's exit code; rank 0 prints the error as one line on stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{prog}: error: {error}\n")
+    raise SystemExit(error.exit_code) from None

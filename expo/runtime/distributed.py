@@ -1,0 +1,191 @@
+"""The processes of a run: joining, sharing work, collectives, and errors that every rank raises.
+
+Under `deepspeed` or `torchrun`, each rank reads its number from the environment; without a launcher, a run is one rank.
+Objects and CPU tensors are sent over gloo, tensors of the policy over NCCL where there are GPUs.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expo.errors import ConfigError, ExpoError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The rank of this process, and collectives over all ranks of the run."""
+
+    def __init__(self, device: torch.device, rank: int, size: int) -> None:
+        self.device, self.rank, self.size = device, rank, size
+
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def shard(self, items: Sequence[T], width: int = 1) -> list[T]:
+        """This rank's share of `items`: every size-th one from its number on; `width` consecutive ranks share it."""
+        return list(items[self.rank // width :: self.size // width])
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in order of rank, on every rank; they are pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def all_gather_tensor(self, values: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in their order, on every rank.
+
+        Args:
+            values: [n] on the CPU; n may differ between ranks, the dtype must not.
+        """
+        if self.size == 1:
+            return [values]
+        lengths = torch.empty(self.size, dtype=torch.int64)
+        dist.all_gather_into_tensor(lengths, torch.tensor([len(values)]))
+        longest = int(lengths.max())
+        if longest == 0:
+            return [values] * self.size
+        padded = values.new_zeros(longest)
+        padded[: len(values)] = values
+        gathered = values.new_empty(self.size * longest)
+        dist.all_gather_into_tensor(gathered, padded)
+        rows = gathered.view(self.size, longest)
+        return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+    def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """The items that `shard` split, in their original order."""
+        total = sum(len(share) for share in shares)
+        return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
+
+    def broadcast_from_rank0(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0)
+        return objects[0]
+
+    def broadcast_tensors_from_rank0(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Rank 0's tensors, on the CPU, on every rank; what the other ranks pass is ignored."""
+        if self.size == 1:
+            return list(tensors)
+        described = self.broadcast_from_rank0([(tensor.shape, tensor.dtype) for tensor in tensors])
+        if not self.is_rank0:
+            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in described]
+        for tensor in tensors:
+            if tensor.numel():
+                dist.broadcast(tensor, src=0)
+        return list(tensors)
+
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
+        """Calls `function` on rank 0 and returns its result on every rank.
+
+        Raises: on every rank, an ExpoError that rank 0 raised; any other error is a RuntimeError on the other ranks.
+        """
+        outcome: list[Any] = [None, None]  # result, error
+        if self.is_rank0:
+            try:
+                outcome[0] = function()
+            except ExpoError as error:
+                outcome[1] = error
+            except Exception as error:
+                self.broadcast_from_rank0([None, RuntimeError(f"rank 0: {error!r}")])
+                raise
+        result, raised = self.broadcast_from_rank0(outcome)
+        if raised is not None:
+            raise raised
+        value: T = result
+        return value
+
+    def raise_on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Calls `function` on every rank and returns this rank's result.
+
+        Raises: on every rank, an ExpoError that one rank raised; of several, that of the lowest rank.
+        """
+        raised = None
+        try:
+            result = function()
+        except ExpoError as error:
+            raised = error if self.is_rank0 else type(error)(f"rank {self.rank}: {error}")
+        errors = [error for error in self.gather(raised) if error is not None]
+        if errors:
+            raise errors[0]
+        return result
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sum of each value over the ranks."""
+        return self._all_reduce(values, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
+        """Largest of each value over the ranks."""
+        return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        if self.size > 1:
+            self.all_reduce_sum([0.0])
+
+    def _all_reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        reduced: Tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(reduced, op=operation)
+        result: list[float] = reduced.tolist()
+        return result
+
+
+def join_ranks(device_name: str, timeout_s: float) -> Ranks:
+    """Joins the other processes of the run, if there are any; does nothing in a process that has joined already.
+
+    Args:
+        device_name: torch device of this rank's policy; "auto": GPU number LOCAL_RANK, else the CPU.
+        timeout_s: seconds that a collective waits for the other ranks before it fails.
+
+    Raises: ConfigError if the device cannot be used, or the environment does not give this process a rank.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and device_name != "cpu" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "WORLD_SIZE" in os.environ:
+            try:
+                dist.init_process_group(backend, timeout=timeout)
+            except ValueError as error:
+                raise ConfigError(
+                    f"WORLD_SIZE is set, but the ranks cannot be joined ({str(error).splitlines()[0]}); start with "
+                    f"torchrun or deepspeed, or unset it"
+                ) from error
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
+            store = dist.HashStore()  # type: ignore[attr-defined]  # local to this process: no port is opened
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    ranks.device = ranks.raise_on_all_ranks(lambda: _device(device_name))
+    return ranks
+
+
+def leave_ranks() -> None:
+    """Leaves the process group; no collective may follow."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device = {name} cannot be used here: {str(error).splitlines()[0]}") from error

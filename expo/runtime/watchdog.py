@@ -1,0 +1,124 @@
+"""Deadlines for phases that could hang: at expiry the stacks are dumped and all processes of the rank are killed.
+
+A separate thread watches, so it also catches a collective that never returns, a generation that never ends and a disk
+that does not respond.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from expo.errors import DEADLINE_EXIT_CODE
+
+SIBLING_GRACE_S = 3.0  # for the other ranks on this machine to dump their own stacks
+BACKSTOP_S = 8.0  # after the deadline; the watching thread needs at most twice SIBLING_GRACE_S
+
+
+class Watchdog:
+    """Ends this process and the other ranks on this machine when a phase exceeds its deadline.
+
+    Args:
+        rank: named in reports.
+        go_on: how to continue once the deadline was raised, for the report.
+    """
+
+    def __init__(self, rank: int = 0, go_on: str = "continue with --resume") -> None:
+        self.rank, self._go_on = rank, go_on
+        self.siblings: Sequence[int] = ()  # process ids of the ranks on this machine
+        self.folder: Path | None = None  # stacks are written there too, besides stderr
+        self._phases: list[tuple[str, float, float]] = []  # name, seconds allowed, time of expiry
+        self._changed = threading.Condition()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextmanager
+    def phase(self, name: str, seconds: float) -> Iterator[None]:
+        """The block must end within `seconds`. An exception raised in it gets a note with rank and phase."""
+        with self._changed:
+            self._phases.append((name, seconds, time.monotonic() + seconds))
+            self._changed.notify()
+            self._arm()
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"rank {self.rank}, phase {name}")
+            raise
+        finally:
+            with self._changed:
+                self._phases.pop()
+                self._arm()
+
+    def _arm(self) -> None:
+        """Sets the interpreter's own timer as a backstop: code that never releases the GIL, such as a runaway regular
+        expression, keeps the watching thread from running. The timer dumps the stacks and ends this process.
+        """
+        faulthandler.cancel_dump_traceback_later()
+        if self._phases:
+            left = min(expiry for _, _, expiry in self._phases) - time.monotonic()
+            faulthandler.dump_traceback_later(max(left, 0.0) + BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
+
+    def _watch(self) -> None:
+        while True:
+            with self._changed:
+                left = min((expiry for _, _, expiry in self._phases), default=float("inf")) - time.monotonic()
+                if left > 0:
+                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                    continue
+                name, seconds, _ = min(self._phases, key=lambda phase: phase[2])
+            self._expire(name, seconds)
+
+    def _expire(self, name: str, seconds: float) -> None:
+        headline = (
+            f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank is ended. "
+            f"The stacks of all threads follow. If the phase was only slow, raise the deadline; then {self._go_on}"
+        )
+        # in a thread: writing to a closed stderr or to a disk that does not respond may block
+        report = threading.Thread(target=self._report, args=(headline,), daemon=True)
+        report.start()
+        report.join(SIBLING_GRACE_S)
+        siblings = [process for process in self.siblings if process != os.getpid()]
+        expiry = time.monotonic() + SIBLING_GRACE_S
+        while time.monotonic() < expiry and any(_is_alive(process) for process in siblings):
+            time.sleep(0.1)
+        children = [child for process in [*siblings, os.getpid()] for child in _descendants(process)]
+        for process in [*siblings, *children]:
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        os._exit(DEADLINE_EXIT_CODE)
+
+    def _report(self, headline: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(headline + "\n")
+            sys.stderr.flush()
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if self.folder is not None:
+            with suppress(OSError), (self.folder / f"stacks-rank{self.rank}.txt").open("w") as file:
+                file.write(headline + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _descendants(process: int) -> list[int]:
+    """Process ids of all descendants; none where the system has no /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # "pid (name) state parent ...", where the name may contain any character
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    processes = [process]
+    for ancestor in processes:
+        processes += [child for child, parent in parents.items() if parent == ancestor]
+    return processes[1:]

@@ -1,0 +1,78 @@
+"""The values on the way from a question to the gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+VerdictKind = Literal["correct", "wrong", "unparsed", "timeout"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with a checkable answer.
+
+    id: stable, unique in its set; text: its wording; answer: the gold answer; level: name of its difficulty, or "".
+    """
+
+    id: str
+    text: str
+    answer: str
+    level: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question and the token ids of its prompt."""
+
+    question: Question
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sampled reply.
+
+    token_ids: its tokens, with the end-of-sequence token if it has one; logps: their log-probabilities in nats at the
+    sampling temperature; is_truncated: whether max_new_tokens ended it; text: decoded without special tokens.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    is_truncated: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of grading one reply.
+
+    kind: "correct"; "wrong"; "unparsed" if the reply states no answer; "timeout" if its answer could not be graded
+    within the limits on time and memory. answer: the answer as the reply states it, None if unparsed.
+    """
+
+    kind: VerdictKind
+    answer: str | None
+
+    @property
+    def reward(self) -> float:
+        """1 for a correct reply, 0 for any other."""
+        return 1.0 if self.kind == "correct" else 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply as a training sample.
+
+    prompt_ids, reply_ids: token ids; rollout_logps: log-probabilities of reply_ids under the rollout engine, nats;
+    advantage: of the reply; is_left_out: whether loss and denominators exclude it (it still counts when samples are
+    split into mini-batches).
+    """
+
+    prompt_ids: Sequence[int]
+    reply_ids: Sequence[int]
+    rollout_logps: Sequence[float]
+    advantage: float
+    is_left_out: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.reply_ids)
