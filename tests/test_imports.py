@@ -16,6 +16,7 @@ KERNEL_MODULES = {
     "reference": {"torch", "expo_kernels.objective"},
     "objective": set(),
     "_validate": {"torch"},
+    "_compat": {"torch"},
     "_launch": {"torch", "triton", "expo_kernels._compat"},
 }
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}

@@ -1,0 +1,101 @@
+"""The recipe "how to add a surrogate" of CONTRIBUTING.md, applied to a copy: both paths have the toy's numbers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## How to add a surrogate")[1].split("\n## ")[0]
+# loss and gradient of the toy against its formula in float64; prints nothing where they agree
+CHECK = """
+import torch
+from expo_kernels import Objective, expo_loss
+from tests.numerics import make_batch
+
+kernels = {kernels}
+if kernels:
+    import tests.kernels.interpreter.kernels_on_cpu
+batch = make_batch(dtype=torch.float32)
+logits = batch.logits.detach().requires_grad_()
+made = expo_loss(
+    logits, batch.completion_ids, batch.completion_mask, advantages=batch.advantages, old_logps=batch.old_logps,
+    beta=0.0, objective=Objective(surrogate="log1p", aggregation="token"),
+)
+(grad,) = torch.autograd.grad(made.loss, logits)
+wide = logits.detach().double().requires_grad_()
+logps = torch.log_softmax(wide, -1).gather(-1, batch.completion_ids[..., None]).squeeze(-1)
+losses = -torch.log1p((logps - batch.old_logps).exp()) * batch.advantages[:, None]
+loss = losses[batch.completion_mask].mean()
+(true_grad,) = torch.autograd.grad(loss, wide)
+torch.testing.assert_close(made.loss.double(), loss, rtol=1e-6, atol=1e-7)
+torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-8)
+"""
+
+
+# a few of the table's combinations, in which every two values occur together
+TABLE = """
+import torch
+from tests.kernels import test_every_objective as table
+from tests.numerics import make_batch
+
+assert "log1p" in table.OPTIONS["surrogate"]
+allowed = [case for case in table.cases("log1p") if table.refusal(case) is None]
+batch = make_batch(table.B, table.T, table.H, table.V, dtype=torch.float64)
+for case, levels in table.with_every_pair(allowed):
+    table.check(case, levels, batch)
+"""
+
+
+def apply(block, folder):
+    """Change one file of the folder as a block of the recipe says: its path, then lines kept, taken out and put in."""
+    name, *lines = block.splitlines()
+    before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+    after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+    path = folder / name
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{name} has these lines {text.count(before)} times:\n{before}"
+    path.write_text(text.replace(before, after), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT / "expo_kernels", folder / "expo_kernels")
+    shutil.copytree(ROOT / "tests" / "kernels", folder / "tests" / "kernels")
+    for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/numerics.py"):
+        shutil.copy(ROOT / name, folder / name)
+    for block in re.findall(r"```diff\n(.*?)```", RECIPE, flags=re.DOTALL):
+        apply(block, folder)
+    return folder
+
+
+def run(folder, *arguments, interprets=False):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    more = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if interprets:
+        more["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=kept | more, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_recipe_has_at_most_four_places():
+    assert len(set(re.findall(r"```diff\n(.*?)\n", RECIPE))) == 4
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["pytorch", "kernels"])
+def test_the_toy_has_the_numbers_of_its_formula(copy, kernels):
+    if kernels:
+        pytest.importorskip("triton")
+    done = run(copy, "-c", CHECK.format(kernels=kernels), interprets=kernels)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_row_of_the_tests_table_passes(copy):
+    done = run(copy, "-c", TABLE)
+    assert done.returncode == 0, done.stderr[-3000:]
