@@ -1,4 +1,4 @@
-"""Sections about the run as a whole: its folder and length, the model, the questions, and the deadlines."""
+"""General sections: the run's folder and length, the model, the questions, and the deadlines."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,7 +7,7 @@ from expo.config.section import Count, Index, Positive, Section
 
 
 class RunSection(Section):
-    """The run as a whole: its folder, seed and length."""
+    """The run: its folder, seed, length, checkpoints and logs."""
 
     dir: Path | None = None
     """Folder of the run. If unset: runs/<date>-<time>-seed<seed>, or with --resume the newest folder in runs/."""

@@ -44,8 +44,8 @@ class RolloutSection(Section):
     def _whole_distribution(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value not in {"top_p": (1.0,), "top_k": (None, 0, -1)}[str(info.field_name)]:
             raise ValueError(
-                "it samples from a part of the distribution, over which log-probs would be taken anew and bias every "
-                "ratio; leave it out, or lower rollout.temperature, which the trainer's log-probs follow"
+                "it samples from a part of the distribution, but the trainer's log-probs are those of the whole one, "
+                "so every ratio would be biased; remove it, or lower rollout.temperature, which applies to both"
             )
         return value
 

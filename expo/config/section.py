@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 class Config(Section):
-    """A whole configuration: its fields are sections."""
+    """A configuration, whose fields are sections."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -81,12 +81,12 @@ def choose_layout(name: str, columns: Iterable[str]) -> Layout:
 
     Raises: ConfigError, which names the columns, if no layout fits.
     """
-    found = list(columns)
+    present = list(columns)
     for layout in LAYOUTS:
-        if layout.question in found and layout.answer in found:
+        if layout.question in present and layout.answer in present:
             return layout
     known = ", ".join(f"{layout.question} + {layout.answer}" for layout in LAYOUTS)
-    raise ConfigError(f"{name} has the columns {', '.join(found) or '(none)'}; expected one of: {known}")
+    raise ConfigError(f"{name} has the columns {', '.join(present) or '(none)'}; expected one of: {known}")
 
 
 def columns_to_read(name: str, columns: Iterable[str]) -> list[str]:
@@ -94,9 +94,9 @@ def columns_to_read(name: str, columns: Iterable[str]) -> list[str]:
 
     Raises: ConfigError, which names the columns, if no layout fits.
     """
-    found = list(columns)
-    layout = choose_layout(name, found)
-    return [column for column in (layout.question, layout.answer, "id", "level") if column in found]
+    present = list(columns)
+    layout = choose_layout(name, present)
+    return [column for column in (layout.question, layout.answer, "id", "level") if column in present]
 
 
 def read_table(table: Table) -> Iterator[Row]:

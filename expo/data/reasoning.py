@@ -43,11 +43,11 @@ def reasoning_rows(source: str) -> Iterator[Row]:
 
 
 def _options(source: str, text: str) -> dict[str, int]:
-    given = dict(parse_qsl(text, keep_blank_values=True))
-    unknown = [name for name, value in given.items() if name not in (*DEFAULTS, "level") or not value.isdecimal()]
-    if unknown or given.get("size") == "0":
+    values = dict(parse_qsl(text, keep_blank_values=True))
+    unknown = [name for name, value in values.items() if name not in (*DEFAULTS, "level") or not value.isdecimal()]
+    if unknown or values.get("size") == "0":
         raise ConfigError(f"{source}: expected level, size and seed as whole numbers, as in ?level=1&size=500&seed=0")
-    return {**DEFAULTS, **{name: int(value) for name, value in given.items()}}
+    return {**DEFAULTS, **{name: int(value) for name, value in values.items()}}
 
 
 def _make(factory: Any, source: str, family: str, level: int | None, options: dict[str, int]) -> Any:

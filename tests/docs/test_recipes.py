@@ -13,43 +13,14 @@ import pytest
 
 from expo.rollout import RolloutEngine
 from tests import ROOT
+from tests.recipes import apply, patched, recipe
 
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RECIPES = ("Add a reward", "Add a data source", "Add a tracker", "Add an engine")
-STEP = re.compile(r"`([\w/]+\.py)`:\n\n```(python|diff)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^    python -m expo\.train CONFIG\.yaml (.*)$", flags=re.MULTILINE)
 SMALL = (
     "--run.steps=2", "--rollout.questions_per_step=2", "--rollout.group_size=2", "--rollout.max_new_tokens=6",
     "--evaluation.sets={}", "--run.checkpoint_every=0", "--optimizer.warmup_steps=0",
 )  # fmt: skip
-
-
-def recipe(title):
-    return TEXT.split(f"### {title}\n")[1].split("\n### ")[0].split("\n## ")[0]
-
-
-def apply(tree, title):
-    steps = STEP.findall(recipe(title))
-    assert steps
-    for name, kind, block in steps:
-        path = tree / name
-        if kind == "python":
-            assert not path.exists()
-            path.write_text(block, encoding="utf-8")
-        else:
-            path.write_text(patched(path.read_text(encoding="utf-8"), block, name), encoding="utf-8")
-
-
-def patched(text, diff, name):
-    """`text` with a diff applied whose hunks are separated by "@@" and have no line numbers."""
-    for hunk in diff.split("@@\n"):
-        lines = hunk.splitlines(keepends=True)
-        assert {line[0] for line in lines} <= set(" +-\n")
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] or "\n" for line in lines if line[0] in " +")
-        assert text.count(old) == 1, f"{name} does not have these lines exactly once:\n{old}"
-        text = text.replace(old, new)
-    return text
 
 
 @pytest.fixture(scope="module")

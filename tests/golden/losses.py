@@ -163,7 +163,7 @@ def main(path: str, out: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True  # an output left unwritten becomes NaN
     if path == "kernels":
         assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-        import tests.interpreter.kernels_on_cpu  # noqa: F401  # turns the kernels on
+        import tests.kernels.interpreter.kernels_on_cpu  # noqa: F401  # turns the kernels on
     losses = list(loss_cases(path))
     if path == "kernels":
         losses = losses[::2]  # the interpreter is slow; every objective keeps two entry points or three

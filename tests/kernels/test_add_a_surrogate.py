@@ -1,16 +1,16 @@
-"""The recipe "how to add a surrogate" of CONTRIBUTING.md, applied to a copy: both paths have the toy's numbers."""
+"""The recipe "Add a surrogate" of CONTRIBUTING, applied to a copy: both paths compute the toy's formula."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RECIPE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## How to add a surrogate")[1].split("\n## ")[0]
+from tests import ROOT
+from tests.recipes import apply, steps
+
+TITLE = "Add a surrogate"
 # loss and gradient of the toy against its formula in float64; prints nothing where they agree
 CHECK = """
 import torch
@@ -51,17 +51,6 @@ for case, levels in table.with_every_pair(allowed):
 """
 
 
-def apply(block, folder):
-    """Change one file of the folder as a block of the recipe says: its path, then lines kept, taken out and put in."""
-    name, *lines = block.splitlines()
-    before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
-    after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
-    path = folder / name
-    text = path.read_text(encoding="utf-8")
-    assert text.count(before) == 1, f"{name} has these lines {text.count(before)} times:\n{before}"
-    path.write_text(text.replace(before, after), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
@@ -69,8 +58,7 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT / "tests" / "kernels", folder / "tests" / "kernels")
     for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/numerics.py"):
         shutil.copy(ROOT / name, folder / name)
-    for block in re.findall(r"```diff\n(.*?)```", RECIPE, flags=re.DOTALL):
-        apply(block, folder)
+    apply(folder, TITLE)
     return folder
 
 
@@ -85,7 +73,7 @@ def run(folder, *arguments, interprets=False):
 
 
 def test_the_recipe_has_at_most_four_places():
-    assert len(set(re.findall(r"```diff\n(.*?)\n", RECIPE))) == 4
+    assert len({name for name, _, _ in steps(TITLE)}) == 4
 
 
 @pytest.mark.medium
