@@ -96,8 +96,8 @@ def num_compiled() -> int:
 
     from expo_kernels._triton import curriculum, rows, sequences
 
-    rooms = (rows, sequences, curriculum)
-    kernels = [value for room in rooms for value in vars(room).values() if isinstance(value, JITFunction)]
+    modules = (rows, sequences, curriculum)
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 

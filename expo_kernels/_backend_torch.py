@@ -1,9 +1,9 @@
 """The PyTorch backend: log-probs, the loss and dL/dlogits of a chunk, in the memory of its logits.
 
-The gradient of a token depends on the other tokens only through constants known beforehand (masks, lengths, the
-normalizer), so that dL/dlogp is the derivative of the formula of `reference.py` on those few numbers. `TorchLogps` is
-what the ops of log-probs use, `TorchLoss` adds the objective. The log-probs of every op come from `_read`, so those of
-two ops agree bit for bit on the same inputs and chunks.
+The gradient of a token depends on other tokens only through constants that are known in advance (masks, lengths, the
+normalizer), so dL/dlogp is the autograd derivative of the formula in `reference.py`. The log-prob ops use `TorchLogps`;
+`TorchLoss` adds the objective. The log-probs of every op come from `_read`, so two ops agree bit for bit on the same
+inputs and chunks.
 
 Letters: N valid tokens, n of them in a chunk, V vocabulary.
 """
@@ -21,26 +21,26 @@ from expo_kernels._vocab_group import VocabShard
 from expo_kernels.advantages import advantages_of_rewards
 from expo_kernels.objective import Objective
 
-ENTROPY_BLOCK = 2**18  # elements handled at once where a second [n, V] buffer would be needed
+ENTROPY_BLOCK = 2**18  # elements processed at once, in place of a second [n, V] buffer
 
 
 class _Read(NamedTuple):
-    """What one chunk of n rows says; `probs` and `softcap_grads` are views of buffers."""
+    """The result of reading one chunk of n rows; `probs` and `softcap_grads` are views of buffers."""
 
     logps: Tensor  # [n] of the chosen ids, nats
-    columns: Tensor  # [n, 1] int64: where the chosen ids stand
-    is_here: Tensor | None  # [n] bool: whether they do on this rank, of a head that is shared
-    probs: Tensor  # [n, V], each row too large by the factor sum_exp
+    columns: Tensor  # [n, 1] int64: columns of the chosen ids
+    is_here: Tensor | None  # [n] bool: whether this rank's vocabulary shard holds them
+    probs: Tensor  # [n, V], not normalised: probabilities times sum_exp
     sum_exp: Tensor  # [n], >= 1
     softcap_grads: Tensor | None  # [n, V]: d capped / d raw
-    entropies: Tensor | None  # [n], nats, where asked for
+    entropies: Tensor | None  # [n], nats, if wanted
 
 
 class TorchLogps:
     """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies."""
 
     def __init__(self, call: HeadCall, index: Tensor, shard: VocabShard | None, *, wants_entropy: bool) -> None:
-        """`index` [N] are the positions that count."""
+        """`index` [N]: flat positions of the valid tokens."""
         self._chosen_ids = call.completion_ids.reshape(-1).index_select(0, index).long()
         self._temperature, self._softcap = call.temperature, call.logit_softcap
         self._wants_entropy, self._shard = wants_entropy, shard
@@ -52,7 +52,7 @@ class TorchLogps:
         self._last: tuple[Chunk, _Read] | None = None
 
     def logps(self, chunk: Chunk) -> None:
-        """Read a chunk: its log-probs, and its entropies where they are wanted."""
+        """Compute the log-probs of a chunk, and its entropies if wanted."""
         read = self._read(chunk)
         self._last = chunk, read
         self.token_logps[chunk.rows] = read.logps
@@ -76,9 +76,9 @@ class TorchLogps:
         chunk.grad_logits = read.probs
 
     def _read(self, chunk: Chunk) -> _Read:
-        """Log-probs of the chosen ids, and the probabilities that they came from, which overwrite the logits.
+        """Log-probs of the chosen ids; the probabilities overwrite the logits.
 
-        The logits come divided by the softcap where there is one, else by the temperature.
+        The logits are divided by the softcap already, or by the temperature if there is no softcap.
         """
         logits, softcap_grads, shard = chunk.logits, None, self._shard
         if self._softcap is not None:
@@ -95,7 +95,7 @@ class TorchLogps:
         entropy_sum = _entropy_sums(logits) if self._wants_entropy else None
         if shard is not None:
             assert is_here is not None
-            # a row's sums in one reduction; its chosen logit is on one rank alone
+            # one reduction for all sums of a row; its chosen logit is on one rank only
             parts = [torch.where(is_here, chosen, 0.0), sum_exp]
             reduced = torch.stack(parts if entropy_sum is None else [*parts, entropy_sum])
             shard.all_reduce_sum(reduced)
@@ -105,7 +105,7 @@ class TorchLogps:
         return _Read(chosen - sum_exp.log(), columns, is_here, logits, sum_exp, softcap_grads, entropies)
 
     def _softcap_rows(self, logits: Tensor) -> Tensor:
-        """Memory for the softcap's derivatives, which every chunk reuses."""
+        """A buffer for the softcap's derivatives, reused by every chunk."""
         buffer = self._softcap_buffer
         if buffer is None or buffer.shape[0] < logits.shape[0]:
             buffer = self._softcap_buffer = torch.empty_like(logits)
@@ -113,9 +113,9 @@ class TorchLogps:
 
 
 def _exponentials(logits: Tensor, columns: Tensor, row_max: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Overwrites logits [n, V] by exp(logit - maximum of the row); the chosen logits less it, and each row's sum, [n].
+    """Overwrite logits [n, V] by exp(logit - row maximum); return (chosen logit - row maximum) and sum_exp, [n] each.
 
-    Some rows at once, so that a CPU's cache holds them from the first pass to the last.
+    Processes a few rows at a time, so that they stay in the CPU's cache from the first pass to the last.
     """
     chosen, sum_exp = [], []
     num_rows = _launch.rows_in_cache(logits)
@@ -124,7 +124,7 @@ def _exponentials(logits: Tensor, columns: Tensor, row_max: Tensor | None) -> tu
         part = logits[block]
         part.sub_(part.amax(dim=-1, keepdim=True) if row_max is None else row_max[block])
         chosen.append(part.gather(1, columns[block]).squeeze(1))
-        # sum() adds pairwise; log_softmax adds a row up in sequence, 4e-5 nats off at V = 262,144
+        # sum() adds pairwise; log_softmax adds sequentially, with an error of 4e-5 nats at V = 262,144
         sum_exp.append(part.exp_().sum(dim=-1))
     return torch.cat(chosen), torch.cat(sum_exp)
 
@@ -136,12 +136,12 @@ def _entropy_sums(probs: Tensor) -> Tensor:
 
 
 def _where_here(read: _Read, values: Tensor) -> Tensor:
-    """Values [n] of the chosen columns, [n, 1], 0 for those of other ranks."""
+    """Values [n] as [n, 1], with 0 where another rank holds the chosen column."""
     return (values if read.is_here is None else torch.where(read.is_here, values, 0.0)).unsqueeze(1)
 
 
 def _grad_with_entropies(read: _Read, grad_logps: Tensor, grad_entropies: Tensor) -> None:
-    """The gradient over the probabilities where L also depends on the entropies:
+    """Overwrite the probabilities by the gradient if L also depends on the entropies:
     dentropy/dlogit_j = -p_j (log p_j + entropy)."""
     assert read.entropies is not None
     entropies = read.entropies.unsqueeze(1)
@@ -157,15 +157,15 @@ def _grad_with_entropies(read: _Read, grad_logps: Tensor, grad_entropies: Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The N valid tokens of a call and all that the objective needs of each, with no gradient through any of it."""
+    """The N valid tokens of a call, with all that the objective needs of each; nothing here carries a gradient."""
 
     index: Tensor  # [N] int64: flat positions
     sequence_index: Tensor  # [N] int64: the sequence of each
     advantages: Tensor  # [N]
     old_logps: Tensor | None  # [N]
     ref_logps: Tensor | None  # [N]
-    rollout_logps: Tensor | None  # [N], only where the correction depends on the current log-probs
-    corrections: Tensor | None  # [N], where it does not
+    rollout_logps: Tensor | None  # [N], only if the correction depends on the current log-probs
+    corrections: Tensor | None  # [N], only if it does not
     weights: Tensor  # [N]: share of each token's loss in the whole
     beta: Tensor  # 0-dim
     entropy_bonus: Tensor | None  # 0-dim
@@ -238,7 +238,7 @@ class TokenBatch:
 
 
 class TorchLoss(TorchLogps):
-    """The policy loss of the valid tokens, and dL/dlogits where a gradient is wanted."""
+    """The policy loss of the valid tokens, and dL/dlogits if a gradient is wanted."""
 
     def __init__(self, call: HeadCall, tokens: TokenBatch, shard: VocabShard | None, *, return_entropy: bool) -> None:
         wants_entropy = return_entropy or tokens.entropy_bonus is not None
@@ -250,14 +250,14 @@ class TorchLoss(TorchLogps):
             self.grad_logps, self.grad_entropies = torch.empty_like(self.token_logps), tokens.grad_entropies()
 
     def loss(self, chunk: Chunk) -> None:
-        """Log-probs and, where wanted, dL/dlogits of a chunk of an objective of tokens."""
+        """Compute log-probs and, if wanted, dL/dlogits of a chunk, for a token-level objective."""
         self.logps(chunk)
         if self._wants_grad:
             self.sequence_loss(chunk)
             self.grad_logits(chunk)
 
     def sequence_loss(self, chunk: Chunk | None) -> None:
-        """dL/dlogp of the tokens of a chunk, or of all, given their log-probs."""
+        """Compute dL/dlogp of a chunk's tokens (None: of all) from their log-probs."""
         if self.grad_logps is not None:
             rows = slice(None) if chunk is None else chunk.rows
             tokens = self._tokens if chunk is None else self._tokens.of_rows(rows)
@@ -321,12 +321,12 @@ def _sequences(index: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> T
 
 
 def valid_index(mask: Tensor | None, ids: Tensor) -> Tensor:
-    """Flat positions that count, [N] int64, in order."""
+    """Flat positions of the valid tokens, [N] int64, in order."""
     if mask is None:
         return torch.arange(ids.numel(), device=ids.device)
     return mask.reshape(-1).nonzero().squeeze(1)
 
 
 def spread(tokens: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """Values of the valid tokens back at their positions, 0 elsewhere; differentiable."""
+    """Scatter values of the valid tokens to their positions, 0 elsewhere; differentiable."""
     return tokens.new_zeros(shape.numel()).index_copy(0, index, tokens).view(shape)

@@ -1,12 +1,12 @@
-"""The engine of every op on logits: one loop over chunks of rows, for PyTorch and for the kernels.
+"""The engine of every op on logits: one loop over chunks of rows, for the PyTorch backend and for the Triton backend.
 
-Valid tokens are put first, so that prompt and padding cost nothing. Where PyTorch computes, the host knows their number
-(`HostPlan`). Where kernels compute, it is known to the device alone (`DevicePlan`): a stable permutation puts valid
-tokens first, kernels skip the rows behind them, and the host learns the number only while the first chunk is running.
+Valid tokens are compacted first, so that prompt and padding tokens cost nothing. With PyTorch the host knows their
+number (`HostPlan`). With Triton only the device knows it (`DevicePlan`): a stable permutation moves valid tokens to the
+front, kernels skip the rows behind them, and the host reads the number while the first chunk is running.
 
-Per chunk the head makes logits, the backend reads them and turns them into dL/dlogits, and the head adds these to its
-gradients. An objective of whole sequences needs a sequence's log-probs before its first gradient: chunks then hold
-whole sequences; where one exceeds a chunk, a pass for the log-probs comes first.
+For each chunk the head computes logits, the backend turns them into dL/dlogits, and the head accumulates its gradients.
+A sequence-level objective needs all log-probs of a sequence before its first gradient: chunks then hold whole
+sequences. If a sequence exceeds a chunk, a separate pass computes the log-probs first.
 
 Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, B sequences.
 """
@@ -39,7 +39,7 @@ from expo_kernels._vocab_group import VocabShard
 
 
 class LossResult(NamedTuple):
-    """What a loss op makes beside gradients."""
+    """The outputs of a loss op besides gradients."""
 
     loss: Tensor  # 0-dim
     metrics: Tensor  # [len(METRIC_NAMES)]
@@ -51,40 +51,40 @@ class LossResult(NamedTuple):
 
 
 class LogpsBackend(Protocol):
-    """What computes log-probs and their gradients, a chunk at a time."""
+    """Computes log-probs and their gradients, one chunk at a time."""
 
     def logps(self, chunk: Chunk) -> None:
-        """Read a chunk: log-probs, and what `grad_logits` needs of each row."""
+        """Compute the log-probs of a chunk, and save what `grad_logits` needs of each row."""
 
     def grad_logits(self, chunk: Chunk) -> None:
         """Write dL/dlogits of a chunk, given dL/dlogps and dL/dentropies."""
 
 
 class LossBackend(LogpsBackend, Protocol):
-    """What computes a loss as well."""
+    """Computes the loss as well."""
 
     needs_whole_sequences: bool
     """Whether a token's gradient depends on the log-probs of its whole sequence."""
 
     def loss(self, chunk: Chunk) -> None:
-        """Log-probs, loss and, where wanted, dL/dlogits of a chunk at once; for objectives of tokens."""
+        """Compute log-probs, loss and, if wanted, dL/dlogits of a chunk; for token-level objectives."""
 
     def sequence_loss(self, chunk: Chunk | None) -> None:
-        """Loss and dL/dlogps of a chunk's whole sequences, or of all, given their log-probs."""
+        """Compute loss and dL/dlogps of a chunk's sequences (None: of all) from their log-probs."""
 
 
 class Plan(Protocol):
     """Which rows each chunk holds."""
 
     def spans(self) -> Spans:
-        """Any rows, as many at once as fit."""
+        """Chunks of as many rows as fit."""
 
     def whole_sequences(self) -> Spans | None:
-        """The same with every sequence whole; None where that is not known to be possible."""
+        """Chunks of whole sequences; None if a sequence may exceed a chunk."""
 
 
 def run_loss(head: Head, plan: Plan, backend: LossBackend, *, wants_grad: bool) -> None:
-    """The loss of all rows; where gradients are wanted, the head sums them."""
+    """Compute the loss of all rows; if gradients are wanted, the head accumulates them."""
     if not backend.needs_whole_sequences:
         for chunk in head.chunks(plan.spans()):
             backend.loss(chunk)
@@ -106,13 +106,13 @@ def run_loss(head: Head, plan: Plan, backend: LossBackend, *, wants_grad: bool) 
 
 
 def run_logps(head: Head, plan: Plan, backend: LogpsBackend) -> None:
-    """Log-probs of all rows."""
+    """Compute the log-probs of all rows."""
     for chunk in head.chunks(plan.spans()):
         backend.logps(chunk)
 
 
 def run_grads(head: Head, plan: Plan, backend: LogpsBackend) -> None:
-    """Gradients of all rows, whose dL/dlogps the backend knows."""
+    """Compute the gradients of all rows from the backend's dL/dlogps."""
     for chunk in head.chunks(plan.spans()):
         backend.grad_logits(chunk)
         head.accumulate_grads(chunk)
@@ -122,10 +122,10 @@ def run_grads(head: Head, plan: Plan, backend: LogpsBackend) -> None:
 
 
 class HostPlan:
-    """Chunks of rows whose number the host knows."""
+    """Chunks of rows if the host knows the number of valid tokens."""
 
     def __init__(self, order: Tensor, most_rows: int, sequence_index: Tensor | None = None, num_sequences: int = 0):
-        """`order` [N] are the positions that count, `sequence_index` [N] the sequence of each of `num_sequences`."""
+        """`order` [N]: positions of the valid tokens; `sequence_index` [N]: the sequence of each."""
         self._order, self._most_rows = order, most_rows
         self._sequence_index, self._num_sequences = sequence_index, num_sequences
 
@@ -136,7 +136,7 @@ class HostPlan:
         return self._spans([slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)])
 
     def whole_sequences(self) -> Spans | None:
-        """As many whole sequences a chunk as fit; None where one of them alone exceeds a chunk."""
+        """Chunks of as many whole sequences as fit; None if one sequence exceeds a chunk."""
         if self._order.numel() <= self._most_rows:
             return self.spans()
         assert self._sequence_index is not None
@@ -154,12 +154,12 @@ class HostPlan:
 
 
 class DevicePlan:
-    """Chunks of positions of which the device alone knows how many count."""
+    """Chunks of rows if only the device knows the number of valid tokens."""
 
     def __init__(
         self, num_rows: int, most_rows: int, num_sequences: int, sequence_length: int | None, mask: Tensor | None
     ):
-        """`mask` [M] puts valid tokens first; None: rows stay in place. `sequence_length` is that of padded input."""
+        """`mask` [M] moves valid tokens to the front (None: rows keep their order); `sequence_length`: T if padded."""
         self._num_rows, self._most_rows = num_rows, most_rows
         self._num_sequences, self._sequence_length = num_sequences, sequence_length
         self._order: Tensor | None = None
@@ -169,7 +169,7 @@ class DevicePlan:
             self._lengths = _HostCopy(mask.view(-1, sequence_length or mask.numel() or 1).sum(-1))
 
     def spans(self) -> Spans:
-        """Chunks of nearly equal size; once the lengths have arrived, none without a token."""
+        """Chunks of nearly equal size; once the lengths are on the host, chunks without a valid token are skipped."""
         step = _launch.chunk_rows(self._num_rows, self._most_rows)
 
         def spans() -> Iterator[Span]:
@@ -184,8 +184,8 @@ class DevicePlan:
         return Spans(min(self._most_rows, self._num_rows), spans())
 
     def whole_sequences(self) -> Spans | None:
-        """Of padded input the first chunk has as many sequences as fit at full length, those after it as many as fit at
-        the lengths that have arrived by then; of packed input one chunk, or None."""
+        """Padded input: the first chunk takes as many sequences as fit at full length, later chunks as many as fit at
+        their actual lengths, which are on the host by then. Packed input: one chunk, or None."""
         if 0 < self._num_rows <= self._most_rows:
             return self.spans()
         length = self._sequence_length
@@ -196,7 +196,7 @@ class DevicePlan:
     def _padded_spans(self, length: int) -> Iterator[Span]:
         at_once = self._most_rows // length
         first = range(min(at_once, self._num_sequences))
-        # its tokens cannot be compacted before their number is known; kernels skip what is masked
+        # its tokens cannot be compacted before their number is known; kernels skip masked rows
         yield Span(slice(0, len(first) * length), None, first)
         lengths = None if self._lengths is None else self._lengths.read()
         if lengths is None:
@@ -214,14 +214,14 @@ class DevicePlan:
 
 
 class _HostCopy:
-    """A few integers on their way to the host while the device works on."""
+    """An asynchronous copy of a few integers to the host."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         self._on_host: Tensor | None = values
         if values.device.type == "cuda":
             self._on_host = None
-            # a captured graph replays whatever the mask: kernels skip the rows that do not count
+            # a captured graph is replayed with other masks: kernels skip the rows that are masked
             if not torch.cuda.is_current_stream_capturing():
                 self._on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
                 self._on_host.copy_(values, non_blocking=True)
@@ -239,7 +239,7 @@ class _HostCopy:
 
 
 def _most_rows(call: HeadCall, buffers: int = 1) -> int:
-    """Rows of a chunk of logits in the arithmetic's dtype; `buffers` of [rows, V] are alive at once."""
+    """Rows per chunk; `buffers` of [rows, V] in the arithmetic's dtype are alive at once."""
     hidden_or_logits, weight, _ = call.tensors
     return _launch.most_rows(
         call.tensors.vocab_size,
@@ -252,7 +252,7 @@ def _most_rows(call: HeadCall, buffers: int = 1) -> int:
 
 
 def _check_and_join(call: HeadCall) -> VocabShard | None:
-    """Check the ids; this rank's part of a head that is shared, None where it is whole."""
+    """Check the ids, and return this rank's shard of a vocabulary-parallel head (None: the head is whole)."""
     _, weight, _ = call.tensors
     shard, valid_ids = None, call.completion_ids
     if call.mask is not None and (call.vocab_group is not None or validate.may_read(valid_ids)):
@@ -275,7 +275,7 @@ def _rows_for_torch(
     sequence_index: Tensor | None = None,
     num_sequences: int = 0,
 ) -> tuple[Head, Plan]:
-    """Rows of the positions `order`, which come divided by the softcap, or else by the temperature."""
+    """Head and plan of the positions `order`; logits are divided by the softcap, or else by the temperature."""
     scale = 1.0 / (call.temperature if call.logit_softcap is None else call.logit_softcap)
     most_rows = _most_rows(call, 1 if call.logit_softcap is None else 2) if shard is None else shard.most_rows
     plan = HostPlan(order, most_rows, sequence_index, num_sequences)
@@ -289,7 +289,7 @@ def _rows_for_torch(
 
 
 def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 0) -> tuple[Head, Plan]:
-    """Rows of all positions; `mask` [M] says which count."""
+    """Head and plan of all positions; `mask` [M]: the valid ones."""
     hidden_or_logits, weight, _ = call.tensors
     num_rows = call.completion_ids.numel()
     if weight is None:
@@ -306,7 +306,7 @@ def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 
 
 
 def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> tuple[LossResult, list[Tensor]]:
-    """The loss from hidden states or logits, and the gradients that are wanted."""
+    """The loss from hidden states or logits, and the wanted gradients."""
     shard, wants_grad = _check_and_join(call), any(call.wants_grad)
     with torch.autocast(call.completion_ids.device.type, enabled=False):
         if shard is None and _launch.use_kernels(*call.tensors):
@@ -327,7 +327,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
 
 
 def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: bool) -> tuple[LossResult, list[Tensor]]:
-    """The loss from log-probs, and their gradient where it is wanted."""
+    """The loss from log-probs, and their gradient if wanted."""
     if _launch.use_kernels(logps):
         from expo_kernels._triton.launch import loss_from_logps
 
@@ -341,9 +341,9 @@ def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: boo
 
 
 def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs and entropies like the ids, the maximum and the sum of the exponentials of each row, [M].
+    """Log-probs and entropies like the ids, and row_max and sum_exp of each row, [M].
 
-    What is not asked for is an empty tensor; the last two are the kernels' alone, which read them again in backward.
+    Outputs that are not wanted are empty tensors. Only the Triton backward reads row_max and sum_exp.
     """
     shard, shape = _check_and_join(call), call.completion_ids.shape
     with torch.autocast(call.completion_ids.device.type, enabled=False):
@@ -363,7 +363,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
         run_logps(head, plan, backend)
         logps, entropies = backend.token_logps, backend.token_entropies
         entropies = spread(entropies, order, shape) if return_entropy else logps.new_empty(0)
-        # empty rows would do, but then a graph would not be the same on both paths
+        # empty tensors would do, but then a compiled graph would differ between the two paths
         row_max, sum_exp = (logps.new_zeros(call.completion_ids.numel() if keeps_rows else 0) for _ in range(2))
         return spread(logps, order, shape), entropies, row_max, sum_exp
 
@@ -371,7 +371,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
 def token_logps_backward(
     call: HeadCall, kept_rows: list[Tensor], grad_logps: Tensor, grad_entropies: Tensor | None
 ) -> list[Tensor]:
-    """Gradients of those of hidden states or logits, weight and bias that want one, in their dtypes.
+    """Gradients of the inputs (hidden states or logits, weight, bias) that want one, in their dtypes.
 
     `kept_rows` are the last three tensors that `token_logps` returned.
     """
@@ -395,7 +395,7 @@ def token_logps_backward(
 
 
 def _made(gradients: Gradients, call: HeadCall, *, in_input_dtypes: bool = False) -> list[Tensor]:
-    """The gradients that were made, shaped as their inputs and contiguous, which an op's fake can promise."""
+    """The gradients in the shapes of their inputs and contiguous, as the op's fake implementation promises."""
     return [
         gradient.view(tensor.shape).to(tensor.dtype if in_input_dtypes else gradient.dtype).contiguous()
         for gradient, tensor in zip(gradients, call.tensors, strict=True)

@@ -1,7 +1,7 @@
-"""Where rows of logits come from, and where their gradients go: an output head, or logits that are ready.
+"""Where rows of logits come from and where their gradients go: an output head, or logits that the caller computed.
 
-A chunk is made for a `Span` of rows, of which a backend reads the logits and writes dL/dlogits into `grad_logits`;
-`accumulate_grads` then adds them to the gradients of what the logits were made of. No chunk outlives the next one.
+A chunk holds the logits of a `Span` of rows. A backend reads them and writes dL/dlogits into `grad_logits`;
+`accumulate_grads` then adds the gradients of the head's inputs. A chunk is valid until the next one is made.
 
 Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, H hidden.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from expo_kernels._products import empty_rows, widened
 from expo_kernels._vocab_group import VocabShard
 
-# with fewer columns rounding one of them shows, and float32 products cost nothing
+# with fewer columns the rounding of one column is visible, and float32 products cost nothing
 LEAST_NARROW_COLUMNS = 128
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class HeadTensors(NamedTuple):
-    """What logits are made of: hidden states, a weight [V, H] and a bias [V]; without a weight they are ready."""
+    """The inputs that logits are computed from: hidden states, weight [V, H] and bias [V]; or the logits themselves."""
 
     hidden_or_logits: Tensor  # [B, T, H] or [N, H]; [B, T, V] or [N, V]
     weight: Tensor | None = None
@@ -43,7 +43,7 @@ class HeadTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What every op says of its rows of logits."""
+    """The arguments that every op on logits has."""
 
     tensors: HeadTensors
     completion_ids: Tensor
@@ -57,11 +57,11 @@ class HeadCall:
 
 
 class Span(NamedTuple):
-    """Rows of one chunk: those at these places of `order`, or at these positions."""
+    """The rows of one chunk: a slice of `order`, or of the positions if there is no order."""
 
     rows: slice
     order: Tensor | None  # [N] int64: the position of each row
-    sequences: range | None = None  # which they are, where all of them are whole
+    sequences: range | None = None  # the chunk's sequences, if all of them are whole
 
     def positions(self, device: torch.device) -> Tensor:
         """The position of each row, [n] int64."""
@@ -79,13 +79,13 @@ class Spans(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """Some rows of logits, and where their gradient goes."""
+    """Rows of logits, and the memory for their gradient."""
 
     span: Span
-    logits: Tensor  # [n, V], or ready ones as they lie: [N, V] or [B, T, V]
-    grad_logits: Tensor | None  # where dL/dlogits go, up to the row scale: often the logits' own memory
+    logits: Tensor  # [n, V]; the caller's own logits: [N, V] or [B, T, V]
+    grad_logits: Tensor | None  # dL/dlogits up to the row scale; often in the logits' own memory
     row_scale: Tensor | None = None  # [n]: dL/dlogits = row_scale[:, None] * grad_logits
-    rounding_residual: Tensor | None = None  # [n]: what rounding took from the gradient of the chosen column
+    rounding_residual: Tensor | None = None  # [n]: rounding error of the gradient of the chosen column
     hidden: Tensor | None = None  # [n, H], 0 where masked
 
     @property
@@ -104,10 +104,10 @@ class Products(Protocol):
         """Memory for the logits of a chunk."""
 
     def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where dL/dlogits go, over the logits; and what their rounding takes from each row's chosen column, [n]."""
+        """Memory for dL/dlogits, which overwrite the logits, and for the rounding residuals [n] (None: none)."""
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """Hidden states or a bias as the products take them."""
+        """Hidden states or a bias in the dtype of the products."""
 
     def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V])."""
@@ -126,14 +126,14 @@ class Head(Protocol):
         """Rows of logits; each chunk may overwrite the one before."""
 
     def accumulate_grads(self, chunk: Chunk) -> None:
-        """Add dL/dlogits of a chunk, once they are written, to the gradients; `grad_logits` may be overwritten."""
+        """Accumulate the gradients from dL/dlogits of a chunk; `grad_logits` may be overwritten."""
 
     def gradients(self) -> Gradients:
         """Gradients of hidden states or logits, weight and bias; zero for rows without a chunk."""
 
 
 class LinearHead:
-    """Logits hidden @ weight.T + bias, never held together; their gradients are summed in the arithmetic's dtype."""
+    """Logits hidden @ weight.T + bias, one chunk at a time; gradients accumulate in the arithmetic's dtype."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class LinearHead:
         scale: float = 1.0,
         shard: VocabShard | None = None,
     ) -> None:
-        """`mask` [M] says which rows are read as 0, where not all rows of a chunk count; logits come times `scale`."""
+        """`mask` [M]: masked rows are read as 0 (None: all rows are valid); logits are multiplied by `scale`."""
         assert tensors.weight is not None
         self._hidden, self._weight = tensors.hidden_or_logits.detach(), tensors.weight.detach()
         self._bias = None if tensors.bias is None else products.operand(tensors.bias.detach())
@@ -173,7 +173,7 @@ class LinearHead:
     def accumulate_grads(self, chunk: Chunk) -> None:
         """Add the gradients of a chunk to those of hidden states, weight and bias.
 
-        The row scale is put on the [n, H] side of each product, which saves a pass over [n, V].
+        The row scale is applied on the [n, H] side of each product, which saves a pass over [n, V].
         """
         grad_logits, hidden = chunk.grad_logits, chunk.hidden
         scale, residual = chunk.row_scale, chunk.rounding_residual
@@ -182,7 +182,7 @@ class LinearHead:
         wants_hidden, wants_weight, wants_bias = self._wants_grad
         positions = chunk.span.positions(grad_logits.device)
         if residual is not None:
-            # rows that do not count have a gradient and a residual of 0
+            # masked rows have a gradient and a residual of 0
             chosen_ids = self._completion_ids[positions].clamp(0, self._weight.shape[0] - 1).long()
         if wants_hidden:
             part = self._products.grad_hidden(grad_logits, self._weight)
@@ -191,7 +191,7 @@ class LinearHead:
             if residual is not None:
                 part.addcmul_(self._weight[chosen_ids].float(), residual.unsqueeze(1))
             if self._grad_hidden is None:
-                # the arithmetic's dtype until it is scaled by the incoming gradient, so that it is rounded once
+                # in the arithmetic's dtype until backward scales it, so that it is rounded once
                 self._grad_hidden = _zeros_like(self._hidden, part.dtype)
             self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
         if wants_weight:
@@ -201,7 +201,7 @@ class LinearHead:
             scaled = hidden if scale is None else hidden * scale.unsqueeze(1)
             self._products.add_grad_weight(self._grad_weight, grad_logits, scaled, is_first=is_first)
             if residual is not None:
-                # sorted by row first, unlike index_add_: equal bits every time
+                # sorts by row first, unlike index_add_, so that every run gives equal bits
                 self._grad_weight.index_put_((chosen_ids,), hidden.float() * residual.unsqueeze(1), accumulate=True)
         if wants_bias:
             if self._grad_bias is None:
@@ -216,7 +216,7 @@ class LinearHead:
     def gradients(self) -> Gradients:
         """Gradients of hidden, weight and bias (None where not wanted), not yet in the inputs' dtypes.
 
-        Of a head that is shared, that of hidden is summed over the ranks.
+        With a vocabulary-parallel head, the gradient of hidden is summed over the ranks.
         """
         given = (self._hidden, self._weight, self._bias)
         made = (self._grad_hidden, self._grad_weight, self._grad_bias)
@@ -232,7 +232,7 @@ class LinearHead:
         return grad_hidden, grad_weight, grad_bias
 
     def _take(self, span: Span) -> Tensor:
-        """Hidden states of these rows, [n, H]; 0 where masked, since NaN may stand there."""
+        """Hidden states of these rows, [n, H]; 0 where masked, because masked positions may hold NaN."""
         if span.order is None:
             self._hidden = self._hidden.reshape(-1, self._hidden.shape[-1])  # a strided tensor is copied once
             hidden = self._hidden[span.rows]
@@ -247,11 +247,11 @@ class LinearHead:
 
 
 class MixedProducts:
-    """Operands in their own dtypes where both are the same 16-bit one, float32 results whatever the dtypes.
+    """Products of 16-bit operands if both have the same 16-bit dtype, with float32 results in any case.
 
-    With bfloat16 on both sides dL/dlogits are bfloat16 too, over the front of the float32 rows they come from, and the
-    products read them there. The chosen column, which holds half of a row's norm or more, gets back what that rounding
-    took, so that gradients stay within 2e-3. Other dtypes, and tiny vocabularies, have float32 gradients and products.
+    If both are bfloat16, dL/dlogits are bfloat16 too and overwrite the front of their float32 rows, where the products
+    read them. The chosen column holds half of a row's norm or more: its rounding residual is added back, so that
+    gradients stay within 2e-3. Other dtypes and tiny vocabularies use float32 gradients and products.
     """
 
     dtype = torch.float32
@@ -262,11 +262,11 @@ class MixedProducts:
         self._grad_dtype = torch.bfloat16 if is_narrow else torch.float32
 
     def empty_logits(self, num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
-        """Rows that start on multiples of 16 elements, so that every access to them can be 128 bits wide."""
+        """Memory whose rows start on multiples of 16 elements, so that every access can be 128 bits wide."""
         return torch.empty(num_rows, -(-vocab_size // 16) * 16, dtype=torch.float32, device=device)[:, :vocab_size]
 
     def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits' memory, or the front of each row where gradients are narrower."""
+        """The logits' memory, or the front of each row if gradients are narrower."""
         if self._grad_dtype == torch.float32:
             return logits, None
         num_rows, vocab_size = logits.shape
@@ -274,11 +274,11 @@ class MixedProducts:
         return front, torch.empty(num_rows, dtype=torch.float32, device=logits.device)
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """Hidden states or a bias as they are."""
+        """The tensor itself."""
         return tensor
 
     def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
-        """out [n, V] = hidden [n, H] @ weight [V, H].T + bias [V]; the kernels scale the logits that they read."""
+        """out [n, V] = hidden [n, H] @ weight [V, H].T + bias [V]; the kernels apply the scale."""
         assert scale == 1.0
         if self._is_half:
             _product(out, hidden, weight.T)
@@ -307,7 +307,7 @@ class MixedProducts:
 
 
 class CopiedLogits:
-    """Ready logits of which PyTorch takes some rows at a time into a float32 buffer."""
+    """The caller's logits, copied into a float32 buffer one chunk at a time."""
 
     def __init__(
         self, logits: Tensor, dtype: torch.dtype, *, wants_grad: bool, inplace: bool = False, scale: float = 1.0
@@ -334,7 +334,7 @@ class CopiedLogits:
             yield Chunk(span, logits, logits if self._wants_grad else None)
 
     def accumulate_grads(self, chunk: Chunk) -> None:
-        """Put the gradients of a chunk in their places."""
+        """Write the gradients of a chunk at their positions."""
         grad, positions = self._grad, chunk.span.positions(self._logits.device)
         assert grad is not None
         assert chunk.grad_logits is not None
@@ -355,7 +355,7 @@ class CopiedLogits:
 
 
 class ReadyLogits:
-    """Ready logits that kernels read where they lie, in one chunk; their gradient goes over them or beside them."""
+    """The caller's logits, which kernels read in place, in one chunk; the gradient overwrites them or is separate."""
 
     def __init__(self, logits: Tensor, *, wants_grad: bool, inplace: bool = False) -> None:
         self._logits = logits if logits.stride(-1) == 1 and logits.dim() in (2, 3) else logits.contiguous()
@@ -372,7 +372,7 @@ class ReadyLogits:
             yield Chunk(span, self._logits, self._grad)
 
     def accumulate_grads(self, chunk: Chunk) -> None:
-        """Nothing: the kernels wrote the gradient in its place."""
+        """Nothing to do: the kernels wrote the gradient in place."""
 
     def gradients(self) -> Gradients:
         """The gradient of the logits."""

@@ -157,17 +157,17 @@ def test_packed_equals_padded():
 def count_products(monkeypatch):
     """How often each product with [n, V] logits runs."""
     counts = {"write": 0, "accumulate": 0}
-    for room, method, name in (
+    for owner, method, name in (
         (_products.WideProducts, "write_logits", "write"),
         (_head.LinearHead, "accumulate_grads", "accumulate"),
     ):
-        original = getattr(room, method)
+        original = getattr(owner, method)
 
         def counted(self, *arguments, name=name, original=original):
             counts[name] += 1
             return original(self, *arguments)
 
-        monkeypatch.setattr(room, method, counted)
+        monkeypatch.setattr(owner, method, counted)
     return counts
 
 

@@ -111,13 +111,13 @@ def test_log_probs_are_those_of_a_loss_by_token():
 def count_rows(monkeypatch):
     """Rows of logits that were made, in PyTorch or for the kernels."""
     made = []
-    for room in (_products.WideProducts, _head.MixedProducts):
+    for products in (_products.WideProducts, _head.MixedProducts):
 
-        def counted(self, out, *arguments, original=room.write_logits):
+        def counted(self, out, *arguments, original=products.write_logits):
             made.append(out.shape[0])
             original(self, out, *arguments)
 
-        monkeypatch.setattr(room, "write_logits", counted)
+        monkeypatch.setattr(products, "write_logits", counted)
     return made
 
 

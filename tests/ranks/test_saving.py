@@ -79,12 +79,12 @@ def test_a_full_disk_on_one_rank_is_reported_and_the_run_goes_on(tmp_path):
     quick = {"run__checkpoint_every": 1, "run__steps": 3, "run__keep_checkpoints": 3, "evaluation__every": 0}
     plan, cases = [launch("whole", argv(tmp_path, "whole", **quick))], {}
     for rank in (0, 1):
-        for room in (0, 100, 2**20):  # fsync fails; all files are too large; the large files are
-            for stage in (0, 3) if room == 2**20 else (2,):
-                name = f"full-{rank}-{room}-{stage}"
+        for num_bytes in (0, 100, 2**20):  # fsync fails; all files are too large; the large files are
+            for stage in (0, 3) if num_bytes == 2**20 else (2,):
+                name = f"full-{rank}-{num_bytes}-{stage}"
                 if rank == 1 and stage == 0:
                     continue  # it writes only small files
-                fault = {"phase": "full disk", "nth": 2, "bytes": room, "on_ranks": [rank]}
+                fault = {"phase": "full disk", "nth": 2, "bytes": num_bytes, "on_ranks": [rank]}
                 command = argv(tmp_path, name, policy__zero_stage=stage, **quick)
                 plan.append(launch(name, command, fault=fault))
                 cases[name] = rank
