@@ -1,8 +1,9 @@
 """The policy loss of RL with verifiable rewards, from hidden states to gradients, for any GRPO-style trainer.
 
-Never holds [tokens, vocabulary] logits; log-probs in float32 whatever the model's dtype; the KL coefficient, the
-advantages and the curriculum live on the device. `expo_loss`, `linear_expo_loss` and `expo_loss_from_logps` are the
-loss from logits, hidden states and log-probs; `Objective` says which; `python -m expo_kernels` checks this machine.
+The linear loss never materializes [tokens, vocabulary] logits. Log-probs are float32 whatever the model's dtype. The
+KL coefficient, the advantages and the curriculum stay on the device. `expo_loss`, `linear_expo_loss` and
+`expo_loss_from_logps` compute the loss from logits, hidden states and log-probs; `Objective` selects the variant;
+`python -m expo_kernels` checks this machine.
 """
 
 from expo_kernels._validate import debug_checks

@@ -1,6 +1,7 @@
-"""`python -m expo_kernels`: what runs here, and every public op against its float64 reference on this machine.
+"""`python -m expo_kernels`: report versions and devices, and check every public op against its float64 reference.
 
-Exit code 1 if an op is off. The bounds are those the library promises (log-probs in nats, the rest relative).
+The exit code is 1 if an op exceeds its bound. The bounds are those that the documentation states: log-probs in nats,
+the rest relative.
 """
 
 import platform
@@ -35,7 +36,7 @@ Check = tuple[str, float, float]  # op, error, bound
 
 
 def checks(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
-    """Each op on random inputs of `dtype`: its name, its error against float64 and the bound."""
+    """Run each op on random inputs of `dtype`; yield its name, its error against float64 and the bound."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -96,7 +97,7 @@ def checks(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
 
 
 def table_checks(device: torch.device) -> Iterator[Check]:
-    """The ops without logits."""
+    """Run the ops that take no logits; yield the same as `checks`."""
     accuracies = torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
     true_beta = 0.02 * reference.akl_scale(accuracies.double().mean(), "tanh")
     yield "akl_beta", _relative(akl_beta(accuracies), true_beta), 1e-6
@@ -130,10 +131,10 @@ def _installed(name: str) -> str:
 
 
 def _verdicts(name: str, run: Callable[[], Iterator[Check]]) -> int:
-    """Print a line for each check; return how many are off."""
+    """Print a line for each check; return how many exceed their bound."""
     num_off = 0
     for op, error, bound in run():
-        # a NaN is not <= anything
+        # NaN <= bound is False, so a NaN fails the check
         is_right = error <= bound
         num_off += not is_right
         print(f"  {'ok ' if is_right else 'OFF'}  {op}, {name}: error {error:.1e}, bound {bound:.0e}")
@@ -141,7 +142,7 @@ def _verdicts(name: str, run: Callable[[], Iterator[Check]]) -> int:
 
 
 def main() -> int:
-    """Print the report; 1 if an op is off, else 0."""
+    """Print the report; return 1 if an op exceeds its bound, else 0."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     packages = "torch " + torch.__version__ + "".join(f", {name} {_installed(name)}" for name in ("triton", "expo-rl"))

@@ -1,4 +1,4 @@
-"""Every private interface of PyTorch that the package uses, each behind one function with a reason."""
+"""Every private API of PyTorch that the package uses, each behind one function that gives the reason."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,23 +20,23 @@ def autograd_inside_an_op() -> AbstractContextManager[Any]:
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that is running keeps its graph, so that it may run again."""
+    """Whether the current backward pass retains its graph, so that it may run again."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def has_onednn_linear() -> bool:
-    """Whether this build has oneDNN's linear operator."""
+    """Whether this build of PyTorch has oneDNN's linear operator."""
     return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left [n, K] @ right [m, K].T + bias [m] through oneDNN; `right` must be dense, in either order of its axes."""
+    """left [n, K] @ right [m, K].T + bias [m] by oneDNN; `right` must be dense, row-major or column-major."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     return product
 
 
 def process_group(name: str) -> dist.ProcessGroup:
-    """The process group of that name: an op takes no group, only its name."""
+    """The process group of that name: an op cannot take a group as an argument, only its name."""
     from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
         GroupName,
         _resolve_process_group,

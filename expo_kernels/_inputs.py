@@ -1,7 +1,7 @@
-"""`LossInputs`: the arguments of a loss call beside its logits, checked once; how they pass through a registered op.
+"""`LossInputs`: the arguments of a loss call other than its logits, checked once, and how they pass through an op.
 
-Shapes and types are checked where the call is made, values inside the op: the same for the PyTorch path and for the
-kernels, compiled or not. `Tokens` is the call once more, flat, as the kernels read it.
+Shapes and types are checked in the public function and values inside the op, for the PyTorch path and for the kernels,
+compiled or not. `Tokens` holds the same arguments flattened, as the kernels read them.
 
 Letters: M positions of the caller's tensors, B sequences, T positions each.
 """
@@ -17,13 +17,13 @@ from expo_kernels import _validate as validate
 from expo_kernels.advantages import check_rewards
 from expo_kernels.objective import Objective, RolloutCorrection
 
-# the numbers that a loss op returns in one tensor, in this order: all but the loss, the maximum and the count are means
-# over tokens
+# a loss op returns these numbers in one tensor, in this order: all but the loss, the maximum and the count are means over
+# tokens
 METRIC_NAMES = ("loss", "kl", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "tokens", "entropy")
 _DEFAULT = Objective()
 
 
-# the fields that an op takes as a list of tensors, whose elements have no names in the op's schema
+# the fields that an op takes as one list of tensors: an op's schema has no names for the elements of a list
 TENSOR_FIELDS = (
     "advantages",
     "rewards",
@@ -38,12 +38,12 @@ TENSOR_FIELDS = (
 
 
 class LossInputs(NamedTuple):
-    """A call's checked arguments; shapes as in `expo_loss`."""
+    """The checked arguments of a loss call; shapes as in `expo_loss`."""
 
     completion_mask: Tensor
     objective: Objective
     num_sequences: int
-    advantages: Tensor | None  # None: to be made of rewards
+    advantages: Tensor | None  # None: computed from rewards
     rewards: Tensor | None
     group_size: int
     old_logps: Tensor | None
@@ -52,7 +52,7 @@ class LossInputs(NamedTuple):
     beta: float | Tensor
     normalizer: float | Tensor | None
     cu_seqlens: Tensor | None
-    entropy_bonus: float | Tensor | None  # None: 0, and no entropy is computed for it
+    entropy_bonus: float | Tensor | None  # None: 0, and no entropy is computed
 
     @property
     def advantages_are_per_sequence(self) -> bool:
@@ -60,14 +60,14 @@ class LossInputs(NamedTuple):
         return self.advantages is not None and self.advantages.shape == (self.num_sequences,)
 
     def to_tensors(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """The `TENSOR_FIELDS`, as ops take them; numbers as 0-dim tensors of `dtype`, without synchronisation."""
+        """The `TENSOR_FIELDS` as ops take them; numbers become 0-dim tensors of `dtype`, without synchronisation."""
 
         def as_tensor(value: float | Tensor | None) -> Tensor | None:
             if value is None or isinstance(value, Tensor):
                 return value
             device = self.completion_mask.device
             if torch.compiler.is_compiling():
-                # products are what a trace keeps a changing number symbolic through
+                # a product keeps a changing number symbolic in a trace
                 return torch.ones((), dtype=dtype, device=device) * value
             return torch.full((), value, dtype=dtype, device=device)
 
@@ -77,7 +77,7 @@ class LossInputs(NamedTuple):
     def from_tensors(
         cls, completion_mask: Tensor, tensors: list[Tensor | None], objective: str, group_size: int
     ) -> Self:
-        """The call again, inside an op; its values are checked here."""
+        """Rebuild the arguments inside an op, and check their values."""
         fields: dict[str, Any] = dict(zip(TENSOR_FIELDS, tensors, strict=True))
         cu_seqlens = fields["cu_seqlens"]
         inputs = cls(
@@ -107,10 +107,10 @@ class LossInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the kernels need of every position, all flat and on one device."""
+    """The inputs of the kernels, all flat and on one device."""
 
     ids: Tensor  # [M] integers
-    mask: Tensor | None  # [M] bool; None, for log-probs only: everywhere
+    mask: Tensor | None  # [M] bool; None (for log-probs only): all positions are valid
     objective: Objective
     num_sequences: int = 1
     tokens_per_sequence: int = 1  # T of padded input
@@ -134,7 +134,7 @@ class Tokens:
 
 
 def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
-    """The call as the kernels read it, without a synchronisation; `completion_ids` may be left out for log-probs."""
+    """The inputs of the kernels, without a synchronisation; a loss from log-probs needs no `completion_ids`."""
     mask = (inputs.completion_mask != 0).reshape(-1)
     device, shape = mask.device, inputs.completion_mask.shape
     starts, sequence_index = None, None
@@ -154,7 +154,7 @@ def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
     old_logps, rollout_logps = flat(inputs.old_logps), flat(inputs.rollout_logps)
     is_known = objective.corrects_sequences and not objective.spans_sequences
     if is_known and old_logps is not None and rollout_logps is not None:
-        # known before any logits: each token is given its sequence's sum of differences for its own
+        # the correction does not depend on the logits: give each token its sequence's sum of differences as its own
         differences = torch.where(mask, old_logps.float() - rollout_logps.float(), 0.0)
         rollout_logps = old_logps.float() - _sequence_sums(differences, shape, starts, sequence_index)
         correction: RolloutCorrection = "token_mask" if objective.masks_rollouts else "token"
@@ -181,16 +181,16 @@ def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
 
 
 def _sequence_sums(values: Tensor, shape: torch.Size, starts: Tensor | None, sequence_index: Tensor | None) -> Tensor:
-    """Of each position [M], the sum over its sequence."""
+    """The sum over the sequence of each position, [M]."""
     if starts is None or sequence_index is None:
         return values.view(shape).sum(dim=1, keepdim=True).expand(shape).reshape(-1)
-    # one thread a sequence, in order: equal bits every time, which index_add_ does not promise
+    # one thread adds up each sequence in order: equal bits in every run, which index_add_ does not guarantee
     sums: Tensor = torch.segment_reduce(values, "sum", offsets=starts, unsafe=True)
     return sums[sequence_index]
 
 
 def _lengths(mask: Tensor, shape: torch.Size, starts: Tensor | None) -> Tensor:
-    """Valid tokens of each sequence, [B]."""
+    """Number of valid tokens of each sequence, [B]."""
     if starts is None:
         return mask.view(shape).sum(dim=1)
     counted = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
@@ -206,7 +206,7 @@ def _normalizer(inputs: LossInputs, mask: Tensor) -> Tensor:
 
 
 def _number(value: float | Tensor, device: torch.device) -> Tensor:
-    """One float32 on the device; a Python number gets there as a kernel's argument, which waits for nothing."""
+    """A 0-dim float32 tensor on the device; a Python number becomes a kernel's argument, without synchronisation."""
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float32)
     return torch.full((), float(value), dtype=torch.float32, device=device)
@@ -227,7 +227,7 @@ def check_inputs(
     cu_seqlens: Tensor | None,
     entropy_bonus: float | Tensor = 0.0,
 ) -> LossInputs:
-    """The arguments of a loss call as one value, once all that needs no tensor read has been checked."""
+    """Check all that can be checked without reading a tensor; return the arguments of a loss call as one value."""
     validate.is_tensor("completion_mask", completion_mask)
     objective = _DEFAULT if objective is None else objective
     shape = completion_mask.shape
@@ -283,7 +283,7 @@ def _check_options(
         if not isinstance(beta, Tensor):
             _check_no_penalty(beta)
         elif not validate.may_read(beta):
-            # a tensor on a device is not read: there, the caller who passes one must pass ref_logps
+            # a tensor on an accelerator is not read: with such a beta, ref_logps are required
             _check_no_penalty("a tensor that is not known to be 0")
         if objective.kl_importance_weighted:
             raise ValueError("kl_importance_weighted has no effect without ref_logps; give them or turn it off")

@@ -1,4 +1,4 @@
-"""Chunk and tile sizes, kernels or PyTorch: all that depends on the hardware."""
+"""All that depends on the hardware: chunk and tile sizes, and the choice between Triton kernels and PyTorch."""
 
 import functools
 import importlib.util
@@ -16,19 +16,19 @@ import torch
 from expo_kernels._compat import has_onednn_linear
 
 # Measured on two cores at (V, H) = (32,768, 512) and (65,536, 1,024). Every chunk reads the head twice and adds to
-# dWeight: with oneDNN chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also loses
-# up to a third of its speed to repacking the head, and wants H / 3 rows, but not fewer than 176 whatever H is: at
-# (32,768, 256) 86 rows took 1.4 times as long. Small heads fill 8 MiB.
+# dWeight: with oneDNN, chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also loses
+# up to a third of its speed to repacking the head and needs H / 3 rows, but no fewer than 176 whatever H is: at
+# (32,768, 256) chunks of 86 rows took 1.4 times as long. With small heads the budget of 8 MiB decides.
 CPU_LOGITS_BUDGET_MB = 8.0
 CPU_ROWS_PER_HIDDEN_ONEDNN = 1 / 8
 CPU_ROWS_PER_HIDDEN_MKL = 1 / 3
 CPU_LEAST_ROWS_MKL = 176
 CPU_MOST_ROWS = 512
-# of rows in elementwise passes, on all cores together: the whole loss takes 3 to 8 % longer in chunks that outgrow it
+# rows of an elementwise pass, on all cores together: the whole loss takes 3 to 8 % longer if they exceed this size
 CPU_CACHE_BYTES = 2**21
-CPU_LEAST_ROWS_IN_CACHE = 4  # fewer cost more in calls than they save
+CPU_LEAST_ROWS_IN_CACHE = 4  # with fewer rows, the overhead of the calls exceeds the gain
 ACCELERATOR_LOGITS_BUDGET_MB = 512.0
-WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight held at once when it is stored in a narrower dtype
+WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight cast at once if it is stored in a narrower dtype
 
 
 def most_rows(
@@ -40,15 +40,15 @@ def most_rows(
     device: torch.device,
     hidden_size: int = 0,
 ) -> int:
-    """Rows of a chunk, >= 1, such that `buffers` of [rows, V] fit the budget.
+    """Maximum number of rows of a chunk, >= 1, such that `buffers` of [rows, V] fit the budget.
 
     Args:
         vocab_size: V.
         itemsize: bytes per logit.
-        buffers: [rows, V] buffers alive at once.
-        budget_mb: MiB for them together; None: the default of the device.
-        device: where they live.
-        hidden_size: H of the products that make the logits; 0 where they are ready.
+        buffers: number of [rows, V] buffers that exist at the same time.
+        budget_mb: MiB for all of them; None: the default of the device.
+        device: the device of the buffers.
+        hidden_size: H of the products that compute the logits; 0 if the caller gave the logits.
     """
     least = 1
     if budget_mb is None and device.type == "cpu":
@@ -59,7 +59,7 @@ def most_rows(
 
 
 def _least_rows(hidden_size: int) -> int:
-    """Rows without which a CPU's products would be slow; 1 where there are none to make."""
+    """Minimum number of rows for fast products on a CPU; 1 if there are no products."""
     if hidden_size == 0:
         return 1
     if onednn_is_faster():
@@ -70,13 +70,13 @@ def _least_rows(hidden_size: int) -> int:
 
 
 def chunk_rows(num_tokens: int, most: int) -> int:
-    """Rows per chunk, >= 1 and at most `most`, such that chunks come out nearly equal."""
+    """Rows per chunk, >= 1 and at most `most`, such that all chunks have nearly equal sizes."""
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
 
 
 def rows_in_cache(rows: torch.Tensor) -> int:
-    """How many rows of [n, V] elementwise passes should take at once, >= 1: on a CPU as many as its cache holds."""
+    """Number of rows of [n, V] that an elementwise pass should process at once, >= 1: those that fit a CPU's cache."""
     num_rows, num_columns = rows.shape
     if rows.device.type != "cpu":
         return max(1, num_rows)
@@ -84,7 +84,7 @@ def rows_in_cache(rows: torch.Tensor) -> int:
 
 
 def whole_sequences(lengths: Sequence[int], most: int) -> list[range] | None:
-    """Consecutive sequences for each chunk of at most `most` rows; None where one of them alone is longer."""
+    """The consecutive sequences of each chunk of at most `most` rows; None if a single sequence is longer."""
     if max(lengths, default=0) > most:
         return None
     parts, first, num_rows = [], 0, 0
@@ -97,13 +97,14 @@ def whole_sequences(lengths: Sequence[int], most: int) -> list[range] | None:
 
 
 def widen_rows(hidden_size: int, itemsize: int) -> int:
-    """Rows of the head's weight to widen at once, >= 1."""
+    """Number of rows of the head's weight to cast at once, >= 1."""
     return max(1, WIDEN_BYTES // (max(hidden_size, 1) * itemsize))
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether float32 products on this CPU belong to oneDNN: AVX-512, but not Intel's, where MKL keeps to AVX2."""
+    """Whether oneDNN is the faster library for float32 products here: on AVX-512 CPUs that are not Intel's, where MKL
+    uses AVX2 only."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False
     described = Path("/proc/cpuinfo")
@@ -114,23 +115,24 @@ def onednn_is_faster() -> bool:
 _switch = SimpleNamespace(kernels_on_cpu=False)  # for tests, under TRITON_INTERPRET=1
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-MOST_PROGRAMS = 1024  # of one launch, on any device
-# rows in flight: enough loads to fill the bus, and few enough that some of a row's second read may hit the L2 cache
+MOST_PROGRAMS = 1024  # maximum of one launch, on any device
+# each program reads one row at a time: enough loads to saturate the memory bandwidth, and few enough rows that part of a
+# row's second read may hit the L2 cache
 PROGRAMS_PER_MULTIPROCESSOR = 2
-MOST_COLUMNS = 4096  # with 8 warps 16 float32 a thread: four 128-bit loads in flight, 128 registers suffice
+MOST_COLUMNS = 4096  # with 8 warps, 16 float32 per thread: four 128-bit loads in flight; 128 registers suffice
 
 
 class Tile(NamedTuple):
-    """How one program works."""
+    """The block size and the number of warps of a program."""
 
     block: int  # elements at once
     num_warps: int
 
 
 def use_kernels(*tensors: torch.Tensor | None) -> bool:
-    """Whether Triton takes these: on CUDA and HIP, but never float64, which kernels would narrow.
+    """Whether the Triton kernels run for these tensors: on CUDA and HIP, but not in float64, which they would round.
 
-    EXPO_KERNELS_TRITON=0 in the environment keeps to PyTorch everywhere.
+    EXPO_KERNELS_TRITON=0 in the environment selects PyTorch on every device.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if not _HAS_TRITON or os.environ.get("EXPO_KERNELS_TRITON") == "0":
@@ -141,33 +143,34 @@ def use_kernels(*tensors: torch.Tensor | None) -> bool:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the one that Triton launches on."""
+    """A context in which Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def row_tile(vocab_size: int) -> Tile:
-    """Columns of a row of logits read at once."""
+    """The tile for rows of logits; the block counts columns."""
     block = min(max(1 << (max(vocab_size, 1) - 1).bit_length(), 128), MOST_COLUMNS)
     return Tile(block, max(1, block // 512))
 
 
 def sequence_tile() -> Tile:
-    """Positions of a sequence read at once."""
+    """The tile for sequences; the block counts positions."""
     return Tile(1024, 4)
 
 
 def flat_tile() -> Tile:
-    """Elements of an element-wise kernel's program."""
+    """The tile for elementwise kernels; the block counts elements."""
     return Tile(4096, 8)
 
 
 def curriculum_tile() -> Tile:
-    """Questions of a program of the curriculum's kernels: two a thread, since float64 takes two registers each."""
+    """The tile for the curriculum's kernels; the block counts questions: two per thread, since a float64 takes two
+    registers."""
     return Tile(256, 4)
 
 
 def most_programs(device: torch.device) -> int:
-    """Programs that run at once on the device: the grid of kernels whose programs take many rows each."""
+    """Maximum grid size of persistent kernels, whose programs process many rows each."""
     if device.type != "cuda":
         return 4
     count = torch.cuda.get_device_properties(device).multi_processor_count

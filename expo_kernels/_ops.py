@@ -1,8 +1,8 @@
-"""The registered ops of the loss and of log-probs, and their autograd; each chooses between PyTorch and Triton inside.
+"""The registered ops of the loss and of log-probs, and their autograd; each op chooses between PyTorch and Triton.
 
-A loss op makes the loss and its gradients at once; autograd keeps the gradients and scales them by the incoming one,
-which is all that its backward does. Log-probs make their logits again in backward. Values are checked in the op (see
-`LossInputs.from_tensors`), shapes before it. `LossOutput` is what a loss call returns, made of what its op does.
+A loss op computes the loss and its gradients in one pass; autograd saves the gradients, and backward only multiplies
+them by the incoming gradient. The backward of log-probs recomputes the logits. Values are checked in the op (see
+`LossInputs.from_tensors`), shapes before it. A loss call returns a `LossOutput`, built from the op's results.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from expo_kernels import _compat, _engine, _launch
 from expo_kernels._head import HeadCall, HeadTensors
 from expo_kernels._inputs import METRIC_NAMES, LossInputs
 
-# loss 0-dim, metrics [len(METRIC_NAMES)], number of tokens 0-dim, log-probs like the mask, the wanted gradients
+# loss 0-dim, metrics [len(METRIC_NAMES)], number of tokens 0-dim, log-probs shaped like the mask, the wanted gradients
 _Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
 
@@ -26,18 +26,18 @@ class LossOutput(NamedTuple):
     """0-dim: call .backward() on it."""
 
     metrics: dict[str, Tensor]
-    """0-dim tensors on the device, detached; means over valid tokens (0 where there are none):
-    `kl` nats of the chosen estimator, importance weight included where it is on; 0 without `ref_logps`;
-    `ratio_mean`, `ratio_max` of pi_theta / pi_old, of the token or of its sequence ("gmpo": of the sequence, clipped);
-    `clip_low_fraction`, `clip_high_fraction` share of valid tokens for which the surrogate's lower or upper clipped
+    """0-dim tensors on the device, detached; means over valid tokens (0 if there are none):
+    `kl`: nats, by the chosen estimator, with the importance weight if it is enabled; 0 without `ref_logps`;
+    `ratio_mean`, `ratio_max`: pi_theta / pi_old of the token or of its sequence ("gmpo": of the sequence, clipped);
+    `clip_low_fraction`, `clip_high_fraction`: share of valid tokens for which the surrogate's lower or upper clipped
     term was chosen (the dual clip's cap counts as upper; always 0 for "sapo" and "vespo");
-    `tokens` number of valid tokens; `entropy` nats, only with `return_entropy`."""
+    `tokens`: number of valid tokens; `entropy`: nats, only with `return_entropy`."""
 
     logps: Tensor
-    """Log-probs in nats, shaped like `completion_mask`, float32, detached, 0 where masked."""
+    """Log-probs in nats, shaped like `completion_mask`, float32, detached; 0 at masked positions."""
 
 
-# --- what the public functions call
+# --- called by the public functions
 
 
 def call_policy_loss(
@@ -50,7 +50,7 @@ def call_policy_loss(
     inplace: bool = False,
     vocab_group: str | None = None,
 ) -> LossOutput:
-    """The loss of checked arguments, from hidden states or from logits."""
+    """The loss from hidden states or from logits; the arguments are checked already."""
     op_inputs = (
         completion_ids,
         inputs.completion_mask,
@@ -68,7 +68,7 @@ def call_policy_loss(
 
 
 def call_policy_loss_from_logps(logps: Tensor, inputs: LossInputs) -> LossOutput:
-    """The loss of checked arguments, from log-probs."""
+    """The loss from log-probs; the arguments are checked already."""
     op_tensors = inputs.to_tensors(HeadTensors(logps).arithmetic_dtype)
     wants_grad = [logps.requires_grad and torch.is_grad_enabled()]
     made = policy_loss_from_logps(
@@ -105,9 +105,9 @@ def policy_loss(
     return_entropy: bool,
     vocab_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The loss, and the gradients of those of hidden states or logits, weight and bias that want one (see `_Made`).
+    """The loss, and the wanted gradients of hidden states or logits, weight and bias (see `_Made`).
 
-    The gradients are for autograd alone, which scales them in place.
+    Only autograd may use the gradients: it scales them in place.
     """
     inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
     call = HeadCall(
@@ -136,7 +136,7 @@ def _(
 ) -> _Made:
     tensors = HeadTensors(hidden_or_logits, weight, bias)
     dtype = tensors.arithmetic_dtype
-    # gradients of ready logits have their dtype, those of sums over tokens the arithmetic's
+    # gradients of the caller's logits have the logits' dtype; sums over tokens have the arithmetic's dtype
     grad_dtype = hidden_or_logits.dtype if weight is None else dtype
     gradients = [
         tensor.new_empty(tensor.shape, dtype=grad_dtype)
@@ -156,7 +156,7 @@ def policy_loss_inplace(
     group_size: int,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss of ready logits, whose gradient is written over them."""
+    """The loss of the caller's logits; the gradient overwrites the logits."""
     inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
     call = HeadCall(
         HeadTensors(logits),
@@ -189,7 +189,7 @@ def policy_loss_from_logps(
     objective: str,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The loss of ready log-probs, and its gradient in them (see `_Made`)."""
+    """The loss of the caller's log-probs, and dL/dlogps if wanted (see `_Made`)."""
     inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
     made, gradients = _engine.policy_loss_from_logps(logps, inputs, wants_grad=wants_grad[0])
     return *made, gradients
@@ -203,7 +203,7 @@ def _(logps: Tensor, wants_grad: list[bool], completion_mask: Tensor, *_: Any) -
 
 @torch.library.custom_op("expo_kernels::with_gradient", mutates_args=())
 def with_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001 - for autograd alone
-    """The loss again, whose gradient in the logits is known already."""
+    """Return the loss and attach its gradient with respect to the logits, which is computed already."""
     return loss.clone()
 
 
@@ -222,12 +222,12 @@ def _fake_loss(completion_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def _register_gradients(op: Any, num_differentiable: int) -> None:
-    """Autograd of an op that returns `_Made`; its first inputs are differentiable, then come their `wants_grad`."""
+    """Register autograd for an op that returns `_Made`; its differentiable inputs come first, then `wants_grad`."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: _Made) -> None:
         _, *others, gradients = output
         wants_grad = inputs[num_differentiable]
-        ctx.set_materialize_grads(False)  # or backward would be given zeros as large as the gradients
+        ctx.set_materialize_grads(False)  # otherwise autograd would allocate zeros as large as the gradients
         ctx.mark_non_differentiable(*others, *gradients)
         ctx.save_for_backward(*gradients)
         ctx.wants_grad, ctx.num_others = wants_grad, len(inputs) - num_differentiable
@@ -262,19 +262,19 @@ with_gradient.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 
 
 def _by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
-    """One entry per input: the next of `made` where one is wanted."""
+    """One entry per input: its gradient from `made`, or None if none is wanted."""
     rest = iter(made)
     return [next(rest) if is_wanted else None for is_wanted in wanted]
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_loss * gradient in the input's dtype, rounded once, and in the gradient's own memory where it fits there."""
+    """grad_loss * gradient in the input's dtype, rounded once; in the gradient's own memory if the dtypes are equal."""
     if type(gradient) is not Tensor:
-        # a tracer's stand-in: the compiler decides what is written where
+        # a fake tensor of torch.compile: the compiler decides about memory
         return (gradient * grad_loss).to(dtype)
     if gradient.dtype != dtype:
         return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
-    # a second backward may come for the same numbers
+    # a second backward pass may read the same gradient
     if _compat.graph_is_kept():
         return gradient * grad_loss
     if _launch.use_kernels(gradient):
@@ -282,7 +282,7 @@ def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
 
         launch_scale(gradient, grad_loss)
         return gradient
-    # reading the number is free on CPU and saves a pass over [V, H]
+    # on a CPU, reading the number costs nothing and may save a pass over [V, H]
     is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
     return gradient if is_one else gradient.mul_(grad_loss)
 
@@ -304,8 +304,8 @@ def token_logps(
     keeps_rows: bool,
     vocab_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs and entropies like the ids (an empty tensor without `return_entropy`), and, where `keeps_rows`, what
-    the kernels' backward reads of each row: its maximum and the sum of its exponentials, [M] each."""
+    """Log-probs and entropies, shaped like the ids (entropies are empty without `return_entropy`); with `keeps_rows`
+    also the maximum and the sum of exponentials of each row, [M] each, which the kernels' backward reads."""
     tensors = HeadTensors(hidden_or_logits, weight, bias)
     call = HeadCall(
         tensors, completion_ids, mask, temperature, logit_softcap, logits_budget_mb, vocab_group=vocab_group
@@ -343,10 +343,10 @@ def token_logps_backward(
     wants_grad: list[bool],
     vocab_group: str | None,
 ) -> list[Tensor]:
-    """Gradients of those of hidden states or logits, weight and bias that want one, in their dtypes.
+    """The wanted gradients of hidden states or logits, weight and bias, in the inputs' dtypes.
 
-    `grads` are those of the log-probs and of the entropies, the latter perhaps None; `kept_rows` the entropies, the
-    maxima and the sums that the forward pass returned.
+    `grads` are dL/dlogps and dL/dentropies (or None); `kept_rows` are the entropies, the maxima and the sums of
+    exponentials that the forward pass returned.
     """
     grad_logps, grad_entropies = grads
     assert grad_logps is not None
