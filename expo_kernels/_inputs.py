@@ -17,8 +17,8 @@ from expo_kernels import _validate as validate
 from expo_kernels.advantages import check_rewards
 from expo_kernels.objective import Objective, RolloutCorrection
 
-# a loss op returns these numbers in one tensor, in this order: all but the loss, the maximum and the count are means over
-# tokens
+# a loss op returns these numbers in one tensor, in this order: all but the loss, the maximum and the count are means
+# over tokens
 METRIC_NAMES = ("loss", "kl", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "tokens", "entropy")
 _DEFAULT = Objective()
 

@@ -16,8 +16,8 @@ import torch
 from expo_kernels._compat import has_onednn_linear
 
 # Measured on two cores at (V, H) = (32,768, 512) and (65,536, 1,024). Every chunk reads the head twice and adds to
-# dWeight: with oneDNN, chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also loses
-# up to a third of its speed to repacking the head and needs H / 3 rows, but no fewer than 176 whatever H is: at
+# dWeight: with oneDNN, chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also
+# loses up to a third of its speed to repacking the head and needs H / 3 rows, but no fewer than 176 whatever H is: at
 # (32,768, 256) chunks of 86 rows took 1.4 times as long. With small heads the budget of 8 MiB decides.
 CPU_LOGITS_BUDGET_MB = 8.0
 CPU_ROWS_PER_HIDDEN_ONEDNN = 1 / 8
@@ -116,8 +116,8 @@ _switch = SimpleNamespace(kernels_on_cpu=False)  # for tests, under TRITON_INTER
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 MOST_PROGRAMS = 1024  # maximum of one launch, on any device
-# each program reads one row at a time: enough loads to saturate the memory bandwidth, and few enough rows that part of a
-# row's second read may hit the L2 cache
+# each program reads one row at a time: enough loads to saturate the memory bandwidth, and few enough rows that part of
+# a row's second read may hit the L2 cache
 PROGRAMS_PER_MULTIPROCESSOR = 2
 MOST_COLUMNS = 4096  # with 8 warps, 16 float32 per thread: four 128-bit loads in flight; 128 registers suffice
 

@@ -1,10 +1,10 @@
-"""The three products of the output head in PyTorch: logits, the gradient of hidden states, that of the weight.
+"""The three products of the output head in PyTorch: logits, gradient of hidden states, and gradient of the weight.
 
-On a CPU they go through the faster of the two libraries in PyTorch.
+On a CPU they use the faster of PyTorch's two libraries.
 
-PyTorch gives float32 products to MKL, which keeps to AVX2 on processors that are not Intel's. There oneDNN, shipped in
-the same build, uses AVX-512 and is twice as fast; its operator allocates its result and copies operands that are not
-dense, so products go through it by blocks of the vocabulary small enough for these to stay in the cache.
+PyTorch computes float32 products with MKL, which uses AVX2 only on processors that are not Intel's. On these, oneDNN,
+part of the same build, uses AVX-512 and is twice as fast. Its operator allocates the result and copies operands that
+are not dense, so it is called for one block of the vocabulary at a time, small enough to keep these in the cache.
 
 Letters: n rows of a chunk, V vocabulary, H hidden.
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 from expo_kernels import _launch
 from expo_kernels._compat import onednn_linear
 
-# of what a product of some columns allocates, [n, columns] or [columns, H]: it should stay in the cache, and each block
-# costs the threads some barriers, which are slow while others use the cores
+# size of the result of one product, [n, columns] or [columns, H]: it should stay in the cache, but each block costs
+# some thread barriers, which are slow while other processes use the cores
 BLOCK_BYTES = 2**21
-# of a float32 dot product: more of them added to one running sum lose more to rounding. MKL itself takes 256, and half
-# of that makes log-probs and gradients a quarter more exact for a few hundredths of the time
+# terms of a float32 dot product per running sum, whose rounding error grows with them. MKL uses 256; 128 reduces
+# the error of log-probs and gradients by a quarter and costs a few percent of the time
 TERMS_AT_ONCE = 128
-LEAST_COLUMNS = 128  # a narrower product is too small to make up for the copies
-LEAST_ROWS = 32  # of dWeight: with fewer, transposing and adding cost more than the product
-LEAST_PADDED_COLUMNS = 1024  # in shorter rows gaps cost an elementwise pass more than they save
+LEAST_COLUMNS = 128  # the gain of a narrower product is less than the cost of the copies
+LEAST_ROWS = 32  # for dWeight: with fewer, transposing and adding cost more than the product
+LEAST_PADDED_COLUMNS = 1024  # in shorter rows, padding costs an elementwise pass more than it saves
 
 
 class WideProducts:
-    """Operands and results in one dtype; a head stored in a narrower one is widened some vocabulary rows at a time."""
+    """Operands and results in one dtype; a head stored in a narrower dtype is cast block by block of the vocabulary."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -39,11 +39,11 @@ class WideProducts:
         return empty_rows(num_rows, vocab_size, self.dtype, device)
 
     def grad_memory(self, logits: Tensor) -> tuple[Tensor, None]:
-        """The logits' own memory; nothing is rounded."""
+        """The logits' own memory, and no rounding residuals."""
         return logits, None
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """Hidden states or a bias, widened."""
+        """Hidden states or a bias, cast to the dtype of the products."""
         return tensor.to(self.dtype)
 
     def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
@@ -66,7 +66,7 @@ class WideProducts:
 def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
     """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V]).
 
-    Through oneDNN a row's bits depend on nothing but the row: neither on the other rows nor on the blocks.
+    With oneDNN, the bits of a row depend neither on the other rows nor on the blocks.
     """
     if not _goes_through_onednn(out):
         is_split = _is_float32_on_cpu(out)
@@ -77,7 +77,7 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
         return
     num_rows = hidden.shape[0]
     if num_rows == 1:
-        hidden = hidden.expand(2, -1).contiguous()  # one row alone would be added up in another order
+        hidden = hidden.expand(2, -1).contiguous()  # oneDNN sums in a different order if there is only one row
     for block in _blocks(out, num_rows):
         part = onednn_linear(hidden, weight[block].contiguous(), None if bias is None else bias[block])
         torch.mul(part[:num_rows], scale, out=out[:, block])
@@ -110,9 +110,9 @@ def add_to_weight(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_firs
 
 
 def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[num_rows, num_columns], long rows an odd number of cache lines apart.
+    """Uninitialized memory [num_rows, num_columns]; the stride of long rows is an odd number of cache lines.
 
-    Rows a power of two apart share their place in the cache, which makes a transposed copy six times slower.
+    Rows whose stride is a power of two map to the same cache set, which makes a transposed copy six times slower.
     """
     stride = num_columns
     if num_columns >= LEAST_PADDED_COLUMNS:
@@ -122,7 +122,7 @@ def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in that dtype, some vocabulary rows at a time where it is not stored so."""
+    """The head in that dtype: whole if it is stored so, else cast block by block of the vocabulary."""
     vocab_size, hidden_size = weight.shape
     if weight.dtype == dtype:
         yield slice(0, vocab_size), weight
@@ -136,7 +136,7 @@ def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 def _add_up_terms(
     out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, num_terms: int
 ) -> None:
-    """`write_logits`, as a sum of products over `num_terms` of H each."""
+    """`write_logits` as a sum of products over `num_terms` of the H features each."""
     parts = zip(torch.split(hidden, num_terms, dim=1), torch.split(weight, num_terms, dim=1), strict=True)
     for number, (left, right) in enumerate(parts):
         if number > 0:
@@ -148,7 +148,7 @@ def _add_up_terms(
 
 
 def _blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:
-    """Slices of the vocabulary of rows [n, V]."""
+    """Slices of the vocabulary for rows [n, V], of about `BLOCK_BYTES` each."""
     vocab_size = rows.shape[1]
     columns = BLOCK_BYTES // (values_per_column * rows.dtype.itemsize)
     columns = max(LEAST_COLUMNS, columns // 16 * 16)

@@ -1,8 +1,8 @@
-"""Argument checks, one function per fact; each error says what was given, what was expected, what to do.
+"""Argument checks, one function per fact; each error says what was given, what was expected and what to do.
 
-Shapes and types are always checked. Checks that read values run where reading is free (CPU tensors), and on
-other devices, where each costs a synchronisation, only under `debug_checks` or EXPO_KERNELS_DEBUG=1. They are called
-inside registered ops, so that torch.compile traces no value: there they run when the compiled graph does.
+Shapes and types are always checked. Checks that read values always run for CPU tensors. On other devices, where each
+costs a synchronisation, they run only under `debug_checks` or EXPO_KERNELS_DEBUG=1. They are called inside registered
+ops, so that torch.compile traces no value; in a compiled graph they run when the graph runs.
 """
 
 import math
@@ -18,7 +18,7 @@ _switch = SimpleNamespace(reads_any_device=os.environ.get("EXPO_KERNELS_DEBUG", 
 
 
 class debug_checks:  # noqa: N801 - used like a function: debug_checks(True), or `with debug_checks(True):`
-    """Turn the checks that cost a device synchronisation on or off, at once or for a `with` block.
+    """Enable or disable the checks that cost a device synchronisation, from now on or within a `with` block.
 
     Args:
         enabled: True to read values on every device; False to read them on CPU tensors only.
@@ -38,7 +38,7 @@ class debug_checks:  # noqa: N801 - used like a function: debug_checks(True), or
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether values may be read: free on CPU, a synchronisation elsewhere."""
+    """Whether values may be read: always on a CPU; on other devices, which must synchronise, only if enabled."""
     return tensor.device.type == "cpu" or bool(_switch.reads_any_device)
 
 
@@ -63,7 +63,7 @@ def integers(name: str, tensor: Tensor) -> None:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    """All given tensors lie on the device of the first."""
+    """All given tensors are on the device of the first."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in given.items())
     for name, tensor in given.items():
@@ -72,7 +72,7 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def same_shape(name: str, tensor: Tensor, other_name: str, shape: torch.Size) -> None:
-    """`tensor` has the shape of the argument called `other_name`."""
+    """`tensor` has the shape that the argument `other_name` requires."""
     if tensor.shape != shape:
         given, expected = list(tensor.shape), list(shape)
         raise ValueError(
@@ -144,7 +144,7 @@ def cumulative_lengths(cu_seqlens: Tensor) -> None:
 
 
 def cumulative_length_values(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """`cu_seqlens` rises from 0 to the number of tokens."""
+    """`cu_seqlens` is non-decreasing from 0 to the number of tokens."""
     if not may_read(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
@@ -156,7 +156,7 @@ def cumulative_length_values(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def finite(name: str, tensor: Tensor) -> None:
-    """No NaN and no infinity."""
+    """`tensor` holds neither NaN nor infinity."""
     if may_read(tensor) and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(f"{name} holds {bad} non-finite values; expected numbers only (count and drop failures)")
@@ -175,7 +175,7 @@ def number(name: str, value: float, *, low: float, above: bool = False, high: fl
     """`value` is a finite Python number in range."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected a number")
-    # comparisons alone, which NaN fails: a trace keeps the number symbolic through them
+    # only comparisons: they keep the number symbolic in a trace, and NaN fails them
     if not (low <= value <= high and value < math.inf) or (above and value == low):
         bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
         raise ValueError(f"{name} is {value}; expected a finite number {bounds}")
@@ -190,7 +190,7 @@ def whole_number(name: str, value: int, *, low: int) -> None:
 
 
 def scalar(name: str, value: float | Tensor, *, above_zero: bool = False) -> None:
-    """A finite number >= 0 (or > 0), or a 0-dim tensor, whose value is for `scalar_value` to check."""
+    """`value` is a finite number >= 0 (or > 0), or a 0-dim tensor, whose value `scalar_value` checks."""
     if not isinstance(value, Tensor):
         number(name, value, low=0.0, above=above_zero)
         return
@@ -199,19 +199,19 @@ def scalar(name: str, value: float | Tensor, *, above_zero: bool = False) -> Non
 
 
 def scalar_value(name: str, value: Tensor, *, above_zero: bool = False) -> None:
-    """The 0-dim tensor holds a finite number >= 0 (or > 0)."""
+    """The 0-dim tensor `value` holds a finite number >= 0 (or > 0)."""
     if may_read(value):
         number(name, float(value), low=0.0, above=above_zero)
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """`value` is one of the allowed words."""
+    """`value` is one of the allowed strings."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
 def group_size_divides(batch: int, group_size: int) -> None:
-    """The batch is whole groups."""
+    """The batch consists of whole groups."""
     whole_number("group_size", group_size, low=1)
     if batch % group_size:
         raise ValueError(
@@ -221,6 +221,6 @@ def group_size_divides(batch: int, group_size: int) -> None:
 
 
 def callable_or_choice(name: str, value: str | Callable[[Tensor], Tensor], allowed: tuple[str, ...]) -> None:
-    """`value` is a function, or one of the allowed words."""
+    """`value` is a function, or one of the allowed strings."""
     if not callable(value):
         choice(name, value, allowed)

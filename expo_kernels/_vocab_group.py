@@ -1,7 +1,7 @@
-"""An output head cut by vocabulary over the ranks of a process group, each holding some of its rows.
+"""A vocabulary-parallel output head: each rank of a process group holds some of its rows.
 
-Tensor parallelism as in Megatron-LM (arXiv 1909.08053, section 3): every rank has all hidden states and ids, makes the
-logits of its own columns, and what a row's softmax needs of the others is reduced: its largest logit, then its sums.
+Tensor parallelism as in Megatron-LM (arXiv 1909.08053, section 3): every rank has all hidden states and ids and
+computes the logits of its own columns. The maximum of each row, and then its sums, are reduced over the ranks.
 
 Letters: V_r rows of the head on this rank, n rows of a chunk of logits.
 """
@@ -18,33 +18,33 @@ from expo_kernels import _compat
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns of the logits are this rank's, and how to reduce over the others."""
+    """The columns of the logits that this rank holds, and the reductions over all ranks."""
 
     group: dist.ProcessGroup
-    start: int  # columns on the ranks before this one
+    start: int  # number of columns on the ranks before this one
     size: int  # V_r
     vocab_size: int  # on all ranks
-    most_rows: int  # of a chunk, the same on every rank: each must take part in every reduction
+    most_rows: int  # of a chunk; equal on every rank, because every rank takes part in every reduction
 
     def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the logits of these ids [n] stand on this rank, and whether they do."""
+        """The column of each id [n] on this rank, and whether this rank holds it."""
         local = ids - self.start
         return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)
 
     def all_reduce_max(self, values: Tensor) -> None:
-        """Replace `values` by the largest of all ranks'."""
+        """Replace `values` by the maximum over all ranks."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
 
     def all_reduce_sum(self, values: Tensor) -> None:
-        """Replace `values` by the sum of all ranks'."""
+        """Replace `values` by the sum over all ranks."""
         dist.all_reduce(values, group=self.group)
 
 
 def join(name: str, weight: Tensor, valid_ids: Tensor, most_rows: int) -> VocabShard:
-    """The shard of this rank in the group of that name, once all ranks have told what they were given.
+    """The shard of this rank in the group of that name; an all-gather compares the arguments of all ranks.
 
     Raises:
-        ValueError: a rank without rows, or with other tokens; the same on every rank.
+        ValueError: a rank has no rows, or the ranks have different tokens; raised on every rank.
     """
     group = _compat.process_group(name)
     places = torch.arange(1, valid_ids.numel() + 1, device=valid_ids.device)
@@ -67,11 +67,11 @@ def join(name: str, weight: Tensor, valid_ids: Tensor, most_rows: int) -> VocabS
 def local_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_group: Any
 ) -> tuple[Tensor, Tensor | None, str | None]:
-    """This rank's rows of weight and bias, and the name of the group that shares them; None: they are whole.
+    """This rank's rows of weight and bias, and the name of the group that shards them (None: they are not sharded).
 
     Raises:
-        TypeError: `vocab_group` is no process group.
-        ValueError: a DTensor whose rows are not what the ranks of one group share.
+        TypeError: `vocab_group` is not a process group.
+        ValueError: a DTensor that is not sharded by rows over one group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if vocab_group is None:

@@ -17,23 +17,23 @@ AdvantageScale = Literal["group", "batch", "none"]
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale = "group", eps: float = 1e-6) -> Tensor:
-    """Advantage of each rollout against the others of its question, [B] float32.
+    """Group-relative advantage of each rollout, [B] float32.
 
-    Source: FG-ExPO eq. 1; scale "batch" is REINFORCE++'s, "none" Dr. GRPO's.
+    Source: FG-ExPO eq. 1; the scale "batch" is from REINFORCE++, "none" from Dr. GRPO.
 
     Args:
-        rewards: [B] finite numbers; those of one question adjacent.
+        rewards: [B] finite numbers; the rewards of one question are adjacent.
         group_size: G, rollouts per question; divides B.
-        scale: "group": divide by the population std of the group, plus eps; "batch": by that of all B rewards, plus
-            eps; "none": only subtract the group's mean.
+        scale: "group": divide by the population std of the group, plus eps; "batch": divide by the population std of
+            all B rewards, plus eps; "none": only subtract the group's mean.
         eps: >= 0, in the unit of the rewards.
 
     Returns:
         [B] float32 (float64 for float64 rewards) on the rewards' device; exactly 0 in a group of equal rewards.
 
     Raises:
-        ValueError: G does not divide B, a reward is not finite (read on CPU), an unknown scale.
-        TypeError: an argument of the wrong type.
+        ValueError: G does not divide B, a reward is not finite (checked on CPU), or the scale is unknown.
+        TypeError: an argument has the wrong type.
     """
     check_rewards(rewards, group_size)
     validate.choice("scale", scale, ("group", "batch", "none"))
@@ -54,7 +54,7 @@ def _(rewards: Tensor, *_: Any) -> Tensor:
 
 
 def advantages_of_rewards(rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-6) -> Tensor:
-    """`group_advantages` of rewards that have been checked."""
+    """`group_advantages` of rewards that are checked already."""
     rewards = rewards.to(_dtype_of(rewards))
     if rewards.numel() == 0:
         return rewards.clone()
@@ -66,7 +66,7 @@ def _dtype_of(rewards: Tensor) -> torch.dtype:
 
 
 def check_rewards(rewards: Tensor, group_size: int) -> None:
-    """The checks on rewards that everything made of them shares; that they are finite is for the op to check."""
+    """Check the type and shape of rewards; the op checks that they are finite."""
     validate.is_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent")
@@ -82,21 +82,21 @@ def akl_beta(
 ) -> Tensor:
     """beta_eff = beta * rho(mean accuracy): 0-dim float32 on the device of `accuracies`, without a host sync.
 
-    Source: FG-ExPO eq. 4, 5 and 8. More accurate batches get the larger penalty weight.
+    Source: FG-ExPO eq. 4, 5 and 8. A higher accuracy gives a larger penalty weight.
 
     Args:
-        accuracies: verifier scores of all rollouts of the step, any shape, finite; this rank's share of them.
-        beta: >= 0, weight of the penalty before scaling; a 0-dim tensor is read on its device.
-        rho: "tanh": (tanh(x) + 1) / 2; "constant": 1, which is GRPO; or a function of the 0-dim mean, which must rise
-            and stay within positive bounds.
-        process_group: ranks that share the batch: one all-reduce of (sum, count). None: this process is all.
+        accuracies: verifier scores of this rank's rollouts of the step, any shape, finite.
+        beta: >= 0, weight of the penalty before scaling; a 0-dim tensor is not copied to the host.
+        rho: "tanh": (tanh(x) + 1) / 2; "constant": 1, which is GRPO; or a function of the 0-dim mean, which must be
+            increasing, with positive bounds.
+        process_group: the ranks that share the batch; one all-reduce of (sum, count). None: only this process.
 
     Returns:
         0-dim float32 tensor.
 
     Raises:
-        ValueError: no accuracy at all, one that is not finite (read on CPU), an unknown `rho`.
-        TypeError: an argument of the wrong type.
+        ValueError: `accuracies` is empty or not finite (checked on CPU), or `rho` is unknown.
+        TypeError: an argument has the wrong type.
     """
     validate.is_tensor("accuracies", accuracies)
     validate.scalar("beta", beta)
@@ -113,7 +113,7 @@ def akl_beta(
 
 @torch.library.custom_op("expo_kernels::accuracy_sum", mutates_args=())
 def _accuracy_sum(accuracies: Tensor) -> Tensor:
-    """Sum and count, [2] float64."""
+    """Sum and count of the accuracies, [2] float64."""
     validate.finite("accuracies", accuracies)
     total = accuracies.sum(dtype=torch.float64)
     return torch.stack([total, torch.full_like(total, accuracies.numel())])

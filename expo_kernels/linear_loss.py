@@ -1,8 +1,8 @@
-"""The policy loss from hidden states and the output head, without ever holding [tokens, vocabulary] logits.
+"""The policy loss from hidden states and the output head, without materializing [tokens, vocabulary] logits.
 
-Per chunk of valid tokens: one product makes float32 logits, the loss turns them into dL/dlogits in place, two products
-turn that into dHidden and dWeight (summed in float32). That is 6*N*H*V floating-point operations and no recompute;
-8*N*H*V for a ratio per sequence once a sequence exceeds a chunk. `_engine.py` holds the loop, `_head.py` the head.
+For each chunk of valid tokens, one product computes float32 logits, the loss overwrites them by dL/dlogits, and two
+products compute dHidden and dWeight (summed in float32). That is 6*N*H*V floating-point operations without recompute,
+and 8*N*H*V for a ratio per sequence if a sequence exceeds a chunk. `_engine.py` holds the loop, `_head.py` the head.
 
 Letters: B sequences, T completion positions, N valid tokens, H hidden, V vocabulary.
 """
@@ -43,43 +43,46 @@ def linear_expo_loss(
 ) -> LossOutput:
     """Policy loss of a batch from hidden states and the output head; differentiable in `hidden`, `weight`, `bias`.
 
-    The gradients are made while the loss is, and `backward` only scales them. An input that needs no gradient costs
-    nothing: no dWeight product and no [V, H] buffer for a frozen head, only the logits under `torch.no_grad()`.
+    The forward pass also computes the gradients; `backward` only scales them. No gradient is computed for an input that
+    needs none: a frozen head costs no dWeight product and no [V, H] buffer; `torch.no_grad()` costs only the logits.
 
     Args:
         hidden: [B, T, H], or packed [N, H], any float dtype; row t predicts `completion_ids[:, t]`.
-        weight: [V, H] output head, any float dtype, which need not be that of `hidden`.
-        completion_ids: [B, T] or [N] integers in [0, V) wherever the mask is 1.
-        completion_mask: [B, T] or [N], bool or 0/1: where the token counts.
+        weight: [V, H] output head, any float dtype, which may differ from that of `hidden`.
+        completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1.
+        completion_mask: [B, T] or [N], bool or 0/1; 1 for valid tokens.
         bias: [V], or None.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
-        vocab_group: process group whose ranks share the head by vocabulary (tensor parallelism): `weight` is [V_r, H]
-            and `bias` [V_r], the rows of the vocabulary in order of the ranks, as many on each as it likes (at least
-            one); all else is the same on every rank. Loss, metrics, log-probs and dHidden, already summed over the
-            group, are then those of one process on every rank, dWeight and dBias those of its rows. Two small
-            reductions a chunk. Runs in PyTorch on every device. A DTensor with placements (Shard(0),) says the same of
-            itself.
+        vocab_group: process group of a vocabulary-parallel head (tensor parallelism): `weight` is [V_r, H] and `bias`
+            [V_r], the rows of the vocabulary in the order of the ranks; each rank holds at least one, and the numbers
+            may differ. All other arguments are the same on every rank. Every rank returns the loss, metrics, log-probs
+            and dHidden (summed over the group) of the whole head, and dWeight and dBias of its own rows. Costs two
+            small reductions per chunk and runs in PyTorch on every device. A DTensor with placements (Shard(0),) needs
+            no `vocab_group`.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
-        group_size: G, rollouts per question, adjacent.
-        old_logps: like the mask, nats; None: on-policy, ratio exactly 1 with a gradient.
-        ref_logps: like the mask, nats, under the frozen reference; None only with beta = 0.
-        rollout_logps: like the mask, nats, as the sampler reported them; goes with `objective.rollout_correction`.
-        beta: >= 0, weight of the KL penalty; a 0-dim tensor is read on its device.
-        objective: everything static; None: `Objective()`.
-        normalizer: > 0, the denominator over all micro-batches and ranks: sequences (tokens for aggregation "token");
-            None: counted from this call.
-        entropy_bonus: >= 0, nats of loss per nat: the loss less this times the entropies of the tokens' distributions,
-            aggregated as `objective.aggregation` says; a 0-dim tensor is read on its device. 0.0 costs nothing.
-        cu_seqlens: [B + 1] int32, where each packed sequence starts and ends; only and always with packed input.
+        group_size: G, rollouts per question; those of one question are adjacent.
+        old_logps: shaped like the mask, nats, under the old policy; None: on-policy, the ratio is exactly 1 and has a
+            gradient.
+        ref_logps: shaped like the mask, nats, under the frozen reference policy; None only if beta = 0.
+        rollout_logps: shaped like the mask, nats, as the sampler reported them; required by
+            `objective.rollout_correction`, else None.
+        beta: >= 0, weight of the KL penalty; a 0-dim tensor is not copied to the host.
+        objective: the static choices of the loss; None: `Objective()`.
+        normalizer: > 0, the denominator over all micro-batches and ranks: number of sequences (tokens for aggregation
+            "token"); None: that of this call.
+        entropy_bonus: >= 0, weight of the entropies of the tokens' distributions (nats), which are aggregated by
+            `objective.aggregation` and subtracted from the loss; a 0-dim tensor is not copied to the host. 0.0 costs
+            nothing.
+        cu_seqlens: [B + 1] int32, cumulative lengths of the packed sequences; required with packed input, else None.
         return_entropy: also compute `metrics["entropy"]`, without gradient.
 
     Returns:
         `LossOutput`.
 
     Raises:
-        ValueError: shapes that do not fit, values out of range, options that contradict each other.
-        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes do not match, values are out of range, or options contradict each other.
+        TypeError: an argument has the wrong type or dtype.
     """
     weight, bias, group_name = local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)
@@ -116,7 +119,7 @@ class LinearExpoLoss(nn.Module):
     """`linear_expo_loss` as a module: `LinearExpoLoss(objective)(hidden, weight, completion_ids, ...)`.
 
     Args:
-        objective: everything static about the loss; None: `Objective()`.
+        objective: the static choices of the loss; None: `Objective()`.
     """
 
     def __init__(self, objective: Objective | None = None) -> None:

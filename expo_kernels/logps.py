@@ -1,9 +1,9 @@
-"""Log-probability, and entropy, of the chosen tokens: from logits, or from hidden states and the output head.
+"""Log-probs of the chosen tokens, and entropies, from logits or from hidden states and the output head.
 
-The linear form never holds [tokens, V] logits: they are made a chunk at a time, and once more in backward. The work is
-done by the registered ops of `_ops.py`.
+The linear form never materializes [tokens, V] logits: it computes them a chunk at a time, and again in backward. The
+registered ops of `_ops.py` do the work.
 
-Letters: B sequences, T completion positions, V vocabulary, H hidden. Float32 arithmetic whatever the input dtype
+Letters: B sequences, T completion positions, V vocabulary, H hidden. The arithmetic is float32 whatever the input dtype
 (float64 for float64 inputs).
 """
 
@@ -80,23 +80,23 @@ def token_logps(
     logit_softcap: float | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability in nats of each chosen token, [B, T] float32, 0 where masked; differentiable in `logits`.
+    """Log-prob in nats of each chosen token, [B, T] float32, 0 at masked positions; differentiable in `logits`.
 
     Args:
         logits: [B, T, V] or packed [N, V], any float dtype; row t predicts `completion_ids[:, t]`. Not yet divided by
             the temperature.
-        completion_ids: [B, T] or [N] integers in [0, V) wherever the mask is 1, anything elsewhere.
-        mask: like `completion_ids`, bool or 0/1: where the token counts; None: everywhere.
+        completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1; other values are ignored.
+        mask: shaped like `completion_ids`, bool or 0/1; 1 for valid tokens; None: all tokens are valid.
         temperature: > 0, no unit.
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
-        return_entropy: also return the entropies of the distributions, in nats, with their gradient.
+        return_entropy: also return the entropies of the distributions, in nats, differentiable.
 
     Returns:
-        Log-probs like `completion_ids` (float64 for float64 logits), or the pair (log-probs, entropies).
+        Log-probs shaped like `completion_ids` (float64 for float64 logits), or the pair (log-probs, entropies).
 
     Raises:
-        ValueError: shapes that do not fit, ids out of range (read on CPU), a temperature that is not > 0.
-        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
+        TypeError: an argument has the wrong type or dtype.
     """
     validate.floating("logits", logits)
     validate.dimensions("logits", logits, "NV" if logits.dim() == 2 else "BTV")
@@ -147,29 +147,29 @@ def linear_token_logps(
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability in nats of each chosen token, [B, T] float32, 0 where masked, without [tokens, V] logits.
+    """Log-prob in nats of each chosen token, [B, T] float32, 0 at masked positions, without [tokens, V] logits.
 
-    Differentiable in `hidden`, `weight` and `bias`; backward makes the logits again, chunk by chunk.
+    Differentiable in `hidden`, `weight` and `bias`; backward recomputes the logits chunk by chunk.
 
     Args:
         hidden: [B, T, H] or packed [N, H], any float dtype; row t predicts `completion_ids[:, t]`.
         weight: [V, H] output head, any float dtype.
-        completion_ids: [B, T] or [N] integers in [0, V) wherever the mask is 1, anything elsewhere.
+        completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1; other values are ignored.
         bias: [V], or None.
-        mask: like `completion_ids`, bool or 0/1: where the token counts; None: everywhere.
+        mask: shaped like `completion_ids`, bool or 0/1; 1 for valid tokens; None: all tokens are valid.
         temperature: > 0, no unit; logits are divided by it.
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
-        return_entropy: also return the entropies of the distributions, in nats, with their gradient.
+        return_entropy: also return the entropies of the distributions, in nats, differentiable.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
-        vocab_group: process group whose ranks share the head by vocabulary: see `linear_expo_loss`. Backward reduces
-            too, so every rank must run it.
+        vocab_group: process group of a vocabulary-parallel head, as in `linear_expo_loss`. Backward also reduces over
+            the group, so every rank must run it.
 
     Returns:
-        Log-probs like `completion_ids` (float64 for float64 inputs), or the pair (log-probs, entropies).
+        Log-probs shaped like `completion_ids` (float64 for float64 inputs), or the pair (log-probs, entropies).
 
     Raises:
-        ValueError: shapes that do not fit, ids out of range (read on CPU), a temperature that is not > 0.
-        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
+        TypeError: an argument has the wrong type or dtype.
     """
     weight, bias, group_name = local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)

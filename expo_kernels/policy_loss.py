@@ -1,7 +1,7 @@
-"""The policy loss: EXPO's (and GRPO's) objective on logits or on log-probs, and its gradient.
+"""The policy loss of EXPO and GRPO from logits or from log-probs, and its gradient.
 
-Source: FG-ExPO (arXiv 2605.11403), eq. 1 to 3 and algorithm 1, written out in `reference.py`. Shapes are checked here;
-the work is done by the registered ops of `_ops.py`.
+Source: FG-ExPO (arXiv 2605.11403), eq. 1 to 3 and algorithm 1; `reference.py` has the formulas. The functions check
+shapes; the registered ops of `_ops.py` do the work.
 
 Letters: B sequences, T completion positions, N valid tokens, V vocabulary.
 """
@@ -40,37 +40,39 @@ def expo_loss(
 ) -> LossOutput:
     """Policy loss of a batch from its logits: 0-dim loss, metrics and log-probs; differentiable in `logits`.
 
-    Source: FG-ExPO (arXiv 2605.11403) eq. 1 to 3; `objective` chooses among the variants. Masked positions may hold
-    anything in any tensor and change nothing.
+    Source: FG-ExPO (arXiv 2605.11403) eq. 1 to 3; `objective` selects the variant. Values at masked positions of any
+    tensor, NaN included, are ignored.
 
     Args:
         logits: [B, T, V], or packed [N, V], any float dtype; row t predicts `completion_ids[:, t]`. Not yet divided by
             the temperature.
-        completion_ids: [B, T] or [N] integers in [0, V) wherever the mask is 1.
-        completion_mask: [B, T] or [N], bool or 0/1: where the token counts.
+        completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1.
+        completion_mask: [B, T] or [N], bool or 0/1; 1 for valid tokens.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
-        group_size: G, rollouts per question, adjacent.
-        old_logps: like the mask, nats, under the policy that the ratio compares with; None: on-policy, ratio exactly 1
-            with a gradient.
-        ref_logps: like the mask, nats, under the frozen reference; None only with beta = 0.
-        rollout_logps: like the mask, nats, as the sampler reported them; goes with `objective.rollout_correction`.
-        beta: >= 0, weight of the KL penalty; a 0-dim tensor is read on its device.
-        objective: everything static; None: `Objective()`.
-        normalizer: > 0, the denominator over all micro-batches and ranks: sequences (tokens for aggregation "token");
-            None: counted from this call.
-        entropy_bonus: >= 0, nats of loss per nat: the loss less this times the entropies of the tokens' distributions,
-            aggregated as `objective.aggregation` says; a 0-dim tensor is read on its device. 0.0 costs nothing.
-        cu_seqlens: [B + 1] int32, where each packed sequence starts and ends; only and always with packed input.
+        group_size: G, rollouts per question; those of one question are adjacent.
+        old_logps: shaped like the mask, nats, under the old policy, the denominator of the ratio; None: on-policy, the
+            ratio is exactly 1 and has a gradient.
+        ref_logps: shaped like the mask, nats, under the frozen reference policy; None only if beta = 0.
+        rollout_logps: shaped like the mask, nats, as the sampler reported them; required by
+            `objective.rollout_correction`, else None.
+        beta: >= 0, weight of the KL penalty; a 0-dim tensor is not copied to the host.
+        objective: the static choices of the loss; None: `Objective()`.
+        normalizer: > 0, the denominator over all micro-batches and ranks: number of sequences (tokens for aggregation
+            "token"); None: that of this call.
+        entropy_bonus: >= 0, weight of the entropies of the tokens' distributions (nats), which are aggregated by
+            `objective.aggregation` and subtracted from the loss; a 0-dim tensor is not copied to the host. 0.0 costs
+            nothing.
+        cu_seqlens: [B + 1] int32, cumulative lengths of the packed sequences; required with packed input, else None.
         return_entropy: also compute `metrics["entropy"]`.
-        inplace: write the gradient over `logits`, which then hold it instead of logits.
+        inplace: overwrite `logits` by their gradient.
 
     Returns:
         `LossOutput`.
 
     Raises:
-        ValueError: shapes that do not fit, values out of range, options that contradict each other.
-        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes do not match, values are out of range, or options contradict each other.
+        TypeError: an argument has the wrong type or dtype.
     """
     validate.floating("logits", logits)
     validate.dimensions("logits", logits, "BTV" if cu_seqlens is None else "NV")
@@ -107,19 +109,19 @@ def expo_loss_from_logps(
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> LossOutput:
-    """Policy loss of a batch from log-probs the caller made: differentiable in `logps`.
+    """Policy loss of a batch from the caller's log-probs; differentiable in `logps`.
 
     Args:
-        logps: [B, T], or packed [N], nats, already at `objective.temperature`.
-        completion_mask: like `logps`, bool or 0/1: where the token counts.
-        advantages: the rest as `expo_loss`.
+        logps: [B, T], or packed [N], nats, computed at `objective.temperature`.
+        completion_mask: shaped like `logps`, bool or 0/1; 1 for valid tokens.
+        advantages: as `expo_loss`.
         rewards: as `expo_loss`.
         group_size: as `expo_loss`.
         old_logps: as `expo_loss`.
         ref_logps: as `expo_loss`.
         rollout_logps: as `expo_loss`.
         beta: as `expo_loss`.
-        objective: as `expo_loss`; its temperature and logit_softcap have already acted.
+        objective: as `expo_loss`; its temperature and logit_softcap are not applied again.
         normalizer: as `expo_loss`.
         cu_seqlens: as `expo_loss`.
 
@@ -127,8 +129,8 @@ def expo_loss_from_logps(
         `LossOutput`, without an entropy.
 
     Raises:
-        ValueError: shapes that do not fit, values out of range, options that contradict each other.
-        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes do not match, values are out of range, or options contradict each other.
+        TypeError: an argument has the wrong type or dtype.
     """
     validate.floating("logps", logps)
     validate.dimensions("logps", logps, "BT" if cu_seqlens is None else "N")
@@ -155,7 +157,7 @@ class ExpoLoss(nn.Module):
     """`expo_loss` as a module: `ExpoLoss(objective)(logits, completion_ids, completion_mask, ...)`.
 
     Args:
-        objective: everything static about the loss; None: `Objective()`.
+        objective: the static choices of the loss; None: `Objective()`.
     """
 
     def __init__(self, objective: Objective | None = None) -> None:
