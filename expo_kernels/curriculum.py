@@ -1,7 +1,7 @@
-"""`CurriculumTable`: smoothed pass rates of all questions, and the draw by Gaussian weight (GCS).
+"""`CurriculumTable`: smoothed pass rates of all questions, and sampling by Gaussian weight (GCS).
 
 Source: FG-ExPO (arXiv 2605.11403), eq. 6 (smoothing) and eq. 7 (weights, Pr proportional to w).
-Letters: Q questions, K of them in a call. State is float32, drawing is float64.
+Letters: Q questions, K of them in a call. The state is float32; sampling uses float64.
 """
 
 from typing import Any
@@ -12,29 +12,30 @@ from torch import Tensor
 from expo_kernels import _launch, reference
 from expo_kernels import _validate as validate
 
-MIN_STD = 1e-6  # pass rates are float32: a narrower window could not tell two of them apart
+MIN_STD = 1e-6  # pass rates are float32: a narrower window is below their resolution
 ESTIMATES = ("ema", "counted")
 _SETTINGS = ("num_questions", "mean", "std", "momentum", "initial_pass_rate", "estimate")
 
 
 class CurriculumTable:
-    """Which questions to draw next: the nearer a question's smoothed pass rate to `mean`, the likelier.
+    """Samples questions: those whose smoothed pass rate is close to `mean` are the most likely.
 
     Args:
         num_questions: Q, > 0.
-        mean: pass rate in [0, 1] with the greatest weight.
-        std: >= 1e-6, width of the window in units of pass rate; large: uniform, small: sharp.
+        mean: in [0, 1], the pass rate with the largest weight.
+        std: >= 1e-6, width of the window in units of pass rate; a large std is close to uniform sampling.
         momentum: in [0, 1): share of the old pass rate that an update keeps.
-        initial_pass_rate: in [0, 1], of every question before its first update.
-        estimate: how pass rates are smoothed. "ema" (the paper's): an update keeps `momentum` of the old rate, so one
-            visit says little: after ten at 0.9, a third of `initial_pass_rate` is still in it. "counted" (ours): the
-            mean of all visits until there are 1 / (1 - momentum) of them, the moving average after; a share
-            min(momentum, visits / (visits + 1)) is kept, and `initial_pass_rate` counts before the first visit only.
-        device: where the table lives.
+        initial_pass_rate: in [0, 1], the pass rate of every question before its first update.
+        estimate: how pass rates are smoothed. "ema" (the paper's): an update keeps `momentum` of the old rate, so that
+            one visit changes little: after ten visits at 0.9, `initial_pass_rate` still has a weight of a third.
+            "counted" (ours): the mean of all visits until there are 1 / (1 - momentum) of them, then the moving
+            average; an update keeps min(momentum, visits / (visits + 1)) of the old rate, so that `initial_pass_rate`
+            matters only before the first visit.
+        device: the device of the table.
 
     Raises:
-        ValueError: a setting out of range.
-        TypeError: a setting of the wrong type.
+        ValueError: a setting is out of range.
+        TypeError: a setting has the wrong type.
     """
 
     def __init__(
@@ -63,40 +64,40 @@ class CurriculumTable:
         self._visits = torch.zeros(num_questions, dtype=torch.int64, device=device)
         self._log_weights = self._log_weights_of(self._pass_rates)
         settings = (self.momentum, self.mean, self.std, float(estimate == "counted"))
-        self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # for ops, which read no settings
+        self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # as the op takes them
 
     @property
     def pass_rates(self) -> Tensor:
-        """Smoothed pass rates, [Q] float32 in [0, 1]: the table's own memory, read only."""
+        """Smoothed pass rates, [Q] float32 in [0, 1]; the table's own memory, do not modify."""
         return self._pass_rates
 
     @property
     def visits(self) -> Tensor:
-        """Number of updates in which each question took part, [Q] int64: the table's own memory, read only."""
+        """Number of updates of each question, [Q] int64; the table's own memory, do not modify."""
         return self._visits
 
     @property
     def weights(self) -> Tensor:
-        """Eq. 7, not normalised: [Q] float32 in [0, 1]."""
+        """Sampling weights by eq. 7, not normalised, [Q] float32 in [0, 1]."""
         return self._log_weights.exp()
 
     @property
     def effective_sample_size(self) -> Tensor:
-        """(sum w)^2 / sum w^2, 0-dim float32, in [1, Q]: Q when all weights are equal."""
+        """(sum w)^2 / sum w^2, 0-dim float32, in [1, Q]; Q if all weights are equal."""
         log_weights = self._log_weights.double()
         return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp().float()
 
     def update(self, question_ids: Tensor, pass_rates: Tensor) -> None:
-        """Smooth the pass rates of the given questions in place (eq. 6, or as `estimate` says); all others keep theirs.
+        """Update the smoothed pass rates of the given questions in place (eq. 6, or as `estimate` says).
 
         Args:
-            question_ids: [K] integers in [0, Q). Ids that repeat count as one update with the mean of their rates,
-                whatever their order.
+            question_ids: [K] integers in [0, Q). Repeated ids count as one update with the mean of their rates, in any
+                order.
             pass_rates: [K] in [0, 1], mean reward of each question's rollouts.
 
         Raises:
-            ValueError: shapes that differ, ids or rates out of range (read on CPU).
-            TypeError: an argument of the wrong type.
+            ValueError: shapes differ, or ids or rates are out of range (checked on CPU).
+            TypeError: an argument has the wrong type.
         """
         validate.integers("question_ids", question_ids)
         validate.floating("pass_rates", pass_rates)
@@ -107,17 +108,17 @@ class CurriculumTable:
         _update(question_ids, pass_rates.detach(), *table, self._settings)
 
     def sample(self, k: int, *, generator: torch.Generator | None = None, replacement: bool = False) -> Tensor:
-        """Draw k question ids, [k] int64 on the device, each draw with Pr proportional to w among those left.
+        """Draw k question ids, [k] int64 on the device, each with Pr proportional to w among those not yet drawn.
 
-        They stand in the order drawn: the first j of k are a draw of j, and the same one that a call for j would make.
+        The ids are in the order of the draws: the first j of k are those that a call with k = j returns.
 
         Args:
             k: >= 1, and at most Q without replacement.
-            generator: of the table's device; None: the device's default.
-            replacement: whether a question may come twice.
+            generator: a generator on the table's device; None: the device's default.
+            replacement: whether a question may be drawn twice.
 
         Raises:
-            ValueError: k out of range.
+            ValueError: k is out of range.
             TypeError: k is not a whole number.
         """
         validate.whole_number("k", k, low=1)
@@ -132,22 +133,22 @@ class CurriculumTable:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self._pass_rates.device, generator=generator)
             keys: Tensor = _race(self._log_weights, seed)
             return keys.topk(k).indices
-        # exponential race: the k first arrivals of rates w are a draw without replacement. In logs, so that
-        # tiny weights still race, and in float64: float32 has too few distinct uniforms for a million racers
+        # exponential race: the k first arrivals at rates w are a sample without replacement. In logs, so that tiny
+        # weights do not underflow, and in float64: float32 has too few distinct uniforms for a million questions
         race = self._uniforms(self.num_questions, generator).neg_().log1p_().neg_().log_().neg_()
         return race.add_(self._log_weights).topk(k).indices
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs: copies of the tensors, and the settings."""
+        """The state that `load_state_dict` takes: copies of the tensors, and the settings."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
         return {**settings, "pass_rates": self._pass_rates.clone(), "visits": self._visits.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of a table with the same settings; one without an `estimate`, older than it, is of "ema".
+        """Load the state of a table with the same settings; an old state without `estimate` is read as "ema".
 
         Raises:
-            ValueError: an entry missing or unknown, a setting or shape that differs from this table's.
-            TypeError: an entry of the wrong type.
+            ValueError: an entry is missing or unknown, or a setting or shape differs from this table's.
+            TypeError: an entry has the wrong type.
         """
         state = {"estimate": "ema", **state}
         expected = {*_SETTINGS, "pass_rates", "visits"}
@@ -180,7 +181,7 @@ class CurriculumTable:
         cumulative = weights.cumsum(0)
         below_total = torch.nextafter(cumulative[-1], torch.zeros_like(cumulative[-1]))
         points = torch.minimum(self._uniforms(k, generator) * cumulative[-1], below_total)
-        # the first sum above the point: a question of weight 0 raises no sum and is never it
+        # the first cumulative sum above the point; a question of weight 0 adds nothing to it and is never drawn
         return torch.searchsorted(cumulative, points, right=True)
 
 
@@ -209,7 +210,7 @@ def _update(
 
 @torch.library.custom_op("expo_kernels::race", mutates_args=())
 def _race(log_weights: Tensor, seed: Tensor) -> Tensor:
-    """Keys of the kernels' draw, [Q] float64: the k largest are drawn. `seed` is [1] int64."""
+    """Keys of the kernels' exponential race, [Q] float64; the k largest win. `seed` is [1] int64."""
     from expo_kernels._triton import curriculum as kernels
 
     return kernels.launch_race(log_weights, seed)
@@ -221,7 +222,7 @@ def _(log_weights: Tensor, _: Tensor) -> Tensor:
 
 
 def _mean_by_id(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids in rising order and the mean value of each; equal bits for any order of the pairs."""
+    """Distinct ids in ascending order and the mean value of each; equal bits for any order of the pairs."""
     order = values.argsort(stable=True)
     order = order[ids[order].argsort(stable=True)]
     distinct, inverse, counts = torch.unique_consecutive(ids[order], return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""`Objective`: every static choice of the policy loss, checked once when it is made."""
+"""`Objective`: every static choice of the policy loss, checked in its constructor."""
 
 import ast
 import functools
@@ -12,7 +12,7 @@ KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["sequence", "sum", "token", "constant"]
 RolloutCorrection = Literal["token", "sequence", "token_mask", "sequence_mask"]
 
-# the surrogates that read a setting; elsewhere only its default is taken, since any other value would be ignored
+# the surrogates that use a setting; the others accept only its default, since they would ignore any other value
 READ_BY: dict[str, tuple[Surrogate, ...]] = {
     "clip_low": ("clip", "cispo", "gmpo"),
     "clip_high": ("clip", "cispo", "gmpo"),
@@ -29,56 +29,56 @@ READ_BY: dict[str, tuple[Surrogate, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the loss is; what changes each step (beta, advantages, normalizer) is passed to the loss itself.
+    """The static choices of the loss; what changes each step (beta, advantages, normalizer) is passed to the loss.
 
-    Source: the clipped surrogate is FG-ExPO (arXiv 2605.11403) eq. 2 and the penalty its eq. 3; each other
-    choice names its own paper below.
+    Source: the clipped surrogate is FG-ExPO (arXiv 2605.11403) eq. 2 and the penalty is eq. 3; each field names the
+    papers of its other choices.
 
     Raises:
-        ValueError: a value out of range, or a setting that the others would make meaningless.
+        ValueError: a value is out of range, or a setting has no effect with the others.
     """
 
     clip_low: float = 0.2
-    """The ratio is kept above 1 - clip_low. No unit, in [0, 1]. Default: PPO (arXiv 1707.06347)."""
+    """The ratio is clipped at 1 - clip_low. No unit, in [0, 1]. Default: PPO (arXiv 1707.06347)."""
 
     clip_high: float = 0.2
-    """The ratio is kept below 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28."""
+    """The ratio is clipped at 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28."""
 
     dual_clip: float | None = None
-    """For A < 0 the loss is capped at -dual_clip * A. A ratio > 1; None: no cap. Dual-clip PPO (arXiv
-    1912.09729) uses 3. Only for surrogate "clip"."""
+    """For A < 0 the loss is capped at -dual_clip * A. No unit, > 1; None: no cap. Dual-clip PPO (arXiv 1912.09729) uses
+    3. Only for surrogate "clip"."""
 
     ratio: RatioLevel = "token"
-    """"token": exp(logp - old); "sequence": exp of its mean over the sequence's tokens (GSPO, arXiv
-    2507.18071). "gmpo" and "vespo" form a sequence's ratio of their own."""
+    """"token": exp(logp - old); "sequence": exp of the mean of logp - old over the sequence's tokens (GSPO, arXiv
+    2507.18071). The surrogates "gmpo" and "vespo" define a sequence's ratio themselves."""
 
     log_ratio_clamp: float = 20.0
-    """Log-ratios are held in +-log_ratio_clamp nats before exp, so that no log-prob can overflow; beyond it
-    the gradient is 0. In (0, 80]."""
+    """Log-ratios are clamped to +-log_ratio_clamp nats before exp, so that no log-prob can overflow; a clamped
+    log-ratio has a gradient of 0. In (0, 80]."""
 
     surrogate: Surrogate = "clip"
-    """"clip": PPO; "cispo": clipped ratio as a constant weight (arXiv 2506.13585); "sapo": a smooth gate
-    (arXiv 2511.20347); "gmpo": geometric mean of the sequence's clipped token ratios (arXiv 2507.20673); "vespo": a
-    smooth constant weight of the sequence's whole ratio (arXiv 2602.10693). "sapo" and "vespo" have no clip range."""
+    """"clip": PPO; "cispo": the clipped ratio as a constant weight (arXiv 2506.13585); "sapo": a smooth gate (arXiv
+    2511.20347); "gmpo": the geometric mean of the sequence's clipped token ratios (arXiv 2507.20673); "vespo": a smooth
+    function of the sequence's ratio as a constant weight (arXiv 2602.10693). "sapo" and "vespo" have no clip range."""
 
     sapo_tau_pos: float = 1.0
-    """Sharpness of SAPO's gate where A > 0. No unit, > 0. Default: the SAPO paper."""
+    """Sharpness of SAPO's gate for A > 0. No unit, > 0. Default: the SAPO paper."""
 
     sapo_tau_neg: float = 1.05
-    """Sharpness of SAPO's gate where A <= 0. No unit, > 0. Default: the SAPO paper."""
+    """Sharpness of SAPO's gate for A <= 0. No unit, > 0. Default: the SAPO paper."""
 
     vespo_k_pos: float = 2.0
-    """Power of the sequence's ratio in VESPO's weight where A >= 0: how fast small ratios fade. No unit, > 0. Default,
-    as of the next three: TRL's."""
+    """Exponent of the sequence's ratio in VESPO's weight for A >= 0; it reduces the weight of small ratios. No unit,
+    > 0. Default, like the next three: TRL's."""
 
     vespo_lambda_pos: float = 3.0
-    """Decay of VESPO's weight where A >= 0: how fast large ratios fade. No unit, > 0."""
+    """Decay rate of VESPO's weight for A >= 0; it reduces the weight of large ratios. No unit, > 0."""
 
     vespo_k_neg: float = 3.0
-    """The power where A < 0. No unit, > 0."""
+    """The exponent for A < 0. No unit, > 0."""
 
     vespo_lambda_neg: float = 2.0
-    """The decay where A < 0. No unit, > 0."""
+    """The decay rate for A < 0. No unit, > 0."""
 
     kl: KlEstimator = "k3"
     """Penalty per token in nats, with x = ref - logp: "k1" -x, "k2" x^2 / 2, "k3" exp(x) - x - 1 (Schulman's
@@ -93,18 +93,18 @@ class Objective:
     max_completion_length) (Dr. GRPO, arXiv 2503.20783)."""
 
     max_completion_length: int | None = None
-    """Tokens, > 0: the divisor of aggregation "constant", and only of that."""
+    """Number of tokens, > 0: the divisor of aggregation "constant". Only for that aggregation."""
 
     temperature: float = 1.0
-    """Logits are divided by it before the softmax. > 0. It must be the one that sampled the completions."""
+    """Logits are divided by it before the softmax. > 0. It must be the temperature of the sampling."""
 
     logit_softcap: float | None = None
     """Logits become cap * tanh(logits / cap) before the temperature. > 0; None: no cap. Gemma 2 uses 30."""
 
     rollout_correction: RolloutCorrection | None = None
-    """Weigh the surrogate, as a constant, by exp(old - rollout) per token or, with the sum over the sequence in the
-    exponent, per "sequence", kept within [rollout_floor, rollout_cap] (truncated importance sampling). "token_mask"
-    (IcePop, arXiv 2510.18855) and "sequence_mask": the weight is 0 outside these bounds instead."""
+    """Constant weight of the surrogate, clamped to [rollout_floor, rollout_cap] (truncated importance sampling).
+    "token": exp(old - rollout); "sequence": exp of the sum of old - rollout over the sequence. "token_mask" (IcePop,
+    arXiv 2510.18855) and "sequence_mask": the weight is 0 outside these bounds instead."""
 
     rollout_floor: float = 0.0
     """Lower bound of that weight. No unit, in [0, rollout_cap]. IcePop uses 0.5."""
@@ -133,20 +133,20 @@ class Objective:
             raise TypeError(f"kl_importance_weighted is {self.kl_importance_weighted!r}; expected True or False")
         self._check_combinations()
         values = [getattr(self, field.name) for field in fields(self)]
-        # NumPy's floats are floats too, but not written as such; made here, so that a trace finds a constant
+        # float() because the repr of NumPy's floats differs; built here, so that a trace sees a constant
         text = str([float(value) if isinstance(value, float) else value for value in values])
         object.__setattr__(self, "_text", text)
 
     @property
     def text(self) -> str:
-        """All settings in the order of their declaration, as `from_text` reads them: what an op takes."""
+        """All settings in the order of their declaration, as `from_text` reads them; an op takes this string."""
         text: str = self.__dict__["_text"]
         return text
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def from_text(text: str) -> "Objective":
-        """The objective whose `text` this is."""
+        """The objective with this `text`."""
         names = (field.name for field in fields(Objective))
         return Objective(**dict(zip(names, ast.literal_eval(text), strict=True)))
 
@@ -162,7 +162,7 @@ class Objective:
 
     @property
     def masks_rollouts(self) -> bool:
-        """Whether a rollout correction out of bounds is 0 rather than the bound."""
+        """Whether a rollout correction out of bounds is replaced by 0 rather than by the bound."""
         return self.rollout_correction in ("token_mask", "sequence_mask")
 
     def _check_combinations(self) -> None:
@@ -211,7 +211,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _in_range(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected a number")
-    # infinity is never meant: every bound here is a real number in use
+    # infinity is refused: every setting has a finite value in use
     if not math.isfinite(value) or value > high or value < low or (above and value == low):
         bounds = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
         raise ValueError(f"{name} is {value}; expected a finite number {bounds}")

@@ -1,11 +1,11 @@
-"""The formulas in plain PyTorch, in the paper's order: the truth in tests and the arithmetic of the CPU path.
+"""The formulas in plain PyTorch, in the paper's order: the ground truth of tests and the arithmetic of the CPU path.
 
-Source: FG-ExPO (arXiv 2605.11403), equation numbers beside each function; `objective.py` names the other papers.
-Nothing here casts: float64 in, float64 truth out; float32 in, the shipped CPU numbers out.
+Source: FG-ExPO (arXiv 2605.11403); each function gives the equation number; `objective.py` names the other papers.
+No function casts: float64 inputs give the float64 truth of tests, float32 inputs the numbers of the CPU path.
 
 Letters: B sequences, T completion positions, V vocabulary, H hidden, G rollouts per question, Q questions.
-Per-token functions take the N valid tokens only, [N], with `sequence_index` [N] int64 naming the sequence of each:
-a masked position is never read, so nothing in it can matter.
+Per-token functions take only the N valid tokens, [N], and `sequence_index` [N] int64, the sequence of each token.
+Masked positions are never read.
 """
 
 import math
@@ -18,17 +18,17 @@ from expo_kernels.objective import Objective
 
 
 class TokenTerms(NamedTuple):
-    """What the objective says of each valid token, all [N]."""
+    """The terms of the objective for each valid token, all [N]."""
 
     losses: Tensor  # -surrogate + beta * penalty, before aggregation
-    ratios: Tensor  # pi_theta / pi_old, of the token or of its sequence; "gmpo": of its sequence, clipped
+    ratios: Tensor  # pi_theta / pi_old of the token or of its sequence; "gmpo": of its sequence, clipped
     penalties: Tensor  # KL estimate in nats; 0 without a reference policy
-    clipped_low: Tensor  # bool: the surrogate took its lower clipped term
-    clipped_high: Tensor  # bool: it took its upper clipped term, or the dual clip's cap
+    clipped_low: Tensor  # bool: the surrogate's lower clipped term was chosen
+    clipped_high: Tensor  # bool: its upper clipped term, or the dual clip's cap, was chosen
 
 
 def scaled_logits(logits: Tensor, temperature: float, logit_softcap: float | None = None) -> Tensor:
-    """Logits as the softmax takes them: capped, then divided by the temperature. Same shape."""
+    """The inputs of the softmax: logits, capped and then divided by the temperature. Same shape."""
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     return logits / temperature
@@ -50,10 +50,10 @@ def token_entropies(logits: Tensor, temperature: float, logit_softcap: float | N
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str, eps: float) -> Tensor:
-    """Eq. 1: each reward against its own group, [B] -> [B]; population std (divide by G)."""
+    """Eq. 1: advantage of each reward relative to its group, [B] -> [B]; population std (divide by G)."""
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
-    # asked of the rewards themselves: the float mean of equal rewards need not equal them
+    # compares the rewards themselves: the rounded mean of equal rewards may differ from them
     is_constant = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
     centred = torch.where(is_constant, torch.zeros_like(centred), centred)
     if scale == "group":
@@ -66,7 +66,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str, eps: float) -
 def log_ratios(
     logps: Tensor, old_logps: Tensor, sequence_index: Tensor, num_sequences: int, objective: Objective
 ) -> Tensor:
-    """log(pi_theta / pi_old) in nats, clamped, [N]; the mean over the sequence if the ratio is a sequence's."""
+    """log(pi_theta / pi_old) in nats, clamped, [N]; the mean over the sequence if the ratio is per sequence."""
     differences = logps - old_logps
     if objective.ratio == "sequence":
         # GSPO eq. 7: the length-normalised ratio, shared by all tokens of the sequence
@@ -86,7 +86,7 @@ def sequence_means(values: Tensor, sequence_index: Tensor, num_sequences: int) -
 
 
 def clip_bounds(objective: Objective) -> tuple[float, float]:
-    """Eq. 2: what a ratio is kept within."""
+    """Eq. 2: lower and upper bound of the clipped ratio."""
     return 1 - objective.clip_low, 1 + objective.clip_high
 
 
@@ -106,13 +106,13 @@ def clip_surrogate(ratios: Tensor, advantages: Tensor, objective: Objective) -> 
 def cispo_surrogate(
     logps: Tensor, ratios: Tensor, advantages: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CISPO (arXiv 2506.13585), negated: the clipped ratio weighs the log-prob, as a constant; and what was clipped."""
+    """CISPO (arXiv 2506.13585), negated: the log-prob times the clipped ratio, a constant; and which were clipped."""
     low, high = clip_bounds(objective)
     return -ratios.clamp(low, high).detach() * advantages * logps, ratios < low, ratios > high
 
 
 def sapo_surrogate(ratios: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
-    """SAPO (arXiv 2511.20347), negated: a sigmoid around ratio 1 in the clip's place, [N]."""
+    """SAPO (arXiv 2511.20347), negated: a sigmoid centred at ratio 1 instead of the clip, [N]."""
     tau = torch.full_like(ratios, objective.sapo_tau_neg).masked_fill(advantages > 0, objective.sapo_tau_pos)
     gates = torch.sigmoid(tau * (ratios - 1)) * 4 / tau
     return -gates * advantages
@@ -121,8 +121,8 @@ def sapo_surrogate(ratios: Tensor, advantages: Tensor, objective: Objective) -> 
 def gmpo_ratios(
     differences: Tensor, advantages: Tensor, sequence_index: Tensor, num_sequences: int, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GMPO (arXiv 2507.20673): geometric mean of the sequence's token ratios, each clipped on the side that its
-    advantage gains on; and which were, [N]. The loss of each token is -A times it."""
+    """GMPO (arXiv 2507.20673): geometric mean of the sequence's token ratios, which are clipped from above for A > 0
+    and from below for A < 0; and which ones were clipped, [N]. The loss of each token is -A * ratio."""
     low, high = (math.log(bound) if bound > 0 else -math.inf for bound in clip_bounds(objective))
     x = differences.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
     clipped_low, clipped_high = (x < low) & (advantages < 0), (x > high) & (advantages > 0)
@@ -138,9 +138,9 @@ def vespo_weights(
     num_sequences: int,
     objective: Objective,
 ) -> Tensor:
-    """VESPO (arXiv 2602.10693): w^k exp(lambda (1 - w)) of the sequence's whole ratio w, 1 at w = 1, a constant, [N].
+    """VESPO (arXiv 2602.10693): constant weight w^k exp(lambda (1 - w)), where w is the sequence's ratio, [N].
 
-    `corrections` of its tokens are factors of w, as in TRL. The loss of each token is -A * logp times it.
+    The `corrections` of the tokens are factors of w, as in TRL. The loss of each token is -A * logp * weight.
     """
     clamp = objective.log_ratio_clamp
     x = differences.detach().clamp(-clamp, clamp)
@@ -154,21 +154,21 @@ def vespo_weights(
 
 
 def kl_penalties(logps: Tensor, ref_logps: Tensor, objective: Objective) -> Tensor:
-    """Eq. 3 (k3) or its kin: how far each sampled token drifted from the reference policy, nats, [N]."""
+    """Eq. 3 (k3), or k1 or k2: KL estimate of each token to the reference policy, nats, [N]."""
     x = (ref_logps - logps).clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
     if objective.kl == "k1":
         return -x
     if objective.kl == "k2":
         return 0.5 * x * x
-    # exp(x) - x - 1, where expm1 keeps the digits that exp(x) - 1 would lose near x = 0
+    # exp(x) - x - 1; expm1 keeps the digits that exp(x) - 1 loses near x = 0
     return torch.expm1(x) - x
 
 
 def rollout_weights(
     old_logps: Tensor, rollout_logps: Tensor, sequence_index: Tensor, num_sequences: int, objective: Objective
 ) -> Tensor:
-    """Weight of each token's surrogate for what the sampler's own numerics did, [N], a constant: truncated (TIS), or
-    0 where out of bounds (IcePop, arXiv 2510.18855)."""
+    """Weight of each token's surrogate that corrects the mismatch between sampler and trainer, [N], a constant:
+    truncated (TIS), or 0 if out of bounds (IcePop, arXiv 2510.18855)."""
     differences = (old_logps - rollout_logps).detach()
     if objective.corrects_sequences:
         differences = sequence_sums(differences, sequence_index, num_sequences)[sequence_index]
@@ -188,7 +188,7 @@ def surrogate_terms(
     num_sequences: int,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each token without the penalty, its ratio, clipped low, clipped high; each [N]."""
+    """Loss of each token without the penalty, ratio, clipped low and clipped high; each [N]."""
     sequences = sequence_index, num_sequences, objective
     if objective.surrogate == "gmpo":
         ratios, clipped_low, clipped_high = gmpo_ratios(logps - old_logps, advantages, *sequences)
@@ -221,11 +221,11 @@ def token_terms(
     objective: Objective,
     corrections: Tensor | None = None,
 ) -> TokenTerms:
-    """Loss of each valid token, -surrogate + beta * penalty (paper: J = J_clip - beta_eff E[D]), and its parts.
+    """Loss of each valid token, -surrogate + beta * penalty (paper: J = J_clip - beta_eff E[D]), and its terms.
 
-    `corrections` [N] are the `rollout_weights` where they are known already; otherwise `rollout_logps` make them.
+    `corrections` [N] are the `rollout_weights` if they are known already; else they are computed from `rollout_logps`.
     """
-    # on-policy: the ratio is exactly 1, and its gradient that of logps
+    # on-policy: the ratio is exactly 1, and its gradient is that of logps
     old_logps = logps.detach() if old_logps is None else old_logps
     sequences = sequence_index, num_sequences, objective
     if rollout_logps is not None:
@@ -244,7 +244,7 @@ def token_terms(
 def token_weights(
     sequence_index: Tensor, num_sequences: int, normalizer: Tensor | None, like: Tensor, objective: Objective
 ) -> Tensor:
-    """Share of each valid token in the loss, [N], so that loss = sum(weights * losses)."""
+    """Weight of each valid token's loss, [N], so that loss = sum(weights * losses)."""
     ones = torch.ones_like(like)
     if objective.aggregation == "token":
         return ones / (max(like.numel(), 1) if normalizer is None else normalizer)
@@ -310,11 +310,11 @@ def smoothed_pass_rates(pass_rates: Tensor, new_rates: Tensor, momentum: float |
 
 
 def counted_momentum(visits: Tensor, momentum: float | Tensor) -> Tensor:
-    """Ours, not the paper's: eq. 6's momentum after so many visits, [K], with which it is the running mean of the first
-    1 / (1 - momentum) visits and the moving average after them; the first visit keeps nothing of p~."""
+    """Ours, not the paper's: momentum of eq. 6 after that many visits, [K]. It makes p~ the mean of the first
+    1 / (1 - momentum) visits and the moving average afterwards; the first visit replaces p~."""
     return (visits / (visits + 1)).clamp(max=momentum)
 
 
 def log_curriculum_weights(pass_rates: Tensor, mean: float, std: float) -> Tensor:
-    """Eq. 7: log w = -(p~ - mean)^2 / (2 std^2), [Q]; in logs because a narrow std underflows w."""
+    """Eq. 7: log w = -(p~ - mean)^2 / (2 std^2), [Q]; in logs because w underflows for a small std."""
     return -((pass_rates - mean) ** 2) / (2 * std**2)

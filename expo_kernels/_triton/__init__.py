@@ -1,1 +1,1 @@
-"""The same numbers by Triton kernels; imported only where they run, so that the package needs no driver."""
+"""The Triton backend; imported only if its kernels run, so that the package needs no GPU driver."""

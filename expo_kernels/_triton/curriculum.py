@@ -1,10 +1,10 @@
-"""Triton kernels of `CurriculumTable`: the scatter update in one launch, and the keys of the draw without replacement.
+"""Triton kernels of `CurriculumTable`: the update in one launch, and the keys of sampling without replacement.
 
 Source: FG-ExPO (arXiv 2605.11403), eq. 6 and 7, as in `reference.py`. Letters: Q questions, K of them in an update.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# device code: its arguments are what Triton makes of pointers and numbers
+# device code: Triton determines the types of its arguments
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expo_kernels import _launch
 
-# where each number stands in the float64 block of settings
+# index of each number in the float64 block of settings
 MOMENTUM = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 STD = tl.constexpr(2)
@@ -25,8 +25,8 @@ _RACE_RUN_TIME = ["seed_ptr", "num_questions"]
 
 @triton.jit(do_not_specialize=_UPDATE_RUN_TIME)
 def update_kernel(
-    ids_ptr,  # [K] int64, rising
-    rates_ptr,  # [K] float64, rising within an id
+    ids_ptr,  # [K] int64, ascending
+    rates_ptr,  # [K] float64, ascending within an id
     pass_rates_ptr,  # [Q] float32, in and out
     visits_ptr,  # [Q] int64, in and out
     log_weights_ptr,  # [Q] float32, out
@@ -35,12 +35,12 @@ def update_kernel(
     num_questions,
     BLOCK: tl.constexpr,
 ):
-    """Smooth each question's pass rate with the mean of its rates, count the visit, weigh it anew."""
+    """Update each question's smoothed pass rate by the mean of its rates, its number of visits and its weight."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     question = tl.load(ids_ptr + position, mask=position < num_updates, other=-1)
     before = tl.load(ids_ptr + position - 1, mask=(position > 0) & (position < num_updates), other=-1)
-    # the first of each run of equal ids does the work of all, in the order of their rates: any order of the caller's
-    # pairs gives equal bits
+    # the first of each run of equal ids processes the whole run in the order of the rates, so that any order of the
+    # caller's pairs gives equal bits
     leads = (question >= 0) & (question < num_questions) & (question != before)
     total = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.float64)
@@ -74,11 +74,11 @@ def race_kernel(
     num_questions,
     BLOCK: tl.constexpr,
 ):
-    """log w - log E with E exponential: the k largest are a draw of k without replacement."""
+    """Keys log w - log E with E exponential: the k largest are a sample of k without replacement."""
     question = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = question < num_questions
     high, low, _, _ = tl.randint4x(tl.load(seed_ptr), question.to(tl.uint32))
-    # 53 bits: float32 has too few distinct uniforms for a million racers
+    # 53 bits: float32 has too few distinct uniforms for a million questions
     high = (high.to(tl.uint32, bitcast=True) >> 5).to(tl.float64)
     low = (low.to(tl.uint32, bitcast=True) >> 6).to(tl.float64)
     uniform = (high * 67108864.0 + low + 0.5) * (1.0 / 9007199254740992.0)
@@ -112,7 +112,7 @@ def launch_update(
 
 
 def launch_race(log_weights: Tensor, seed: Tensor) -> Tensor:
-    """Keys of the draw, [Q] float64."""
+    """Keys of sampling without replacement, [Q] float64."""
     keys = torch.empty(log_weights.shape, dtype=torch.float64, device=log_weights.device)
     tile = _launch.curriculum_tile()
     with _launch.current(keys.device):

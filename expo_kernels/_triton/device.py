@@ -1,13 +1,13 @@
-"""Triton device functions of the objective: one token's loss and its derivatives, one group's advantage, ordered sums.
+"""Triton device functions of the objective: a token's loss and its derivatives, a group's advantage, and ordered sums.
 
-Source: the formulas are those of `reference.py` (FG-ExPO, arXiv 2605.11403, eq. 1 to 3). Gradients are written beside
-the formulas: the interpreter's tests hold them to float64 autograd. A new surrogate is a branch of `_surrogate`.
+Source: the formulas are those of `reference.py` (FG-ExPO, arXiv 2605.11403, eq. 1 to 3). Each gradient is beside its
+formula; the interpreter tests compare them with float64 autograd. A new surrogate is a branch of `_surrogate`.
 
 Letters: G rollouts per question.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# device code: its arguments are what Triton makes of pointers and numbers
+# device code: Triton determines the types of its arguments
 
 from collections.abc import Callable
 from typing import Any
@@ -38,21 +38,21 @@ AT_LOSS = tl.constexpr(METRIC_NAMES.index("loss"))
 AT_RATIO_MAX = tl.constexpr(METRIC_NAMES.index("ratio_max"))
 AT_TOKENS = tl.constexpr(METRIC_NAMES.index("tokens"))
 
-BLOCK_G = tl.constexpr(64)  # rewards read at once; larger groups take more turns
-BLOCK_P = tl.constexpr(32)  # programs whose sums are added at once
+BLOCK_G = tl.constexpr(64)  # rewards read at once; larger groups take several iterations
+BLOCK_P = tl.constexpr(32)  # number of programs whose sums are added at once
 
-# what a binary is specialised for: whether these can be read 128 bits at once
+# Triton specialises a binary for the alignment of these pointers: aligned ones allow 128-bit accesses
 _WIDE = ("logits_ptr", "grad_ptr", "values_ptr")
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """`triton.jit` whose sizes, strides and pointers other than those to [n, V] specialise nothing."""
+    """`triton.jit` without specialisation for sizes, strides, and pointers other than those to [n, V]."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     run_time = [name for name in names if name not in function.__annotations__ and name not in _WIDE]
     return triton.jit(function, do_not_specialize=run_time)
 
 
-# --- what the objective says of a token: a scalar or a block of them
+# --- the objective of a token; all values are scalars or blocks
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _clamp(values, bound):
 
 @triton.jit
 def _surrogate(log_ratio, logp, advantage, hyper_ptr, SURROGATE: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr):
-    """Eq. 2, negated: loss, dloss/dlog_ratio, dloss/dlogp beside it, ratio, and which clipped term was chosen."""
+    """Eq. 2, negated: loss, dloss/dlog_ratio, direct dloss/dlogp, ratio, and which clipped term was chosen."""
     bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
     ratio = tl.exp(_clamp(log_ratio, bound))
     # a clamped log-ratio has no gradient
@@ -84,14 +84,14 @@ def _surrogate(log_ratio, logp, advantage, hyper_ptr, SURROGATE: tl.constexpr, H
         loss = logp_grad * logp
         ratio_grad = 0.0 * ratio
     elif SURROGATE == "vespo":
-        # the sequence's weight comes with the rollout's
+        # the caller passes the sequence's weight as rollout_weight
         logp_grad = -advantage + 0.0 * logp
         loss = logp_grad * logp
         ratio_grad = 0.0 * ratio
         low = low & False
         high = high & False
     elif SURROGATE == "gmpo":
-        # the mean over the sequence's clipped log-ratios is what the ratio is made of
+        # the log-ratio is the mean of the sequence's clipped log-ratios
         loss = -ratio * advantage
         ratio_grad = -advantage * ratio_grad
         low = low & False
@@ -114,7 +114,7 @@ def _surrogate(log_ratio, logp, advantage, hyper_ptr, SURROGATE: tl.constexpr, H
 
 @triton.jit
 def _penalty(logp, ref_logp, hyper_ptr, KL: tl.constexpr):
-    """Eq. 3 or its kin: penalty in nats, and dpenalty/dlogp."""
+    """Eq. 3 (k3), or k1 or k2: penalty in nats, and dpenalty/dlogp."""
     bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
     difference = ref_logp - logp
     x = _clamp(difference, bound)
@@ -125,7 +125,7 @@ def _penalty(logp, ref_logp, hyper_ptr, KL: tl.constexpr):
         penalty = 0.5 * x * x
         grad = -x
     else:
-        # near 0, exp(x) - x - 1 as a series: the difference would keep no digits
+        # exp(x) - x - 1 as a series near 0, where the difference would lose all digits
         series = 1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880))
         series = 1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * series)))
         penalty = tl.where(tl.abs(x) < 0.5, x * x * (0.5 + x * series), tl.exp(x) - x - 1.0)
@@ -150,7 +150,7 @@ def token_objective(
     KL: tl.constexpr,
     KL_WEIGHTED: tl.constexpr,
 ):
-    """Loss of a token, dloss/dlog_ratio, dloss/dlogp beside it, penalty, ratio, clipped low, clipped high."""
+    """Loss of a token, dloss/dlog_ratio, direct dloss/dlogp, penalty, ratio, clipped low and clipped high."""
     loss, ratio_grad, logp_grad, ratio, low, high = _surrogate(
         log_ratio, logp, advantage, hyper_ptr, SURROGATE, HAS_DUAL_CLIP
     )
@@ -174,10 +174,10 @@ def token_objective(
 
 @triton.jit
 def group_advantage(rewards_ptr, sequence, group_size, hyper_ptr):
-    """Eq. 1: one reward against the others of its question; population std; exactly 0 in a constant group."""
+    """Eq. 1: advantage of one reward relative to its group; population std; exactly 0 if all rewards are equal."""
     first = (sequence // group_size).to(tl.int64) * group_size
     own = tl.load(rewards_ptr + sequence).to(tl.float32)
-    # against the group's first reward, whose offset cancels: means of equal or nearly equal rewards keep their digits
+    # subtract the group's first reward, which cancels, so that means of nearly equal rewards keep their digits
     origin = tl.load(rewards_ptr + first).to(tl.float32)
     total = 0.0
     differs = 0
@@ -201,7 +201,7 @@ def group_advantage(rewards_ptr, sequence, group_size, hyper_ptr):
 
 @triton.jit
 def sequence_advantage(advantages_ptr, sequence, group_size, hyper_ptr, ADVANTAGES: tl.constexpr):
-    """Advantage of a sequence; 0 where each token has its own."""
+    """Advantage of a sequence; 0 if advantages are per token."""
     advantage = 0.0
     if ADVANTAGES == "rewards":
         advantage = group_advantage(advantages_ptr, sequence, group_size, hyper_ptr)
@@ -212,7 +212,7 @@ def sequence_advantage(advantages_ptr, sequence, group_size, hyper_ptr, ADVANTAG
 
 @triton.jit
 def token_advantages(advantages_ptr, position, keep, of_sequence, ADVANTAGES: tl.constexpr):
-    """Advantages at a block of positions of one sequence."""
+    """Advantages of a block of positions of one sequence."""
     if ADVANTAGES == "token":
         return tl.load(advantages_ptr + position, mask=keep, other=0.0).to(tl.float32)
     else:  # noqa: RET505 - a branch that is not taken must not be compiled
@@ -221,9 +221,9 @@ def token_advantages(advantages_ptr, position, keep, of_sequence, ADVANTAGES: tl
 
 @triton.jit
 def rollout_weight_of(difference, hyper_ptr):
-    """exp(difference) within [floor, cap]: how much the surrogate of a token counts, given what its sampler reported.
+    """Weight of a token's surrogate that corrects the mismatch between sampler and trainer: exp(difference).
 
-    Out of bounds it is the bound, times 0 where the correction masks.
+    Out of [floor, cap] it is the bound, or 0 if the correction masks.
     """
     weight = tl.exp(_clamp(difference, tl.load(hyper_ptr + LOG_RATIO_CLAMP)))
     floor = tl.load(hyper_ptr + ROLLOUT_FLOOR)
@@ -234,7 +234,7 @@ def rollout_weight_of(difference, hyper_ptr):
 
 @triton.jit
 def clipped_log_ratio(difference, advantage, hyper_ptr):
-    """GMPO: the log-ratio as it enters the sequence's mean, its derivative (1 or 0), clipped low, clipped high."""
+    """GMPO: a token's clipped log-ratio, its derivative (1 or 0), clipped low and clipped high."""
     bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
     lowest = tl.log(tl.load(hyper_ptr + RATIO_LOW))
     highest = tl.log(tl.load(hyper_ptr + RATIO_HIGH))
@@ -247,7 +247,7 @@ def clipped_log_ratio(difference, advantage, hyper_ptr):
 
 @triton.jit
 def whole_log_ratio(difference, rollout_weight, hyper_ptr):
-    """VESPO: what a token adds to the log of its sequence's ratio, rollout correction included."""
+    """VESPO: the term of a token in its sequence's log-ratio, with the rollout correction."""
     bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
     is_kept = rollout_weight != 0
     correction = tl.where(is_kept, tl.log(tl.where(is_kept, rollout_weight, 1.0)), -bound)
@@ -256,7 +256,7 @@ def whole_log_ratio(difference, rollout_weight, hyper_ptr):
 
 @triton.jit
 def gamma_weight(log_ratio, advantage, hyper_ptr):
-    """VESPO: w^k exp(decay (1 - w)) of a sequence's ratio w, by the sign of the advantage."""
+    """VESPO: w^k exp(decay (1 - w)), where w is a sequence's ratio; k and decay depend on the advantage's sign."""
     log_ratio = _clamp(log_ratio, tl.load(hyper_ptr + LOG_RATIO_CLAMP))
     is_gain = advantage >= 0
     k = tl.where(is_gain, tl.load(hyper_ptr + VESPO_K_POS), tl.load(hyper_ptr + VESPO_K_NEG))
@@ -269,14 +269,14 @@ def gamma_weight(log_ratio, advantage, hyper_ptr):
 
 @triton.jit
 def no_sums():
-    """Sums of nothing: loss, kl, ratio, largest ratio, clipped low, clipped high, tokens, entropy, as METRIC_NAMES."""
+    """Zero sums in the order of METRIC_NAMES: loss, kl, ratio, largest ratio, clipped low and high, tokens, entropy."""
     zero = tl.full([], 0.0, tl.float64)
     return zero, zero, zero, zero, zero, zero, zero, zero
 
 
 @triton.jit
 def add_to_metrics(sums, kl, ratio, ratio_max, low, high, tokens, entropy):
-    """`sums`, and the metrics of one token or of a block of them."""
+    """`sums` plus the metrics of one token, or sums over a block of tokens."""
     loss_sum, kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum = sums
     return (
         loss_sum,
@@ -292,26 +292,26 @@ def add_to_metrics(sums, kl, ratio, ratio_max, low, high, tokens, entropy):
 
 @triton.jit
 def add_to_loss(sums, loss):
-    """`sums`, and the loss of one token or of a block of them."""
+    """`sums` plus the loss of one token, or the sum over a block of tokens."""
     loss_sum, kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum = sums
     return loss_sum + loss.to(tl.float64), kl_sum, ratio_sum, largest, low_sum, high_sum, num_tokens, entropy_sum
 
 
 @triton.jit
 def total(values, keep):
-    """Sum in float64 over the tokens that count."""
+    """Sum in float64 over the valid tokens."""
     return tl.sum(tl.where(keep, values, 0.0).to(tl.float64), axis=0)
 
 
 @triton.jit
 def publish(
     partials_ptr,  # [num_programs, NUM_METRICS] float64
-    counter_ptr,  # [1] int32, 0 before and after
-    totals_ptr,  # [NUM_METRICS] float64, the launches so far
-    metrics_ptr,  # [NUM_METRICS] float32, what they come to
+    counter_ptr,  # [1] int32, 0 before and after the launch
+    totals_ptr,  # [NUM_METRICS] float64, sums over all launches so far
+    metrics_ptr,  # [NUM_METRICS] float32, out: loss and metrics of all launches so far
     sums,
 ):
-    """Write this program's sums; the last program to arrive adds all of them to the totals, always in one order."""
+    """Write this program's sums; the last program to finish adds all programs' sums to the totals in a fixed order."""
     mine_ptr = partials_ptr + tl.program_id(0) * NUM_METRICS
     loss, kl, ratio, ratio_max, low, high, tokens, entropy = sums
     tl.store(mine_ptr, loss)
@@ -322,7 +322,7 @@ def publish(
     tl.store(mine_ptr + 5, high)
     tl.store(mine_ptr + 6, tokens)
     tl.store(mine_ptr + 7, entropy)
-    tl.debug_barrier()  # all of this program's stores come before its ticket
+    tl.debug_barrier()  # all stores of this program precede its atomic increment
     if tl.atomic_add(counter_ptr, 1) == tl.num_programs(0) - 1:
         which = tl.arange(0, NUM_METRICS)
         totals = tl.load(totals_ptr + which)
@@ -330,7 +330,7 @@ def publish(
             program = start + tl.arange(0, BLOCK_P)
             arrived = (program < tl.num_programs(0))[:, None]
             pointers = partials_ptr + program[:, None] * NUM_METRICS + which[None, :]
-            # past the L1 cache, where another program's numbers may be stale
+            # .cg bypasses the L1 cache, which may hold stale sums of other programs
             partials = tl.load(pointers, mask=arrived, other=0.0, cache_modifier=".cg")
             totals = tl.where(
                 which == AT_RATIO_MAX,

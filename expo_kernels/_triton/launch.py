@@ -1,7 +1,7 @@
-"""The Triton backend: what a call looks like to the kernels, the grid, the tile, the launch.
+"""The Triton backend: the arguments, grid and tile of each kernel launch.
 
-`TritonLogps` is what the ops of log-probs use, `TritonLoss` adds the objective; both keep one number per position and
-launch a kernel a chunk. The functions `launch_*` pass arguments by name.
+The ops of log-probs use `TritonLogps`; `TritonLoss` adds the objective. Both keep one number per position and launch
+one kernel per chunk. The functions `launch_*` pass arguments by name.
 
 Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions of each.
 """
@@ -21,8 +21,8 @@ from expo_kernels._triton import sequences as sequence_kernels
 from expo_kernels._triton import slots
 from expo_kernels.objective import Objective
 
-# no fused multiply-adds: a line gives equal bits in every kernel that it is part of, so that old, reference and
-# training log-probs agree exactly
+# without fused multiply-adds, the same line gives equal bits in every kernel, so that old, reference and training
+# log-probs agree exactly
 _FP = {"enable_fp_fusion": False}
 
 
@@ -40,7 +40,7 @@ class TritonLogps:
 
     @classmethod
     def reading(cls, call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> Self:
-        """To make log-probs, entropies where asked for, and what `differentiating` takes, where it is kept."""
+        """A backend for log-probs, for entropies if wanted, and for the row values that `differentiating` takes."""
         backend = cls(_logp_tokens(call))
         if return_entropy:
             backend.entropies = torch.zeros_like(backend.token_logps)
@@ -52,7 +52,7 @@ class TritonLogps:
     def differentiating(
         cls, call: HeadCall, kept_rows: list[Tensor], grad_logps: Tensor, grad_entropies: Tensor | None
     ) -> Self:
-        """To make dL/dlogits; `kept_rows` are entropies, row maxima and sums of exponentials."""
+        """A backend for dL/dlogits; `kept_rows` are entropies, row maxima and sums of exponentials."""
         backend = cls(_logp_tokens(call))
         backend.entropies, backend.row_max, backend.sum_exp = kept_rows
         backend.grad_logps = grad_logps.contiguous()
@@ -60,7 +60,7 @@ class TritonLogps:
         return backend
 
     def logps(self, chunk: Chunk) -> None:
-        """Log-probs of a chunk, and what `grad_logits` needs of each row."""
+        """Compute the log-probs of a chunk, and the row values that `grad_logits` needs."""
         launch_logps(
             chunk,
             self.tokens,
@@ -87,7 +87,7 @@ class TritonLogps:
 
 
 class TritonLoss(TritonLogps):
-    """The policy loss and its metrics, without a synchronisation."""
+    """The policy loss and its metrics, without synchronisation."""
 
     def __init__(self, call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> None:
         super().__init__(make_tokens(inputs, call.completion_ids))
@@ -100,11 +100,11 @@ class TritonLoss(TritonLogps):
             self.grad_entropies = torch.zeros_like(self.token_logps) if has_bonus else None
 
     def loss(self, chunk: Chunk) -> None:
-        """Log-probs, loss and, where wanted, dL/dlogits of a chunk in one launch."""
+        """Compute log-probs, loss and, if wanted, dL/dlogits of a chunk in one launch."""
         launch_row_loss(chunk, self.tokens, self._sums, self.token_logps, return_entropy=self._return_entropy)
 
     def sequence_loss(self, chunk: Chunk | None) -> None:
-        """Loss and dL/dlogps of the sequences of a chunk, or of all."""
+        """Compute loss and dL/dlogps of the sequences of a chunk (None: of all sequences)."""
         assert self.grad_logps is not None
         launch_sequence_loss(
             self.tokens,
@@ -122,7 +122,7 @@ class TritonLoss(TritonLogps):
 
 
 def loss_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Loss, metrics and number of tokens, and dL/dlogps, shaped as `logps`."""
+    """Loss, metrics and number of tokens, and dL/dlogps, shaped like `logps`."""
     flat, sums = logps.reshape(-1).contiguous(), make_sums(logps.device)
     grad_logps = torch.zeros_like(flat, dtype=torch.float32)
     launch_sequence_loss(make_tokens(inputs, None), sums, flat, grad_logps)
@@ -130,7 +130,7 @@ def loss_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Te
 
 
 def _logp_tokens(call: HeadCall) -> Tokens:
-    """Of the objective, only the temperature and the softcap act."""
+    """The inputs of the kernels for log-probs, which use only the objective's temperature and softcap."""
     return Tokens(
         ids=call.completion_ids.reshape(-1).contiguous(),
         mask=None if call.mask is None else (call.mask != 0).reshape(-1),
@@ -142,24 +142,24 @@ def _logp_tokens(call: HeadCall) -> Tokens:
 
 
 class MetricSums(NamedTuple):
-    """Where the launches of one call add up loss and metrics."""
+    """Memory in which the launches of one call accumulate loss and metrics."""
 
     partials: Tensor  # [most programs, len(METRIC_NAMES)] float64
     counter: Tensor  # [1] int32
     totals: Tensor  # [len(METRIC_NAMES)] float64
-    metrics: Tensor  # [len(METRIC_NAMES)] float32: the loss and the metrics
+    metrics: Tensor  # [len(METRIC_NAMES)] float32: loss and metrics
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss 0-dim, metrics, and the exact number of tokens."""
         return self.metrics[0].clone(), self.metrics, self.totals[METRIC_NAMES.index("tokens")].long()
 
     def pointers(self) -> dict[str, Tensor]:
-        """The kernels' arguments."""
+        """The tensors by the names of the kernels' arguments."""
         return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
 
 
 def make_sums(device: torch.device) -> MetricSums:
-    """Sums of nothing yet."""
+    """Sums before the first launch."""
     return MetricSums(
         torch.empty(_launch.MOST_PROGRAMS, len(METRIC_NAMES), dtype=torch.float64, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
@@ -171,12 +171,12 @@ def make_sums(device: torch.device) -> MetricSums:
 @functools.lru_cache(maxsize=64)
 def _hyper_parameters(objective: Objective, device: torch.device) -> tuple[Tensor, Tensor]:
     on_host = torch.tensor(slots.hyper_parameters(objective), dtype=torch.float32, pin_memory=device.type == "cuda")
-    # from pinned memory the copy waits for nothing; the host side lives on with it
+    # a copy from pinned memory does not synchronise; the host tensor is kept alive with its copy
     return on_host.to(device, non_blocking=True), on_host
 
 
 def hyper_parameters(objective: Objective, device: torch.device) -> Tensor:
-    """The float32 block that kernels read every static number of an objective from."""
+    """The float32 block that holds every static number of an objective for the kernels."""
     return _hyper_parameters(objective, device)[0]
 
 
@@ -189,7 +189,7 @@ def launch_logps(
     row_max: Tensor | None = None,
     sum_exp: Tensor | None = None,
 ) -> None:
-    """Write log-probs (and entropies, and what `launch_grad_logits` needs) of these rows at their positions."""
+    """Write log-probs (and entropies, and the values that `launch_grad_logits` needs) of these rows by position."""
     with _launch.current(chunk.logits.device):
         row_kernels.row_logps_kernel[_row_grid(chunk)](
             logits_ptr=chunk.logits,
@@ -227,7 +227,8 @@ def launch_grad_logits(
 
 
 def launch_row_loss(chunk: Chunk, tokens: Tokens, sums: MetricSums, logps: Tensor, *, return_entropy: bool) -> None:
-    """Add the loss and metrics of these rows to `sums`; write their log-probs and, where it has a place, dL/dlogits."""
+    """Add the loss and metrics of these rows to `sums`; write their log-probs and, if the chunk has memory for it,
+    dL/dlogits."""
     with _launch.current(chunk.logits.device):
         row_kernels.row_loss_kernel[_row_grid(chunk)](
             logits_ptr=chunk.logits,
@@ -252,8 +253,8 @@ def launch_sequence_loss(
     grad_entropies: Tensor | None = None,
     sequences: range | None = None,
 ) -> None:
-    """Add the loss and metrics of these sequences, or of all, to `sums`; write dL/dlogps, and dL/dentropies where there
-    is a bonus, at their positions of [M]."""
+    """Add the loss and metrics of these sequences (None: of all) to `sums`; write dL/dlogps, and dL/dentropies if there
+    is an entropy bonus, at their positions of [M]."""
     sequences = range(tokens.num_sequences) if sequences is None else sequences
     tile = _launch.sequence_tile()
     with _launch.current(logps.device):
@@ -278,7 +279,7 @@ def launch_sequence_loss(
 
 
 def launch_scale(values: Tensor, factor: Tensor) -> None:
-    """values *= factor (one number on the device), in place."""
+    """values *= factor, a 0-dim tensor on the device, in place."""
     if not values.is_contiguous():
         values.mul_(factor)
         return
@@ -297,7 +298,7 @@ def launch_scale(values: Tensor, factor: Tensor) -> None:
 
 
 def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
-    """The arguments that both kernels of the loss share; the switches among them choose the code."""
+    """The arguments that both loss kernels share."""
     return {
         "advantages_ptr": tokens.advantages,
         "old_logps_ptr": tokens.old_logps,
@@ -318,7 +319,7 @@ def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
 
 
 def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
-    """The arguments that all kernels on rows share, and where the rows and their gradients lie."""
+    """The arguments that all kernels on rows share, with the strides of the rows and of their gradients."""
     logits = chunk.logits
     grad = logits if chunk.grad_logits is None else chunk.grad_logits
     shape, grad_shape = _shape(logits), _shape(grad)
@@ -365,7 +366,7 @@ def _shape(logits: Tensor) -> _Shape:
 
 
 def _alignment(logits: Tensor) -> int:
-    """16 where rows start and end on multiples of 16 elements, so that every access can be 128 bits wide, else 1."""
+    """16 if rows start and end on multiples of 16 elements, so that every access can be 128 bits wide, else 1."""
     shape = _shape(logits)
     sizes = (shape.batch_stride, shape.row_stride, shape.vocab_size, logits.data_ptr() // logits.element_size())
     return 16 if all(size % 16 == 0 for size in sizes) else 1

@@ -1,17 +1,16 @@
 """Triton kernels over rows of logits: log-probs and entropies, the policy loss and its gradient.
 
-A row is read once for its log-sum-exp, in float32 whatever its dtype, and once more to write dL/dlogits; both loops
-stand here once, as `read_row` and `write_grad_logits`. Programs are persistent: each takes every num_programs-th row,
-sums loss and metrics in float64, and the last to finish adds the programs' sums up in order, so that one launch gives
-equal bits every time.
+`read_row` reads a row once for its log-sum-exp, in float32 whatever its dtype; `write_grad_logits` reads it again to
+write dL/dlogits. Programs are persistent: each processes every num_programs-th row and sums loss and metrics in
+float64. The last program to finish adds all programs' sums in order, so that a launch gives equal bits in every run.
 
-Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions of each.
-Row r of a launch is position `order[first_row + r]`, or `first_row + r` without an `order`. What is masked, or has an
-id outside [0, V), is never read: it counts for nothing and its gradient is 0.
+Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions each. Row r
+of a launch is position `order[first_row + r]`, or `first_row + r` without an `order`. Rows that are masked, or whose id
+is outside [0, V), are never read: they add nothing to loss and metrics, and their gradient is 0.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# device code: its arguments are what Triton makes of pointers and numbers
+# device code: Triton determines the types of its arguments
 
 import triton
 import triton.language as tl
@@ -29,7 +28,7 @@ from expo_kernels._triton.device import (
 from expo_kernels._triton.slots import LOGIT_SOFTCAP, MAX_COMPLETION_LENGTH, TEMPERATURE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf logits leaves no NaN behind
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf logits gives no NaN
 
 
 # --- one row of logits
@@ -46,7 +45,7 @@ def _capped(logits, softcap):
 @triton.jit
 def read_row(
     row_ptr,
-    keep,  # scalar bool: False reads nothing
+    keep,  # scalar bool: if False, nothing is read
     vocab_size,
     hyper_ptr,
     HAS_SOFTCAP: tl.constexpr,
@@ -67,7 +66,7 @@ def read_row(
             capped, _ = _capped(logits, softcap)
             logits = tl.where(in_range, capped, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, axis=0))
-        # the largest is taken off before anything is multiplied: at logits of 1e4 that order saves 1e-3 nats
+        # the maximum is subtracted before the multiplication: at logits of 1e4 this order avoids an error of 1e-3 nats
         shift = (row_max - new_max) * scale
         powers = (logits - new_max) * scale
         shrink = tl.exp2(shift)
@@ -82,7 +81,7 @@ def read_row(
 
 @triton.jit
 def chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP: tl.constexpr):
-    """Logit of the chosen token after the cap, and the cap's derivative there."""
+    """Logit of the chosen token after the softcap, and the softcap's derivative."""
     logit = tl.load(row_ptr + chosen_id, mask=keep, other=0.0).to(tl.float32)
     cap_grad = 1.0
     if HAS_SOFTCAP:
@@ -105,10 +104,10 @@ def write_grad_logits(
     hyper_ptr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    GRAD_SHARES_MEMORY: tl.constexpr,  # with the logits: it goes over them, or over the front of them
+    GRAD_SHARES_MEMORY: tl.constexpr,  # the gradient overwrites the logits, or the front of each row
     BLOCK_V: tl.constexpr,
 ):
-    """Write dL/dlogits of a row; return what rounding took from the chosen column.
+    """Write dL/dlogits of a row; return the rounding error of the chosen column.
 
     dlogp / dlogit_j = ([j is chosen] - p_j) / temperature
     dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
@@ -120,7 +119,7 @@ def write_grad_logits(
     if HAS_ENTROPY:
         moves = moves | (grad_entropy != 0)
     moves = keep & moves
-    # a row that is skipped, or whose gradient is 0, is not read: it is only set to 0
+    # a row that is skipped, or whose gradient is 0, is not read; its gradient is set to 0
     grad_logp = tl.where(moves, grad_logp, 0.0) / temperature
     inverse_sum = tl.where(moves, 1.0 / sum_exp, 0.0)
     row_max = tl.where(moves, row_max, 0.0)
@@ -137,7 +136,7 @@ def write_grad_logits(
     chosen_grad = tl.where(moves, chosen_grad * chosen_cap_grad, 0.0)
     readable = tl.where(moves, vocab_size, 0)
     if GRAD_SHARES_MEMORY:
-        # every warp reads the chosen logit: none may overwrite it before all have
+        # every warp reads the chosen logit; no warp may overwrite it before all have read it
         tl.debug_barrier()
     for start in range(0, vocab_size, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
@@ -155,8 +154,8 @@ def write_grad_logits(
             grads *= cap_grads
         grads = tl.where(columns == chosen_id, chosen_grad, grads)
         if GRAD_SHARES_MEMORY and grad_row_ptr.dtype.element_ty != row_ptr.dtype.element_ty:
-            # narrower gradients go over the front of the same row: in rising order they never reach a block that is
-            # still to be read, but no warp may write before all have read this one
+            # narrower gradients overwrite the front of the same row: in ascending order they never reach a block that
+            # is not read yet, but no warp may write before all warps have read this block
             tl.debug_barrier()
         tl.store(grad_row_ptr + columns, grads.to(grad_row_ptr.dtype.element_ty), mask=in_range)
     return chosen_grad - chosen_grad.to(grad_row_ptr.dtype.element_ty).to(tl.float32)
@@ -164,7 +163,7 @@ def write_grad_logits(
 
 @triton.jit
 def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size):
-    """Position of a row, the id chosen there, and whether it counts."""
+    """Position of a row, its chosen id, and whether the row is valid."""
     position = (first_row + row).to(tl.int64)
     if order_ptr is not None:
         position = tl.load(order_ptr + position)
@@ -177,7 +176,7 @@ def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size):
 
 @triton.jit
 def row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
-    """Elements from the tensor's start to the row's. Strides come in units of ALIGNMENT, so that it is known."""
+    """Offset of a row in elements. Strides are in units of ALIGNMENT, so that the compiler knows the alignment."""
     batch = (row // rows_per_batch).to(tl.int64)
     within = (row % rows_per_batch).to(tl.int64)
     return (batch * batch_stride + within * row_stride) * ALIGNMENT
@@ -207,7 +206,7 @@ def row_logps_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Log-probs of the chosen tokens, entropies where asked for, and what the gradient will need."""
+    """Log-probs of the chosen tokens, and, if wanted, entropies and the row values that the gradient needs."""
     vocab_size = vocab_size * ALIGNMENT
     HAS_ENTROPY: tl.constexpr = entropies_ptr is not None
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
@@ -231,7 +230,7 @@ def row_logps_kernel(
 def row_grad_logits_kernel(
     logits_ptr,  # [n, V] or strided, any float dtype
     grad_ptr,  # the same shape, out
-    residual_ptr,  # [n] float32, out: what rounding took from the chosen column, or None
+    residual_ptr,  # [n] float32, out: rounding error of the chosen column, or None
     row_max_ptr,  # [M] as written by `row_logps_kernel`
     sum_exp_ptr,  # [M]
     grad_logps_ptr,  # [M] float32
@@ -254,7 +253,7 @@ def row_grad_logits_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dL/dlogits, given dL/dlogps and, where there are any, dL/dentropies."""
+    """dL/dlogits from dL/dlogps and, if given, dL/dentropies."""
     vocab_size = vocab_size * ALIGNMENT
     HAS_ENTROPY: tl.constexpr = grad_entropies_ptr is not None
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
@@ -291,18 +290,18 @@ def row_grad_logits_kernel(
 @kernel
 def row_loss_kernel(
     logits_ptr,  # [n, V] or strided, any float dtype
-    grad_ptr,  # the same shape, out, or None: the loss alone
-    residual_ptr,  # [n] float32, out: what rounding took from the chosen column, or None
+    grad_ptr,  # the same shape, out, or None: no gradient
+    residual_ptr,  # [n] float32, out: rounding error of the chosen column, or None
     logps_ptr,  # [M] float32, out
     order_ptr,  # [M] int64 or None
     mask_ptr,  # [M] bool
     ids_ptr,  # [M] integers
     sequence_ptr,  # [M] integers: the sequence of each position; None: position // tokens_per_sequence
-    advantages_ptr,  # [M], [B], or the [B] rewards that make them: see ADVANTAGES
+    advantages_ptr,  # [M], [B], or rewards [B]: see ADVANTAGES
     old_logps_ptr,  # [M] or None: on-policy
     ref_logps_ptr,  # [M] or None: no penalty
     rollout_logps_ptr,  # [M] or None: no correction
-    lengths_ptr,  # [B] valid tokens of each sequence, or None: the loss does not average over them
+    lengths_ptr,  # [B] number of valid tokens of each sequence, or None: the loss does not average over them
     beta_ptr,
     normalizer_ptr,
     entropy_bonus_ptr,  # or None
@@ -372,7 +371,7 @@ def row_loss_kernel(
             if lengths_ptr is not None:
                 weight = share / tl.load(lengths_ptr + sequence).to(tl.float32)
             if HAS_BONUS:
-                # read here, it takes no register through the loops over the row: on sm_80 there is none left
+                # loaded here, it occupies no register during the loops over the row; on sm_80 none is left
                 beta = tl.load(beta_ptr).to(tl.float32)
             loss, ratio_grad, beside, penalty, ratio, low, high = token_objective(
                 logp, old_logp, logp - old_logp, advantage, rollout_weight, position, keep, ref_logps_ptr, beta,
@@ -406,7 +405,7 @@ def scale_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """values *= factor; where the factor is 1, as for a loss that is not scaled, nothing is read."""
+    """values *= factor; if the factor is 1, as for a loss that is not scaled, nothing is read."""
     num_values = tl.cast(num_values, tl.int64) * ALIGNMENT
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:

@@ -1,10 +1,10 @@
-"""Triton kernel over whole sequences: the loss of any objective given log-probs, and its gradient in them.
+"""Triton kernel over whole sequences: the loss of any objective from log-probs, and dL/dlogps.
 
-Letters: M positions of the caller's tensors, B sequences, T positions of each. Each program takes whole sequences.
+Letters: M positions of the caller's tensors, B sequences, T positions each. Each program processes whole sequences.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# device code: its arguments are what Triton makes of pointers and numbers
+# device code: Triton determines the types of its arguments
 
 import triton
 import triton.language as tl
@@ -29,7 +29,7 @@ from expo_kernels._triton.slots import MAX_COMPLETION_LENGTH
 
 @triton.jit
 def load_block(mask_ptr, logps_ptr, old_logps_ptr, first, start, num_positions, BLOCK_T: tl.constexpr):
-    """Positions of a block, which are the sequence's, which count, their log-probs and the old ones."""
+    """Positions of a block, whether each is in the sequence, whether it is valid, log-probs and old log-probs."""
     within = start + tl.arange(0, BLOCK_T)
     position = first + within
     in_range = within < num_positions
@@ -58,7 +58,7 @@ def sum_sequence(
     SEQUENCE_CORRECTION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Number of tokens of a sequence, sum of what its ratio is made of, and sum of old_logp - rollout_logp."""
+    """Number of valid tokens of a sequence, sum of the terms of its log-ratio, and sum of old_logp - rollout_logp."""
     length = 0.0
     log_ratio_sum = 0.0
     difference_sum = 0.0
@@ -95,13 +95,13 @@ def add_mean_grad(
     first,
     num_positions,
     of_sequence,  # advantage of the sequence
-    mean_grad,  # dL/d(what each token adds to the mean log-ratio)
+    mean_grad,  # dL/d(term of a token in the mean log-ratio)
     hyper_ptr,
     ADVANTAGES: tl.constexpr,
     SURROGATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Each token moves the sequence's mean log-ratio, and with it every token's loss: add that to its gradient."""
+    """Add the gradient through the sequence's mean log-ratio, on which the loss of all its tokens depends."""
     for start in range(0, num_positions, BLOCK_T):
         position, _, keep, logp, old_logp = load_block(
             mask_ptr, logps_ptr, old_logps_ptr, first, start, num_positions, BLOCK_T
@@ -119,10 +119,10 @@ def add_mean_grad(
 def sequence_loss_kernel(
     logps_ptr,  # [M] float
     grad_logps_ptr,  # [M] float32, out: dL/dlogps
-    entropies_ptr,  # [M] float32 or None: summed into the metrics
+    entropies_ptr,  # [M] float32 or None: added to the metrics
     grad_entropies_ptr,  # [M] float32, out: dL/dentropies, or None
     mask_ptr,  # [M] bool
-    starts_ptr,  # [B + 1] where each sequence starts and ends; None: every tokens_per_sequence
+    starts_ptr,  # [B + 1] cumulative lengths; None: every sequence has tokens_per_sequence positions
     advantages_ptr,  # as in `row_loss_kernel`
     old_logps_ptr,
     ref_logps_ptr,
@@ -136,7 +136,7 @@ def sequence_loss_kernel(
     totals_ptr,
     metrics_ptr,
     first_sequence,
-    num_sequences,  # from the first on
+    num_sequences,  # of this launch, from first_sequence on
     tokens_per_sequence,
     group_size,
     ADVANTAGES: tl.constexpr,
@@ -144,12 +144,12 @@ def sequence_loss_kernel(
     HAS_DUAL_CLIP: tl.constexpr,
     KL: tl.constexpr,
     KL_WEIGHTED: tl.constexpr,
-    MEAN_RATIO: tl.constexpr,  # of the sequence's log-ratios
+    MEAN_RATIO: tl.constexpr,  # the ratio is exp of the mean of the sequence's log-ratios
     SEQUENCE_CORRECTION: tl.constexpr,
     AVERAGES_TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The loss of some sequences given their log-probs: each program takes whole ones. Any objective, dL/dlogps."""
+    """The loss of some sequences from their log-probs, for any objective, and dL/dlogps."""
     SPANS_SEQUENCES: tl.constexpr = MEAN_RATIO or SURROGATE == "vespo"
     beta = tl.load(beta_ptr).to(tl.float32)
     share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + MAX_COMPLETION_LENGTH))
