@@ -1,4 +1,4 @@
-"""The loss inside other people's trainers: one thin file each, which adapts names and holds no arithmetic.
+"""The loss inside other trainers: one thin file each, which adapts names and holds no arithmetic.
 
-`liger` needs PyTorch alone; `trl` and `verl` import their host when they are imported themselves.
+`liger` needs only PyTorch; `trl` and `verl` need the library of that name.
 """

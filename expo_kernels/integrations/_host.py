@@ -1,16 +1,16 @@
-"""Is the trainer that an integration is made for installed, in a version it was tested with?"""
+"""Check that the trainer of an integration is installed in a tested version."""
 
 import importlib.metadata
 import re
 
 
 def check_version(package: str, at_least: tuple[int, int], below: tuple[int, int]) -> None:
-    """Refuse versions other than those tested: what an integration overrides is private and moves between releases.
+    """Refuse untested versions: an integration overrides private methods, which change between releases.
 
     Args:
-        package: name of the distribution, which is also the extra of expo-rl that installs it.
-        at_least: (major, minor), the oldest tested.
-        below: (major, minor), the first not tested.
+        package: name of the distribution, and of the extra of expo-rl that installs it.
+        at_least: (major, minor) of the oldest tested version.
+        below: (major, minor) of the first untested version.
 
     Raises:
         ImportError: the package is missing, or its version is outside the range.

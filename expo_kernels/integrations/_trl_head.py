@@ -1,6 +1,6 @@
-"""The output head inside a transformers model's forward, for `trl.py`.
+"""Apply the output head inside the forward of a transformers model, for `trl.py`.
 
-There ZeRO 3's hooks are armed, so that a head can be gathered and its gradient is reduced, and DDP sees what is used.
+Inside forward, ZeRO 3's hooks gather the head and reduce its gradient, and DDP sees which parameters are used.
 
 Letters: B sequences, L positions of prompt and completion, V vocabulary, H hidden.
 """
@@ -17,7 +17,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from expo_kernels.logps import linear_token_logps
 from expo_kernels.objective import Objective
 
-Head = Callable[[Tensor, Tensor, Tensor | None], Any]  # of hidden states [B, L, H], weight [V, H] and bias [V]
+Head = Callable[[Tensor, Tensor, Tensor | None], Any]  # takes hidden states [B, L, H], weight [V, H] and bias [V]
 
 
 def base_model(model: Any) -> Any:
@@ -26,16 +26,16 @@ def base_model(model: Any) -> Any:
 
 
 def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | None, *, in_float32: bool) -> None:
-    """Make `model(..., expo_head=f)` return f(hidden states, head weight, head bias), and score labels by our head.
+    """Patch forward: `model(..., expo_head=f)` returns f(hidden states, weight, bias); log-probs use our head.
 
-    TRL asks for log-probs by `fused_lm_head=True`, under the old and the reference policy too; answered here, all
-    log-probs of a run come from one code, so that ratios are 1 and KL 0 while nothing has changed.
+    TRL calls the model with `fused_lm_head=True` for log-probs, also under the old and the reference policy. Computing
+    all of them with the same code keeps ratios exactly 1 and the KL exactly 0 before the first update.
 
     Args:
-        model: of transformers, already given its fused head by TRL.
-        objective: its temperature and logit_softcap are those of the log-probs.
+        model: a transformers model that TRL has patched with its fused head.
+        objective: its temperature and logit_softcap apply to the log-probs.
         budget_mb: MiB for the logits of one chunk; None: a default for the device.
-        in_float32: keep the head out of autocast.
+        in_float32: exclude the head from autocast.
     """
     trls = model.forward
 
@@ -55,11 +55,11 @@ def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | N
             return trls(*args, labels=labels, **options)
         options["use_cache"] = False
         hidden = self.base_model(*args, **options).last_hidden_state
-        head = self.get_output_embeddings()  # each time: it may have been replaced since
+        head = self.get_output_embeddings()  # looked up in every call, because it may have been replaced
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
             weight = head.weight
             if torch.is_autocast_enabled(hidden.device.type) and not in_float32:
-                # what autocast does to a linear layer; the loss itself is outside its reach
+                # autocast casts the inputs of a linear layer, but not those of our ops
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
             return expo_head(hidden, weight, head.bias)
@@ -68,7 +68,7 @@ def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | N
 
 
 def _logps_head(labels: Tensor, objective: Objective, budget_mb: float | None) -> Head:
-    """Log-probs of the labels [B, L], each predicted by the position before it; 0 where a label is -100."""
+    """A head for the log-probs of labels [B, L]; each position predicts the next label; 0 if a label is -100."""
     ids = labels[:, 1:]
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedCausalLMOutput:

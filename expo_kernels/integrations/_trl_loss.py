@@ -1,6 +1,6 @@
-"""TRL's names for the loss, which Liger's signature shares, as an `Objective`.
+"""TRL's settings of the loss, which Liger's signature shares, converted to an `Objective`.
 
-Source: TRL 1.16, `GRPOTrainer._compute_loss`; the equality of the two is what `tests/integrations` tests.
+Source: TRL 1.16, `GRPOTrainer._compute_loss`; `tests/integrations` tests that both losses are equal.
 """
 
 import dataclasses
@@ -22,69 +22,69 @@ LOSS_TYPES: dict[str, tuple[Surrogate, Aggregation]] = {
     "luspo": ("clip", "sum"),
     "vespo": ("vespo", "token"),
 }
-# divided by the tokens of the whole accumulation window over all ranks, not by those of the call
+# these are divided by the number of tokens of the whole accumulation window over all ranks, not of the call
 WINDOW_LOSS_TYPES = ("dapo", "cispo", "vespo")
 VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-_LOG_RATIO_CLAMP = 20.0  # nats, of TRL and of `Objective` alike
+_LOG_RATIO_CLAMP = 20.0  # nats, in TRL and in `Objective`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrlLoss:
-    """TRL's settings of the loss, by TRL's names."""
+    """TRL's settings of the loss, under TRL's names."""
 
     loss_type: str
     """One of `LOSS_TYPES`."""
 
     epsilon_low: float
-    """Clip range below 1; unused by "cispo", which TRL bounds from above only, by "sapo" and by "vespo"."""
+    """Clip range below 1; unused by "sapo", "vespo" and "cispo", which TRL clips only from above."""
 
     epsilon_high: float
-    """Clip range above 1; for "cispo" the bound of the ratio itself."""
+    """Clip range above 1; for "cispo" the upper bound of the ratio itself."""
 
     beta: float
-    """Weight of the KL penalty; where it is 0 there is none to be importance-weighted."""
+    """Weight of the KL penalty; if 0, `use_bias_correction_kl` has no effect."""
 
     temperature: float
-    """Of the sampling."""
+    """Sampling temperature."""
 
     importance_sampling_level: RatioLevel
-    """Of the ratio; "vespo" forms its own, and takes "token"."""
+    """Level of the ratio; "vespo" defines its ratio itself and requires "token"."""
 
     max_completion_length: int | None
-    """Tokens, the divisor of "dr_grpo", and only of that."""
+    """Number of tokens, the divisor of "dr_grpo"; unused by the other loss types."""
 
     delta: float | None
-    """Upper bound of the ratio where the advantage is negative; None: none."""
+    """Upper bound of the ratio for negative advantages; None: no bound."""
 
     use_bias_correction_kl: bool
-    """Weigh the KL penalty by the ratio."""
+    """Multiply the KL penalty by the ratio."""
 
     sapo_temperature_pos: float
     """Sharpness of SAPO's gate for positive advantages."""
 
     sapo_temperature_neg: float
-    """The same for all others."""
+    """Sharpness of SAPO's gate for all other advantages."""
 
     vespo_k_pos: float
-    """Power of the sequence's ratio in VESPO's weight for advantages >= 0."""
+    """Exponent of the sequence's ratio in VESPO's weight for advantages >= 0."""
 
     vespo_lambda_pos: float
-    """Decay of that weight."""
+    """Decay rate of VESPO's weight for advantages >= 0."""
 
     vespo_k_neg: float
-    """The power for negative advantages."""
+    """The exponent for negative advantages."""
 
     vespo_lambda_neg: float
-    """The decay for negative advantages."""
+    """The decay rate for negative advantages."""
 
     logit_softcap: float | None = None
-    """Of the model."""
+    """Softcap of the model's logits; None: no cap."""
 
     def objective(self) -> Objective:
         """The objective that these settings describe.
 
         Raises:
-            ValueError: a loss type or a combination that no `Objective` gives.
+            ValueError: an `Objective` cannot express the loss type or the combination of settings.
         """
         check_loss_type(self.loss_type)
         surrogate, aggregation = LOSS_TYPES[self.loss_type]
@@ -114,17 +114,17 @@ class TrlLoss:
 
 
 def check_loss_type(loss_type: str) -> None:
-    """Refuse a loss type that has no objective here."""
+    """Refuse a loss type that is not in `LOSS_TYPES`."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}; supported here: {', '.join(LOSS_TYPES)}")
 
 
 def corrected_advantages(advantages: Tensor, ratio: Tensor | None, mask: Tensor) -> Tensor:
-    """Advantages times the sampler's correction: every surrogate is linear in them, so that this weighs it.
+    """Advantages times the importance sampling ratio; surrogates are linear in the advantages, so this weights them.
 
     Args:
         advantages: [B] or [B, T].
-        ratio: [B], [B, 1] or [B, T], >= 0; None: nothing to correct.
+        ratio: [B], [B, 1] or [B, T], >= 0; None: no correction.
         mask: [B, T].
     """
     if ratio is None:
@@ -139,20 +139,20 @@ def corrected_advantages(advantages: Tensor, ratio: Tensor | None, mask: Tensor)
 def with_correction(
     objective: Objective, advantages: Tensor, ratio: Tensor | None, old_logps: Tensor | None, mask: Tensor
 ) -> dict[str, Any]:
-    """`objective`, `advantages` and `rollout_logps` of a loss call that takes the sampler's correction in.
+    """`objective`, `advantages` and `rollout_logps` of a loss call with the importance sampling ratio applied.
 
-    All surrogates but "vespo" are weighed by it. VESPO's weight is of the sequence's whole ratio, of which each token's
-    correction is a factor; the ratio comes truncated or masked already, so that no bound of ours acts on it.
+    The ratio is a weight of all surrogates but "vespo". In VESPO, each token's ratio is a factor of the sequence's
+    ratio. The caller has truncated or masked it already, so our own bounds are set wide enough to have no effect.
 
     Args:
         objective: without a rollout correction.
         advantages: [B] or [B, T].
-        ratio: [B], [B, 1] or [B, T], >= 0, exp(old - rollout); None: nothing to correct. For "vespo" [B, T].
-        old_logps: [B, T]; None: on-policy, which says nothing of the sampler's log-probs.
+        ratio: [B], [B, 1] or [B, T], >= 0, exp(old - rollout); None: no correction. For "vespo" [B, T].
+        old_logps: [B, T]; None: on-policy. "vespo" needs them to recover the sampler's log-probs.
         mask: [B, T].
 
     Raises:
-        ValueError: a ratio that "vespo" cannot take in.
+        ValueError: the surrogate is "vespo", and the ratio is not per token or `old_logps` is missing.
     """
     if ratio is None or objective.surrogate != "vespo":
         return {"objective": objective, "advantages": corrected_advantages(advantages, ratio, mask)}

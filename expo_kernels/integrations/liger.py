@@ -1,9 +1,9 @@
-"""`LigerFusedLinearGRPOLoss`: this library's loss behind the signature of liger-kernel's class of that name.
+"""`LigerFusedLinearGRPOLoss`: this library's loss with the signature of liger-kernel's class of that name.
 
     from expo_kernels.integrations.liger import LigerFusedLinearGRPOLoss  # was: liger_kernel.chunked_loss
 
-Source: liger-kernel 0.8.5. What differs: logits are float32, positions that the mask leaves out may hold anything, a
-frozen head costs no gradient, and "luspo" leaves padding out, as TRL does.
+Source: liger-kernel 0.8.5. Differences: logits are float32, values at masked positions are ignored, a frozen head costs
+no gradient, and "luspo" excludes padding, as in TRL.
 
 Letters: B sequences, T completion positions, V vocabulary, H hidden.
 """
@@ -22,27 +22,27 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
     Args:
         beta: >= 0, weight of the KL penalty.
-        compiled: either value; nothing is compiled per call here, and the numbers do not depend on it.
-        use_ref_model: False only with beta = 0.
-        chunk_size: 1; chunks are made of valid tokens, `logits_budget_mb` at a time.
+        compiled: has no effect; nothing is compiled.
+        use_ref_model: False only if beta = 0.
+        chunk_size: must be 1; chunks consist of valid tokens, see `logits_budget_mb`.
         epsilon_low: clip range below 1.
-        epsilon_high: clip range above 1; for "cispo" the bound of the ratio itself.
+        epsilon_high: clip range above 1; for "cispo" the upper bound of the ratio itself.
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo" or "vespo".
-        max_completion_length: tokens, for "dr_grpo", which needs it; the others do not read it.
+        max_completion_length: number of tokens; required by "dr_grpo", unused by the others.
         importance_sampling_level: "token" or "sequence".
         sapo_temperature_pos: sharpness of SAPO's gate for positive advantages.
-        sapo_temperature_neg: the same for all others.
+        sapo_temperature_neg: sharpness of SAPO's gate for all other advantages.
         temperature: > 0; logits are divided by it.
-        delta: upper bound of the ratio for negative advantages, > 1 + epsilon_high; None: none.
-        use_bias_correction_kl: weigh the KL penalty by the token's ratio.
-        vespo_k_pos: power of the sequence's ratio in VESPO's weight for advantages >= 0; only for "vespo".
-        vespo_lambda_pos: decay of that weight; likewise.
-        vespo_k_neg: the power for negative advantages; likewise.
-        vespo_lambda_neg: the decay for negative advantages; likewise.
-        logits_budget_mb: MiB for the logits of one chunk; None: a default for the device. Not Liger's.
+        delta: upper bound of the ratio for negative advantages, > 1 + epsilon_high; None: no bound.
+        use_bias_correction_kl: multiply the KL penalty by the token's ratio.
+        vespo_k_pos: exponent of the sequence's ratio in VESPO's weight for advantages >= 0; only for "vespo".
+        vespo_lambda_pos: decay rate of that weight; only for "vespo".
+        vespo_k_neg: the exponent for negative advantages; only for "vespo".
+        vespo_lambda_neg: the decay rate for negative advantages; only for "vespo".
+        logits_budget_mb: MiB for the logits of one chunk; None: a default for the device. Liger has no such argument.
 
     Raises:
-        ValueError: a setting that no `Objective` gives, or that would be ignored.
+        ValueError: an `Objective` cannot express a setting, or the setting would have no effect.
     """
 
     def __init__(
@@ -111,31 +111,32 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss, and the metrics as Liger orders them.
+        """The loss, and the metrics in Liger's order.
 
         Args:
             _input: [B, T, H] hidden states; position t predicts `selected_token_ids[:, t]`.
             lin_weight: [V, H] output head.
             selected_token_ids: [B, T] integers.
-            attention_mask: [B, T], bool or 0/1: where the completion's token counts.
+            attention_mask: [B, T], bool or 0/1; 1 for valid tokens of the completion.
             advantages: [B] or [B, T].
             bias: [V], or None.
-            ref_per_token_logps: [B, T] nats; with beta > 0 either these or `ref_input` and `ref_weight`.
+            ref_per_token_logps: [B, T] nats; beta > 0 requires either these or `ref_input` and `ref_weight`.
             old_per_token_logps: [B, T] nats; None: on-policy.
             ref_input: [B, T, H] hidden states of the reference model.
-            ref_weight: [V, H] its output head.
-            ref_bias: [V] its bias, or None.
+            ref_weight: [V, H] output head of the reference model.
+            ref_bias: [V] bias of that head, or None.
             vllm_is_ratio: [B], [B, 1] or [B, T], >= 0: weight of the surrogate. For "vespo" [B, T], a factor of the
-                sequence's ratio, beside `old_per_token_logps`.
-            num_items_in_batch: tokens of all ranks and micro-batches, the denominator of "dapo", "cispo" and "vespo";
-                None: those of this call, averaged over ranks. The other loss types do not read it.
+                sequence's ratio; requires `old_per_token_logps`.
+            num_items_in_batch: number of tokens of all ranks and micro-batches, the denominator of "dapo", "cispo" and
+                "vespo"; None: that of this call, averaged over ranks. The other loss types do not use it.
 
         Returns:
-            0-dim loss, and (KL in nats, clipped share), without the first for beta = 0. The share is that of tokens for
-            which a clipped term was chosen: with `delta` its cap counts too, and with "cispo" whatever the advantage.
+            0-dim loss, and (KL in nats, clipped share), or only (clipped share) if beta = 0. The clipped share is the
+            share of tokens for which a clipped term was chosen, including `delta`'s cap; for "cispo" the share of
+            tokens whose ratio was clipped, whatever the advantage.
 
         Raises:
-            ValueError: arguments that are missing, contradict each other, or do not fit.
+            ValueError: arguments are missing, contradict each other, or have shapes that do not match.
         """
         if ref_input is not None:
             if ref_per_token_logps is not None:

@@ -2,8 +2,8 @@
 
     from expo_kernels.integrations.trl import ExpoGRPOTrainer  # in place of trl.GRPOTrainer
 
-Generation, rewards, advantages and logging stay TRL's. The head is applied inside the model's forward, where ZeRO 3
-can gather it. Source: TRL 1.16; FG-ExPO (arXiv 2605.11403) eq. 4 to 8 and algorithm 1.
+Generation, rewards, advantages and logging are TRL's. The head is applied inside the model's forward, where ZeRO 3 can
+gather it. Source: TRL 1.16; FG-ExPO (arXiv 2605.11403) eq. 4 to 8 and algorithm 1.
 
 Letters: B sequences, T completion positions, L positions of prompt and completion, V vocabulary, H hidden.
 """
@@ -24,30 +24,30 @@ from expo_kernels.objective import Objective
 
 _host.check_version("trl", at_least=(1, 16), below=(1, 17))
 
-# only once its version is known to fit
+# imported after the check of the version
 from datasets import Dataset  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from expo_kernels.integrations._trl_head import apply_head_in_forward, base_model  # noqa: E402
 
-# options of GRPOConfig that this loss would not honour, and the value of each that asks for nothing
+# options of GRPOConfig that this loss does not support, each with the value that disables it
 _REFUSED = {
     "top_entropy_quantile": 1.0,
     "off_policy_mask_threshold": None,
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
 }
-# attributes of a model's config that scale its logits
+# fields of a model's config that scale its logits
 _LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _STATE_FILE = "expo_curriculum.pt"
 
 
 class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
-    """TRL's GRPOTrainer, trained by EXPO: penalty weight by batch accuracy, questions drawn by pass rate.
+    """TRL's GRPOTrainer with EXPO: batch accuracy scales the KL weight, and pass rates determine sampling.
 
-    With rho="constant" and curriculum="uniform" it is GRPO and gives TRL's own numbers, without [B, T, V] logits.
-    TRL's metrics stay, except for extremes over sequences of the clip ratios; added are `accuracy`, `beta_eff`,
-    `ratio_max` and `curriculum/effective_sample_size`. Clip ratios are shares of tokens here, of sequences' tokens too.
+    With rho="constant" and curriculum="uniform" it is GRPO and gives TRL's own numbers, without [B, T, V] logits. It
+    logs TRL's metrics, except for the minimum and maximum of clip ratios over sequences, and adds `accuracy`,
+    `beta_eff`, `ratio_max` and `curriculum/effective_sample_size`. Clip ratios are always shares of tokens.
 
     Args:
         model: as GRPOTrainer.
@@ -55,15 +55,15 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         args: as GRPOTrainer; `loss_type` is one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.
         positional: as GRPOTrainer.
         rho: how the batch's accuracy scales beta, as in `akl_beta`.
-        curriculum: "gcs": questions are drawn by a `CurriculumTable` with the paper's settings; "uniform": TRL's order;
-            or a table of the questions of `train_dataset`. It is saved with the trainer's checkpoints.
-        accuracy_reward: name of the reward function whose scores, in [0, 1], are the accuracy; None: the only one.
+        curriculum: "gcs": a `CurriculumTable` with the paper's settings samples the questions; "uniform": TRL's order;
+            or a table for the questions of `train_dataset`. The trainer's checkpoints contain the table.
+        accuracy_reward: name of the reward function whose scores, in [0, 1], are the accuracy; None: there is only one.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
         options: as GRPOTrainer.
 
     Raises:
-        ValueError: a setting that would be ignored or that no `Objective` gives.
-        NotImplementedError: a model or a distribution that is not supported yet.
+        ValueError: a setting would have no effect, or an `Objective` cannot express it.
+        NotImplementedError: the model or the kind of parallelism is not supported yet.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if not self.model.training:
             made: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return made
-        # drawn here rather than by a sampler: data loaders read ahead, past the update of the table
+        # sampled here and not by a sampler, because data loaders prefetch batches before the table is updated
         question_ids = None
         if self.curriculum is not None:
             question_ids = self._draw_questions(self.curriculum)
@@ -190,11 +190,11 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return made
 
     def _draw_questions(self, curriculum: CurriculumTable) -> Tensor:
-        """Ids of the questions of one generation batch over all ranks: the same draw on each."""
+        """Ids of the questions of one generation batch over all ranks; equal on every rank."""
         return curriculum.sample(self.args.generation_batch_size // self.num_generations, generator=self._generator)
 
     def _share_of(self, question_ids: Tensor, count: int) -> list[dict[str, Any]]:
-        """This rank's rollouts of them: the rollouts of a question are adjacent, ranks take turns in order."""
+        """This rank's contiguous share of the rollouts; those of a question are adjacent."""
         rollouts = question_ids.repeat_interleave(self.num_generations).tolist()
         first = self.accelerator.process_index * count
         return [self._questions[index] for index in rollouts[first : first + count]]
@@ -248,11 +248,11 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return loss
 
     def _normalizer(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | float:
-        """The denominator over the accumulation window, as TRL has it: ranks' gradients are averaged afterwards."""
+        """The denominator over the accumulation window, as in TRL; gradients are averaged over ranks afterwards."""
         is_training = self.model.training
         steps = self.current_gradient_accumulation_steps if is_training else 1
         if self.args.loss_type in WINDOW_LOSS_TYPES:
-            # tokens of the whole generation batch, of which this window is a part
+            # tokens of the whole generation batch, which contains this window
             tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             return tokens * steps / self.args.steps_per_generation if is_training else tokens
         if self._objective.aggregation == "token":

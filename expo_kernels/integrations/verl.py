@@ -1,10 +1,10 @@
-"""verl: its policy losses through this library's, and its fused linear head for log-probs and entropy.
+"""Integration with verl: policy losses, and the fused linear head for log-probs and entropies.
 
     from expo_kernels.integrations import verl
     verl.register_losses()  # then actor.policy_loss.loss_mode=expo, expo_gspo, expo_cispo or expo_sapo
     verl.replace_fused_linear()  # with model.use_fused_kernels=True and their impl_backend "torch"
 
-verl hands a policy loss no reference log-probs and adds its own KL term, so AKL has no place here: scale
+verl passes no reference log-probs to a policy loss and adds its own KL term, so AKL is not available here: scale
 `kl_loss_coef`. Source: verl 0.9.1, `verl/trainer/ppo/core_algos.py` and `verl/utils/experimental/torch_functional.py`.
 
 Letters: B sequences, T response positions, N tokens, V vocabulary, H hidden.
@@ -21,7 +21,7 @@ from expo_kernels.logps import linear_token_logps
 from expo_kernels.objective import Aggregation, Objective, RatioLevel, Surrogate
 from expo_kernels.policy_loss import expo_loss_from_logps
 
-# loss_mode, and the surrogate and ratio of each
+# surrogate and ratio of each loss_mode
 LOSS_MODES: dict[str, tuple[Surrogate, RatioLevel]] = {
     "expo": ("clip", "token"),
     "expo_gspo": ("clip", "sequence"),
@@ -38,10 +38,10 @@ AGGREGATIONS: dict[str, Aggregation] = {
 
 
 def register_losses() -> None:
-    """Make verl know the loss modes of `LOSS_MODES`; to be called in every worker, as by `model.external_lib`.
+    """Register `LOSS_MODES` with verl; call it in every worker, for example through `model.external_lib`.
 
     Raises:
-        ImportError: verl is missing, or in a version that was not tested.
+        ImportError: verl is missing, or its version is not tested.
     """
     _host.check_version("verl", at_least=(0, 9), below=(0, 10))
     from verl.trainer.ppo.core_algos import register_policy_loss
@@ -51,10 +51,10 @@ def register_losses() -> None:
 
 
 def replace_fused_linear() -> None:
-    """Put our `FusedLinearForPPO` in the place of verl's, which its models look up at each forward pass.
+    """Replace verl's `FusedLinearForPPO` by ours; verl's models look it up in each forward pass.
 
     Raises:
-        ImportError: verl is missing, or in a version that was not tested.
+        ImportError: verl is missing, or its version is not tested.
     """
     _host.check_version("verl", at_least=(0, 9), below=(0, 10))
     from verl.utils.experimental import torch_functional
@@ -76,21 +76,21 @@ def policy_loss(
 
     Args:
         loss_mode: one of `LOSS_MODES`.
-        old_log_prob: [B, T] nats, under the policy that the ratio compares with.
+        old_log_prob: [B, T] nats, under the old policy, the denominator of the ratio.
         log_prob: [B, T] nats, under the current policy.
-        advantages: [B, T]; "expo_gspo" has verl's gradient where they are constant over a sequence, as GRPO's are.
+        advantages: [B, T]; "expo_gspo" has verl's gradient if they are constant over a sequence, as in GRPO.
         response_mask: [B, T] bool or 0/1.
-        loss_agg_mode: one of `AGGREGATIONS`, honoured in every mode (verl's own "sapo" overrides it).
+        loss_agg_mode: one of `AGGREGATIONS`, used in every mode (verl's own "sapo" overrides it).
         config: verl's ActorConfig: `clip_ratio_low`, `clip_ratio_high`, `clip_ratio_c`, `tau_pos`, `tau_neg`,
             `global_batch_info`.
-        rollout_is_weights: [B, T], >= 0: weight of the surrogate; not with "expo_gspo".
+        rollout_is_weights: [B, T], >= 0: weight of the surrogate; must be None for "expo_gspo".
 
     Returns:
         The loss, and `actor/pg_clipfrac` (share of tokens for which a clipped term was chosen, the dual clip's cap
         included), `actor/ratio_mean`, `actor/ratio_max`.
 
     Raises:
-        ValueError: no config, an unknown mode, or settings that no `Objective` gives.
+        ValueError: the config is missing, a mode is unknown, or an `Objective` cannot express the settings.
     """
     if config is None:
         raise ValueError("config is None; expected verl's ActorConfig, which holds the clip range")
@@ -115,10 +115,10 @@ def policy_loss(
 
 
 def objective_of(loss_mode: str, loss_agg_mode: str, config: Any, response_length: int) -> Objective:
-    """The objective that verl's settings describe; `response_length` is T, verl's divisor where none is configured.
+    """The objective that verl's settings describe; `response_length` is T, verl's divisor if none is configured.
 
     Raises:
-        ValueError: an unknown mode, or settings that no `Objective` gives.
+        ValueError: a mode is unknown, or an `Objective` cannot express the settings.
     """
     if loss_mode not in LOSS_MODES:
         raise ValueError(f"loss_mode is {loss_mode!r}; expected one of {', '.join(LOSS_MODES)}")
@@ -153,7 +153,7 @@ def _normalizer(
     global_batch_size: float | None = None,
     loss_scale_factor: int | None = None,  # noqa: ARG001
 ) -> Tensor | float:
-    """The denominator over all micro-batches and ranks, whose gradients verl averages afterwards."""
+    """The denominator over all micro-batches and ranks; verl averages gradients over ranks afterwards."""
     if loss_agg_mode == "token-sum":
         return 1.0 / dp_size
     count, name = batch_num_tokens, "batch_num_tokens"
@@ -171,11 +171,11 @@ class FusedLinearForPPO(nn.Module):
     """Log-probs and entropies from hidden states and the output head; the arguments are verl's.
 
     Args:
-        chunk_size: rows of logits held at a time.
-        impl_backend: "torch"; verl's others name code that this replaces.
+        chunk_size: number of rows of logits per chunk.
+        impl_backend: must be "torch"; verl's other values select kernels that this class replaces.
 
     Raises:
-        ValueError: another `impl_backend`.
+        ValueError: `impl_backend` is not "torch".
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
@@ -187,7 +187,7 @@ class FusedLinearForPPO(nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies in nats, like `input_ids`, float32; both differentiable.
+        """Log-probs and entropies in nats, shaped like `input_ids`, float32; both are differentiable.
 
         Args:
             hidden_states: [B, T, H] or [N, H]; position t predicts `input_ids[:, t]`.
