@@ -1,4 +1,4 @@
-"""Shared by the kernel tests: inputs, error measures, and an oracle written apart from `reference.py`."""
+"""Helpers of the kernel tests: inputs, error measures, and an oracle written independently of `reference.py`."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Batch:
 
 
 def make_batch(B=4, T=6, H=8, V=13, *, dtype=torch.float64, seed=0, spread=0.4) -> Batch:
-    """Log-probs of the other policies lie `spread` nats around the current ones, so that some ratios clip."""
+    """Log-probs of the other policies differ from the current ones by about `spread` nats, so that some ratios clip."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -56,13 +56,13 @@ def make_batch(B=4, T=6, H=8, V=13, *, dtype=torch.float64, seed=0, spread=0.4) 
 
 
 def relative_error(tensor: Tensor, truth: Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth."""
+    """Frobenius norm of the difference, divided by that of the truth."""
     return float((tensor.double() - truth.double()).norm() / truth.double().norm())
 
 
 def oracle_loss(logps, mask, advantages, old, ref, rollout, beta, o: Objective, normalizer=None) -> Tensor:
-    """The loss token by token in Python, from the papers, for padded float64 inputs with valid tokens everywhere
-    they are read; differentiable in `logps`."""
+    """The loss by the papers' formulas, token by token in Python, for padded float64 inputs; differentiable in
+    `logps`."""
     total, tokens = logps.sum() * 0.0, int(mask.sum())
     for b in range(logps.shape[0]):
         valid = [t for t in range(logps.shape[1]) if bool(mask[b, t])]

@@ -1,4 +1,4 @@
-"""One call of each public function, with everything that it returns and every gradient, by name."""
+"""One call of each public function; each returns all results and gradients by name."""
 
 from typing import Any
 
@@ -18,38 +18,38 @@ from tests.golden.inputs import Batch, packed
 
 
 def given(batch: Batch, objective: Objective) -> dict[str, Any]:
-    """The usual call."""
+    """The arguments of a typical call."""
     rollout = {"rollout_logps": batch.rollout_logps} if objective.rollout_correction else {}
     named = {"advantages": batch.advantages, "old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
     return {**named, "beta": 0.2, "objective": objective, **rollout}
 
 
 def made(output: Any, scale: float = 1.0, **leaves: Tensor) -> dict[str, Tensor]:
-    """All that a loss call gives: loss, metrics, log-probs, and the gradient of scale * loss in each leaf."""
+    """All results of a loss call: loss, metrics, log-probs, and the gradient of scale * loss for each leaf."""
     grads = torch.autograd.grad(output.loss, list(leaves.values()), torch.full_like(output.loss, scale))
     named = {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {"loss": output.loss, **output.metrics, "logps": output.logps, **named}
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A copy that collects a gradient."""
+    """A copy that requires a gradient."""
     return tensor.clone().requires_grad_()
 
 
 def from_logps(batch: Batch, **options: Any) -> dict[str, Tensor]:
-    """The loss of ready log-probs."""
+    """The loss from log-probs."""
     logps = leaf(batch.logps)
     return made(expo_loss_from_logps(logps, batch.mask, **options), logps=logps)
 
 
 def from_logits(batch: Batch, *, scale: float = 1.0, **options: Any) -> dict[str, Tensor]:
-    """The loss of ready logits."""
+    """The loss from logits."""
     logits = leaf(batch.logits)
     return made(expo_loss(logits, batch.ids, batch.mask, **options), scale, logits=logits)
 
 
 def in_place(batch: Batch, **options: Any) -> dict[str, Tensor]:
-    """The loss of logits that are overwritten with their gradient."""
+    """The loss from logits, which their gradient overwrites."""
     source = leaf(batch.logits)
     logits = source.clone()
     output = expo_loss(logits, batch.ids, batch.mask, inplace=True, **options)
@@ -59,7 +59,7 @@ def in_place(batch: Batch, **options: Any) -> dict[str, Tensor]:
 def from_hidden(
     batch: Batch, *, num_rows: int | None = None, bias: bool = True, frozen: bool = False, **options: Any
 ) -> dict[str, Tensor]:
-    """The loss of hidden states, in chunks of about `num_rows` rows of float32 logits."""
+    """The loss from hidden states, in chunks of about `num_rows` rows of float32 logits."""
     leaves = {"hidden": leaf(batch.hidden)}
     head = {"weight": batch.weight, **({"bias": batch.bias} if bias else {})}
     if not frozen:
@@ -72,7 +72,7 @@ def from_hidden(
 
 
 def of_packed(batch: Batch, level: str, objective: Objective) -> dict[str, Tensor]:
-    """The loss of packed sequences, at one of the three levels."""
+    """The loss of packed sequences, from log-probs, logits or hidden states."""
     tokens, cu_seqlens = packed(batch)
     options = {**given(batch, objective), "cu_seqlens": cu_seqlens}
     options |= {name: tokens[name] for name in options if name in tokens}
@@ -104,7 +104,7 @@ def log_probs(batch: Batch, level: str, **options: Any) -> dict[str, Tensor]:
 
 
 def curriculum(estimate: str) -> dict[str, Tensor]:
-    """A table after three updates, with ids that repeat, and what it draws."""
+    """A table after three updates with repeated ids, and samples from it."""
     table = CurriculumTable(300, std=0.3, momentum=0.8, initial_pass_rate=0.25, estimate=estimate)
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):

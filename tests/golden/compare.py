@@ -1,9 +1,9 @@
-"""Two commits bit by bit: `python -m tests.golden.compare BASE [--head HEAD]`, or `make golden-compare BASE=...`.
+"""Compare two commits bit by bit: `python -m tests.golden.compare BASE [--head HEAD]`, `make golden-compare BASE=...`.
 
-Each commit is checked out into a folder of its own and its packages run with this tree's golden tests, on this machine,
-whichever it is: unlike the committed records this needs no machine that has one. A run that BASE's code begins and is
-killed in after a checkpoint is also resumed by HEAD's code, and must end as BASE's own run does. The exit code is 0 if
-all bits are equal, 1 if not. What is not committed is not compared.
+Each commit is checked out into its own folder, and its packages run with this tree's golden tests on this machine; no
+committed record of the machine is needed. In addition, BASE's code begins a run and is killed after a checkpoint;
+HEAD's code resumes the run, which must end like BASE's own run. The exit code is 0 if all bits are equal, else 1.
+Uncommitted changes are not compared.
 """
 
 import argparse
@@ -22,7 +22,7 @@ RESUME = "resume"
 
 
 def resumed_by_head(base: Path, head: Path, folder: Path) -> tuple[Record, Record]:
-    """A run of BASE, and one that BASE began and HEAD ended: one on one rank, one on two."""
+    """A run of BASE, and one that BASE began and HEAD resumed, each on one rank and on two."""
     alone: Record = {}
     handed_on: Record = {}
     for ranks in (1, 2):
@@ -35,7 +35,7 @@ def resumed_by_head(base: Path, head: Path, folder: Path) -> tuple[Record, Recor
 
 
 def compare(part: str, base: Path, head: Path, folder: Path) -> list[str]:
-    """Lines on what is unequal in one part."""
+    """One line for each difference in one part."""
     if part == RESUME:
         return differences(*resumed_by_head(base, head, folder / RESUME), exact=True)
     records = []

@@ -1,7 +1,7 @@
-"""What a golden record holds of a tensor, which record belongs to this machine, and how two records are compared.
+"""Golden records: the entry of a tensor, the choice of this machine's record, and the comparison of two records.
 
 A record is {case: {name: entry}}. The entry of a tensor is its shape, dtype, SHA-256 of its bytes and three float64
-summaries; that of a number is [dtype, value], which says every bit of it.
+summaries; the entry of a number is [dtype, value], which determines all its bits.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ Record = dict[str, dict[str, Any]]
 RECORDS = Path(__file__).parent / "records"
 PARTS = ("torch", "kernels", "runs")
 HOW_TO_RECORD = "if the change is meant, record anew: python -m tests.golden.record"
-MOST_LINES = 20  # of a failure that are shown
-# of the summaries, where other instructions or versions have made them: about one rounding of an element
+MOST_LINES = 20  # lines of a failure that are shown
+# tolerance of summaries computed with other instructions or versions: about one rounding of an element
 TOLERANCES = {"bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-5, "float32": 1e-5}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "deepspeed")
 
@@ -42,7 +42,7 @@ def digest(tensor: torch.Tensor) -> Any:
 
 
 def fingerprint() -> dict[str, Any]:
-    """What decides bits on a CPU: its model, the instructions that PyTorch uses, and the libraries' versions."""
+    """All that determines bits on a CPU: its model, the instructions that PyTorch uses, and the libraries' versions."""
     return {
         "cpu": _cpu(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -51,7 +51,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """Vendor, family and model: libraries of matrix products choose their code by these."""
+    """Vendor, family and model, by which libraries select their matrix product code."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
     facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
@@ -66,13 +66,13 @@ def _version(package: str) -> str | None:
 
 
 def folder_of_this_machine() -> Path:
-    """Where this machine's records are, or would be."""
+    """The folder of this machine's records, which may not exist."""
     text = json.dumps(fingerprint(), sort_keys=True)
     return RECORDS / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load(part: str, records: Path = RECORDS) -> tuple[Record, bool]:
-    """The record to compare with, and whether it was made on a machine like this, so that bits must be equal."""
+    """The record to compare with, and whether a machine like this one wrote it, so that bits must be equal."""
     mine = records / folder_of_this_machine().name / f"{part}.json"
     if mine.exists():
         return read(mine), True
@@ -82,13 +82,13 @@ def load(part: str, records: Path = RECORDS) -> tuple[Record, bool]:
 
 
 def read(path: Path) -> Record:
-    """A record from its file."""
+    """Read a record from its file."""
     made: Record = json.loads(path.read_text())
     return made
 
 
 def write(path: Path, record: Record) -> None:
-    """A record to its file, one entry a line, so that a difference can be read."""
+    """Write a record to its file, one entry per line, so that a diff is readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cases = []
     for case, entries in record.items():
@@ -98,7 +98,7 @@ def write(path: Path, record: Record) -> None:
 
 
 def differences(expected: Record, found: Record, *, exact: bool) -> list[str]:
-    """One line for each entry that is missing, new, or not as expected: unequal bits, or summaries out of tolerance."""
+    """One line for each entry that is missing, new, or different: unequal bits, or summaries out of tolerance."""
     lines = []
     for case in [*expected, *(case for case in found if case not in expected)]:
         before, after = expected.get(case), found.get(case)
@@ -120,7 +120,7 @@ def shortened(lines: list[str]) -> list[str]:
 
 
 def _equal(expected: Any, found: Any) -> bool:
-    # the text of a float names its bits: 0.0 is not -0.0
+    # the text of a float determines its bits: 0.0 differs from -0.0
     return json.dumps(expected) == json.dumps(found)
 
 
@@ -134,7 +134,7 @@ def _close(expected: Any, found: Any) -> bool:
     if (expected["shape"], expected["dtype"]) != (found["shape"], found["dtype"]):
         return False
     tolerance = TOLERANCES.get(expected["dtype"], 0.0)
-    # summands may cancel: what roundings change of a sum is measured by the sum of magnitudes
+    # summands may cancel, so the tolerance of a sum is relative to the sum of magnitudes
     return (
         abs(expected["sum"] - found["sum"]) <= tolerance * expected["l1"]
         and abs(expected["l1"] - found["l1"]) <= tolerance * expected["l1"]

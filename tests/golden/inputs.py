@@ -1,4 +1,4 @@
-"""Inputs of the golden losses: the same bits on every machine, since they are made of whole numbers."""
+"""Inputs of the golden losses: computed from whole numbers, so that their bits are equal on every machine."""
 
 from dataclasses import dataclass
 
@@ -32,14 +32,14 @@ class Batch:
 
 
 def make_batch(B: int, T: int, H: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
-    """A batch whose other policies lie about 0.4 nats around the current one, so that some ratios are clipped.
+    """A batch whose other policies differ from the current one by about 0.4 nats, so that some ratios are clipped.
 
-    Masked positions hold what must not matter: NaN, infinities and ids out of range.
+    Masked positions hold NaN, infinities and ids out of range, which must not change any result.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def bell(*shape: int, std: float = 1.0, grid: int = GRID) -> Tensor:
-        """Nearly normal multiples of 1 / grid: sums of four uniform whole numbers."""
+        """Multiples of 1 / grid with a nearly normal distribution: sums of four uniform whole numbers."""
         total = torch.randint(-1000, 1001, (4, *shape), generator=generator).sum(0).double()
         return (total * (std / 1154.7) * grid).round() / grid
 

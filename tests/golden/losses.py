@@ -67,7 +67,7 @@ IN_EVERY_DTYPE = ("clip range", "clip of sequences", "gmpo", "vespo", "sapo", "s
 
 
 def calls(batch: Batch) -> dict[str, dict[str, Any]]:
-    """What a call may say beside its objective, by name."""
+    """Optional arguments of a call other than its objective, by name."""
     plain: dict[str, Any] = {"advantages": batch.advantages, "old_logps": batch.old_logps, "beta": 0.2}
     plain["ref_logps"] = batch.ref_logps
     return {
@@ -82,7 +82,7 @@ def calls(batch: Batch) -> dict[str, dict[str, Any]]:
 
 
 def levels(batch: Batch, objective: Objective) -> dict[str, Run]:
-    """A loss by every entry point."""
+    """A loss through every entry point."""
     call = given(batch, objective)
     return {
         "logps": lambda: from_logps(batch, **call),
@@ -99,7 +99,7 @@ def loss_cases(path: str) -> Iterator[tuple[str, Run]]:
     for name, objective in OBJECTIVES.items():
         for level, run in levels(small, objective).items():
             yield f"{name}: {level}", run
-    # kernels never take float64
+    # the kernels do not support float64
     for dtype in DTYPES if path == "torch" else DTYPES[:2]:
         batch = make_batch(*SMALL, dtype)
         for name in IN_EVERY_DTYPE:
@@ -118,7 +118,7 @@ def loss_cases(path: str) -> Iterator[tuple[str, Run]]:
             yield f"{name}: entropy bonus {bonus}: logits", lambda options=options: from_logits(small, **options)
             yield f"{name}: entropy bonus {bonus}: in place", lambda options=options: in_place(small, **options)
             yield f"{name}: entropy bonus {bonus}: hidden", lambda options=options: from_hidden(small, **options)
-        # chunks of 3 rows: shorter than a sequence, so that a sequence's ratio takes a pass of its own
+        # chunks of 3 rows are shorter than a sequence, so that a ratio per sequence takes an extra pass
         options = {**usual, "num_rows": 3}
         yield f"{name}: chunks below a sequence", lambda options=options: from_hidden(small, **options)
         yield f"{name}: frozen head", lambda options=options: from_hidden(small, frozen=True, **options)
@@ -155,12 +155,12 @@ def other_cases(path: str) -> Iterator[tuple[str, Run]]:
 
 
 def main(path: str, out: str) -> None:
-    """Runs every case by one path and writes the record."""
+    """Run every case on one path and write the record."""
     imported = Path(expo_kernels.__file__).parent.parent
     assert imported == Path.cwd(), f"this would record the code in {imported}; run it there, or set PYTHONPATH"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # an output left unwritten becomes NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True  # an output that is not written becomes NaN
     if path == "kernels":
         assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
         import tests.kernels.interpreter.kernels_on_cpu  # noqa: F401  # turns the kernels on

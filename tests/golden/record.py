@@ -1,6 +1,6 @@
-"""Writes the golden record of this machine: `python -m tests.golden.record [torch] [kernels] [runs]`.
+"""Write the golden record of this machine: `python -m tests.golden.record [torch] [kernels] [runs]`.
 
-To be run on purpose, on a commit whose numbers are right: `test_golden.py` holds every later one to them.
+Run it only on a commit whose numbers are correct: `test_golden.py` compares all later commits with the record.
 """
 
 import json
@@ -14,7 +14,7 @@ from tests.golden.trees import ROOT, record_of
 
 
 def main(parts: list[str]) -> None:
-    """Records the parts named, or all."""
+    """Record the given parts, or all."""
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")

@@ -1,7 +1,7 @@
-"""Short runs by the command line, and what they end with: `python -m tests.golden.runs OUT.json`.
+"""Short runs by the command line and their results: `python -m tests.golden.runs OUT.json`.
 
-On one rank and on two: a run, and the same run killed after its first checkpoint and resumed; and one with ZeRO 3. What
-is kept of each: every tensor of the exported weights, and the metrics of every step that no clock decides.
+On one rank and on two: a run, and the same run killed after its first checkpoint and resumed; and one run with ZeRO 3.
+The record of a run holds every tensor of the exported weights and the metrics of every step, except for timings.
 """
 
 import json
@@ -39,12 +39,12 @@ PATIENCE_S = 300
 
 
 class GoldenRun:
-    """One run, which may be begun by the code of one tree and ended by that of another.
+    """One run; the code of one tree may begin it and the code of another may resume it.
 
     Args:
-        folder: where the run is made; its name marks the run's processes, so no other name may begin with it.
-        ranks: how many.
-        settings: beside `SETTINGS`.
+        folder: folder of the run; its name identifies the run's processes, so no other name may begin with it.
+        ranks: number of ranks.
+        settings: settings in addition to `SETTINGS`.
     """
 
     def __init__(self, folder: Path, ranks: int = 1, **settings: Any) -> None:
@@ -61,7 +61,7 @@ class GoldenRun:
         return self.folder / "run"
 
     def finish(self, tree: Path, *, resume: bool = False) -> dict[str, Any]:
-        """Trains, or trains on, to the end with the code of `tree`; what the run ends with."""
+        """Train, or resume training, to the end with the code of `tree`; return the results of the run."""
         process = self._start(tree, *["--resume"] * resume)
         try:
             process.wait(timeout=PATIENCE_S)
@@ -72,7 +72,7 @@ class GoldenRun:
         return self._facts()
 
     def kill_after_checkpoint(self, tree: Path) -> None:
-        """Trains with the code of `tree` until the first checkpoint is there, then kills every process of the run."""
+        """Train with the code of `tree` until the first checkpoint exists, then kill every process of the run."""
         process = self._start(tree)
         expiry = time.monotonic() + PATIENCE_S
         try:
@@ -110,7 +110,7 @@ class GoldenRun:
 
 
 def record(tree: Path, folder: Path) -> Record:
-    """All golden runs with the code of `tree`."""
+    """Run all golden runs with the code of `tree`."""
     made: Record = {}
     for ranks, count in ((1, "one rank"), (2, "two ranks")):
         made[f"{count}: plain"] = GoldenRun(folder / f"plain-{ranks}", ranks).finish(tree)
@@ -122,7 +122,7 @@ def record(tree: Path, folder: Path) -> Record:
 
 
 def resumed_unlike_plain(made: Record) -> list[str]:
-    """One line for each number of a resumed run that is not that of the run which was never killed."""
+    """One line for each number of a resumed run that differs from the uninterrupted run."""
     return [
         f"{count}: {name}: resumed {made[f'{count}: killed and resumed'].get(name)}, never killed {entry}"
         for count in ("one rank", "two ranks")
@@ -132,10 +132,11 @@ def resumed_unlike_plain(made: Record) -> list[str]:
 
 
 def out_of_reach(expected: Record, found: Record) -> list[str]:
-    """One line for each weight that is further from the recorded one than training can move it.
+    """One line for each weight that differs from the recorded one by more than training can change it.
 
-    On another machine a last bit may turn a sampled token, and with it all that follows. What holds everywhere: AdamW's
-    first steps move no weight by more than the learning rate, since beta1 <= sqrt(beta2) here and there is no decay.
+    On another machine, a difference in a last bit may change a sampled token, and with it everything after it. On every
+    machine, AdamW's first steps change no weight by more than the learning rate, since beta1 <= sqrt(beta2) here and
+    there is no weight decay.
     """
     lines = []
     if list(expected) != list(found):
@@ -158,7 +159,7 @@ def out_of_reach(expected: Record, found: Record) -> list[str]:
 
 
 def main(out: str) -> None:
-    """Makes all runs with the code of the current folder and writes the record."""
+    """Run all runs with the code of the current folder and write the record."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(out), record(Path.cwd(), Path(folder).resolve()))

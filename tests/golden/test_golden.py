@@ -1,4 +1,4 @@
-"""Today's numbers are the recorded ones: equal bits on a machine that has a record, nearly equal on any other."""
+"""Results equal the recorded ones: bit for bit on a machine that has a record, within tolerances on any other."""
 
 import copy
 

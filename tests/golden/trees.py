@@ -1,4 +1,4 @@
-"""Processes that run the code of one tree: this one, or another commit's checked out beside it."""
+"""Run processes with the code of one tree: this one, or a checkout of another commit."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def environment(tree: Path, **more: str) -> dict[str, str]:
-    """Of a process that imports the packages of `tree`; nothing that was set for another run reaches it."""
+    """Environment of a process that imports the packages of `tree`, without the variables of other runs."""
     kept = {
         name: value
         for name, value in environment_of_no_rank().items()
@@ -21,17 +21,17 @@ def environment(tree: Path, **more: str) -> dict[str, str]:
 
 
 def record_of(part: str, tree: Path, folder: Path) -> Record:
-    """The record of one part, made by the code of `tree`, which must hold this tree's tests; its file is in `folder`.
+    """The record of one part by the code of `tree`, which must contain this tree's tests; its file is in `folder`.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it said.
+        RuntimeError: the process failed; the message ends with its output.
     """
     assert part in PARTS
     out = folder / f"{part}.json"
     module = ["tests.golden.runs"] if part == "runs" else ["tests.golden.losses", part]
     more = {}
     if part == "kernels":
-        # rows that are skipped hold numbers that are computed and never used
+        # skipped rows hold numbers that are computed but never used
         more = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore:::triton.runtime.interpreter"}
     command = [sys.executable, "-m", *module, str(out)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""One tiny model folder for all runs of TRL."""
+"""A tiny model folder, shared by all TRL runs."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _own_environment():
-    """TRL leaves variables of ranks behind, which a process started later would take for its own."""
+    """Remove TRL's rank variables from the environment, because processes started later would read them."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -19,6 +19,6 @@ def _own_environment():
 def tiny_model(tmp_path_factory):
     from tests.integrations.trl_runs import save_model
 
-    gc.freeze()  # each run collects garbage, which is slow with all of transformers to walk through
+    gc.freeze()  # each run collects garbage, which is slow if the collector traverses all of transformers
     yield save_model(tmp_path_factory.mktemp("tiny_model"))
     gc.unfreeze()

@@ -1,4 +1,4 @@
-"""The class with Liger's signature: against liger-kernel itself, and inside TRL's trainer as Liger's users have it."""
+"""The class with Liger's signature, compared with liger-kernel itself and used inside TRL's trainer."""
 
 import inspect
 
@@ -21,7 +21,7 @@ def liger():
 
 
 def make_call(dtype=torch.float32):
-    """Arguments of a call with ragged completions; ratios leave the clip range on both sides."""
+    """Arguments of a call with completions of different lengths; ratios leave the clip range on both sides."""
     torch.manual_seed(5)
     hidden, weight = torch.randn(B, T, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
     ids = torch.randint(V, (B, T))
@@ -40,14 +40,14 @@ def make_call(dtype=torch.float32):
 
 
 def ratio_of_valid_tokens():
-    """A sampler's correction as TRL makes it: 1 at padding, 0 where it is masked."""
+    """An importance sampling ratio as TRL computes it: 1 at padding, 0 where it is masked."""
     ratio = 0.5 + torch.rand(B, T, generator=torch.Generator().manual_seed(2))
     ratio[0, 2] = 0.0
     return torch.where(torch.arange(T) < torch.tensor([[6], [3], [1], [5]]), ratio, 1.0)
 
 
 def results(loss_class, call, **settings):
-    """Loss, metrics and gradients of one call; no clipped share where Liger counts other tokens than we do."""
+    """Loss, metrics and gradients of one call; without the clipped share if Liger counts other tokens than we do."""
     names = ("_input", "lin_weight", "bias")
     leaves = {name: call[name].clone().requires_grad_() for name in names if call.get(name) is not None}
     loss, metrics = loss_class(compiled=False, **settings)(**call | leaves)
@@ -64,7 +64,7 @@ def assert_close(ours, theirs):
 
 
 def settings_for(loss_type):
-    """What every loss type needs, the loss itself included."""
+    """The settings that every loss type needs, with the loss type."""
     length = T if loss_type == "dr_grpo" else None
     return {"loss_type": loss_type, "max_completion_length": length, "epsilon_high": 1.3}
 
@@ -79,7 +79,7 @@ def test_the_signatures_are_ligers(liger):
     assert parameters(LigerFusedLinearGRPOLoss.forward) == parameters(liger.forward)
 
 
-# Liger's "luspo" counts padding, unless the whole loss is a sequence's; TRL's does not, nor ours
+# Liger's "luspo" counts padding unless the ratio is per sequence; TRL's and ours do not
 @pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "luspo"])
 @pytest.mark.parametrize(
     "settings",
@@ -170,7 +170,7 @@ def test_what_would_be_ignored_is_refused(settings, message):
 
 
 class LigerTrainer(GRPOTrainer):
-    """The trainer of Liger's users: TRL's own path until 1.16, with the normalizer that it left out."""
+    """TRL's Liger path until 1.16, with the normalizer that it omitted."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -219,5 +219,5 @@ def test_in_trls_trainer_it_gives_trls_numbers(tiny_model, loss_type, accumulati
     ours = run(make_trainer(LigerTrainer, tiny_model, **settings))
     theirs = run(make_trainer(GRPOTrainer, tiny_model, **settings))
     for entry in theirs.history:
-        entry.pop("entropy")  # Liger's signature returns none
+        entry.pop("entropy")  # Liger's signature returns no entropy
     assert_same(ours, theirs)

@@ -1,4 +1,4 @@
-"""ExpoGRPOTrainer against TRL's own GRPOTrainer: real runs on a tiny model, same seeds, data and rollouts."""
+"""ExpoGRPOTrainer compared with TRL's GRPOTrainer: real runs on a tiny model with equal seeds, data and rollouts."""
 
 import dataclasses
 import inspect
@@ -17,11 +17,11 @@ from expo_kernels.integrations.trl import _REFUSED, ExpoGRPOTrainer
 from tests.integrations.trl_runs import GROUP_SIZE, QUESTIONS, assert_same, make_trainer, roll_out, run, score
 
 PLAIN = {"rho": "constant", "curriculum": "uniform"}
-EPSILON_HIGH = {"cispo": 1.5}  # its bound on the ratio itself
+EPSILON_HIGH = {"cispo": 1.5}  # for "cispo" the upper bound of the ratio itself
 
 
 def compare(tiny_model, *, extra=None, tolerance=1e-5, **settings):
-    """Both trainers' runs under these settings of TRL's, equal."""
+    """Run both trainers with these settings of TRL and check that the runs are equal."""
     settings.setdefault("epsilon_high", EPSILON_HIGH.get(settings.get("loss_type"), 0.28))
     theirs = run(make_trainer(GRPOTrainer, tiny_model, extra=extra, **settings))
     ours = run(make_trainer(ExpoGRPOTrainer, tiny_model, extra=PLAIN | (extra or {}), **settings))
@@ -36,7 +36,7 @@ PAIRS = [(1, 0.0, False), (1, 0.02, True), (4, 0.0, True), (4, 0.02, False)]
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize(("accumulation", "beta", "lora"), PAIRS)
 def test_plain_settings_give_trls_numbers(tiny_model, loss_type, accumulation, beta, lora):
-    # two passes over each rollout: the ratio leaves 1 and meets its bounds. With accumulation: on-policy
+    # with two passes over each rollout the ratio differs from 1 and reaches its bounds; accumulation is on-policy
     compare(
         tiny_model,
         loss_type=loss_type,
@@ -101,7 +101,7 @@ def test_environment_tokens_are_left_out(tiny_model):
 def test_the_samplers_logps_correct_the_loss_as_trl_does(tiny_model, mode, loss_type, monkeypatch):
     class Engine:
         def sync_weights(self):
-            """The rollouts are drawn without a model."""
+            """The rollouts are sampled without a model."""
 
     def with_sampler(trainer_class, **extra):
         trainer = make_trainer(
@@ -113,7 +113,7 @@ def test_the_samplers_logps_correct_the_loss_as_trl_does(tiny_model, mode, loss_
             vllm_importance_sampling_mode=mode,
             vllm_importance_sampling_clip_max=1.5,
         )
-        # as with vLLM, whose log-probs `roll_out` gives; no engine is needed for that
+        # as with vLLM: `roll_out` returns log-probs, so that no engine is needed
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
         return run(trainer)
 
@@ -189,7 +189,7 @@ def test_drawn_questions_are_those_whose_pass_rates_move(tiny_model):
 
 
 def test_a_draw_sees_every_score_before_it(tiny_model):
-    """Data loaders read ahead, so that a sampler of theirs would draw from a stale table."""
+    """Data loaders prefetch batches, so that a sampler would use a stale table."""
     seen = []
 
     class Watching(ExpoGRPOTrainer):
@@ -250,10 +250,10 @@ def test_every_option_that_trls_loss_reads_is_mapped_or_refused():
 
     ours = (ExpoGRPOTrainer._compute_loss, ExpoGRPOTrainer._normalizer, ExpoGRPOTrainer._make_objective)
     known = set().union(*(options(function) for function in ours), _REFUSED)
-    # bounds of the refused adaptive entropy, and what made `importance_sampling_ratio`
+    # bounds of the refused adaptive entropy, and settings that `importance_sampling_ratio` already contains
     known |= {name for name in options(GRPOTrainer._compute_loss) if name.startswith("entropy_")}
     known |= {"use_vllm", "vllm_importance_sampling_correction"}
-    known.add("router_aux_loss_coef")  # refused with the model it needs
+    known.add("router_aux_loss_coef")  # refused together with the model that needs it
     assert options(GRPOTrainer._compute_loss) - known == set()
 
 

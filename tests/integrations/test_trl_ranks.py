@@ -1,4 +1,4 @@
-"""ExpoGRPOTrainer on two processes, replicated and sharded by ZeRO 3: TRL's numbers there too."""
+"""ExpoGRPOTrainer on two processes, replicated and sharded by ZeRO 3, gives TRL's numbers."""
 
 import os
 import subprocess

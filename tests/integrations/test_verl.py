@@ -1,7 +1,7 @@
-"""verl's losses and its fused head: against verl 0.9.1 itself where it is installed, else against its formulas.
+"""verl's losses and fused head, compared with verl 0.9.1 if it is installed, else with its formulas.
 
-verl 0.9 asks for transformers < 5.11, so that it is not installed beside the trainer; `expected_loss` says by
-formulas, from its documentation and the papers, what its functions compute.
+verl 0.9 requires transformers < 5.11, so it cannot be installed beside the trainer; `expected_loss` has the formulas of
+its functions, from its documentation and the papers.
 """
 
 import importlib.util

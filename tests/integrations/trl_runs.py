@@ -1,4 +1,4 @@
-"""Small real runs of TRL's GRPOTrainer on the CPU, which tests compare: same model, data, rollouts and seed."""
+"""Small real runs of TRL's GRPOTrainer on the CPU for tests to compare; model, data, rollouts and seed are equal."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ GROUP_SIZE, MAX_LENGTH, STEPS = 4, 8, 5
 
 
 class Run(NamedTuple):
-    history: list[dict[str, float]]  # what the trainer logged of each step
+    history: list[dict[str, float]]  # the values that the trainer logged at each step
     parameters: dict[str, torch.Tensor]
 
 
@@ -43,7 +43,7 @@ def save_model(folder: Path) -> Path:
 
 
 def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Random replies of 1 to MAX_LENGTH tokens, the same at the same step of every run."""
+    """Random replies of 1 to MAX_LENGTH tokens, equal at the same step of every run."""
     tokenizer = trainer.processing_class
     draws = torch.Generator().manual_seed(1000 + trainer.state.global_step)
     eos, replies = tokenizer.eos_token_id, []
@@ -57,7 +57,7 @@ def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
 
 
 def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """1 for a reply whose ids add up to an even number: half of them."""
+    """1 if the sum of a reply's ids is even, which holds for half of the replies."""
     return [float(sum(ids) % 2 == 0) for ids in completion_ids]
 
 
@@ -93,7 +93,7 @@ def make_trainer(trainer_class: Any, folder: Path, *, lora: bool = False, extra:
 
 
 def run(trainer: Any) -> Run:
-    """Train, and take what was logged and the parameters it ended with."""
+    """Train, and return the logged values and the final parameters."""
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -101,7 +101,7 @@ def run(trainer: Any) -> Run:
 
 
 def assert_same(ours: Run, theirs: Run, tolerance: float = 1e-5) -> None:
-    """Loss, KL, entropy, gradient norm of every step, and the parameters, to `tolerance`."""
+    """Compare loss, KL, entropy and gradient norm of every step, and the final parameters, to `tolerance`."""
     assert len(ours.history) == len(theirs.history) > 0
     for mine, other in zip(ours.history, theirs.history, strict=True):
         for name in ("loss", "kl", "entropy", "grad_norm", "reward"):

@@ -12,7 +12,7 @@ from tests.integrations.trl_runs import make_trainer
 
 
 def main() -> None:
-    """Run TRL's trainer, ours as plain GRPO, and ours as EXPO; leave what they ended with in OUT."""
+    """Run TRL's trainer, ours as plain GRPO, and ours as EXPO; write their results to OUT."""
     model, out, stage = sys.argv[1:]
     zero = {"stage": int(stage), "stage3_gather_16bit_weights_on_model_save": True} if stage != "ddp" else None
     sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
