@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _own_environment():
-    """Remove TRL's rank variables from the environment, because processes started later would read them."""
+    """Restore the environment: TRL sets rank variables, which processes started later would read."""
     before = dict(os.environ)
     yield
     os.environ.clear()

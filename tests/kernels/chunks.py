@@ -13,6 +13,6 @@ def make_chunk(
     first_row: int = 0,
     residual: Tensor | None = None,
 ) -> Chunk:
-    """All rows of `logits`, whose positions are those at `order[first_row:]`, or follow `first_row`."""
+    """A chunk of all rows of `logits`; their positions are `order[first_row:]`, or start at `first_row`."""
     rows = slice(first_row, first_row + logits.shape[:-1].numel())
     return Chunk(Span(rows, order), logits, grad_logits, rounding_residual=residual)

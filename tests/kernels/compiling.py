@@ -1,6 +1,6 @@
-"""Run launchers against a GPU that is not there: every kernel they would launch is compiled for it and kept.
+"""Run launchers for a GPU that need not be present: every kernel that they launch is compiled for it and recorded.
 
-Nothing is executed: outputs stay as they were. `TRITON_INTERPRET` must be unset.
+No kernel is executed, and outputs do not change. `TRITON_INTERPRET` must be unset.
 """
 
 import re
@@ -31,7 +31,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass
 class Launched:
-    """What launchers asked for."""
+    """The kernels that launchers launched."""
 
     compiled: dict[str, Any] = field(default_factory=dict)  # compile key -> kernel
     keys: list[tuple[str, str]] = field(default_factory=list)  # (kernel, compile key) of each launch
@@ -49,7 +49,7 @@ class _AbsentDevice:
         return self.target
 
     def get_current_device(self) -> str:
-        # kernels are cached by device: one name per target keeps them apart
+        # Triton caches kernels by device, so each target has a device name of its own
         return f"absent {self.target}"
 
     def get_current_stream(self, _device: str) -> int:
@@ -58,7 +58,7 @@ class _AbsentDevice:
 
 @contextmanager
 def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
-    """Compile, or with `compiles=False` only name, what is launched inside the block."""
+    """Compile the kernels launched inside the block, or only record their keys with `compiles=False`."""
     launched = Launched()
     original = JITFunction.run
 
@@ -77,7 +77,7 @@ def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes."""
+    """The resources of a compiled kernel."""
 
     registers: int
     spilled_bytes: int
@@ -118,7 +118,7 @@ def _amd_usage(kernel: Any) -> Usage:
     pattern = r"\b(?:global|buffer)_(load|store)_(ubyte|sbyte|byte|ushort|sshort|short|dword)(?:_d16\w*)?(?:x(\d))?"
     for kind, unit, times in re.findall(pattern, code):
         widths[kind].append(bits[unit] * int(times or 1))
-    # a scalar register may be kept in a lane of a vector register: that is no spill to memory
+    # a scalar register may be saved in a lane of a vector register, which is not a spill to memory
     spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
     return Usage(number("vgpr_count"), spilled, kernel.metadata.shared, widths)
 

@@ -11,7 +11,7 @@ from tests import ROOT
 from tests.recipes import apply, steps
 
 TITLE = "Add a surrogate"
-# loss and gradient of the toy against its formula in float64; prints nothing where they agree
+# compares loss and gradient of the toy with its formula in float64
 CHECK = """
 import torch
 from expo_kernels import Objective, expo_loss
@@ -37,7 +37,7 @@ torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-8)
 """
 
 
-# a few of the table's combinations, in which every two values occur together
+# some of the table's combinations, in which every pair of values occurs
 TABLE = """
 import torch
 from tests.kernels import test_every_objective as table

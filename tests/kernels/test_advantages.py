@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from expo_kernels import akl_beta, group_advantages
 
 
-def test_two_groups_are_apart():
+def test_each_group_has_its_own_mean():
     rewards = torch.tensor([1.0, 0.0, 3.0, 5.0])
     torch.testing.assert_close(group_advantages(rewards, 2, eps=0.0), torch.tensor([1.0, -1.0, -1.0, 1.0]))
     torch.testing.assert_close(group_advantages(rewards, 2, scale="none"), torch.tensor([0.5, -0.5, -1.0, 1.0]))
@@ -85,7 +85,7 @@ def test_bad_accuracies_are_refused(accuracies, options, named):
 def _rank_beta(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        # one rank with three rollouts, one with one: the mean is over all four
+        # one rank has three rollouts and one has one: the mean is over all four
         share = [torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0])][rank]
         results[rank] = akl_beta(share, 1.0, rho=lambda x: x, process_group=torch.distributed.group.WORLD).item()
     finally:
@@ -93,7 +93,7 @@ def _rank_beta(rank, path, results):
 
 
 @pytest.mark.medium
-def test_ranks_share_one_mean(tmp_path):
+def test_accuracy_is_the_mean_over_all_ranks(tmp_path):
     results = mp.get_context("spawn").Manager().dict()
     run = functools.partial(mp.spawn, args=(tmp_path / "store", results), nprocs=2)
     run(_rank_beta)

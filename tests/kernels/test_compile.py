@@ -1,4 +1,4 @@
-"""The registered ops: equal bits under torch.compile(fullgraph=True), and what torch.library asks of them."""
+"""The registered ops: equal bits under torch.compile(fullgraph=True), and the checks of torch.library."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def _nothing_compiled_before(monkeypatch, tmp_path):
 
 
 def make_call(**options):
-    """A batch's tensors by name, those that may be differentiated as leaves."""
+    """A batch's tensors by name; the differentiable ones are leaves."""
     batch = make_batch(dtype=torch.float32, **options)
     call = {name: tensor.clone() for name, tensor in vars(batch).items()}
     call["logits"], call["logps"] = batch.logits, batch.old_logps + 0.1
@@ -73,7 +73,7 @@ def with_entropies(pair):
     return logps.sin() + entropies.cos(), logps, entropies
 
 
-# each returns a tensor to differentiate, or a loss, first
+# the first result of each is a loss, or a tensor to differentiate
 CALLS = {
     "token_logps": lambda call: token_logps(call["logits"], call["completion_ids"]),
     "token_logps, entropies": lambda call: with_entropies(
@@ -199,7 +199,7 @@ def test_a_new_beta_and_normalizer_at_each_step_compile_nothing_new(kind):
         settings = kind(0.01 + 0.02 * turn), kind(2.5 + turn)
         given, expected = compiled(call, *settings), step(call, *settings)
         assert torch.equal(given.loss, expected.loss)
-    # a float is taken for a constant until it changes
+    # torch.compile treats a float as a constant until it changes
     assert counter.frame_count <= (3 if kind is float else 1)
 
 
@@ -283,7 +283,7 @@ def test_a_compiled_curriculum_updates_and_draws_as_the_eager_one():
         torch.compile(CurriculumTable(9).update, fullgraph=True, backend="aot_eager")(ids + 6, rates)
 
 
-# --- what torch.library asks
+# --- the checks of torch.library
 
 
 def op_inputs(call, *, objective=None, is_packed=False, **options):

@@ -1,4 +1,4 @@
-"""Every kernel, compiled for GPUs that need not be here: no spills, registers and shared memory within budget, and
+"""Every kernel, compiled for GPUs that need not be present: no spills, registers and shared memory within budget, and
 every access to [n, V] data 128 bits wide. Run with -s to see the table.
 """
 
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.medium  # compiles kernels
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)  # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 3
 GROUP_SIZES = (2, 4, 8, 16, 32, 64)
-# registers a thread: the most with which two programs of 8 warps share an SM's 65,536 registers (on gfx942: with
-# which four waves of two programs share the 512 of a SIMD), and so hide each other's latency
+# registers per thread: the maximum with which two programs of 8 warps fit an SM's 65,536 registers (on gfx942, four
+# waves of two programs fit the 512 of a SIMD) and hide each other's latency
 REGISTERS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
-# bytes a program: only reductions across warps use it
+# bytes per program; only reductions across warps use shared memory
 SHARED_BYTES = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024, "gfx942": 1024}
-# accesses narrower than 128 bits that the numbers of one token and the sums of a program take, so many at most; a tile
-# of [n, V] in such pieces would add at least 16, on gfx942 8
+# maximum number of accesses narrower than 128 bits, which the numbers of a token and the sums of a program need; narrow
+# accesses to a tile of [n, V] would add at least 16, on gfx942 8
 NARROW = {
     "cuda": {"load": 32, "store": 16},
     "hip": {"load": 24, "store": 8},
@@ -64,7 +64,7 @@ def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=Fal
 
 
 def chunk_with_gradient(vocab_size, logits_dtype, grad_dtype, num_rows=2):
-    """Logits and where their gradient goes: over the same rows, or nowhere."""
+    """Logits and the memory of their gradient: the same rows, or none."""
     memory, order = torch.empty(num_rows, vocab_size, dtype=logits_dtype), torch.zeros(64, dtype=torch.int64)
     if grad_dtype is None:
         return make_chunk(memory, order=order)
@@ -122,7 +122,7 @@ def run_sequences(objective, *, bonus=False):
 
 
 F32, BF16 = torch.float32, torch.bfloat16
-# name: (what launches it given V, [n, V] reads by bits per logit, [n, V] writes by bits per logit)
+# name: (function of V that launches it, [n, V] reads by bits per logit, [n, V] writes by bits per logit)
 CASES = {
     "loss, float32 in place": (lambda V: run_loss(V, F32, F32, Objective()), (32, 32), (32,)),
     "loss, bfloat16 over float32": (lambda V: run_loss(V, F32, BF16, Objective()), (32, 32), (16,)),
@@ -167,7 +167,7 @@ def compile_one(launch, target):
 
 
 def problems(kernel, target, reads, writes, tile):
-    """What is wrong with a kernel that reads and writes [n, V] logits of so many bits, one tile a turn."""
+    """The budgets that a kernel exceeds; it processes [n, V] logits of that many bits, one tile per iteration."""
     used = compiling.usage(kernel)
     found = []
     if used.spilled_bytes:
@@ -230,7 +230,7 @@ def test_the_budget_check_finds_a_kernel_that_spills(target, columns):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_budget_check_finds_narrow_accesses(target):
-    # rows of an odd vocabulary start where no 128-bit access can
+    # rows of an odd vocabulary are not aligned to 128 bits
     kernel = compile_one(lambda: run_loss(50_257, F32, F32, Objective()), target)
     found = problems(kernel, target, (32, 32), (32,), _launch.row_tile(50_257))
     assert any("loads" in line for line in found)

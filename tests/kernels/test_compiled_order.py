@@ -1,4 +1,4 @@
-"""Gradients written over their logits, as compiled: every warp has read the chosen logit before any overwrites it."""
+"""In the compiled code of gradients that overwrite their logits, all warps read the chosen logit before any writes."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def run_grad_logits(logits, grad, _):
 
 
 def has_barrier_before_overwriting(launch, logits, grad, advantages_are, target):
-    """Whether all threads meet between the last load of one number and the first wide store, the gradient's."""
+    """Whether a barrier is between the last scalar load and the first wide store, which is the gradient's."""
     with compiling.launches(compiling.TARGETS[target]) as launched:
         launch(logits, grad, advantages_are)
     (kernel,) = launched.kernels
@@ -71,6 +71,6 @@ def test_no_warp_overwrites_the_chosen_logit_before_all_have_read_it(launch, adv
     assert has_barrier_before_overwriting(launch, logits, logits, advantages_are, target)
 
 
-def test_a_gradient_beside_the_logits_waits_for_nobody():
+def test_a_gradient_in_its_own_memory_needs_no_barrier():
     logits = torch.zeros(N, V)
     assert not has_barrier_before_overwriting(run_grad_logits, logits, torch.zeros(N, V), "", "sm_90")

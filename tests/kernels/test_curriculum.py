@@ -63,7 +63,7 @@ def test_a_counted_estimate_follows_its_rule_whatever_it_started_from(rates, mom
             assert table.weights.item() == pytest.approx(weight, abs=1e-6)
 
 
-def test_the_edges_weigh_0_3604():
+def test_pass_rates_0_and_1_have_weight_0_3604():
     assert table_with([0.0, 1.0, 0.5]).weights.tolist() == pytest.approx([0.36044778, 0.36044778, 1.0], abs=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_draws_agree_with_the_weights(replacement):
     if replacement:
         ids = table.sample(200_000, generator=generator, replacement=True)
     else:
-        # the first of a race is drawn with Pr proportional to w; many small tables in one large one
+        # the first draw has Pr proportional to w; one large table stands for many small ones
         many = CurriculumTable(6 * 500, momentum=0.0, std=0.2)
         many.update(torch.arange(6 * 500), table.pass_rates.repeat(500))
         ids = torch.cat([many.sample(1, generator=generator) for _ in range(20_000)]) % 6
@@ -117,7 +117,7 @@ def test_inclusion_without_replacement_agrees_with_the_exact_probabilities():
     weights = table_with([0.5, 0.3, 0.8], std=0.2)
     w = weights.weights.double()
     w = w / w.sum()
-    # drawing 2 of 3: left out is i with Pr sum over orders of the other two
+    # drawing 2 of 3: Pr that i is left out is the sum over both orders of the other two
     left_out = [
         sum(w[a] * w[b] / (1 - w[a]) for a in range(3) for b in range(3) if a != b and i not in (a, b)).item()
         for i in range(3)
@@ -129,7 +129,7 @@ def test_inclusion_without_replacement_agrees_with_the_exact_probabilities():
     assert stats.chisquare(counts, np.array(left_out) * 20_000).pvalue > 1e-3
 
 
-def test_a_draw_stands_in_the_order_drawn():
+def test_ids_are_in_the_order_of_the_draws():
     table = table_with([0.5, 0.3, 0.8], std=0.2)
     w = table.weights.double() / table.weights.double().sum()
     pairs = list(itertools.permutations(range(3), 2))
@@ -170,7 +170,7 @@ def test_a_generator_repeats_the_draw():
         assert not torch.equal(draws[0], draws[2])
 
 
-def test_state_goes_round_exactly():
+def test_a_loaded_state_is_exact():
     table = CurriculumTable(50, std=0.2)
     table.update(torch.randint(0, 50, (30,)), torch.rand(30))
     state = table.state_dict()
@@ -179,13 +179,13 @@ def test_state_goes_round_exactly():
     assert torch.equal(other.pass_rates, table.pass_rates)
     assert torch.equal(other.visits, table.visits)
     assert torch.equal(other.weights, table.weights)
-    # a copy: later updates do not reach into the saved state
+    # the state is a copy: later updates do not change it
     saved = state["pass_rates"].clone()
     table.update(torch.arange(50), torch.ones(50))
     assert torch.equal(state["pass_rates"], saved)
 
 
-def test_a_counted_state_goes_round_and_an_older_state_is_of_the_moving_average():
+def test_a_counted_state_is_loaded_and_a_state_without_estimate_is_ema():
     table, other = (CurriculumTable(2, estimate="counted") for _ in range(2))
     table.update(torch.tensor([1]), torch.tensor([1.0]))
     other.load_state_dict(table.state_dict())
@@ -257,8 +257,8 @@ def test_a_draw_too_large_is_refused():
 
 
 def test_a_draw_and_an_update_of_1_8_million_questions_take_under_50_ms():
-    # a stated requirement of the trainer, hence a timed test: the best of many runs, in processor time, which
-    # other programs on the machine do not add to
+    # a stated requirement of the trainer, hence a timed test: the best of many runs, in processor time, which other
+    # programs on the machine do not increase
     table = CurriculumTable(1_800_000)
     torch.use_deterministic_algorithms(False)
     seconds = []

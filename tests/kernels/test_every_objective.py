@@ -1,7 +1,7 @@
-"""Every combination of the loss's options: checked against float64 autograd of the reference, or refused by name.
+"""Every combination of the loss's options is compared with float64 autograd of the reference, or refused by name.
 
-Three levels: from log-probs, from logits, from hidden states in chunks. The PyTorch path takes all combinations;
-run by the kernels (see `test_interpreter.py`), a subset that holds every pair of values.
+There are three levels: from log-probs, from logits, and from hidden states in chunks. The PyTorch path runs all
+combinations; the kernels (see `test_interpreter.py`) run a subset in which every pair of values occurs.
 """
 
 import itertools
@@ -22,14 +22,14 @@ OPTIONS = {
     "kl_importance_weighted": [False, True],
     "aggregation": ["sequence", "sum", "token", "constant"],
     "rollout_correction": [None, "token", "sequence", "token_mask", "sequence_mask"],
-    # what a call adds
+    # arguments of a call
     "old_logps": [True, False],
     "ref_logps": [True, False],
     "entropy_bonus": [0.0, 0.3],
 }
 CALL = ("old_logps", "ref_logps", "entropy_bonus")
 LEVELS = ("log-probs", "logits", "hidden")
-# not the defaults, so that a default used in place of a setting shows
+# these differ from the defaults, so that a default used instead of a setting is found
 SETTINGS = {
     "clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.3, "ratio": "sequence", "sapo_tau_pos": 1.3, "sapo_tau_neg": 0.8,
     "vespo_k_pos": 1.5, "vespo_k_neg": 0.9, "vespo_lambda_pos": 1.2, "vespo_lambda_neg": 2.5,
@@ -42,13 +42,13 @@ def cases(surrogate):
     names = [name for name in OPTIONS if name != "surrogate"]
     for values in itertools.product(*(OPTIONS[name] for name in names)):
         case = {"surrogate": surrogate, **dict(zip(names, values, strict=True))}
-        # without ref_logps there is no penalty, whichever it would have been: beta = 0 may turn off any
+        # without ref_logps there is no penalty, and beta = 0 is valid with any estimator
         if case["ref_logps"] or case["kl"] == "k3":
             yield case
 
 
 def refusal(case):
-    """What the error names, for combinations that mean nothing; None for the others."""
+    """The part of the error message for invalid combinations; None for valid ones."""
     surrogate, correction = case["surrogate"], case["rollout_correction"]
     if case["dual_clip"] is not None and surrogate != "clip":
         return "dual_clip=1.3 has no effect"
@@ -72,7 +72,7 @@ def make_objective(case):
 
 
 def inputs_of(case, batch):
-    """What a loss call takes beside its logits; sums over the batch, so that a wrong denominator shows."""
+    """The arguments of a loss call other than its logits; the loss is summed, so that a wrong denominator is found."""
     given = {"advantages": batch.advantages, "beta": BETA if case["ref_logps"] else 0.0}
     for name, is_given in (
         ("old_logps", case["old_logps"]),
@@ -84,7 +84,7 @@ def inputs_of(case, batch):
 
 
 def truth(case, objective, batch, states):
-    """The reference in float64: log-probs, loss, gradients in hidden, weight, bias, the logits and the log-probs."""
+    """The float64 reference: log-probs, loss, and gradients of hidden, weight, bias, logits and log-probs."""
     hidden, weight, bias = (state.detach().double().requires_grad_() for state in states)
     logits = hidden @ weight.T + bias
     logps = reference.token_logps(logits, batch.completion_ids, 1.0)
@@ -116,7 +116,7 @@ def check(case, levels, batch):
             torch.testing.assert_close(tensor.detach().double(), true, **bounds, msg=lambda text: f"{case}: {text}")
 
     if "hidden" in levels:
-        budget_mb = 5 * V * dtype.itemsize / 2**20  # a sequence and a bit
+        budget_mb = 5 * V * dtype.itemsize / 2**20  # slightly more than a sequence
         linear = linear_expo_loss(hidden, weight, ids, mask, bias=bias, logits_budget_mb=budget_mb, **given, **bonus)
         compare(linear.loss, (hidden, weight, bias), linear_grads)
     if "logits" in levels:
@@ -128,7 +128,7 @@ def check(case, levels, batch):
 
 
 def with_every_pair(found):
-    """A few of the cases at one level each, in which every two values occur together that do so in any."""
+    """A few of the cases at one level each, which contain every pair of values that any case contains."""
     chosen, seen = [], set()
     for case in random.Random(0).sample(found, len(found)):
         for level in LEVELS[case["entropy_bonus"] > 0 :]:
@@ -176,7 +176,7 @@ def test_bounds_of_a_correction_that_is_off_are_refused(name):
         Objective(**{name: 0.7})
 
 
-def test_log_probs_say_nothing_of_an_entropy():
+def test_the_loss_from_log_probs_takes_no_entropy_bonus():
     logps = torch.zeros(1, 2)
     with pytest.raises(TypeError, match="entropy_bonus"):
         expo_loss_from_logps(logps, torch.ones(1, 2), advantages=torch.ones(1), beta=0.0, entropy_bonus=0.1)

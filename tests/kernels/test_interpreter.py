@@ -1,6 +1,6 @@
-"""The kernels in Triton's interpreter: against float64 one by one, then as what the public functions run on.
+"""The kernels in Triton's interpreter: each kernel compared with float64, then the public functions with the kernels.
 
-The interpreter must be chosen before triton is imported, so these run in processes of their own. To see one fail:
+The interpreter must be selected before triton is imported, so each test file runs in its own process. To debug one:
 `TRITON_INTERPRET=1 python -m pytest -p tests.kernels.interpreter.kernels_on_cpu FILE`.
 """
 
@@ -16,14 +16,14 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow  # each test interprets kernels for minutes
 
 TESTS = Path(__file__).parent
-# what these ask of the PyTorch path has no meaning here, or takes the interpreter minutes
+# these tests apply to the PyTorch path only, or take minutes in the interpreter
 LEFT_OUT = (
     "under_no_grad_only_the_logits_are_made",  # counts calls of the PyTorch path, as do the next two
     "a_frozen_input_costs_no_gradient",
     "self_check",
-    "(whatever_the_number_of_chunks and float32)",  # bfloat16 has the harder way
-    "beyond_65_535_tokens",  # rows there are read as all others; `check_memory.py` has offsets beyond 2^31
-    "inductor",  # compiles what is around the ops, the same for both paths
+    "(whatever_the_number_of_chunks and float32)",  # bfloat16 covers more code
+    "beyond_65_535_tokens",  # the kernels treat all rows alike; `check_memory.py` tests offsets beyond 2^31
+    "inductor",  # compiles the code around the ops, which both paths share
     "masked_contents_never_matter",  # hundreds of examples: `check_loss.py` has a few
 )
 FILES = (
@@ -61,7 +61,7 @@ def test_kernels_pass_in_the_interpreter(file):
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
             "TRITON_INTERPRET": "1",
             "OMP_NUM_THREADS": "1",
-            # skipped rows hold numbers that are made and never used
+            # skipped rows hold numbers that are computed but never used
             "PYTHONWARNINGS": "ignore:::triton.runtime.interpreter",
         },
         cwd=TESTS.parent.parent,

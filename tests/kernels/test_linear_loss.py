@@ -48,7 +48,7 @@ def true_gradients(batch, objective=None, **options):
 @pytest.mark.parametrize("objective", OBJECTIVES[::5] + EXTRA)
 def test_it_is_the_loss_on_logits(objective):
     batch = make_batch(B=3, T=4)
-    # two rows a chunk
+    # two rows per chunk
     out, grads = run(batch, objective, logits_budget_mb=budget_of(2, 13, 8, 2 if objective.logit_softcap else 1))
     truth, true_grads = true_gradients(batch, objective)
     torch.testing.assert_close(out.loss, truth.loss, rtol=1e-12, atol=1e-14)
@@ -155,7 +155,7 @@ def test_packed_equals_padded():
 
 
 def count_products(monkeypatch):
-    """How often each product with [n, V] logits runs."""
+    """Count the calls of each product with [n, V] logits."""
     counts = {"write": 0, "accumulate": 0}
     for owner, method, name in (
         (_products.WideProducts, "write_logits", "write"),

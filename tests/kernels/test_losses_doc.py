@@ -1,4 +1,4 @@
-"""The promises of docs/losses.md: its examples run as printed, one after the other; its tables name what exists."""
+"""docs/losses.md: its examples run as printed, in order, and every objective in its tables exists."""
 
 import re
 from pathlib import Path

@@ -26,7 +26,7 @@ AGGREGATIONS = [
 
 
 def name_of(objective):
-    """Its fields that differ from the default, the same in every process."""
+    """A test id from the fields that differ from the default; equal in every process."""
     fields = dataclasses.asdict(objective).items()
     return "-".join(f"{name}={value}" for name, value in fields if value != getattr(Objective(), name)) or "default"
 

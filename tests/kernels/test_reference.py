@@ -1,4 +1,4 @@
-"""Each formula against numbers worked by hand."""
+"""Each formula, compared with numbers computed by hand."""
 
 import math
 
@@ -93,7 +93,7 @@ def test_gmpo_is_the_geometric_mean_of_ratios_clipped_where_they_gain():
     assert made.clipped_low.tolist() == [False, False, False, True]
 
 
-def test_gmpo_gives_no_slope_to_a_clipped_token():
+def test_gmpo_gives_no_gradient_to_a_clipped_token():
     logps = doubles(math.log(4), math.log(0.5)).requires_grad_()
     objective = Objective(surrogate="gmpo", clip_high=1.0)
     ratios, *_ = reference.gmpo_ratios(logps, doubles(1.0, 1.0), torch.tensor([0, 0]), 1, objective)
@@ -120,7 +120,7 @@ def test_vespo_takes_the_rollout_correction_into_its_ratio():
 
 
 def test_sequence_ratio_is_the_geometric_mean():
-    # ratios 2 and 8 in one sequence: geometric mean 4; alone in another: 3
+    # ratios 2 and 8 in one sequence: geometric mean 4; a single ratio of 3 in another
     made = terms([math.log(2), math.log(8), math.log(3)], [0.0] * 3, sequences=[0, 0, 1], ratio="sequence")
     assert made.ratios.tolist() == pytest.approx([4.0, 4.0, 3.0])
 
@@ -200,5 +200,5 @@ def test_akl_scale_and_curriculum_weight():
     weights = reference.log_curriculum_weights(doubles(0.5, 0.0, 1.0), 0.5, 0.35).exp()
     assert weights.tolist() == pytest.approx([1.0, 0.36044778, 0.36044778])
     assert reference.smoothed_pass_rates(doubles(0.5), doubles(1.0), 0.9).item() == pytest.approx(0.55)
-    # the share that is kept after 0, 1, 3 and 4 visits: a running mean up to 1 / (1 - 0.75) = 4 visits
+    # the momentum after 0, 1, 3 and 4 visits: a running mean up to 1 / (1 - 0.75) = 4 visits
     assert reference.counted_momentum(doubles(0, 1, 3, 4), 0.75).tolist() == pytest.approx([0, 0.5, 0.75, 0.75])

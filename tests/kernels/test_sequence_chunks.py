@@ -1,4 +1,4 @@
-"""Objectives of whole sequences at any number of chunks: the numbers of one chunk, at the price of one pass."""
+"""Sequence-level objectives give the same numbers for any number of chunks, and compute logits once if possible."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ SEQUENCE_LEVEL = [
 
 
 def make(*, ragged):
-    """Five sequences of six positions; ragged: one of them empty, the others of 1 to 6 tokens with gaps."""
+    """Five sequences of six positions; if ragged, one is empty and the others have 1 to 6 tokens with gaps."""
     batch = make_batch(5, 6, 8, V, dtype=torch.float32)
     batch.completion_mask[:] = True
     if ragged:
@@ -31,7 +31,7 @@ def make(*, ragged):
 
 
 def pack(batch, lengths):
-    """The first positions of each sequence, one sequence after the other."""
+    """The first positions of each sequence, concatenated."""
     kept = torch.arange(batch.completion_mask.shape[1]) < torch.tensor(lengths).unsqueeze(1)
     names = ("hidden", "completion_ids", "completion_mask", "old_logps", "ref_logps", "rollout_logps")
     packed = dataclasses.replace(batch, **{name: getattr(batch, name)[kept] for name in names})
@@ -39,7 +39,7 @@ def pack(batch, lengths):
 
 
 def run(batch, objective, rows, *, has_old=True, **options):
-    """Loss and gradients with at most this many rows of logits at once."""
+    """Loss and gradients with at most that many rows of logits per chunk."""
     buffers = 2 if objective.logit_softcap and not _launch._switch.kernels_on_cpu else 1
     states = [tensor.clone().requires_grad_() for tensor in (batch.hidden, batch.weight, batch.bias)]
     given = batch.loss_inputs(objective)
@@ -109,7 +109,7 @@ def test_log_probs_are_those_of_a_loss_by_token():
 
 
 def count_rows(monkeypatch):
-    """Rows of logits that were made, in PyTorch or for the kernels."""
+    """Count the rows of logits that are computed, in PyTorch or for the kernels."""
     made = []
     for products in (_products.WideProducts, _head.MixedProducts):
 
@@ -130,7 +130,7 @@ def count_rows(monkeypatch):
         (Objective(ratio="sequence"), True, 5, 2),
         (Objective(rollout_correction="sequence"), False, 6, 1),
         (Objective(rollout_correction="sequence"), False, 5, 2),
-        # the correction is known before the logits
+        # the correction does not depend on the logits
         (Objective(rollout_correction="sequence"), True, 5, 1),
         (Objective(), True, 5, 1),
     ],
@@ -158,7 +158,7 @@ def test_padding_costs_nothing_after_the_first_chunk(monkeypatch):
 
 
 def test_where_lengths_stay_on_the_device_chunks_hold_padded_sequences(monkeypatch):
-    # as under CUDA graph capture
+    # as during CUDA graph capture
     monkeypatch.setattr(_engine._HostCopy, "read", lambda self: None)
     batch, objective = make(ragged=True), Objective(ratio="sequence")
     one = run(batch, objective, 30)

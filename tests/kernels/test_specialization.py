@@ -1,4 +1,4 @@
-"""What changes from step to step compiles nothing: Triton's compile key of every launch stays the same."""
+"""Values that change from step to step cause no compilation: Triton's compile key of every launch stays the same."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ VOCAB_SIZE = 64
 
 
 def unaligned(tensor):
-    """The same numbers, where no 16-byte boundary is."""
+    """The same numbers at an address that is not a multiple of 16 bytes."""
     moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
     moved.copy_(tensor)
     assert moved.data_ptr() % 16
@@ -68,12 +68,12 @@ def test_a_thousand_different_steps_have_one_compile_key_each():
         for temperature in (0.6, 1.0, 16.0)
         for clip_low in (0.1, 0.2)
     ]
-    sizes = (1, 2, 3, 16, 17, 48)  # 1 and multiples of 16 are what Triton would specialise
+    sizes = (1, 2, 3, 16, 17, 48)  # Triton would specialise 1 and multiples of 16
     steps = itertools.product(
         objectives, sizes, (1, 16, 33), (1, 2, 16, 64), sizes, (0, 1, 16), (torch.clone, unaligned)
     )
     with compiling.launches(TARGET, compiles=False) as launched:
-        # every 7th of all combinations: about 2,200 steps, each value of each setting among them
+        # every 7th of all combinations: about 2,200 steps, which contain each value of each setting
         for step in itertools.islice(steps, 0, None, 7):
             run_step(*step)
     assert len(launched.keys) > 4 * 1000

@@ -1,4 +1,4 @@
-"""Every wrong call is refused by name, before any arithmetic."""
+"""Invalid calls are refused before any arithmetic, and the error names the argument."""
 
 import pytest
 import torch

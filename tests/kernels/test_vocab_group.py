@@ -1,4 +1,4 @@
-"""A head shared by vocabulary over two and over four gloo processes gives what one process gives, to 1e-6."""
+"""A vocabulary-parallel head on two and on four gloo processes gives the results of one process, to 1e-6."""
 
 import datetime
 import itertools
@@ -46,7 +46,7 @@ def assert_same_loss(batch, objective, rows, states, **options):
 
 
 def assert_same_gradients(grads, true_grads, rows):
-    """Those of hidden, weight and bias against whole ones, of which this rank has some rows but for the first."""
+    """Compare gradients with those of one process; this rank has all of dHidden and its rows of dWeight and dBias."""
     for grad, true_grad, part in zip(grads, true_grads, (slice(None), rows, rows), strict=True):
         local = grad.to_local() if hasattr(grad, "to_local") else grad
         assert (local - true_grad[part]).norm() <= 1e-6 * true_grad.norm()

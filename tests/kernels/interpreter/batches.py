@@ -1,4 +1,4 @@
-"""Batches for the kernels' checks in the interpreter: what is launched on one, and what float64 says of it."""
+"""Batches for the kernel tests in the interpreter: the launches on a batch, and its float64 results."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from tests.kernels.chunks import make_chunk
 
 CPU = torch.device("cpu")
 G = 4
-# dL/dlogits against float64: in bfloat16 the rounding of a few large entries decides
+# bounds of dL/dlogits against float64; in bfloat16 the rounding of a few large entries dominates
 GRAD_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2.5e-3}
 
 
@@ -67,7 +67,7 @@ def make_batch(B=4, T=3, V=17, dtype=torch.float32, *, seed=0, spread=2.0, objec
 
 
 def spoil(batch, garbage=float("nan")):
-    """Anything at all where the mask is 0."""
+    """Overwrite masked positions by arbitrary values."""
     hidden = ~batch.mask
 
     def spoilt(tensor, value):

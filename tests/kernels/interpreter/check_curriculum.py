@@ -69,14 +69,14 @@ def test_equal_seeds_draw_equal_questions():
 
 
 def test_draws_follow_the_weights():
-    # each of 4,000 questions runs one race: those of greater weight come first exp(1) times as often
+    # one race among 4,000 questions: those with the larger weight are drawn exp(1) times as often
     table = CurriculumTable(4000, std=0.35, momentum=0.0)
     heavy = torch.arange(0, 4000, 2)
     table.update(heavy, torch.full((2000,), 0.5))
     table.update(heavy + 1, torch.full((2000,), 0.5 + 0.35 * 2**0.5))
     drawn = table.sample(400, generator=torch.Generator().manual_seed(3))
     share = float((drawn % 2 == 0).double().mean())
-    expected = 1 / (1 + torch.tensor(-1.0).exp().item())  # a tenth of all is drawn: the shares hardly move
+    expected = 1 / (1 + torch.tensor(-1.0).exp().item())  # only a tenth is drawn, so that the shares hardly change
     assert abs(share - expected) < 0.06
 
 

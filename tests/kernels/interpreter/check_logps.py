@@ -59,7 +59,7 @@ def test_logps_and_entropies_have_their_gradients(dtype, softcap):
     probs = torch.softmax(scaled, -1)
     entropy = torch.special.entr(probs).sum(-1)
     onehot = torch.nn.functional.one_hot(torch.where(batch.mask, batch.ids, 0), V)
-    # by hand: autograd has no gradient of p log p at the columns of probability 0
+    # written by hand, because autograd has no finite gradient of p log p at columns of probability 0
     grads = grad_logps[..., None] * (onehot - probs) + grad_entropies[..., None] * (
         torch.special.entr(probs) - probs * entropy[..., None]
     )

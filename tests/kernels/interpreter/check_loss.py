@@ -131,7 +131,7 @@ def test_advantages_by_token():
 def test_group_advantages_are_made_in_the_kernel(group_size):
     B = 2 * group_size
     rewards = torch.cat([torch.full((group_size,), 0.1), torch.rand(group_size)])
-    # on-policy and without a penalty, dL/dlogp = -A / B; two columns with logits 0 halve it
+    # on-policy and without a penalty, dL/dlogp = -A / B; with two columns of logits 0, dL/dlogits is half of it
     ids, mask = torch.zeros(B, dtype=torch.long), torch.ones(B, dtype=torch.bool)
     tokens = Tokens(
         ids=ids,

@@ -1,4 +1,4 @@
-"""Where rows and their gradients lie in memory, run by Triton's interpreter.
+"""The memory layout of rows and their gradients, run by Triton's interpreter.
 
 Run through `test_interpreter.py`.
 """
@@ -69,7 +69,7 @@ def test_bfloat16_gradients_over_the_front_of_their_own_rows(V):
         return_entropy=False,
     )
     assert relative_error(grad.view(batch.shape), truth.grad) <= GRAD_ERROR[torch.bfloat16]
-    # what rounding took from the chosen column is given back exactly
+    # adding the rounding residual of the chosen column restores it exactly
     rows = torch.arange(12)[batch.mask.view(-1)]
     chosen = grad[rows, batch.ids.view(-1)[rows]].double() + residual[rows].double()
     exact = truth.grad.view(-1, V)[rows, batch.ids.view(-1)[rows]]
@@ -100,7 +100,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found(tmp_path):
 
 
 def test_values_beyond_2_to_the_31_are_scaled():
-    # one program of many: it touches the first values alone, whatever their number is said to be
+    # one of many programs is run; it reads only the first values, whatever num_values is
     tile = _launch.flat_tile()
     values, num_values = torch.ones(tile.block), 2**31 + 16
     scale_kernel[(1,)](values, torch.tensor(3.0), num_values // 16, ALIGNMENT=16, BLOCK=tile.block)

@@ -1,6 +1,6 @@
 """A pytest plugin (`-p tests.kernels.interpreter.kernels_on_cpu`): kernels on CPU tensors, in Triton's interpreter.
 
-The public functions then take the kernels.
+The public functions then use the kernels.
 """
 
 import os
@@ -20,7 +20,7 @@ _convert_float = interpreter._convert_float
 
 
 def _convert_float_as_gpus_do(values, from_dtype, to_dtype, rounding_mode):
-    """float32 to bfloat16 by rounding to nearest; the interpreter alone cuts off, which doubles the error."""
+    """Round float32 to the nearest bfloat16; the interpreter truncates, which doubles the error."""
     if (from_dtype.name, to_dtype.name) != ("fp32", "bf16"):
         return _convert_float(values, from_dtype, to_dtype, rounding_mode)
     rounded = torch.from_numpy(numpy.ascontiguousarray(values)).bfloat16().view(torch.int16)
