@@ -70,7 +70,7 @@ def test_bits_that_summaries_hide_are_told_apart(tmp_path):
     assert len(differences(before, record(1.0, 1.0, scalar=1.0), exact=False)) == 1
 
 
-def test_cases_and_tensors_that_come_or_go_are_named():
+def test_missing_and_new_cases_and_tensors_are_named():
     record = {"a": {"loss": ["float32", 1.0]}, "b": {"loss": ["float32", 1.0], "kl": ["float32", 0.0]}}
     fewer = {"b": {"loss": ["float32", 1.0]}}
     assert differences(record, fewer, exact=False) == ["a: no longer made", "b: kl: no longer made"]

@@ -69,7 +69,7 @@ def test_plain_settings_give_trls_numbers(tiny_model, loss_type, accumulation, b
     ],
     ids=lambda settings: "-".join(map(str, settings)),
 )
-def test_further_options_are_honoured_as_trl_does(tiny_model, settings):
+def test_further_options_have_trls_effect(tiny_model, settings):
     ours = compare(tiny_model, **{"num_iterations": 2} | settings)
     if "delta" in settings:
         assert max(entry["ratio_max"] for entry in ours.history) > settings["delta"]
@@ -291,7 +291,7 @@ def test_scores_that_are_no_pass_rates_are_refused(tiny_model):
         make_trainer(ExpoGRPOTrainer, tiny_model, extra={"reward_funcs": length}).train()
 
 
-def test_unscored_replies_move_neither_beta_nor_the_table(tiny_model):
+def test_unscored_replies_change_neither_beta_nor_the_table(tiny_model):
     def nothing(completion_ids, **_):
         return [None for _ in completion_ids]
 

@@ -106,7 +106,7 @@ def test_the_whole_batch_over_all_ranks_is_the_denominator(agg_mode):
 
 
 @pytest.mark.parametrize("mode", [mode for mode in verl.LOSS_MODES if mode != "expo_gspo"])
-def test_rollout_weights_are_honoured(mode):
+def test_rollout_weights_weight_the_surrogate(mode):
     call = make_call() | {"rollout_is_weights": torch.rand(B, T) * 2}
     assert_same_loss_and_slope(mode, call, "seq-mean-token-mean", make_config())
 

@@ -243,7 +243,7 @@ def test_a_batch_without_tokens_is_a_connected_zero(B):
     assert weight.grad.eq(0).all()
 
 
-def test_backward_honours_the_incoming_gradient_and_may_run_twice():
+def test_backward_scales_by_the_incoming_gradient_and_may_run_twice():
     batch = make_batch(dtype=torch.float32)
     _, once = run(batch)
     states = [tensor.clone().requires_grad_() for tensor in (batch.hidden, batch.weight)]

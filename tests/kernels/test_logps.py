@@ -118,7 +118,7 @@ def test_a_padded_vocabulary_column_of_minus_infinity_counts_as_nothing():
     assert logits.grad[0].tolist() == pytest.approx([*short.grad[0].tolist(), 0.0])
 
 
-def test_strided_logits_are_read_as_they_lie():
+def test_strided_logits_give_equal_bits():
     logits = torch.randn(2, 5, 7).transpose(0, 1)[:, :, 1:].transpose(0, 1)
     ids = torch.randint(0, 6, (2, 5))
     torch.testing.assert_close(token_logps(logits, ids), token_logps(logits.contiguous(), ids), rtol=0, atol=0)

@@ -49,7 +49,7 @@ def test_a_setting_of_the_wrong_type_is_a_type_error(setting):
         Objective(**setting)
 
 
-def test_an_objective_is_a_value():
+def test_objectives_are_immutable_values():
     assert Objective(clip_high=0.28) == dataclasses.replace(Objective(), clip_high=0.28)
     assert hash(Objective()) == hash(Objective())
     with pytest.raises(dataclasses.FrozenInstanceError):

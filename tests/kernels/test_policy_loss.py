@@ -275,7 +275,7 @@ def test_awkward_sizes_and_extreme_logits(T, V, scale):
     torch.testing.assert_close(out.loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_backward_honours_the_incoming_gradient_and_may_run_twice():
+def test_backward_scales_by_the_incoming_gradient_and_may_run_twice():
     batch = make_batch(dtype=torch.float32)
     call = batch.loss_inputs(Objective())
 
@@ -292,7 +292,7 @@ def test_backward_honours_the_incoming_gradient_and_may_run_twice():
     torch.testing.assert_close(grad_of(0.5, times=3), 1.5 * once)
 
 
-def test_the_caller_s_logits_stay_unless_given_up():
+def test_the_callers_logits_are_overwritten_only_inplace():
     batch = make_batch(dtype=torch.float32)
     call = batch.loss_inputs(Objective())
     logits = batch.logits.requires_grad_()

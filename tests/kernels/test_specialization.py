@@ -80,7 +80,7 @@ def test_a_thousand_different_steps_have_one_compile_key_each():
     assert len(set(launched.keys)) == 4
 
 
-def test_the_key_tells_when_a_size_is_specialised():
+def test_a_specialised_size_changes_the_key():
     @triton.jit
     def careless_kernel(out_ptr, num_rows):
         tl.store(out_ptr, num_rows)
@@ -91,7 +91,7 @@ def test_the_key_tells_when_a_size_is_specialised():
     assert len(set(launched.keys)) == 3
 
 
-def test_loss_families_differ():
+def test_different_switches_have_different_keys():
     with compiling.launches(TARGET, compiles=False) as launched:
         for objective in (Objective(), Objective(kl="k2"), Objective(surrogate="sapo"), Objective(dual_clip=3.0)):
             run_step(objective, 2, 3, 2, 5, 0, torch.clone)

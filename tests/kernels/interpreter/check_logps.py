@@ -105,7 +105,7 @@ def test_log_probs_thousands_of_nats_apart_stay_finite():
         assert math.isfinite(float(given.loss))
 
 
-def test_a_nan_that_counts_is_seen():
+def test_a_nan_in_a_valid_row_gives_nan():
     batch = make_batch()
     batch.logits[0, 0, 3] = float("nan")
     given = run_token_level(batch, Objective())

@@ -76,7 +76,7 @@ def test_bfloat16_gradients_over_the_front_of_their_own_rows(V):
     assert torch.allclose(chosen, exact, rtol=1e-5, atol=1e-9)
 
 
-def test_strided_logits_are_read_where_they_lie_and_may_be_overwritten():
+def test_strided_logits_are_read_and_may_be_overwritten():
     batch = make_batch(T=4, V=32)
     truth = expected(batch, Objective())
     memory = torch.full((4, 6, 48), float("nan"))
