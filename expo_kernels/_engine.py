@@ -353,9 +353,12 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
             kernels = TritonLogps.reading(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
             head, plan = _rows_for_kernels(call, kernels.tokens.mask)
             run_logps(head, plan, kernels)
-            empty = kernels.token_logps.new_empty(0)
-            entropies = empty if kernels.entropies is None else kernels.entropies.view(shape)
-            row_max, sum_exp = (empty if tensor is None else tensor for tensor in (kernels.row_max, kernels.sum_exp))
+            # each empty tensor is a new one: the outputs of an op must not alias each other
+            entropies, row_max, sum_exp = (
+                kernels.token_logps.new_empty(0) if tensor is None else tensor
+                for tensor in (kernels.entropies, kernels.row_max, kernels.sum_exp)
+            )
+            entropies = entropies.view(shape) if return_entropy else entropies
             return kernels.token_logps.view(shape), entropies, row_max, sum_exp
         order = valid_index(call.mask, call.completion_ids)
         backend = TorchLogps(call, order, shard, wants_entropy=return_entropy)

@@ -104,7 +104,7 @@ class Products(Protocol):
         """Memory for the logits of a chunk."""
 
     def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Memory for dL/dlogits, which overwrite the logits, and for the rounding residuals [n] (None: none)."""
+        """Memory for dL/dlogits, which overwrite the logits, and for `rounding_residual` [n] (None: not needed)."""
 
     def operand(self, tensor: Tensor) -> Tensor:
         """Hidden states or a bias in the dtype of the products."""

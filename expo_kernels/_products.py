@@ -39,7 +39,7 @@ class WideProducts:
         return empty_rows(num_rows, vocab_size, self.dtype, device)
 
     def grad_memory(self, logits: Tensor) -> tuple[Tensor, None]:
-        """The logits' own memory, and no rounding residuals."""
+        """The logits' own memory, and no `rounding_residual`."""
         return logits, None
 
     def operand(self, tensor: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def test_a_recipe_overrides_its_base_and_the_command_line_overrides_both(tmp_pat
     ("text", "expected"),
     [
         ("base: nowhere.yaml", "cannot read the config file"),
-        ("base: own.yaml", "base = 'own.yaml' is a base of a base; expected one recipe that stands on its own"),
+        ("base: own.yaml", "base = 'own.yaml' is a base of a base; expected the file name of a recipe without a base"),
         ("base: 3", "base = 3 is not a file name"),
         ("base: base.yaml\nrun: {sed: 2}", "unknown key run.sed; did you mean run.seed?"),
         ("base: base.yaml\nrun: 3", "run = 3"),

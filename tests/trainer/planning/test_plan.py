@@ -213,8 +213,8 @@ def test_refusals_exit_2_with_one_line_after_the_plan(capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--ranks=8"], "--ranks says what to plan for; add --dry-run"),
-        (["--gpu-memory-gib=8"], "--gpu-memory-gib says what to plan for; add --dry-run"),
+        (["--ranks=8"], "--ranks is only for --dry-run; add --dry-run"),
+        (["--gpu-memory-gib=8"], "--gpu-memory-gib is only for --dry-run; add --dry-run"),
         (["--dry-run", "--ranks=0"], "--ranks = '0': input should be greater than or equal to 1"),
         (["--dry-run", "--ranks=two"], "--ranks = 'two': input should be a valid integer"),
         (["--dry-run", "--gpu-memory-gib=0"], "--gpu-memory-gib = '0': input should be greater than 0"),
