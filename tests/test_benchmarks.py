@@ -24,6 +24,8 @@ from benchmarks.truth import WrongResultError, check_formula, checked_errors, tr
 from expo_kernels import _launch, linear_token_logps
 from tests.ranks.running import environment_of_no_rank
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CPU_CONTENDERS = [candidate for candidate in CONTENDERS if not candidate.needs_gpu]

@@ -15,6 +15,8 @@ from expo.rollout import RolloutEngine
 from tests import ROOT
 from tests.recipes import apply, patched, recipe
 
+pytestmark = pytest.mark.medium
+
 RECIPES = ("Add a reward", "Add a data source", "Add a tracker", "Add an engine")
 COMMAND = re.compile(r"^    python -m expo\.train CONFIG\.yaml (.*)$", flags=re.MULTILINE)
 SMALL = (

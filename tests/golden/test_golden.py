@@ -9,6 +9,8 @@ from tests.golden.digests import HOW_TO_RECORD, RECORDS, differences, digest, lo
 from tests.golden.runs import out_of_reach, resumed_unlike_plain
 from tests.golden.trees import ROOT, record_of
 
+pytestmark = pytest.mark.medium
+
 
 def said(part, lines):
     return "\n".join([f"{len(lines)} golden entries of {part} differ", *shortened(lines), HOW_TO_RECORD])

@@ -14,6 +14,8 @@ from expo_kernels import Objective, _launch, expo_loss, expo_loss_from_logps, li
 from expo_kernels.objective import READ_BY
 from tests.numerics import make_batch
 
+pytestmark = pytest.mark.medium
+
 OPTIONS = {
     "surrogate": ["clip", "cispo", "sapo", "gmpo", "vespo"],
     "ratio": ["token", "sequence"],

@@ -11,6 +11,8 @@ from torch import multiprocessing
 from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 from tests.numerics import make_batch
 
+pytestmark = pytest.mark.medium
+
 WORLD, V = 4, 13
 SIZES = {2: [4, 9], 4: [5, 1, 4, 3]}  # rows of the head on each rank
 OBJECTIVES = [

@@ -18,6 +18,8 @@ from expo.ledger import MODEL_PATH
 from expo.run.folder import RunFolder
 from expo.train import main, train
 
+pytestmark = pytest.mark.medium
+
 QUICK = {
     "run.steps": 4,
     "run.checkpoint_every": 2,

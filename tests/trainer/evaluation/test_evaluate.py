@@ -17,6 +17,8 @@ from expo.rollout.data_parallel import DataParallelEngine
 from expo.types import Prompt, Question, Reply
 from tests import ROOT
 
+pytestmark = pytest.mark.medium
+
 NUM_QUESTIONS, NUM_SAMPLES = 20, 8
 
 

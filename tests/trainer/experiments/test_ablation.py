@@ -37,6 +37,8 @@ from expo.ledger.skewed import crosses_a_ten, skewed_questions
 from tests import ROOT
 from tests.ranks.running import RANK
 
+pytestmark = pytest.mark.medium
+
 DOCS = ROOT / "docs"
 FACTS = {"versions": {"torch": "2"}}
 

@@ -17,6 +17,8 @@ from expo.learner.policy import DeepSpeedPolicy
 from expo.runtime.distributed import join_ranks
 from expo.types import Sample
 
+pytestmark = pytest.mark.medium
+
 BETA = torch.tensor(0.0131)
 TEXTS = [("3+8-2+7=", "11,9,\\boxed{16}"), ("1+1=", "\\boxed{2}"), ("4+5-9=", "9,\\boxed{1}")]
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expo.ledger import MODEL_PATH, beyond_questions, held_out_questions, train_questions, warm_start
 from expo.ledger import questions as task
 
+pytestmark = pytest.mark.medium
+
 REPLY = "11,9,\\boxed{16}"
 
 

@@ -15,6 +15,8 @@ from expo.train import main, train
 from expo.types import Prompt, Question, Reply, Verdict
 from tests.trainer.test_train import quick, rows_of
 
+pytestmark = pytest.mark.medium
+
 RIGHT, WRONG = Verdict("correct", "1"), Verdict("wrong", "2")
 FUNCTIONS = """
 import math

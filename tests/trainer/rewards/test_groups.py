@@ -11,6 +11,8 @@ from expo.types import Prompt, Question, Reply, Verdict
 from expo_kernels import CurriculumTable
 from tests.trainer.test_train import quick, rows_of, train_until_it_dies, untimed, weights_of
 
+pytestmark = pytest.mark.medium
+
 # half of all pairs of replies are both correct or both wrong
 PAIRS = {"rollout__group_size": 2, "rollout__max_resamples": 2, "run__checkpoint_every": 3, "run__steps": 6}
 REPLY = Reply([5, 6], [-0.5, -0.7], False, "")

@@ -22,6 +22,8 @@ from expo.rewards.answers import normalise
 from expo.rewards.verifier import Verifier, check_answers, ungradable_answers
 from expo.types import Verdict
 
+pytestmark = pytest.mark.medium
+
 TIMEOUT_S = 1.5
 # Each keeps math-verify busy for a minute or more.
 HANGING = (r"9^{9^{9}}", r"\binom{1000000}{500000}", "10000000!", r"\sum_{k=1}^{10000000}\frac1k")

@@ -15,6 +15,8 @@ from expo.train import train
 from expo.types import Reply
 from tests.ranks.running import argv, launch, rows_of, run_launches, untimed
 
+pytestmark = pytest.mark.medium
+
 REPLIES = [
     [Reply([5, 16, 2], [-0.1, -1 / 3, -2.5e-8], False, "à\n"), Reply([7], [-20.0], True, "")],
     [Reply([2], [-float("inf")], False, ""), Reply([9, 9], [-0.5, 0.0], True, "99")],

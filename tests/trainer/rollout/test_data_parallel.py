@@ -1,6 +1,10 @@
 """Engine and verifier on two ranks: each rank handles its shard, and both have all results."""
 
+import pytest
+
 from tests.trainer.two_ranks import run_on_two_ranks
+
+pytestmark = pytest.mark.medium
 
 TWO_RANKS = """
 from expo.errors import GoldError, StopRequested

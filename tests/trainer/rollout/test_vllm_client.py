@@ -15,6 +15,8 @@ from expo.rollout.vllm.client import HEALTH, RequestPool, Server, ServerUnavaila
 from expo.rollout.vllm.supervisor import Supervisor
 from expo.train import main
 
+pytestmark = pytest.mark.medium
+
 SLOW_S = 4.0
 NOBODY = "http://127.0.0.1:9"  # the port of the discard protocol, on which nothing listens
 

@@ -23,6 +23,8 @@ from expo.rollout.vllm.transfer.group import (
     wait_for_workers,
 )
 
+pytestmark = pytest.mark.medium
+
 CPU = torch.device("cpu")
 PATIENCE_S = 120.0  # importing torch is slow where cores are shared
 WORKER = """

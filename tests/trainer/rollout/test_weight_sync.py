@@ -12,6 +12,8 @@ from expo.rollout.weight_samples import WeightSamples, describe
 from expo.rollout.weight_sync import Probe, WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
 
+pytestmark = pytest.mark.medium
+
 PROMPTS = [[5, 16, 7, 18], [4, 17, 3, 18]]
 
 

@@ -11,6 +11,8 @@ from expo.errors import CheckpointError
 from expo.run.checkpoint import Checkpoints, Position
 from expo.runtime.distributed import join_ranks
 
+pytestmark = pytest.mark.medium
+
 
 class Weights:
     """A policy with one tensor."""

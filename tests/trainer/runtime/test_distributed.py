@@ -1,9 +1,12 @@
 """What the ranks exchange: tensors that come back bit for bit, from two ranks and from one."""
 
+import pytest
 import torch
 
 from expo.runtime.distributed import Ranks
 from tests.trainer.two_ranks import run_on_two_ranks
+
+pytestmark = pytest.mark.medium
 
 TENSORS_OF_TWO_RANKS = """
 import torch
