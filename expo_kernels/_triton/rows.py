@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 
 from expo_kernels._triton.device import (
-    add_to_loss,
-    add_to_metrics,
+    add_to_sums,
     kernel,
     no_sums,
     publish,
@@ -43,6 +42,35 @@ def _capped(logits, softcap):
 
 
 @triton.jit
+def _add_tile(
+    group_max,
+    exp_sums,
+    entropy_sums,
+    logits,  # [BLOCK_V / WIDTH, WIDTH]; -inf outside the row
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """Add a tile to the running values of each group of columns: maximum, sum of e, sum of e * log2(e)."""
+    logits = logits.to(tl.float32)
+    if HAS_SOFTCAP:
+        capped, _ = _capped(logits, softcap)
+        logits = tl.where(logits == float("-inf"), logits, capped)
+    new_max = tl.maximum(group_max, tl.max(logits, axis=1))
+    # the maximum is subtracted before the multiplication: at logits of 1e4 this order avoids an error of 1e-3 nats
+    shift = (group_max - new_max) * scale
+    powers = (logits - new_max[:, None]) * scale
+    shrink = tl.exp2(shift)
+    e = tl.exp2(powers)
+    if HAS_ENTROPY:
+        shifted = entropy_sums + tl.where(exp_sums > 0, shift * exp_sums, 0.0)
+        # 2^-200 is 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN
+        entropy_sums = shrink * shifted + tl.sum(e * tl.maximum(powers, -200.0), axis=1)
+    return new_max, exp_sums * shrink + tl.sum(e, axis=1), entropy_sums
+
+
+@triton.jit
 def read_row(
     row_ptr,
     keep,  # scalar bool: if False, nothing is read
@@ -52,31 +80,37 @@ def read_row(
     HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Maximum of a row, sum of e = exp((logit - maximum) / temperature), and sum of e * log2(e) for the entropy."""
+    """Maximum of a row, sum of e = exp((logit - maximum) / temperature), and sum of e * log2(e) for the entropy.
+
+    Every thread keeps running values of its own columns, so that warps wait for each other once per row and not once
+    per tile. The loads of the next tile are issued before a tile is processed.
+    """
+    WIDTH: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth  # columns of a 128-bit load
     scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
-    row_max = tl.full([], LOWEST, tl.float32)
-    exp_sums = tl.zeros([BLOCK_V], tl.float32)
-    entropy_sums = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, tl.where(keep, vocab_size, 0), BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        in_range = columns < vocab_size
-        logits = tl.load(row_ptr + columns, mask=in_range, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            capped, _ = _capped(logits, softcap)
-            logits = tl.where(in_range, capped, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, axis=0))
-        # the maximum is subtracted before the multiplication: at logits of 1e4 this order avoids an error of 1e-3 nats
-        shift = (row_max - new_max) * scale
-        powers = (logits - new_max) * scale
-        shrink = tl.exp2(shift)
-        e = tl.exp2(powers)
-        if HAS_ENTROPY:
-            shifted = entropy_sums + tl.where(exp_sums > 0, shift * exp_sums, 0.0)
-            entropy_sums = shrink * shifted + tl.where(e == 0, 0.0, e * powers)
-        exp_sums = exp_sums * shrink + e
-        row_max = new_max
-    return row_max, tl.sum(exp_sums, axis=0), tl.sum(entropy_sums, axis=0)
+    group_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
+    exp_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
+    entropy_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
+    columns = tl.arange(0, BLOCK_V // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    readable = tl.where(keep, vocab_size, 0)
+    num_full = readable // BLOCK_V * BLOCK_V
+    # the last, partial tile comes first, because its loads are the only ones that need a mask
+    tile = tl.load(row_ptr + num_full + columns, mask=num_full + columns < readable, other=float("-inf"))
+    for start in range(0, num_full, BLOCK_V):
+        next_tile = tl.load(row_ptr + start + columns)
+        group_max, exp_sums, entropy_sums = _add_tile(
+            group_max, exp_sums, entropy_sums, tile, scale, softcap, HAS_SOFTCAP, HAS_ENTROPY
+        )
+        tile = next_tile
+    group_max, exp_sums, entropy_sums = _add_tile(
+        group_max, exp_sums, entropy_sums, tile, scale, softcap, HAS_SOFTCAP, HAS_ENTROPY
+    )
+    row_max = tl.max(group_max, axis=0)
+    shift = (group_max - row_max) * scale
+    shrink = tl.exp2(shift)
+    if HAS_ENTROPY:
+        entropy_sums = shrink * (entropy_sums + tl.where(exp_sums > 0, shift * exp_sums, 0.0))
+    return row_max, tl.sum(shrink * exp_sums, axis=0), tl.sum(entropy_sums, axis=0)
 
 
 @triton.jit
@@ -112,6 +146,8 @@ def write_grad_logits(
     dlogp / dlogit_j = ([j is chosen] - p_j) / temperature
     dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
     """
+    grad_type: tl.constexpr = grad_row_ptr.dtype.element_ty
+    IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < row_ptr.dtype.element_ty.primitive_bitwidth
     temperature = tl.load(hyper_ptr + TEMPERATURE)
     scale = LOG2_E / temperature
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
@@ -134,31 +170,40 @@ def write_grad_logits(
         chosen_logp = (chosen - row_max) / temperature - log_sum_exp
         chosen_grad -= grad_entropy * tl.where(chosen_prob == 0, 0.0, chosen_prob * (chosen_logp + entropy))
     chosen_grad = tl.where(moves, chosen_grad * chosen_cap_grad, 0.0)
-    readable = tl.where(moves, vocab_size, 0)
+    columns = tl.arange(0, BLOCK_V)
     if GRAD_SHARES_MEMORY:
         # every warp reads the chosen logit; no warp may overwrite it before all have read it
         tl.debug_barrier()
-    for start in range(0, vocab_size, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        in_range = columns < vocab_size
-        logits = tl.load(row_ptr + columns, mask=columns < readable, other=0.0).to(tl.float32)
-        if HAS_SOFTCAP:
-            logits, cap_grads = _capped(logits, softcap)
-        e = tl.exp2((logits - row_max) * scale)
-        grads = of_probs * e
-        if HAS_ENTROPY:
-            probs = e * inverse_sum
-            of_entropy = probs * ((logits - row_max) / temperature - log_sum_exp + entropy)
-            grads -= grad_entropy * tl.where(probs == 0, 0.0, of_entropy)
-        if HAS_SOFTCAP:
-            grads *= cap_grads
-        grads = tl.where(columns == chosen_id, chosen_grad, grads)
-        if GRAD_SHARES_MEMORY and grad_row_ptr.dtype.element_ty != row_ptr.dtype.element_ty:
-            # narrower gradients overwrite the front of the same row: in ascending order they never reach a block that
-            # is not read yet, but no warp may write before all warps have read this block
-            tl.debug_barrier()
-        tl.store(grad_row_ptr + columns, grads.to(grad_row_ptr.dtype.element_ty), mask=in_range)
-    return chosen_grad - chosen_grad.to(grad_row_ptr.dtype.element_ty).to(tl.float32)
+    if moves:
+        tile = tl.load(row_ptr + columns, mask=columns < vocab_size)
+        next_barrier = 0
+        for start in range(0, vocab_size, BLOCK_V):
+            logits = tile.to(tl.float32)
+            tile = tl.load(row_ptr + start + BLOCK_V + columns, mask=start + BLOCK_V + columns < vocab_size)
+            if HAS_SOFTCAP:
+                logits, cap_grads = _capped(logits, softcap)
+            e = tl.exp2((logits - row_max) * scale)
+            grads = of_probs * e
+            if HAS_ENTROPY:
+                probs = e * inverse_sum
+                of_entropy = probs * ((logits - row_max) / temperature - log_sum_exp + entropy)
+                grads -= grad_entropy * tl.where(probs == 0, 0.0, of_entropy)
+            if HAS_SOFTCAP:
+                grads *= cap_grads
+            if GRAD_SHARES_MEMORY and IS_NARROWER:
+                # Gradients of half the width overwrite the front of the same row: those of tile k the logits of tile
+                # k / 2. After a barrier at tile j all warps have read tile j + 1, so the next is due at tile 2 j + 4.
+                if start == next_barrier:
+                    tl.debug_barrier()
+                    next_barrier = 2 * start + 4 * BLOCK_V
+            tl.store(grad_row_ptr + start + columns, grads.to(grad_type), mask=start + columns < vocab_size)
+        tl.debug_barrier()  # another warp may have stored the chosen column
+        tl.store(grad_row_ptr + chosen_id, chosen_grad.to(grad_type))
+    else:
+        zeros = tl.zeros([BLOCK_V], grad_type)
+        for start in range(0, vocab_size, BLOCK_V):
+            tl.store(grad_row_ptr + start + columns, zeros, mask=start + columns < vocab_size)
+    return chosen_grad - chosen_grad.to(grad_type).to(tl.float32)
 
 
 @triton.jit
@@ -381,11 +426,10 @@ def row_loss_kernel(
             loss = weight * loss
             if HAS_ENTROPY:
                 entropy = log_sum_exp - entropy_sum / LOG2_E / sum_exp
-            sums = add_to_metrics(sums, penalty, ratio, ratio, low, high, 1.0, entropy)
             if HAS_BONUS:
                 grad_entropy = -weight * tl.load(entropy_bonus_ptr).to(tl.float32)
                 loss += grad_entropy * entropy
-            sums = add_to_loss(sums, loss)
+            sums = add_to_sums(sums, loss, penalty, ratio, ratio, low, high, keep, entropy)
         if grad_ptr is not None:
             residual = write_grad_logits(
                 grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from expo_kernels._triton.device import (
-    add_to_loss,
-    add_to_metrics,
+    add_to_sums,
     clipped_log_ratio,
     gamma_weight,
     kernel,
@@ -199,20 +198,20 @@ def sequence_loss_kernel(
             else:
                 grad += ratio_grad
             tl.store(grad_logps_ptr + position, grad, mask=in_range)
+            loss_total = total(weight * loss, keep)
             entropy_total = tl.full([], 0.0, tl.float64)
             if entropies_ptr is not None:
                 entropy = tl.load(entropies_ptr + position, mask=keep, other=0.0)
                 entropy_total = total(entropy, keep)
-            largest = tl.max(tl.where(keep, ratio, 0.0), axis=0)
-            sums = add_to_loss(sums, total(weight * loss, keep))
-            sums = add_to_metrics(
-                sums, total(penalty, keep), total(ratio, keep), largest, total(low.to(tl.float32), keep),
-                total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep), entropy_total,
+                if entropy_bonus_ptr is not None:
+                    grad_entropy = tl.where(keep, -weight * tl.load(entropy_bonus_ptr).to(tl.float32), 0.0)
+                    loss_total += total(grad_entropy * entropy, keep)
+                    tl.store(grad_entropies_ptr + position, grad_entropy, mask=in_range)
+            sums = add_to_sums(
+                sums, loss_total, total(penalty, keep), total(ratio, keep), tl.max(tl.where(keep, ratio, 0.0), axis=0),
+                total(low.to(tl.float32), keep), total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep),
+                entropy_total,
             )  # fmt: skip
-            if entropies_ptr is not None and entropy_bonus_ptr is not None:
-                grad_entropy = tl.where(keep, -weight * tl.load(entropy_bonus_ptr).to(tl.float32), 0.0)
-                sums = add_to_loss(sums, total(grad_entropy * entropy, keep))
-                tl.store(grad_entropies_ptr + position, grad_entropy, mask=in_range)
         if MEAN_RATIO:
             add_mean_grad(
                 grad_logps_ptr, logps_ptr, old_logps_ptr, mask_ptr, advantages_ptr, first, num_positions, of_sequence,
