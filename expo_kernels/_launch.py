@@ -116,10 +116,14 @@ _switch = SimpleNamespace(kernels_on_cpu=False)  # for tests, under TRITON_INTER
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 MOST_PROGRAMS = 1024  # maximum of one launch, on any device
-# each program reads one row at a time: enough loads to saturate the memory bandwidth, and few enough rows that part of
-# a row's second read may hit the L2 cache
-PROGRAMS_PER_MULTIPROCESSOR = 2
-MOST_COLUMNS = 4096  # with 8 warps, 16 float32 per thread: four 128-bit loads in flight; 128 registers suffice
+# With 8 warps a thread has 64 bytes of the next columns in flight at any time (16 float32, or 16 + 16 bfloat16), and the
+# three programs of a multiprocessor have 48 KiB: twice what an H100 needs for its memory bandwidth at a latency of
+# 0.8 microseconds.
+MOST_COLUMNS = 4096
+LEAST_COLUMNS = 128
+PROGRAMS_PER_MULTIPROCESSOR = 3
+REGISTERS_PER_MULTIPROCESSOR = 2**16
+THREADS_PER_PROGRAM = 256
 
 
 class Tile(NamedTuple):
@@ -149,8 +153,18 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 
 def row_tile(vocab_size: int) -> Tile:
     """The tile for rows of logits; the block counts columns."""
-    block = min(max(1 << (max(vocab_size, 1) - 1).bit_length(), 128), MOST_COLUMNS)
+    block = min(max(1 << (max(vocab_size, 1) - 1).bit_length(), LEAST_COLUMNS), MOST_COLUMNS)
     return Tile(block, max(1, block // 512))
+
+
+def most_registers(programs: int) -> int:
+    """Maximum number of registers per thread with which that many programs of 8 warps fit a multiprocessor."""
+    return REGISTERS_PER_MULTIPROCESSOR // (programs * THREADS_PER_PROGRAM) // 8 * 8
+
+
+def limits_registers() -> bool:
+    """Whether the compiler accepts a maximum number of registers; AMD's does not."""
+    return torch.version.hip is None
 
 
 def sequence_tile() -> Tile:
@@ -169,9 +183,9 @@ def curriculum_tile() -> Tile:
     return Tile(256, 4)
 
 
-def most_programs(device: torch.device) -> int:
+def most_programs(device: torch.device, per_multiprocessor: int = PROGRAMS_PER_MULTIPROCESSOR) -> int:
     """Maximum grid size of persistent kernels, whose programs process many rows each."""
     if device.type != "cuda":
         return 4
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(int(count) * PROGRAMS_PER_MULTIPROCESSOR, MOST_PROGRAMS)
+    return min(int(count) * per_multiprocessor, MOST_PROGRAMS)

@@ -191,7 +191,7 @@ def launch_logps(
 ) -> None:
     """Write log-probs (and entropies, and the values that `launch_grad_logits` needs) of these rows by position."""
     with _launch.current(chunk.logits.device):
-        row_kernels.row_logps_kernel[_row_grid(chunk)](
+        row_kernels.row_logps_kernel[_row_grid(chunk, tokens)](
             logits_ptr=chunk.logits,
             logps_ptr=logps,
             entropies_ptr=entropies,
@@ -213,7 +213,7 @@ def launch_grad_logits(
 ) -> None:
     """Write dL/dlogits of these rows, given dL/dlogps and dL/dentropies by position."""
     with _launch.current(chunk.logits.device):
-        row_kernels.row_grad_logits_kernel[_row_grid(chunk)](
+        row_kernels.row_grad_logits_kernel[_row_grid(chunk, tokens)](
             logits_ptr=chunk.logits,
             grad_ptr=chunk.grad_logits,
             residual_ptr=chunk.rounding_residual,
@@ -230,7 +230,7 @@ def launch_row_loss(chunk: Chunk, tokens: Tokens, sums: MetricSums, logps: Tenso
     """Add the loss and metrics of these rows to `sums`; write their log-probs and, if the chunk has memory for it,
     dL/dlogits."""
     with _launch.current(chunk.logits.device):
-        row_kernels.row_loss_kernel[_row_grid(chunk)](
+        row_kernels.row_loss_kernel[_row_grid(chunk, tokens)](
             logits_ptr=chunk.logits,
             grad_ptr=chunk.grad_logits,
             residual_ptr=chunk.rounding_residual,
@@ -342,6 +342,8 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "num_warps": tile.num_warps,
         **_FP,
     }
+    if _launch.limits_registers():
+        made["maxnreg"] = _launch.most_registers(_programs(tokens))
     if with_grad:
         made["grad_batch_stride"] = grad_shape.batch_stride // alignment
         made["grad_row_stride"] = grad_shape.row_stride // alignment
@@ -372,8 +374,16 @@ def _alignment(logits: Tensor) -> int:
     return 16 if all(size % 16 == 0 for size in sizes) else 1
 
 
-def _row_grid(chunk: Chunk) -> tuple[int]:
-    return _grid(chunk.logits.device, _shape(chunk.logits).num_rows)
+def _programs(tokens: Tokens) -> int:
+    """Number of programs over rows that share a multiprocessor."""
+    # the gradient of an entropy after a softcap needs more registers than three programs leave each other
+    is_large = tokens.objective.logit_softcap is not None and tokens.entropy_bonus is not None
+    return 2 if is_large else _launch.PROGRAMS_PER_MULTIPROCESSOR
+
+
+def _row_grid(chunk: Chunk, tokens: Tokens) -> tuple[int]:
+    most = _launch.most_programs(chunk.logits.device, _programs(tokens))
+    return (min(_shape(chunk.logits).num_rows, most),)
 
 
 def _grid(device: torch.device, num_rows: int) -> tuple[int]:

@@ -36,9 +36,20 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf
 @triton.jit
 def _capped(logits, softcap):
     """softcap * tanh(logits / softcap), and its derivative."""
-    t = tl.exp(-2.0 * tl.abs(logits) / softcap)
-    tanh = (1.0 - t) / (1.0 + t)
-    return softcap * tl.where(logits < 0, -tanh, tanh), 4.0 * t / ((1.0 + t) * (1.0 + t))
+    # tanh is -1 in float32 long before the bound, which keeps exp2 finite
+    power = tl.minimum(logits * (-2.0 * LOG2_E / softcap), 100.0, propagate_nan=tl.PropagateNan.ALL)
+    t = tl.exp2(power)
+    inverse = 1.0 / (1.0 + t)
+    return softcap * ((1.0 - t) * inverse), 4.0 * (t * inverse) * inverse
+
+
+@triton.jit
+def _widened(tile, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Logits in float32 after the softcap."""
+    logits = tile.to(tl.float32)
+    if HAS_SOFTCAP:
+        logits, _ = _capped(logits, softcap)
+    return logits
 
 
 @triton.jit
@@ -46,17 +57,11 @@ def _add_tile(
     group_max,
     exp_sums,
     entropy_sums,
-    logits,  # [BLOCK_V / WIDTH, WIDTH]; -inf outside the row
+    logits,  # [BLOCK_V / WIDTH, WIDTH] float32; -inf outside the row
     scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
     """Add a tile to the running values of each group of columns: maximum, sum of e, sum of e * log2(e)."""
-    logits = logits.to(tl.float32)
-    if HAS_SOFTCAP:
-        capped, _ = _capped(logits, softcap)
-        logits = tl.where(logits == float("-inf"), logits, capped)
     new_max = tl.maximum(group_max, tl.max(logits, axis=1))
     # the maximum is subtracted before the multiplication: at logits of 1e4 this order avoids an error of 1e-3 nats
     shift = (group_max - new_max) * scale
@@ -85,7 +90,9 @@ def read_row(
     Every thread keeps running values of its own columns, so that warps wait for each other once per row and not once
     per tile. The loads of the next tile are issued before a tile is processed.
     """
-    WIDTH: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth  # columns of a 128-bit load
+    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = 128 // BITS  # columns of a 128-bit load
+    AHEAD: tl.constexpr = 32 // BITS  # tiles in flight: equally many bytes for every dtype
     scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
     group_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
@@ -94,17 +101,24 @@ def read_row(
     columns = tl.arange(0, BLOCK_V // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     readable = tl.where(keep, vocab_size, 0)
     num_full = readable // BLOCK_V * BLOCK_V
-    # the last, partial tile comes first, because its loads are the only ones that need a mask
-    tile = tl.load(row_ptr + num_full + columns, mask=num_full + columns < readable, other=float("-inf"))
+    # the partial tile comes first, because its loads are the only ones that need a mask
+    in_range = num_full + columns < readable
+    tile = tl.load(row_ptr + num_full + columns, mask=in_range, other=0.0)
+    logits = tl.where(in_range, _widened(tile, softcap, HAS_SOFTCAP), float("-inf"))
+    tile = tl.load(row_ptr + columns, mask=num_full > 0, other=0.0)
+    if AHEAD == 2:
+        tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=num_full > BLOCK_V, other=0.0)
+    group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
     for start in range(0, num_full, BLOCK_V):
-        next_tile = tl.load(row_ptr + start + columns)
-        group_max, exp_sums, entropy_sums = _add_tile(
-            group_max, exp_sums, entropy_sums, tile, scale, softcap, HAS_SOFTCAP, HAS_ENTROPY
-        )
-        tile = next_tile
-    group_max, exp_sums, entropy_sums = _add_tile(
-        group_max, exp_sums, entropy_sums, tile, scale, softcap, HAS_SOFTCAP, HAS_ENTROPY
-    )
+        logits = _widened(tile, softcap, HAS_SOFTCAP)
+        following = start + AHEAD * BLOCK_V
+        loaded = tl.load(row_ptr + following + columns, mask=following < num_full, other=0.0)
+        if AHEAD == 2:
+            tile = tile_after
+            tile_after = loaded
+        else:
+            tile = loaded
+        group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
     row_max = tl.max(group_max, axis=0)
     shift = (group_max - row_max) * scale
     shrink = tl.exp2(shift)
@@ -147,7 +161,9 @@ def write_grad_logits(
     dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
     """
     grad_type: tl.constexpr = grad_row_ptr.dtype.element_ty
-    IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < row_ptr.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
+    AHEAD: tl.constexpr = 32 // BITS  # as in `read_row`
+    IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < BITS
     temperature = tl.load(hyper_ptr + TEMPERATURE)
     scale = LOG2_E / temperature
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
@@ -176,10 +192,18 @@ def write_grad_logits(
         tl.debug_barrier()
     if moves:
         tile = tl.load(row_ptr + columns, mask=columns < vocab_size)
+        if AHEAD == 2:
+            tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < vocab_size)
         next_barrier = 0
         for start in range(0, vocab_size, BLOCK_V):
             logits = tile.to(tl.float32)
-            tile = tl.load(row_ptr + start + BLOCK_V + columns, mask=start + BLOCK_V + columns < vocab_size)
+            following = start + AHEAD * BLOCK_V + columns
+            loaded = tl.load(row_ptr + following, mask=following < vocab_size)
+            if AHEAD == 2:
+                tile = tile_after
+                tile_after = loaded
+            else:
+                tile = loaded
             if HAS_SOFTCAP:
                 logits, cap_grads = _capped(logits, softcap)
             e = tl.exp2((logits - row_max) * scale)
@@ -379,9 +403,6 @@ def row_loss_kernel(
     """The whole loss of a token-level objective: log-probs, metrics and dL/dlogits in one launch."""
     vocab_size = vocab_size * ALIGNMENT
     HAS_BONUS: tl.constexpr = entropy_bonus_ptr is not None
-    temperature = tl.load(hyper_ptr + TEMPERATURE)
-    beta = tl.load(beta_ptr).to(tl.float32)
-    share = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + MAX_COMPLETION_LENGTH))
     sums = no_sums()
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
@@ -391,7 +412,7 @@ def row_loss_kernel(
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
-        logp = tl.where(keep, (chosen - row_max) / temperature - log_sum_exp, 0.0)
+        logp = tl.where(keep, (chosen - row_max) / tl.load(hyper_ptr + TEMPERATURE) - log_sum_exp, 0.0)
         tl.store(logps_ptr + position, logp)
         grad_logp = tl.full([], 0.0, tl.float32)
         grad_entropy = grad_logp
@@ -412,12 +433,11 @@ def row_loss_kernel(
             if rollout_logps_ptr is not None:
                 reported = tl.load(rollout_logps_ptr + position).to(tl.float32)
                 rollout_weight = rollout_weight_of(old_logp - reported, hyper_ptr)
-            weight = share
+            # what is loaded here occupies no register during the loops over the row
+            weight = 1.0 / (tl.load(normalizer_ptr).to(tl.float32) * tl.load(hyper_ptr + MAX_COMPLETION_LENGTH))
             if lengths_ptr is not None:
-                weight = share / tl.load(lengths_ptr + sequence).to(tl.float32)
-            if HAS_BONUS:
-                # loaded here, it occupies no register during the loops over the row; on sm_80 none is left
-                beta = tl.load(beta_ptr).to(tl.float32)
+                weight = weight / tl.load(lengths_ptr + sequence).to(tl.float32)
+            beta = tl.load(beta_ptr).to(tl.float32)
             loss, ratio_grad, beside, penalty, ratio, low, high = token_objective(
                 logp, old_logp, logp - old_logp, advantage, rollout_weight, position, keep, ref_logps_ptr, beta,
                 hyper_ptr, SURROGATE, HAS_DUAL_CLIP, KL, KL_WEIGHTED,

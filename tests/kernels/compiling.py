@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from expo_kernels import _launch
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -71,7 +73,11 @@ def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
             launched.compiled[key] = original(self, *args, grid=grid, warmup=True, **kwargs)
         return launched.compiled.get(key)
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(driver, _ACTIVE, _AbsentDevice(target)):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(driver, _ACTIVE, _AbsentDevice(target)),
+        mock.patch.object(_launch, "limits_registers", lambda: target.backend == "cuda"),
+    ):
         yield launched
 
 
