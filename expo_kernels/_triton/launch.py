@@ -343,7 +343,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         **_FP,
     }
     if _launch.limits_registers():
-        made["maxnreg"] = _launch.most_registers(_programs(tokens))
+        made["maxnreg"] = _launch.most_registers(_programs(chunk, tokens))
     if with_grad:
         made["grad_batch_stride"] = grad_shape.batch_stride // alignment
         made["grad_row_stride"] = grad_shape.row_stride // alignment
@@ -374,15 +374,14 @@ def _alignment(logits: Tensor) -> int:
     return 16 if all(size % 16 == 0 for size in sizes) else 1
 
 
-def _programs(tokens: Tokens) -> int:
-    """Number of programs over rows that share a multiprocessor."""
-    # the gradient of an entropy after a softcap needs more registers than three programs leave each other
-    is_large = tokens.objective.logit_softcap is not None and tokens.entropy_bonus is not None
-    return 2 if is_large else _launch.PROGRAMS_PER_MULTIPROCESSOR
+def _programs(chunk: Chunk, tokens: Tokens) -> int:
+    """Number of programs over rows that share a multiprocessor, such that their registers fit."""
+    writes_float32 = chunk.grad_logits is not None and chunk.grad_logits.dtype == torch.float32
+    return 2 if writes_float32 or tokens.entropy_bonus is not None else _launch.PROGRAMS_PER_MULTIPROCESSOR
 
 
 def _row_grid(chunk: Chunk, tokens: Tokens) -> tuple[int]:
-    most = _launch.most_programs(chunk.logits.device, _programs(tokens))
+    most = _launch.most_programs(chunk.logits.device, _programs(chunk, tokens))
     return (min(_shape(chunk.logits).num_rows, most),)
 
 

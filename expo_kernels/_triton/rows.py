@@ -105,14 +105,14 @@ def read_row(
     in_range = num_full + columns < readable
     tile = tl.load(row_ptr + num_full + columns, mask=in_range, other=0.0)
     logits = tl.where(in_range, _widened(tile, softcap, HAS_SOFTCAP), float("-inf"))
-    tile = tl.load(row_ptr + columns, mask=num_full > 0, other=0.0)
+    tile = tl.load(row_ptr + columns, mask=columns < num_full, other=0.0)
     if AHEAD == 2:
-        tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=num_full > BLOCK_V, other=0.0)
+        tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < num_full, other=0.0)
     group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
     for start in range(0, num_full, BLOCK_V):
         logits = _widened(tile, softcap, HAS_SOFTCAP)
-        following = start + AHEAD * BLOCK_V
-        loaded = tl.load(row_ptr + following + columns, mask=following < num_full, other=0.0)
+        following = start + AHEAD * BLOCK_V + columns
+        loaded = tl.load(row_ptr + following, mask=following < num_full, other=0.0)
         if AHEAD == 2:
             tile = tile_after
             tile_after = loaded

@@ -221,7 +221,10 @@ def test_one_binary_serves_every_named_vocabulary_and_group_size(target):
 @pytest.mark.parametrize(("target", "columns"), [("sm_90", 4096), ("gfx942", 8192)])
 def test_the_budget_check_finds_a_kernel_that_spills(target, columns):
     tile = _launch.Tile(columns, 1)
-    with mock.patch.object(_launch, "row_tile", return_value=tile):
+    with (
+        mock.patch.object(_launch, "row_tile", return_value=tile),
+        mock.patch.object(_launch, "most_registers", return_value=255),
+    ):
         kernel = compile_one(lambda: run_loss(151_936, F32, F32, EVERYTHING, entropy=True), target)
     found = " ".join(problems(kernel, target, (32, 32), (32,), tile))
     assert "bytes spilled" in found
