@@ -337,6 +337,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "row_stride": shape.row_stride // alignment,
         "vocab_size": shape.vocab_size // alignment,
         "HAS_SOFTCAP": tokens.objective.logit_softcap is not None,
+        "HAS_WIDE_ROWS": shape.vocab_size % 16 == 0,
         "ALIGNMENT": alignment,
         "BLOCK_V": tile.block,
         "num_warps": tile.num_warps,

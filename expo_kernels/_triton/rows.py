@@ -83,6 +83,7 @@ def read_row(
     hyper_ptr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_WIDE_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Maximum of a row, sum of e = exp((logit - maximum) / temperature), and sum of e * log2(e) for the entropy.
@@ -98,7 +99,9 @@ def read_row(
     group_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
     exp_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
     entropy_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
-    columns = tl.arange(0, BLOCK_V // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    groups, members = tl.arange(0, BLOCK_V // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    # a group is what one thread loads: adjacent columns, unless rows of this length allow no wide loads
+    columns = groups * WIDTH + members if HAS_WIDE_ROWS else groups + members * (BLOCK_V // WIDTH)
     readable = tl.where(keep, vocab_size, 0)
     num_full = readable // BLOCK_V * BLOCK_V
     # the partial tile comes first, because its loads are the only ones that need a mask
@@ -222,7 +225,7 @@ def write_grad_logits(
                     next_barrier = 2 * start + 4 * BLOCK_V
             tl.store(grad_row_ptr + start + columns, grads.to(grad_type), mask=start + columns < vocab_size)
         tl.debug_barrier()  # another warp may have stored the chosen column
-        tl.store(grad_row_ptr + chosen_id, chosen_grad.to(grad_type))
+        tl.store(grad_row_ptr + chosen_id, chosen_grad.to(grad_type), mask=chosen_id >= 0)
     else:
         zeros = tl.zeros([BLOCK_V], grad_type)
         for start in range(0, vocab_size, BLOCK_V):
@@ -272,6 +275,7 @@ def row_logps_kernel(
     row_stride,
     vocab_size,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_WIDE_ROWS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -282,7 +286,7 @@ def row_logps_kernel(
         position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
         row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_max, sum_exp, entropy_sum = read_row(
-            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V
+            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
@@ -318,6 +322,7 @@ def row_grad_logits_kernel(
     grad_row_stride,
     vocab_size,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_WIDE_ROWS: tl.constexpr,  # used by `read_row` only
     GRAD_SHARES_MEMORY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -396,6 +401,7 @@ def row_loss_kernel(
     KL_WEIGHTED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_WIDE_ROWS: tl.constexpr,  # V is a multiple of 16; bits depend on V, but not on the alignment of rows
     GRAD_SHARES_MEMORY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -408,7 +414,7 @@ def row_loss_kernel(
         position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
         row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_max, sum_exp, entropy_sum = read_row(
-            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V
+            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
