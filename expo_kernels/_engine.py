@@ -310,7 +310,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
     shard, wants_grad = _check_and_join(call), any(call.wants_grad)
     with torch.autocast(call.completion_ids.device.type, enabled=False):
         if shard is None and _launch.use_kernels(*call.tensors):
-            from expo_kernels._triton.launch import TritonLoss
+            from expo_kernels._triton.backend import TritonLoss
 
             kernels = TritonLoss(call, inputs, return_entropy=return_entropy)
             head, plan = _rows_for_kernels(call, kernels.tokens.mask, inputs.num_sequences)
@@ -329,7 +329,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
 def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: bool) -> tuple[LossResult, list[Tensor]]:
     """The loss from log-probs, and their gradient if wanted."""
     if _launch.use_kernels(logps):
-        from expo_kernels._triton.launch import loss_from_logps
+        from expo_kernels._triton.backend import loss_from_logps
 
         result, grad_logps = loss_from_logps(logps, inputs)
         kept = logps.float().masked_fill(inputs.completion_mask == 0, 0.0)
@@ -348,7 +348,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
     shard, shape = _check_and_join(call), call.completion_ids.shape
     with torch.autocast(call.completion_ids.device.type, enabled=False):
         if shard is None and _launch.use_kernels(*call.tensors):
-            from expo_kernels._triton.launch import TritonLogps
+            from expo_kernels._triton.backend import TritonLogps
 
             kernels = TritonLogps.reading(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
             head, plan = _rows_for_kernels(call, kernels.tokens.mask)
@@ -381,7 +381,7 @@ def token_logps_backward(
     shard = _check_and_join(call)
     with torch.autocast(call.completion_ids.device.type, enabled=False):
         if shard is None and _launch.use_kernels(*call.tensors):
-            from expo_kernels._triton.launch import TritonLogps
+            from expo_kernels._triton.backend import TritonLogps
 
             kernels = TritonLogps.differentiating(call, kept_rows, grad_logps, grad_entropies)
             head, plan = _rows_for_kernels(call, kernels.tokens.mask)
