@@ -15,6 +15,7 @@ from expo_kernels._head import Chunk
 from expo_kernels._inputs import METRIC_NAMES, Tokens
 from expo_kernels._triton import rows as row_kernels
 from expo_kernels._triton import sequences as sequence_kernels
+from expo_kernels._triton import shards as shard_kernels
 from expo_kernels._triton import slots
 from expo_kernels.objective import Objective
 
@@ -104,6 +105,7 @@ def launch_grad_logits(
             grad_logps_ptr=grad_logps,
             entropies_ptr=entropies,
             grad_entropies_ptr=grad_entropies,
+            IS_SHARD=tokens.ids_are_local,
             **_rows(chunk, tokens, with_grad=True),
         )
 
@@ -160,6 +162,76 @@ def launch_sequence_loss(
         )
 
 
+def launch_read_shard(chunk: Chunk, tokens: Tokens, *, has_entropy: bool) -> Tensor:
+    """The numbers of these rows that the ranks of a sharded head exchange, over this rank's columns: [3 or 4, n]."""
+    num_parts = 4 if has_entropy else 3
+    parts = torch.empty(num_parts, _shape(chunk.logits).num_rows, dtype=torch.float32, device=chunk.logits.device)
+    with _launch.current(chunk.logits.device):
+        shard_kernels.read_shard_kernel[_row_grid(chunk)](
+            logits_ptr=chunk.logits,
+            shard_ptr=parts,
+            HAS_ENTROPY=has_entropy,
+            **_rows(chunk, tokens, with_grad=False),
+        )
+    return parts
+
+
+def launch_combine_shards(
+    chunk: Chunk,
+    tokens: Tokens,
+    gathered: Tensor,
+    logps: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    row_max: Tensor | None = None,
+    sum_exp: Tensor | None = None,
+) -> None:
+    """Write log-probs (and entropies, and the values that `launch_grad_logits` needs) of these rows by position, from
+    the numbers of all ranks, [R, 3 or 4, n]."""
+    num_shards, _, num_rows = gathered.shape
+    tile = _launch.token_tile()
+    with _launch.current(gathered.device):
+        shard_kernels.combine_shards_kernel[(triton.cdiv(num_rows, tile.block),)](
+            shards_ptr=gathered,
+            logps_ptr=logps,
+            entropies_ptr=entropies,
+            row_max_ptr=row_max,
+            sum_exp_ptr=sum_exp,
+            hyper_ptr=hyper_parameters(tokens.objective, gathered.device),
+            num_shards=num_shards,
+            **_tokens(chunk, tokens, tile),
+        )
+
+
+def launch_token_loss(
+    chunk: Chunk,
+    tokens: Tokens,
+    sums: MetricSums,
+    logps: Tensor,
+    grad_logps: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    grad_entropies: Tensor | None = None,
+) -> None:
+    """Add the loss and metrics of these rows to `sums`, for a token-level objective; write dL/dlogps, and dL/dentropies
+    if there is an entropy bonus, at their positions of [M]. The advantages must not be rewards."""
+    tile, arguments = _launch.token_tile(), _objective(tokens, sums)
+    del arguments["group_size"]
+    num_blocks = triton.cdiv(chunk.rows.stop - chunk.rows.start, tile.block)
+    with _launch.current(logps.device):
+        shard_kernels.token_loss_kernel[_grid(logps.device, num_blocks)](
+            logps_ptr=logps,
+            grad_logps_ptr=grad_logps,
+            entropies_ptr=entropies,
+            grad_entropies_ptr=grad_entropies,
+            sequence_ptr=tokens.sequence_index,
+            lengths_ptr=tokens.lengths,
+            hyper_ptr=hyper_parameters(tokens.objective, logps.device),
+            **arguments,
+            **_tokens(chunk, tokens, tile),
+        )
+
+
 def launch_scale(values: Tensor, factor: Tensor) -> None:
     """values *= factor, a 0-dim tensor on the device, in place."""
     if not values.is_contiguous():
@@ -180,7 +252,7 @@ def launch_scale(values: Tensor, factor: Tensor) -> None:
 
 
 def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
-    """The arguments that both loss kernels share."""
+    """The arguments that all loss kernels share."""
     return {
         "advantages_ptr": tokens.advantages,
         "old_logps_ptr": tokens.old_logps,
@@ -197,6 +269,19 @@ def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
         "KL": tokens.objective.kl,
         "KL_WEIGHTED": tokens.objective.kl_importance_weighted,
         **sums.pointers(),
+    }
+
+
+def _tokens(chunk: Chunk, tokens: Tokens, tile: _launch.Tile) -> dict[str, Any]:
+    """The arguments that kernels on a few numbers of each row share."""
+    return {
+        "order_ptr": chunk.span.order,
+        "mask_ptr": tokens.mask,
+        "first_row": chunk.rows.start,
+        "num_rows": chunk.rows.stop - chunk.rows.start,
+        "BLOCK_N": tile.block,
+        "num_warps": tile.num_warps,
+        **_FP,
     }
 
 
