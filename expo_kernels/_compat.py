@@ -44,3 +44,9 @@ def process_group(name: str) -> dist.ProcessGroup:
 
     group: dist.ProcessGroup = _resolve_process_group(GroupName(name))
     return group
+
+
+def all_gather(out: Tensor, values: Tensor, group: dist.ProcessGroup) -> None:
+    """Write the flat `values` of all ranks to the flat `out`, in rank order; PyTorch 2.13 renamed the function."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, values, group=group)

@@ -33,7 +33,7 @@ from expo_kernels._head import (
     Span,
     Spans,
 )
-from expo_kernels._inputs import LossInputs
+from expo_kernels._inputs import LossInputs, Tokens
 from expo_kernels._products import WideProducts
 from expo_kernels._vocab_group import VocabShard
 
@@ -254,13 +254,20 @@ def _most_rows(call: HeadCall, buffers: int = 1) -> int:
 def _check_and_join(call: HeadCall) -> VocabShard | None:
     """Check the ids, and return this rank's shard of a vocabulary-parallel head (None: the head is whole)."""
     _, weight, _ = call.tensors
-    shard, valid_ids = None, call.completion_ids
-    if call.mask is not None and (call.vocab_group is not None or validate.may_read(valid_ids)):
+    shard, valid_ids, may_read = None, call.completion_ids, validate.may_read(call.completion_ids)
+    if call.mask is not None and may_read:
         valid_ids = valid_ids[call.mask != 0]
     if call.vocab_group is not None:
         assert weight is not None
-        most_rows = _most_rows(call, 1 if call.logit_softcap is None else 2)
-        shard = _vocab_group.join(call.vocab_group, weight, valid_ids.reshape(-1), most_rows)
+        # the kernels need no second buffer for the softcap's derivatives
+        buffers = 1 if call.logit_softcap is None or _launch.use_kernels(*call.tensors) else 2
+        shard = _vocab_group.join(
+            call.vocab_group,
+            weight,
+            valid_ids.reshape(-1) if may_read else None,
+            _most_rows(call, buffers),
+            settings=(call.budget_mb, buffers, call.tensors.arithmetic_dtype),
+        )
     size, size_name = call.tensors.vocab_size, "V of logits" if weight is None else "V of weight"
     if shard is not None:
         size, size_name = shard.vocab_size, "V of weight on all ranks"
@@ -288,18 +295,20 @@ def _rows_for_torch(
     return LinearHead(call.tensors, ids, call.wants_grad, products, scale=scale, shard=shard), plan
 
 
-def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 0) -> tuple[Head, Plan]:
-    """Head and plan of all positions; `mask` [M]: the valid ones."""
+def _rows_for_kernels(
+    call: HeadCall, tokens: Tokens, shard: VocabShard | None, num_sequences: int = 0
+) -> tuple[Head, Plan]:
+    """Head and plan of all positions."""
     hidden_or_logits, weight, _ = call.tensors
     num_rows = call.completion_ids.numel()
     if weight is None:
         plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences, None, None)
         return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
-    plan = DevicePlan(num_rows, _most_rows(call), num_sequences, length, mask)
+    mask = None if call.mask is None else tokens.mask
+    plan = DevicePlan(num_rows, _most_rows(call) if shard is None else shard.most_rows, num_sequences, length, mask)
     products = MixedProducts(hidden_or_logits, weight)
-    ids = call.completion_ids.reshape(-1)
-    return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask), plan
+    return LinearHead(call.tensors, tokens.ids, call.wants_grad, products, mask=mask, shard=shard), plan
 
 
 # --- the ops
@@ -309,11 +318,11 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
     """The loss from hidden states or logits, and the wanted gradients."""
     shard, wants_grad = _check_and_join(call), any(call.wants_grad)
     with torch.autocast(call.completion_ids.device.type, enabled=False):
-        if shard is None and _launch.use_kernels(*call.tensors):
-            from expo_kernels._triton.launch import TritonLoss
+        if _launch.use_kernels(*call.tensors):
+            from expo_kernels._triton.backend import TritonLoss
 
-            kernels = TritonLoss(call, inputs, return_entropy=return_entropy)
-            head, plan = _rows_for_kernels(call, kernels.tokens.mask, inputs.num_sequences)
+            kernels = TritonLoss(call, inputs, shard, return_entropy=return_entropy)
+            head, plan = _rows_for_kernels(call, kernels.tokens, shard, inputs.num_sequences)
             run_loss(head, plan, kernels, wants_grad=wants_grad)
             result = LossResult(*kernels.result(), kernels.token_logps.view(call.completion_ids.shape))
         else:
@@ -329,7 +338,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
 def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: bool) -> tuple[LossResult, list[Tensor]]:
     """The loss from log-probs, and their gradient if wanted."""
     if _launch.use_kernels(logps):
-        from expo_kernels._triton.launch import loss_from_logps
+        from expo_kernels._triton.backend import loss_from_logps
 
         result, grad_logps = loss_from_logps(logps, inputs)
         kept = logps.float().masked_fill(inputs.completion_mask == 0, 0.0)
@@ -347,11 +356,11 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
     """
     shard, shape = _check_and_join(call), call.completion_ids.shape
     with torch.autocast(call.completion_ids.device.type, enabled=False):
-        if shard is None and _launch.use_kernels(*call.tensors):
-            from expo_kernels._triton.launch import TritonLogps
+        if _launch.use_kernels(*call.tensors):
+            from expo_kernels._triton.backend import TritonLogps
 
-            kernels = TritonLogps.reading(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
-            head, plan = _rows_for_kernels(call, kernels.tokens.mask)
+            kernels = TritonLogps.reading(call, shard, return_entropy=return_entropy, keeps_rows=keeps_rows)
+            head, plan = _rows_for_kernels(call, kernels.tokens, shard)
             run_logps(head, plan, kernels)
             # each empty tensor is a new one: the outputs of an op must not alias each other
             entropies, row_max, sum_exp = (
@@ -380,11 +389,11 @@ def token_logps_backward(
     """
     shard = _check_and_join(call)
     with torch.autocast(call.completion_ids.device.type, enabled=False):
-        if shard is None and _launch.use_kernels(*call.tensors):
-            from expo_kernels._triton.launch import TritonLogps
+        if _launch.use_kernels(*call.tensors):
+            from expo_kernels._triton.backend import TritonLogps
 
-            kernels = TritonLogps.differentiating(call, kept_rows, grad_logps, grad_entropies)
-            head, plan = _rows_for_kernels(call, kernels.tokens.mask)
+            kernels = TritonLogps.differentiating(call, shard, kept_rows, grad_logps, grad_entropies)
+            head, plan = _rows_for_kernels(call, kernels.tokens, shard)
             run_grads(head, plan, kernels)
         else:
             order = valid_index(call.mask, call.completion_ids)

@@ -112,6 +112,7 @@ class Tokens:
     ids: Tensor  # [M] integers
     mask: Tensor | None  # [M] bool; None (for log-probs only): all positions are valid
     objective: Objective
+    ids_are_local: bool = False  # columns of this rank's shard, outside [0, V_r) if another rank holds them
     num_sequences: int = 1
     tokens_per_sequence: int = 1  # T of padded input
     starts: Tensor | None = None  # [B + 1] of packed input

@@ -173,6 +173,12 @@ def sequence_tile() -> Tile:
     return Tile(1024, 8)
 
 
+def token_tile() -> Tile:
+    """The tile for a few numbers of each row; the block counts rows, and is small, so that those of one chunk occupy
+    many multiprocessors."""
+    return Tile(256, 4)
+
+
 def flat_tile() -> Tile:
     """The tile for elementwise kernels; the block counts elements."""
     return Tile(4096, 8)

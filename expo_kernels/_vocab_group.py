@@ -1,13 +1,16 @@
 """A vocabulary-parallel output head: each rank of a process group holds some of its rows.
 
 Tensor parallelism as in Megatron-LM (arXiv 1909.08053, section 3): every rank has all hidden states and ids and
-computes the logits of its own columns. The maximum of each row, and then its sums, are reduced over the ranks.
+computes the logits of its own columns. With PyTorch the maximum of each row, and then its sums, are reduced over the
+ranks; with kernels one all-gather exchanges both.
 
-Letters: V_r rows of the head on this rank, n rows of a chunk of logits.
+Letters: V_r rows of the head on this rank, n rows of a chunk of logits, R ranks.
 """
 
+import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +34,18 @@ class VocabShard:
         local = ids - self.start
         return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)
 
+    def columns_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The column of each id on this rank, outside [0, V_r) if another rank holds it, and whether any rank does."""
+        ids = ids.long()
+        return ids - self.start, (ids >= 0) & (ids < self.vocab_size)
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """`values` of every rank, [R, ...], in rank order."""
+        gathered = values.new_empty(self.group.size(), *values.shape)
+        if values.numel() > 0:
+            _compat.all_gather(gathered.view(-1), values.reshape(-1), self.group)
+        return gathered
+
     def all_reduce_max(self, values: Tensor) -> None:
         """Replace `values` by the maximum over all ranks."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
@@ -40,16 +55,47 @@ class VocabShard:
         dist.all_reduce(values, group=self.group)
 
 
-def join(name: str, weight: Tensor, valid_ids: Tensor, most_rows: int) -> VocabShard:
-    """The shard of this rank in the group of that name; an all-gather compares the arguments of all ranks.
+class _Exchanged(NamedTuple):
+    """What the ranks of a group told each other about their shards."""
+
+    sizes: list[int]  # V_r of each rank
+    most_rows: int  # of a chunk, on the rank with the fewest
+
+
+# by the group, and by what its ranks know of the call: they must all find an entry, or none
+_EXCHANGED: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Hashable, _Exchanged]] = weakref.WeakKeyDictionary()
+
+
+def join(name: str, weight: Tensor, valid_ids: Tensor | None, most_rows: int, *, settings: Hashable) -> VocabShard:
+    """The shard of this rank in the group of that name.
+
+    Args:
+        name: of the process group.
+        weight: [V_r, H], this rank's rows of the head.
+        valid_ids: the chosen ids of the valid tokens; an all-gather compares them, and the sizes of the shards, with
+            those of the other ranks, and the host waits for it. None: only the sizes are exchanged, and only once for
+            each shape of `weight`, so that later calls do not synchronise.
+        most_rows: of a chunk on this rank; the shard has the minimum over the ranks.
+        settings: what `most_rows` depends on besides `weight`, the same on every rank.
 
     Raises:
         ValueError: a rank has no rows, or the ranks have different tokens; raised on every rank.
     """
     group = _compat.process_group(name)
-    places = torch.arange(1, valid_ids.numel() + 1, device=valid_ids.device)
-    facts = torch.stack([torch.full_like(places.sum(), value) for value in (weight.shape[0], most_rows)])
-    facts = torch.cat([facts, places.sum().view(1), (valid_ids.long() * places).sum().view(1)])
+    entries = _EXCHANGED.setdefault(group, {})
+    key = weight.shape, weight.device, settings
+    if valid_ids is not None or key not in entries:
+        entries[key] = _exchange(group, weight, valid_ids, most_rows)
+    sizes, most_rows = entries[key]
+    start = sum(sizes[: group.rank()])
+    return VocabShard(group, start, weight.shape[0], sum(sizes), most_rows)
+
+
+def _exchange(group: dist.ProcessGroup, weight: Tensor, valid_ids: Tensor | None, most_rows: int) -> _Exchanged:
+    facts = torch.tensor([weight.shape[0], most_rows], device=weight.device)
+    if valid_ids is not None:
+        places = torch.arange(1, valid_ids.numel() + 1, device=valid_ids.device)
+        facts = torch.cat([facts, places.sum().view(1), (valid_ids.long() * places).sum().view(1)])
     gathered = [torch.empty_like(facts) for _ in range(group.size())]
     dist.all_gather(gathered, facts, group=group)
     sizes, most, *tokens = torch.stack(gathered).T.tolist()
@@ -60,8 +106,7 @@ def join(name: str, weight: Tensor, valid_ids: Tensor, most_rows: int) -> VocabS
             "the ranks that share weight were given different tokens; give all the same hidden, completion_ids and "
             "completion_mask (where ranks have their own data, gather weight instead)"
         )
-    start = sum(sizes[: group.rank()])
-    return VocabShard(group, start, weight.shape[0], sum(sizes), min(most))
+    return _Exchanged(sizes, min(most))
 
 
 def local_head(

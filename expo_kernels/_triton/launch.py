@@ -1,144 +1,27 @@
-"""The Triton backend: the arguments, grid and tile of each kernel launch.
-
-The ops of log-probs use `TritonLogps`; `TritonLoss` adds the objective. Both keep one number per position and launch
-one kernel per chunk. The functions `launch_*` pass arguments by name.
+"""The arguments, grid and tile of each kernel launch; the functions `launch_*` pass arguments by name.
 
 Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions of each.
 """
 
 import functools
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from expo_kernels import _launch
-from expo_kernels._head import Chunk, HeadCall
-from expo_kernels._inputs import METRIC_NAMES, LossInputs, Tokens, make_tokens
+from expo_kernels._head import Chunk
+from expo_kernels._inputs import METRIC_NAMES, Tokens
 from expo_kernels._triton import rows as row_kernels
 from expo_kernels._triton import sequences as sequence_kernels
+from expo_kernels._triton import shards as shard_kernels
 from expo_kernels._triton import slots
 from expo_kernels.objective import Objective
 
 # without fused multiply-adds, the same line gives equal bits in every kernel, so that old, reference and training
 # log-probs agree exactly
 _FP = {"enable_fp_fusion": False}
-
-
-class TritonLogps:
-    """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies; one number per position."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        self.tokens = tokens
-        self.token_logps = torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=tokens.ids.device)
-        self.entropies: Tensor | None = None
-        self.row_max: Tensor | None = None
-        self.sum_exp: Tensor | None = None
-        self.grad_logps: Tensor | None = None
-        self.grad_entropies: Tensor | None = None
-
-    @classmethod
-    def reading(cls, call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> Self:
-        """A backend for log-probs, for entropies if wanted, and for the row values that `differentiating` takes."""
-        backend = cls(_logp_tokens(call))
-        if return_entropy:
-            backend.entropies = torch.zeros_like(backend.token_logps)
-        if keeps_rows:
-            backend.row_max, backend.sum_exp = (torch.zeros_like(backend.token_logps) for _ in range(2))
-        return backend
-
-    @classmethod
-    def differentiating(
-        cls, call: HeadCall, kept_rows: list[Tensor], grad_logps: Tensor, grad_entropies: Tensor | None
-    ) -> Self:
-        """A backend for dL/dlogits; `kept_rows` are entropies, row maxima and sums of exponentials."""
-        backend = cls(_logp_tokens(call))
-        backend.entropies, backend.row_max, backend.sum_exp = kept_rows
-        backend.grad_logps = grad_logps.contiguous()
-        backend.grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
-        return backend
-
-    def logps(self, chunk: Chunk) -> None:
-        """Compute the log-probs of a chunk, and the row values that `grad_logits` needs."""
-        launch_logps(
-            chunk,
-            self.tokens,
-            self.token_logps,
-            entropies=self.entropies,
-            row_max=self.row_max,
-            sum_exp=self.sum_exp,
-        )
-
-    def grad_logits(self, chunk: Chunk) -> None:
-        """Write dL/dlogits of a chunk."""
-        assert self.row_max is not None
-        assert self.sum_exp is not None
-        assert self.grad_logps is not None
-        launch_grad_logits(
-            chunk,
-            self.tokens,
-            row_max=self.row_max,
-            sum_exp=self.sum_exp,
-            grad_logps=self.grad_logps,
-            entropies=None if self.grad_entropies is None else self.entropies,
-            grad_entropies=self.grad_entropies,
-        )
-
-
-class TritonLoss(TritonLogps):
-    """The policy loss and its metrics, without synchronisation."""
-
-    def __init__(self, call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> None:
-        super().__init__(make_tokens(inputs, call.completion_ids))
-        self.needs_whole_sequences = self.tokens.needs_whole_sequences
-        self._sums, self._return_entropy = make_sums(self.token_logps.device), return_entropy
-        if self.needs_whole_sequences:
-            self.row_max, self.sum_exp, self.grad_logps = (torch.zeros_like(self.token_logps) for _ in range(3))
-            has_bonus = self.tokens.entropy_bonus is not None
-            self.entropies = torch.zeros_like(self.token_logps) if return_entropy or has_bonus else None
-            self.grad_entropies = torch.zeros_like(self.token_logps) if has_bonus else None
-
-    def loss(self, chunk: Chunk) -> None:
-        """Compute log-probs, loss and, if wanted, dL/dlogits of a chunk in one launch."""
-        launch_row_loss(chunk, self.tokens, self._sums, self.token_logps, return_entropy=self._return_entropy)
-
-    def sequence_loss(self, chunk: Chunk | None) -> None:
-        """Compute loss and dL/dlogps of the sequences of a chunk (None: of all sequences)."""
-        assert self.grad_logps is not None
-        launch_sequence_loss(
-            self.tokens,
-            self._sums,
-            self.token_logps,
-            self.grad_logps,
-            entropies=self.entropies,
-            grad_entropies=self.grad_entropies,
-            sequences=None if chunk is None else chunk.span.sequences,
-        )
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss 0-dim, metrics [len(METRIC_NAMES)], and the number of tokens."""
-        return self._sums.result()
-
-
-def loss_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Loss, metrics and number of tokens, and dL/dlogps, shaped like `logps`."""
-    flat, sums = logps.reshape(-1).contiguous(), make_sums(logps.device)
-    grad_logps = torch.zeros_like(flat, dtype=torch.float32)
-    launch_sequence_loss(make_tokens(inputs, None), sums, flat, grad_logps)
-    return sums.result(), grad_logps.view(logps.shape)
-
-
-def _logp_tokens(call: HeadCall) -> Tokens:
-    """The inputs of the kernels for log-probs, which use only the objective's temperature and softcap."""
-    return Tokens(
-        ids=call.completion_ids.reshape(-1).contiguous(),
-        mask=None if call.mask is None else (call.mask != 0).reshape(-1),
-        objective=Objective(temperature=call.temperature, logit_softcap=call.logit_softcap),
-    )
-
-
-# --- launches
 
 
 class MetricSums(NamedTuple):
@@ -222,6 +105,7 @@ def launch_grad_logits(
             grad_logps_ptr=grad_logps,
             entropies_ptr=entropies,
             grad_entropies_ptr=grad_entropies,
+            IS_SHARD=tokens.ids_are_local,
             **_rows(chunk, tokens, with_grad=True),
         )
 
@@ -278,6 +162,76 @@ def launch_sequence_loss(
         )
 
 
+def launch_read_shard(chunk: Chunk, tokens: Tokens, *, has_entropy: bool) -> Tensor:
+    """The numbers of these rows that the ranks of a sharded head exchange, over this rank's columns: [3 or 4, n]."""
+    num_parts = 4 if has_entropy else 3
+    parts = torch.empty(num_parts, _shape(chunk.logits).num_rows, dtype=torch.float32, device=chunk.logits.device)
+    with _launch.current(chunk.logits.device):
+        shard_kernels.read_shard_kernel[_row_grid(chunk)](
+            logits_ptr=chunk.logits,
+            shard_ptr=parts,
+            HAS_ENTROPY=has_entropy,
+            **_rows(chunk, tokens, with_grad=False),
+        )
+    return parts
+
+
+def launch_combine_shards(
+    chunk: Chunk,
+    tokens: Tokens,
+    gathered: Tensor,
+    logps: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    row_max: Tensor | None = None,
+    sum_exp: Tensor | None = None,
+) -> None:
+    """Write log-probs (and entropies, and the values that `launch_grad_logits` needs) of these rows by position, from
+    the numbers of all ranks, [R, 3 or 4, n]."""
+    num_shards, _, num_rows = gathered.shape
+    tile = _launch.token_tile()
+    with _launch.current(gathered.device):
+        shard_kernels.combine_shards_kernel[(triton.cdiv(num_rows, tile.block),)](
+            shards_ptr=gathered,
+            logps_ptr=logps,
+            entropies_ptr=entropies,
+            row_max_ptr=row_max,
+            sum_exp_ptr=sum_exp,
+            hyper_ptr=hyper_parameters(tokens.objective, gathered.device),
+            num_shards=num_shards,
+            **_tokens(chunk, tokens, tile),
+        )
+
+
+def launch_token_loss(
+    chunk: Chunk,
+    tokens: Tokens,
+    sums: MetricSums,
+    logps: Tensor,
+    grad_logps: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    grad_entropies: Tensor | None = None,
+) -> None:
+    """Add the loss and metrics of these rows to `sums`, for a token-level objective; write dL/dlogps, and dL/dentropies
+    if there is an entropy bonus, at their positions of [M]. The advantages must not be rewards."""
+    tile, arguments = _launch.token_tile(), _objective(tokens, sums)
+    del arguments["group_size"]
+    num_blocks = triton.cdiv(chunk.rows.stop - chunk.rows.start, tile.block)
+    with _launch.current(logps.device):
+        shard_kernels.token_loss_kernel[_grid(logps.device, num_blocks)](
+            logps_ptr=logps,
+            grad_logps_ptr=grad_logps,
+            entropies_ptr=entropies,
+            grad_entropies_ptr=grad_entropies,
+            sequence_ptr=tokens.sequence_index,
+            lengths_ptr=tokens.lengths,
+            hyper_ptr=hyper_parameters(tokens.objective, logps.device),
+            **arguments,
+            **_tokens(chunk, tokens, tile),
+        )
+
+
 def launch_scale(values: Tensor, factor: Tensor) -> None:
     """values *= factor, a 0-dim tensor on the device, in place."""
     if not values.is_contiguous():
@@ -298,7 +252,7 @@ def launch_scale(values: Tensor, factor: Tensor) -> None:
 
 
 def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
-    """The arguments that both loss kernels share."""
+    """The arguments that all loss kernels share."""
     return {
         "advantages_ptr": tokens.advantages,
         "old_logps_ptr": tokens.old_logps,
@@ -315,6 +269,19 @@ def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
         "KL": tokens.objective.kl,
         "KL_WEIGHTED": tokens.objective.kl_importance_weighted,
         **sums.pointers(),
+    }
+
+
+def _tokens(chunk: Chunk, tokens: Tokens, tile: _launch.Tile) -> dict[str, Any]:
+    """The arguments that kernels on a few numbers of each row share."""
+    return {
+        "order_ptr": chunk.span.order,
+        "mask_ptr": tokens.mask,
+        "first_row": chunk.rows.start,
+        "num_rows": chunk.rows.stop - chunk.rows.start,
+        "BLOCK_N": tile.block,
+        "num_warps": tile.num_warps,
+        **_FP,
     }
 
 

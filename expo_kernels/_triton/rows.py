@@ -6,7 +6,8 @@ float64. The last program to finish adds all programs' sums in order, so that a 
 
 Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions each. Row r
 of a launch is position `order[first_row + r]`, or `first_row + r` without an `order`. Rows that are masked, or whose id
-is outside [0, V), are never read: they add nothing to loss and metrics, and their gradient is 0.
+is outside [0, V), are never read: they add nothing to loss and metrics, and their gradient is 0. `shards.py` has the
+kernels of a head that is sharded over the vocabulary.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -133,7 +134,8 @@ def read_row(
 @triton.jit
 def chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP: tl.constexpr):
     """Logit of the chosen token after the softcap, and the softcap's derivative."""
-    logit = tl.load(row_ptr + chosen_id, mask=keep, other=0.0).to(tl.float32)
+    # the id is -1 if another rank holds the column
+    logit = tl.load(row_ptr + chosen_id, mask=keep & (chosen_id >= 0), other=0.0).to(tl.float32)
     cap_grad = 1.0
     if HAS_SOFTCAP:
         logit, cap_grad = _capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
@@ -234,8 +236,11 @@ def write_grad_logits(
 
 
 @triton.jit
-def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size):
-    """Position of a row, its chosen id, and whether the row is valid."""
+def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD: tl.constexpr = False):
+    """Position of a row, its chosen id, and whether the row is valid.
+
+    IS_SHARD: other ranks hold the columns outside [0, V), so a row with such an id is valid; the id returned is -1.
+    """
     position = (first_row + row).to(tl.int64)
     if order_ptr is not None:
         position = tl.load(order_ptr + position)
@@ -243,7 +248,12 @@ def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size):
     if mask_ptr is not None:
         keep = tl.load(mask_ptr + position) != 0
     chosen_id = tl.load(ids_ptr + position, mask=keep, other=-1).to(tl.int64)
-    return position, chosen_id, keep & (chosen_id >= 0) & (chosen_id < vocab_size)
+    is_here = (chosen_id >= 0) & (chosen_id < vocab_size)
+    if IS_SHARD:
+        chosen_id = tl.where(is_here, chosen_id, -1)
+    else:
+        keep = keep & is_here
+    return position, chosen_id, keep
 
 
 @triton.jit
@@ -304,7 +314,7 @@ def row_grad_logits_kernel(
     logits_ptr,  # [n, V] or strided, any float dtype
     grad_ptr,  # the same shape, out
     residual_ptr,  # [n] float32, out: rounding error of the chosen column, or None
-    row_max_ptr,  # [M] as written by `row_logps_kernel`
+    row_max_ptr,  # [M] as written by `row_logps_kernel` or `combine_shards_kernel`
     sum_exp_ptr,  # [M]
     grad_logps_ptr,  # [M] float32
     entropies_ptr,  # [M] float32 or None
@@ -321,6 +331,7 @@ def row_grad_logits_kernel(
     grad_batch_stride,
     grad_row_stride,
     vocab_size,
+    IS_SHARD: tl.constexpr,  # see `locate`
     HAS_SOFTCAP: tl.constexpr,
     HAS_WIDE_ROWS: tl.constexpr,  # used by `read_row` only
     GRAD_SHARES_MEMORY: tl.constexpr,
@@ -331,7 +342,7 @@ def row_grad_logits_kernel(
     vocab_size = vocab_size * ALIGNMENT
     HAS_ENTROPY: tl.constexpr = grad_entropies_ptr is not None
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+        position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD)
         row_max = tl.load(row_max_ptr + position, mask=keep, other=0.0)
         sum_exp = tl.load(sum_exp_ptr + position, mask=keep, other=1.0)
         grad_logp = tl.load(grad_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
@@ -358,6 +369,8 @@ def row_grad_logits_kernel(
             BLOCK_V,
         )
         if residual_ptr is not None:
+            if IS_SHARD:
+                residual = tl.where(chosen_id >= 0, residual, 0.0)
             tl.store(residual_ptr + row, residual)
 
 

@@ -42,16 +42,17 @@ EVERYTHING = Objective(
 )
 
 
-def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=False):
+def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=False, is_shard=False):
     positions, shape = num_sequences * length, num_sequences
     return Tokens(
         ids=torch.zeros(positions, dtype=torch.int64),
         mask=torch.ones(positions, dtype=torch.bool),
         objective=objective,
+        ids_are_local=is_shard,
         num_sequences=num_sequences,
         tokens_per_sequence=length,
         advantages=torch.zeros(shape),
-        advantages_are="rewards",
+        advantages_are="sequence" if is_shard else "rewards",
         group_size=group_size,
         old_logps=torch.zeros(positions),
         ref_logps=torch.zeros(positions),
@@ -87,18 +88,35 @@ def run_logps(vocab_size, logits, *, entropy=False, objective=None):
     kernels.launch_logps(chunk, tokens, out, entropies=out if entropy else None, row_max=out, sum_exp=out)
 
 
-def run_grad_logits(vocab_size, logits, grad, *, entropy=False, objective=None):
+def run_grad_logits(vocab_size, logits, grad, *, entropy=False, objective=None, is_shard=False):
     chunk = chunk_with_gradient(vocab_size, logits, grad)
     out = torch.zeros(64)
     kernels.launch_grad_logits(
         chunk,
-        make_tokens(objective or Objective()),
+        make_tokens(objective or Objective(), is_shard=is_shard),
         row_max=out,
         sum_exp=out,
         grad_logps=out,
         entropies=out if entropy else None,
         grad_entropies=out if entropy else None,
     )
+
+
+def run_shard(vocab_size, *, entropy=False, objective=None):
+    chunk = chunk_with_gradient(vocab_size, F32, None)
+    kernels.launch_read_shard(chunk, make_tokens(objective or Objective(), is_shard=True), has_entropy=entropy)
+
+
+def run_combine_shards():
+    chunk, out = make_chunk(torch.empty(2, 16), order=torch.zeros(64, dtype=torch.int64)), torch.zeros(64)
+    tokens = make_tokens(Objective(), is_shard=True)
+    kernels.launch_combine_shards(chunk, tokens, torch.zeros(8, 4, 2), out, entropies=out, row_max=out, sum_exp=out)
+
+
+def run_token_loss(objective):
+    chunk, out = make_chunk(torch.empty(2, 16), order=torch.zeros(64, dtype=torch.int64)), torch.zeros(64)
+    tokens, sums = make_tokens(objective, bonus=True, is_shard=True), kernels.make_sums(torch.device("cpu"))
+    kernels.launch_token_loss(chunk, tokens, sums, out, out, entropies=out, grad_entropies=out)
 
 
 def run_scale(vocab_size, dtype):
@@ -141,6 +159,16 @@ CASES = {
     "gradient, bfloat16, entropies": (lambda V: run_grad_logits(V, BF16, BF16, entropy=True), (16,), (16,)),
     "gradient, every option": (
         lambda V: run_grad_logits(V, F32, BF16, entropy=True, objective=EVERYTHING),
+        (32,),
+        (16,),
+    ),
+    "shard": (lambda V: run_shard(V), (32,), ()),
+    "shard, softcap, entropies": (lambda V: run_shard(V, entropy=True, objective=EVERYTHING), (32,), ()),
+    "shards combined, entropies": (lambda _: run_combine_shards(), (), ()),
+    "token loss, every option and a bonus": (lambda _: run_token_loss(EVERYTHING), (), ()),
+    "gradient of a shard": (lambda V: run_grad_logits(V, F32, BF16, is_shard=True), (32,), (16,)),
+    "gradient of a shard, every option": (
+        lambda V: run_grad_logits(V, F32, BF16, entropy=True, objective=EVERYTHING, is_shard=True),
         (32,),
         (16,),
     ),

@@ -1,0 +1,175 @@
+"""The Triton backend: the log-probs, the loss and dL/dlogits of a chunk, by kernels and without synchronisation.
+
+The ops of log-probs use `TritonLogps`; `TritonLoss` adds the objective. Both keep one number per position and launch
+one kernel per chunk. With a head that is sharded over the vocabulary, each rank reads its own columns, one all-gather
+exchanges a few numbers of each row, and each rank combines them: two launches in place of one.
+"""
+
+import dataclasses
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from expo_kernels._head import Chunk, HeadCall
+from expo_kernels._inputs import LossInputs, Tokens, make_tokens
+from expo_kernels._triton.launch import (
+    launch_combine_shards,
+    launch_grad_logits,
+    launch_logps,
+    launch_read_shard,
+    launch_row_loss,
+    launch_sequence_loss,
+    launch_token_loss,
+    make_sums,
+)
+from expo_kernels._vocab_group import VocabShard
+from expo_kernels.advantages import advantages_of_rewards
+from expo_kernels.objective import Objective
+
+
+class TritonLogps:
+    """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies; one number per position."""
+
+    def __init__(self, tokens: Tokens, shard: VocabShard | None) -> None:
+        self.tokens, self._shard = tokens if shard is None else _on_shard(tokens, shard), shard
+        self.token_logps = torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=tokens.ids.device)
+        self.entropies: Tensor | None = None
+        self.row_max: Tensor | None = None
+        self.sum_exp: Tensor | None = None
+        self.grad_logps: Tensor | None = None
+        self.grad_entropies: Tensor | None = None
+
+    @classmethod
+    def reading(cls, call: HeadCall, shard: VocabShard | None, *, return_entropy: bool, keeps_rows: bool) -> Self:
+        """A backend for log-probs, for entropies if wanted, and for the row values that `differentiating` takes."""
+        backend = cls(_logp_tokens(call), shard)
+        if return_entropy:
+            backend.entropies = torch.zeros_like(backend.token_logps)
+        if keeps_rows:
+            backend.row_max, backend.sum_exp = (torch.zeros_like(backend.token_logps) for _ in range(2))
+        return backend
+
+    @classmethod
+    def differentiating(
+        cls,
+        call: HeadCall,
+        shard: VocabShard | None,
+        kept_rows: list[Tensor],
+        grad_logps: Tensor,
+        grad_entropies: Tensor | None,
+    ) -> Self:
+        """A backend for dL/dlogits; `kept_rows` are entropies, row maxima and sums of exponentials."""
+        backend = cls(_logp_tokens(call), shard)
+        backend.entropies, backend.row_max, backend.sum_exp = kept_rows
+        backend.grad_logps = grad_logps.contiguous()
+        backend.grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
+        return backend
+
+    def logps(self, chunk: Chunk) -> None:
+        """Compute the log-probs of a chunk, and the row values that `grad_logits` needs."""
+        row_values = {"entropies": self.entropies, "row_max": self.row_max, "sum_exp": self.sum_exp}
+        if self._shard is None:
+            launch_logps(chunk, self.tokens, self.token_logps, **row_values)
+            return
+        parts = launch_read_shard(chunk, self.tokens, has_entropy=self.entropies is not None)
+        launch_combine_shards(chunk, self.tokens, self._shard.all_gather(parts), self.token_logps, **row_values)
+
+    def grad_logits(self, chunk: Chunk) -> None:
+        """Write dL/dlogits of a chunk."""
+        assert self.row_max is not None
+        assert self.sum_exp is not None
+        assert self.grad_logps is not None
+        launch_grad_logits(
+            chunk,
+            self.tokens,
+            row_max=self.row_max,
+            sum_exp=self.sum_exp,
+            grad_logps=self.grad_logps,
+            entropies=None if self.grad_entropies is None else self.entropies,
+            grad_entropies=self.grad_entropies,
+        )
+
+
+class TritonLoss(TritonLogps):
+    """The policy loss and its metrics, without synchronisation."""
+
+    def __init__(self, call: HeadCall, inputs: LossInputs, shard: VocabShard | None, *, return_entropy: bool) -> None:
+        super().__init__(make_tokens(inputs, call.completion_ids), shard)
+        self.needs_whole_sequences, self._wants_grad = self.tokens.needs_whole_sequences, any(call.wants_grad)
+        self._sums, self._return_entropy = make_sums(self.token_logps.device), return_entropy
+        if self.needs_whole_sequences or shard is not None:
+            self.row_max, self.sum_exp, self.grad_logps = (torch.zeros_like(self.token_logps) for _ in range(3))
+            has_bonus = self.tokens.entropy_bonus is not None
+            self.entropies = torch.zeros_like(self.token_logps) if return_entropy or has_bonus else None
+            self.grad_entropies = torch.zeros_like(self.token_logps) if has_bonus else None
+
+    def loss(self, chunk: Chunk) -> None:
+        """Compute log-probs, loss and, if wanted, dL/dlogits of a chunk, in one launch if the head is whole."""
+        if self._shard is None:
+            launch_row_loss(chunk, self.tokens, self._sums, self.token_logps, return_entropy=self._return_entropy)
+            return
+        assert self.grad_logps is not None
+        self.logps(chunk)
+        launch_token_loss(
+            chunk,
+            self.tokens,
+            self._sums,
+            self.token_logps,
+            self.grad_logps,
+            entropies=self.entropies,
+            grad_entropies=self.grad_entropies,
+        )
+        if self._wants_grad:
+            self.grad_logits(chunk)
+
+    def sequence_loss(self, chunk: Chunk | None) -> None:
+        """Compute loss and dL/dlogps of the sequences of a chunk (None: of all sequences)."""
+        assert self.grad_logps is not None
+        launch_sequence_loss(
+            self.tokens,
+            self._sums,
+            self.token_logps,
+            self.grad_logps,
+            entropies=self.entropies,
+            grad_entropies=self.grad_entropies,
+            sequences=None if chunk is None else chunk.span.sequences,
+        )
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss 0-dim, metrics [len(METRIC_NAMES)], and the number of tokens."""
+        return self._sums.result()
+
+
+def loss_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Loss, metrics and number of tokens, and dL/dlogps, shaped like `logps`."""
+    flat, sums = logps.reshape(-1).contiguous(), make_sums(logps.device)
+    grad_logps = torch.zeros_like(flat, dtype=torch.float32)
+    launch_sequence_loss(make_tokens(inputs, None), sums, flat, grad_logps)
+    return sums.result(), grad_logps.view(logps.shape)
+
+
+def _on_shard(tokens: Tokens, shard: VocabShard) -> Tokens:
+    """The inputs of the kernels on a rank that holds some columns of the logits."""
+    columns, exists = shard.columns_of(tokens.ids)
+    advantages, meaning = tokens.advantages, tokens.advantages_are
+    if advantages is not None and meaning == "rewards":
+        advantages, meaning = advantages_of_rewards(advantages, tokens.group_size), "sequence"
+    return dataclasses.replace(
+        tokens,
+        ids=columns,
+        ids_are_local=True,
+        # as without shards, rows whose id is no column of the head are not read
+        mask=exists if tokens.mask is None else tokens.mask & exists,
+        advantages=advantages,
+        advantages_are=meaning,
+    )
+
+
+def _logp_tokens(call: HeadCall) -> Tokens:
+    """The inputs of the kernels for log-probs, which use only the objective's temperature and softcap."""
+    return Tokens(
+        ids=call.completion_ids.reshape(-1).contiguous(),
+        mask=None if call.mask is None else (call.mask != 0).reshape(-1),
+        objective=Objective(temperature=call.temperature, logit_softcap=call.logit_softcap),
+    )
