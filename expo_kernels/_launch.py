@@ -116,9 +116,9 @@ _switch = SimpleNamespace(kernels_on_cpu=False)  # for tests, under TRITON_INTER
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 MOST_PROGRAMS = 1024  # maximum of one launch, on any device
-# With 8 warps a thread has 64 bytes of the next columns in flight at any time (16 float32, or 16 + 16 bfloat16), and the
-# three programs of a multiprocessor have 48 KiB: twice what an H100 needs for its memory bandwidth at a latency of
-# 0.8 microseconds.
+# With 8 warps a thread always has 64 bytes of the next columns in flight (16 float32, or two tiles of 16 bfloat16),
+# and the three programs of a multiprocessor have 48 KiB: twice what an H100 needs for its memory bandwidth at a latency
+# of 0.8 microseconds.
 MOST_COLUMNS = 4096
 LEAST_COLUMNS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 3

@@ -80,6 +80,7 @@ def launch_logps(
             entropies_ptr=entropies,
             row_max_ptr=row_max,
             sum_exp_ptr=sum_exp,
+            HAS_WIDE_ROWS=_has_wide_rows(chunk),
             **_rows(chunk, tokens, with_grad=False),
         )
 
@@ -122,6 +123,7 @@ def launch_row_loss(chunk: Chunk, tokens: Tokens, sums: MetricSums, logps: Tenso
             sequence_ptr=tokens.sequence_index,
             lengths_ptr=tokens.lengths,
             HAS_ENTROPY=return_entropy or tokens.entropy_bonus is not None,
+            HAS_WIDE_ROWS=_has_wide_rows(chunk),
             **_objective(tokens, sums),
             **_rows(chunk, tokens, with_grad=True),
         )
@@ -167,10 +169,11 @@ def launch_read_shard(chunk: Chunk, tokens: Tokens, *, has_entropy: bool) -> Ten
     num_parts = 4 if has_entropy else 3
     parts = torch.empty(num_parts, _shape(chunk.logits).num_rows, dtype=torch.float32, device=chunk.logits.device)
     with _launch.current(chunk.logits.device):
-        shard_kernels.read_shard_kernel[_row_grid(chunk)](
+        shard_kernels.read_shard_kernel[_row_grid(chunk, tokens)](
             logits_ptr=chunk.logits,
             shard_ptr=parts,
             HAS_ENTROPY=has_entropy,
+            HAS_WIDE_ROWS=_has_wide_rows(chunk),
             **_rows(chunk, tokens, with_grad=False),
         )
     return parts
@@ -304,7 +307,6 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "row_stride": shape.row_stride // alignment,
         "vocab_size": shape.vocab_size // alignment,
         "HAS_SOFTCAP": tokens.objective.logit_softcap is not None,
-        "HAS_WIDE_ROWS": shape.vocab_size % 16 == 0,
         "ALIGNMENT": alignment,
         "BLOCK_V": tile.block,
         "num_warps": tile.num_warps,
@@ -340,6 +342,12 @@ def _alignment(logits: Tensor) -> int:
     shape = _shape(logits)
     sizes = (shape.batch_stride, shape.row_stride, shape.vocab_size, logits.data_ptr() // logits.element_size())
     return 16 if all(size % 16 == 0 for size in sizes) else 1
+
+
+def _has_wide_rows(chunk: Chunk) -> bool:
+    """Whether rows of this length allow 128-bit loads. The order of a row's sum follows from this, so that bits depend
+    on V but not on where rows start."""
+    return _shape(chunk.logits).vocab_size % 16 == 0
 
 
 def _programs(chunk: Chunk, tokens: Tokens) -> int:

@@ -1,8 +1,8 @@
 """Triton kernels over rows of logits: log-probs and entropies, the policy loss and its gradient.
 
-`read_row` reads a row once for its log-sum-exp, in float32 whatever its dtype; `write_grad_logits` reads it again to
-write dL/dlogits. Programs are persistent: each processes every num_programs-th row and sums loss and metrics in
-float64. The last program to finish adds all programs' sums in order, so that a launch gives equal bits in every run.
+Programs are persistent: each processes every num_programs-th row and sums loss and metrics in float64. The last program
+to finish adds all programs' sums in order, so that a launch gives equal bits in every run. `row.py` has what they do
+with one row.
 
 Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions each. Row r
 of a launch is position `order[first_row + r]`, or `first_row + r` without an `order`. Rows that are masked, or whose id
@@ -13,7 +13,6 @@ kernels of a head that is sharded over the vocabulary.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # device code: Triton determines the types of its arguments
 
-import triton
 import triton.language as tl
 
 from expo_kernels._triton.device import (
@@ -25,246 +24,8 @@ from expo_kernels._triton.device import (
     sequence_advantage,
     token_objective,
 )
-from expo_kernels._triton.slots import LOGIT_SOFTCAP, MAX_COMPLETION_LENGTH, TEMPERATURE
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf logits gives no NaN
-
-
-# --- one row of logits
-
-
-@triton.jit
-def _capped(logits, softcap):
-    """softcap * tanh(logits / softcap), and its derivative."""
-    # tanh is -1 in float32 long before the bound, which keeps exp2 finite
-    power = tl.minimum(logits * (-2.0 * LOG2_E / softcap), 100.0, propagate_nan=tl.PropagateNan.ALL)
-    t = tl.exp2(power)
-    inverse = 1.0 / (1.0 + t)
-    return softcap * ((1.0 - t) * inverse), 4.0 * (t * inverse) * inverse
-
-
-@triton.jit
-def _widened(tile, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Logits in float32 after the softcap."""
-    logits = tile.to(tl.float32)
-    if HAS_SOFTCAP:
-        logits, _ = _capped(logits, softcap)
-    return logits
-
-
-@triton.jit
-def _add_tile(
-    group_max,
-    exp_sums,
-    entropy_sums,
-    logits,  # [BLOCK_V / WIDTH, WIDTH] float32; -inf outside the row
-    scale,
-    HAS_ENTROPY: tl.constexpr,
-):
-    """Add a tile to the running values of each group of columns: maximum, sum of e, sum of e * log2(e)."""
-    new_max = tl.maximum(group_max, tl.max(logits, axis=1))
-    # the maximum is subtracted before the multiplication: at logits of 1e4 this order avoids an error of 1e-3 nats
-    shift = (group_max - new_max) * scale
-    powers = (logits - new_max[:, None]) * scale
-    shrink = tl.exp2(shift)
-    e = tl.exp2(powers)
-    if HAS_ENTROPY:
-        shifted = entropy_sums + tl.where(exp_sums > 0, shift * exp_sums, 0.0)
-        # 2^-200 is 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN
-        entropy_sums = shrink * shifted + tl.sum(e * tl.maximum(powers, -200.0), axis=1)
-    return new_max, exp_sums * shrink + tl.sum(e, axis=1), entropy_sums
-
-
-@triton.jit
-def read_row(
-    row_ptr,
-    keep,  # scalar bool: if False, nothing is read
-    vocab_size,
-    hyper_ptr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_WIDE_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Maximum of a row, sum of e = exp((logit - maximum) / temperature), and sum of e * log2(e) for the entropy.
-
-    Every thread keeps running values of its own columns, so that warps wait for each other once per row and not once
-    per tile. The loads of the next tile are issued before a tile is processed.
-    """
-    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
-    WIDTH: tl.constexpr = 128 // BITS  # columns of a 128-bit load
-    AHEAD: tl.constexpr = 32 // BITS  # tiles in flight: equally many bytes for every dtype
-    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
-    softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
-    group_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
-    exp_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
-    entropy_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
-    groups, members = tl.arange(0, BLOCK_V // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
-    # a group is what one thread loads: adjacent columns, unless rows of this length allow no wide loads
-    columns = groups * WIDTH + members if HAS_WIDE_ROWS else groups + members * (BLOCK_V // WIDTH)
-    readable = tl.where(keep, vocab_size, 0)
-    num_full = readable // BLOCK_V * BLOCK_V
-    # the partial tile comes first, because its loads are the only ones that need a mask
-    in_range = num_full + columns < readable
-    tile = tl.load(row_ptr + num_full + columns, mask=in_range, other=0.0)
-    logits = tl.where(in_range, _widened(tile, softcap, HAS_SOFTCAP), float("-inf"))
-    tile = tl.load(row_ptr + columns, mask=columns < num_full, other=0.0)
-    if AHEAD == 2:
-        tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < num_full, other=0.0)
-    group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
-    for start in range(0, num_full, BLOCK_V):
-        logits = _widened(tile, softcap, HAS_SOFTCAP)
-        following = start + AHEAD * BLOCK_V + columns
-        loaded = tl.load(row_ptr + following, mask=following < num_full, other=0.0)
-        if AHEAD == 2:
-            tile = tile_after
-            tile_after = loaded
-        else:
-            tile = loaded
-        group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
-    row_max = tl.max(group_max, axis=0)
-    shift = (group_max - row_max) * scale
-    shrink = tl.exp2(shift)
-    if HAS_ENTROPY:
-        entropy_sums = shrink * (entropy_sums + tl.where(exp_sums > 0, shift * exp_sums, 0.0))
-    return row_max, tl.sum(shrink * exp_sums, axis=0), tl.sum(entropy_sums, axis=0)
-
-
-@triton.jit
-def chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP: tl.constexpr):
-    """Logit of the chosen token after the softcap, and the softcap's derivative."""
-    # the id is -1 if another rank holds the column
-    logit = tl.load(row_ptr + chosen_id, mask=keep & (chosen_id >= 0), other=0.0).to(tl.float32)
-    cap_grad = 1.0
-    if HAS_SOFTCAP:
-        logit, cap_grad = _capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
-    return logit, cap_grad
-
-
-@triton.jit
-def write_grad_logits(
-    grad_row_ptr,
-    row_ptr,
-    chosen_id,
-    grad_logp,  # scalar dL/dlogp
-    grad_entropy,  # scalar dL/dentropy, read with HAS_ENTROPY only
-    entropy,
-    row_max,
-    sum_exp,  # sum of exp((logit - row_max) / temperature)
-    keep,
-    vocab_size,
-    hyper_ptr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    GRAD_SHARES_MEMORY: tl.constexpr,  # the gradient overwrites the logits, or the front of each row
-    BLOCK_V: tl.constexpr,
-):
-    """Write dL/dlogits of a row; return the rounding error of the chosen column.
-
-    dlogp / dlogit_j = ([j is chosen] - p_j) / temperature
-    dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
-    """
-    grad_type: tl.constexpr = grad_row_ptr.dtype.element_ty
-    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
-    AHEAD: tl.constexpr = 32 // BITS  # as in `read_row`
-    IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < BITS
-    temperature = tl.load(hyper_ptr + TEMPERATURE)
-    scale = LOG2_E / temperature
-    softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
-    moves = grad_logp != 0
-    if HAS_ENTROPY:
-        moves = moves | (grad_entropy != 0)
-    moves = keep & moves
-    # a row that is skipped, or whose gradient is 0, is not read; its gradient is set to 0
-    grad_logp = tl.where(moves, grad_logp, 0.0) / temperature
-    inverse_sum = tl.where(moves, 1.0 / sum_exp, 0.0)
-    row_max = tl.where(moves, row_max, 0.0)
-    of_probs = -grad_logp * inverse_sum
-    log_sum_exp = tl.log(tl.where(moves, sum_exp, 1.0))
-    if HAS_ENTROPY:
-        grad_entropy = tl.where(moves, grad_entropy, 0.0) / temperature
-    chosen, chosen_cap_grad = chosen_logit(row_ptr, chosen_id, moves, hyper_ptr, HAS_SOFTCAP)
-    chosen_prob = tl.exp2((chosen - row_max) * scale) * inverse_sum
-    chosen_grad = grad_logp * (1.0 - chosen_prob)
-    if HAS_ENTROPY:
-        chosen_logp = (chosen - row_max) / temperature - log_sum_exp
-        chosen_grad -= grad_entropy * tl.where(chosen_prob == 0, 0.0, chosen_prob * (chosen_logp + entropy))
-    chosen_grad = tl.where(moves, chosen_grad * chosen_cap_grad, 0.0)
-    columns = tl.arange(0, BLOCK_V)
-    if GRAD_SHARES_MEMORY:
-        # every warp reads the chosen logit; no warp may overwrite it before all have read it
-        tl.debug_barrier()
-    if moves:
-        tile = tl.load(row_ptr + columns, mask=columns < vocab_size)
-        if AHEAD == 2:
-            tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < vocab_size)
-        next_barrier = 0
-        for start in range(0, vocab_size, BLOCK_V):
-            logits = tile.to(tl.float32)
-            following = start + AHEAD * BLOCK_V + columns
-            loaded = tl.load(row_ptr + following, mask=following < vocab_size)
-            if AHEAD == 2:
-                tile = tile_after
-                tile_after = loaded
-            else:
-                tile = loaded
-            if HAS_SOFTCAP:
-                logits, cap_grads = _capped(logits, softcap)
-            e = tl.exp2((logits - row_max) * scale)
-            grads = of_probs * e
-            if HAS_ENTROPY:
-                probs = e * inverse_sum
-                of_entropy = probs * ((logits - row_max) / temperature - log_sum_exp + entropy)
-                grads -= grad_entropy * tl.where(probs == 0, 0.0, of_entropy)
-            if HAS_SOFTCAP:
-                grads *= cap_grads
-            if GRAD_SHARES_MEMORY and IS_NARROWER:
-                # Gradients of half the width overwrite the front of the same row: those of tile k the logits of tile
-                # k / 2. After a barrier at tile j all warps have read tile j + 1, so the next is due at tile 2 j + 4.
-                if start == next_barrier:
-                    tl.debug_barrier()
-                    next_barrier = 2 * start + 4 * BLOCK_V
-            tl.store(grad_row_ptr + start + columns, grads.to(grad_type), mask=start + columns < vocab_size)
-        tl.debug_barrier()  # another warp may have stored the chosen column
-        tl.store(grad_row_ptr + chosen_id, chosen_grad.to(grad_type), mask=chosen_id >= 0)
-    else:
-        zeros = tl.zeros([BLOCK_V], grad_type)
-        for start in range(0, vocab_size, BLOCK_V):
-            tl.store(grad_row_ptr + start + columns, zeros, mask=start + columns < vocab_size)
-    return chosen_grad - chosen_grad.to(grad_type).to(tl.float32)
-
-
-@triton.jit
-def locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD: tl.constexpr = False):
-    """Position of a row, its chosen id, and whether the row is valid.
-
-    IS_SHARD: other ranks hold the columns outside [0, V), so a row with such an id is valid; the id returned is -1.
-    """
-    position = (first_row + row).to(tl.int64)
-    if order_ptr is not None:
-        position = tl.load(order_ptr + position)
-    keep = position >= 0
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + position) != 0
-    chosen_id = tl.load(ids_ptr + position, mask=keep, other=-1).to(tl.int64)
-    is_here = (chosen_id >= 0) & (chosen_id < vocab_size)
-    if IS_SHARD:
-        chosen_id = tl.where(is_here, chosen_id, -1)
-    else:
-        keep = keep & is_here
-    return position, chosen_id, keep
-
-
-@triton.jit
-def row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
-    """Offset of a row in elements. Strides are in units of ALIGNMENT, so that the compiler knows the alignment."""
-    batch = (row // rows_per_batch).to(tl.int64)
-    within = (row % rows_per_batch).to(tl.int64)
-    return (batch * batch_stride + within * row_stride) * ALIGNMENT
-
-
-# --- kernels
+from expo_kernels._triton.row import LOG2_E, chosen_logit, locate, read_row, row_offset, write_grad_logits
+from expo_kernels._triton.slots import MAX_COMPLETION_LENGTH, TEMPERATURE
 
 
 @kernel
@@ -333,7 +94,6 @@ def row_grad_logits_kernel(
     vocab_size,
     IS_SHARD: tl.constexpr,  # see `locate`
     HAS_SOFTCAP: tl.constexpr,
-    HAS_WIDE_ROWS: tl.constexpr,  # used by `read_row` only
     GRAD_SHARES_MEMORY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -414,7 +174,7 @@ def row_loss_kernel(
     KL_WEIGHTED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    HAS_WIDE_ROWS: tl.constexpr,  # V is a multiple of 16; bits depend on V, but not on the alignment of rows
+    HAS_WIDE_ROWS: tl.constexpr,
     GRAD_SHARES_MEMORY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from expo_kernels._triton.device import (
-    add_to_loss,
-    add_to_metrics,
+    add_to_sums,
     kernel,
     no_sums,
     publish,
@@ -22,7 +21,7 @@ from expo_kernels._triton.device import (
     token_objective,
     total,
 )
-from expo_kernels._triton.rows import LOG2_E, LOWEST, chosen_logit, locate, read_row, row_offset
+from expo_kernels._triton.row import LOG2_E, LOWEST, chosen_logit, locate, read_row, row_offset
 from expo_kernels._triton.slots import MAX_COMPLETION_LENGTH, TEMPERATURE
 
 # the numbers of a row that the ranks exchange, in this order; the last one only if entropies are wanted
@@ -48,6 +47,7 @@ def read_shard_kernel(
     vocab_size,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_WIDE_ROWS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -57,7 +57,7 @@ def read_shard_kernel(
         _, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD=True)
         row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_max, sum_exp, entropy_sum = read_row(
-            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, BLOCK_V
+            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         tl.store(shard_ptr + ROW_MAX * num_rows + row, row_max)
@@ -203,10 +203,9 @@ def token_loss_kernel(
                 grad_entropy = -weight * tl.load(entropy_bonus_ptr).to(tl.float32)
                 loss += grad_entropy * entropy
                 tl.store(grad_entropies_ptr + position, grad_entropy, mask=in_range)
-        sums = add_to_loss(sums, total(loss, keep))
-        sums = add_to_metrics(
-            sums, total(penalty, keep), total(ratio, keep), tl.max(tl.where(keep, ratio, 0.0), axis=0),
-            total(low.to(tl.float32), keep), total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep),
-            entropy_total,
+        sums = add_to_sums(
+            sums, total(loss, keep), total(penalty, keep), total(ratio, keep),
+            tl.max(tl.where(keep, ratio, 0.0), axis=0), total(low.to(tl.float32), keep),
+            total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep), entropy_total,
         )  # fmt: skip
     publish(partials_ptr, counter_ptr, totals_ptr, metrics_ptr, sums)

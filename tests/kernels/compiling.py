@@ -76,7 +76,7 @@ def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(driver, _ACTIVE, _AbsentDevice(target)),
-        mock.patch.object(_launch, "limits_registers", lambda: target.backend == "cuda"),
+        mock.patch.object(_launch, "limits_registers", return_value=target.backend == "cuda"),
     ):
         yield launched
 
