@@ -73,11 +73,9 @@ def read_row(
     """Maximum of a row, sum of e = exp((logit - maximum) / temperature), and sum of e * log2(e) for the entropy.
 
     Every thread keeps running values of its own columns, so that warps wait for each other once per row and not once
-    per tile. The loads of the next tile are issued before a tile is processed.
+    per tile. Two tiles take turns: while one is processed, the loads of the other are in flight.
     """
-    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
-    WIDTH: tl.constexpr = 128 // BITS  # columns of a 128-bit load
-    AHEAD: tl.constexpr = 32 // BITS  # tiles in flight: equally many bytes for every dtype
+    WIDTH: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth  # columns of a 128-bit load
     scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
     group_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
@@ -87,25 +85,22 @@ def read_row(
     # a group is what one thread loads: adjacent columns, unless rows of this length allow no wide loads
     columns = groups * WIDTH + members if HAS_WIDE_ROWS else groups + members * (BLOCK_V // WIDTH)
     readable = tl.where(keep, vocab_size, 0)
-    num_full = readable // BLOCK_V * BLOCK_V
-    # the partial tile comes first, because its loads are the only ones that need a mask
-    in_range = num_full + columns < readable
-    tile = tl.load(row_ptr + num_full + columns, mask=in_range, other=0.0)
-    logits = tl.where(in_range, _widened(tile, softcap, HAS_SOFTCAP), float("-inf"))
-    tile = tl.load(row_ptr + columns, mask=columns < num_full, other=0.0)
-    if AHEAD == 2:
-        tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < num_full, other=0.0)
-    group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
-    for start in range(0, num_full, BLOCK_V):
-        logits = _widened(tile, softcap, HAS_SOFTCAP)
-        following = start + AHEAD * BLOCK_V + columns
-        loaded = tl.load(row_ptr + following, mask=following < num_full, other=0.0)
-        if AHEAD == 2:
-            tile = tile_after
-            tile_after = loaded
-        else:
-            tile = loaded
+    paired = readable // (2 * BLOCK_V) * (2 * BLOCK_V)
+    even = tl.load(row_ptr + columns, mask=columns < paired)
+    odd = tl.load(row_ptr + BLOCK_V + columns, mask=columns < paired)
+    for start in range(paired, readable, BLOCK_V):  # the tiles behind the last pair
+        in_range = start + columns < readable
+        logits = _widened(tl.load(row_ptr + start + columns, mask=in_range, other=0.0), softcap, HAS_SOFTCAP)
+        logits = tl.where(in_range, logits, float("-inf"))
         group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
+    for start in range(0, paired, 2 * BLOCK_V):
+        following = start + 2 * BLOCK_V + columns
+        logits = _widened(even, softcap, HAS_SOFTCAP)
+        group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
+        even = tl.load(row_ptr + following, mask=following < paired)
+        logits = _widened(odd, softcap, HAS_SOFTCAP)
+        group_max, exp_sums, entropy_sums = _add_tile(group_max, exp_sums, entropy_sums, logits, scale, HAS_ENTROPY)
+        odd = tl.load(row_ptr + following + BLOCK_V, mask=following < paired)
     row_max = tl.max(group_max, axis=0)
     shift = (group_max - row_max) * scale
     shrink = tl.exp2(shift)
@@ -123,6 +118,35 @@ def chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP: tl.constexpr)
     if HAS_SOFTCAP:
         logit, cap_grad = _capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
     return logit, cap_grad
+
+
+@triton.jit
+def _grad_of_tile(
+    tile,
+    of_probs,  # dL/dlogit = of_probs * e, without entropies
+    inverse_sum,
+    row_max,
+    grad_entropy,
+    entropy_less_lse,
+    scale,
+    temperature,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """dL/dlogits of a tile, except for the chosen column."""
+    logits = tile.to(tl.float32)
+    if HAS_SOFTCAP:
+        logits, cap_grads = _capped(logits, softcap)
+    e = tl.exp2((logits - row_max) * scale)
+    grads = of_probs * e
+    if HAS_ENTROPY:
+        probs = e * inverse_sum
+        of_entropy = probs * ((logits - row_max) / temperature + entropy_less_lse)
+        grads -= grad_entropy * tl.where(probs == 0, 0.0, of_entropy)
+    if HAS_SOFTCAP:
+        grads *= cap_grads
+    return grads
 
 
 @triton.jit
@@ -149,9 +173,7 @@ def write_grad_logits(
     dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
     """
     grad_type: tl.constexpr = grad_row_ptr.dtype.element_ty
-    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
-    AHEAD: tl.constexpr = 32 // BITS  # as in `read_row`
-    IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < BITS
+    IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < row_ptr.dtype.element_ty.primitive_bitwidth
     temperature = tl.load(hyper_ptr + TEMPERATURE)
     scale = LOG2_E / temperature
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
@@ -179,36 +201,31 @@ def write_grad_logits(
         # every warp reads the chosen logit; no warp may overwrite it before all have read it
         tl.debug_barrier()
     if moves:
-        tile = tl.load(row_ptr + columns, mask=columns < vocab_size)
-        if AHEAD == 2:
-            tile_after = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < vocab_size)
+        even = tl.load(row_ptr + columns, mask=columns < vocab_size)
+        odd = tl.load(row_ptr + BLOCK_V + columns, mask=BLOCK_V + columns < vocab_size)
         next_barrier = 0
-        for start in range(0, vocab_size, BLOCK_V):
-            logits = tile.to(tl.float32)
-            following = start + AHEAD * BLOCK_V + columns
-            loaded = tl.load(row_ptr + following, mask=following < vocab_size)
-            if AHEAD == 2:
-                tile = tile_after
-                tile_after = loaded
-            else:
-                tile = loaded
-            if HAS_SOFTCAP:
-                logits, cap_grads = _capped(logits, softcap)
-            e = tl.exp2((logits - row_max) * scale)
-            grads = of_probs * e
-            if HAS_ENTROPY:
-                probs = e * inverse_sum
-                of_entropy = probs * ((logits - row_max) / temperature - log_sum_exp + entropy)
-                grads -= grad_entropy * tl.where(probs == 0, 0.0, of_entropy)
-            if HAS_SOFTCAP:
-                grads *= cap_grads
-            if GRAD_SHARES_MEMORY and IS_NARROWER:  # noqa: SIM102 - the compiler decides this one, the program the next
-                # Gradients of half the width overwrite the front of the same row: those of tile k the logits of tile
-                # k / 2. After a barrier at tile j all warps have read tile j + 1, so the next is due at tile 2 j + 4.
-                if start == next_barrier:
-                    tl.debug_barrier()
-                    next_barrier = 2 * start + 4 * BLOCK_V
-            tl.store(grad_row_ptr + start + columns, grads.to(grad_type), mask=start + columns < vocab_size)
+        for start in range(0, vocab_size, 2 * BLOCK_V):
+            for parity in tl.static_range(2):
+                tile = even if parity == 0 else odd
+                at = start + parity * BLOCK_V
+                grads = _grad_of_tile(
+                    tile, of_probs, inverse_sum, row_max, grad_entropy, entropy - log_sum_exp, scale, temperature,
+                    softcap, HAS_SOFTCAP, HAS_ENTROPY,
+                )  # fmt: skip
+                if GRAD_SHARES_MEMORY and IS_NARROWER:  # noqa: SIM102 - the first is known to the compiler
+                    # Gradients of half the width overwrite the front of the same row: those of tile k overwrite logits
+                    # of tile k / 2. After a barrier at tile j all warps have read tile j + 1, so that the next one is
+                    # due at tile 2 j + 4.
+                    if at == next_barrier:
+                        tl.debug_barrier()
+                        next_barrier = 2 * at + 4 * BLOCK_V
+                tl.store(grad_row_ptr + at + columns, grads.to(grad_type), mask=at + columns < vocab_size)
+                following = at + 2 * BLOCK_V + columns
+                tile = tl.load(row_ptr + following, mask=following < vocab_size)
+                if parity == 0:
+                    even = tile
+                else:
+                    odd = tile
         tl.debug_barrier()  # another warp may have stored the chosen column
         tl.store(grad_row_ptr + chosen_id, chosen_grad.to(grad_type), mask=chosen_id >= 0)
     else:
