@@ -116,10 +116,10 @@ _switch = SimpleNamespace(kernels_on_cpu=False)  # for tests, under TRITON_INTER
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 MOST_PROGRAMS = 1024  # maximum of one launch, on any device
-# With 8 warps a thread always has 64 bytes of the next columns in flight (16 float32, or two tiles of 16 bfloat16),
-# and the three programs of a multiprocessor have 48 KiB: twice what an H100 needs for its memory bandwidth at a latency
-# of 0.8 microseconds.
-MOST_COLUMNS = 4096
+# A program of 8 warps has one or two tiles of 8 KiB in flight: with three programs 24 to 48 KiB on a multiprocessor,
+# where an H100 needs 20 KiB for its memory bandwidth at a latency of 0.8 microseconds.
+ROW_TILE_BYTES = 2**13
+BYTES_PER_WARP = 2**10
 LEAST_COLUMNS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 3
 REGISTERS_PER_MULTIPROCESSOR = 2**16
@@ -151,10 +151,11 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def row_tile(vocab_size: int) -> Tile:
-    """The tile for rows of logits; the block counts columns."""
-    block = min(max(1 << (max(vocab_size, 1) - 1).bit_length(), LEAST_COLUMNS), MOST_COLUMNS)
-    return Tile(block, max(1, block // 512))
+def row_tile(vocab_size: int, itemsize: int) -> Tile:
+    """The tile for rows of logits of `itemsize` bytes; the block counts columns."""
+    columns = max(1 << (max(vocab_size, 1) - 1).bit_length(), LEAST_COLUMNS)
+    block = min(columns, ROW_TILE_BYTES // itemsize)
+    return Tile(block, max(1, block * itemsize // BYTES_PER_WARP))
 
 
 def most_registers(programs: int) -> int:

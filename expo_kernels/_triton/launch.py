@@ -294,7 +294,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
     grad = logits if chunk.grad_logits is None else chunk.grad_logits
     shape, grad_shape = _shape(logits), _shape(grad)
     alignment = min(_alignment(logits), _alignment(grad)) if with_grad else _alignment(logits)
-    tile = _launch.row_tile(shape.vocab_size)
+    tile = _launch.row_tile(shape.vocab_size, logits.itemsize)
     made = {
         "order_ptr": chunk.span.order,
         "mask_ptr": tokens.mask,
@@ -352,8 +352,9 @@ def _has_wide_rows(chunk: Chunk) -> bool:
 
 def _programs(chunk: Chunk, tokens: Tokens) -> int:
     """Number of programs over rows that share a multiprocessor, such that their registers fit."""
-    writes_float32 = chunk.grad_logits is not None and chunk.grad_logits.dtype == torch.float32
-    return 2 if writes_float32 or tokens.entropy_bonus is not None else _launch.PROGRAMS_PER_MULTIPROCESSOR
+    grad = chunk.grad_logits
+    is_light = chunk.logits.dtype == torch.float32 and (grad is None or grad.dtype != torch.float32)
+    return _launch.PROGRAMS_PER_MULTIPROCESSOR if is_light and tokens.entropy_bonus is None else 2
 
 
 def _row_grid(chunk: Chunk, tokens: Tokens) -> tuple[int]:
@@ -362,4 +363,4 @@ def _row_grid(chunk: Chunk, tokens: Tokens) -> tuple[int]:
 
 
 def _grid(device: torch.device, num_rows: int) -> tuple[int]:
-    return (min(num_rows, _launch.most_programs(device)),)
+    return (min(num_rows, _launch.most_programs(device, 2)),)

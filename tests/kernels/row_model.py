@@ -1,9 +1,15 @@
 """A model of the row kernels' speed: what their machine code and a GPU's data sheet say about the bandwidth they reach.
 
-A row is read twice and its gradient is written once. Each of these passes is one loop in the machine code, whose loads,
-stores, barriers and instructions are counted here. A multiprocessor has loads in flight all the time if each iteration
-issues the loads of a later one before it uses its own. Then (Little's law) the bytes in flight, divided by the latency
-of the memory, bound the bandwidth; the issue slots and the special function units bound it too.
+A program reads a row twice and writes its gradient once. Each of these passes is one loop in the machine code, whose
+loads, stores, barriers and instructions are counted here. An iteration of a program of 256 threads takes the longest of
+
+    memory      bytes moved / (share of a copy's bandwidth that a multiprocessor has)
+    latency     (LATENCY + time of half an iteration) / programs on the multiprocessor: two tiles take turns, so that a
+                tile is loaded again half an iteration after it was used up
+    issue       instructions of its warps / (schedulers * clock)
+    special     exponentials / (special function units * clock)
+
+The share of a copy's bandwidth is the time that the memory needs for all bytes, over the time that the model gives.
 """
 
 import re
@@ -15,10 +21,11 @@ from typing import Any
 
 from tests.kernels.compiling import BINARIES
 
-LATENCY = 0.8e-6  # seconds from a load to its data under load; an assumption, above the 0.5 to 0.7 measured idle
-COPY_SHARE = 0.92  # a device copy reaches this share of the data sheet's bandwidth
-ROW_GAP = 6 * LATENCY  # between the passes over a row: the chosen logit, the token's numbers, two reductions
-LAUNCH = 5e-6  # seconds
+LATENCY = 0.8e-6  # seconds from a load to its data on a busy device: an assumption
+COPY_SHARE = 0.92  # of the data sheet's bandwidth that a device copy reaches: an assumption
+ROW_GAP = 6 * LATENCY  # per row, without loads of [n, V]: the token's numbers one after the other, the reductions
+LAUNCH = 5e-6  # seconds per launch
+THREADS = 256  # of a program
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,12 @@ class Loop:
     exponentials: int
     loaded_bytes: int
     stored_bytes: int
-    barriers: int  # in the code; the gradient's loop executes its own in few iterations only
+    barriers: int  # in the code; those of a gradient that overwrites wider logits run in few iterations only
     shuffles: int
-    uses_own_loads: bool  # whether an iteration waits for loads that it issued itself
 
 
 def passes(kernel: Any) -> list[Loop]:
-    """The loops of a compiled CUDA kernel that load or store at least 32 bytes per thread with 128-bit accesses and
+    """The loops of a compiled CUDA kernel that load two tiles of 32 bytes per thread with 128-bit accesses and
     compute exponentials: the passes over a row, in order."""
     code = _instructions(kernel)
     at = {address: number for number, (address, *_) in enumerate(code)}
@@ -69,7 +75,7 @@ def passes(kernel: Any) -> list[Loop]:
         if start <= inner_start:
             continue  # a loop around one that is counted already
         loop = _count(body)
-        if loop.loaded_bytes >= 32 and loop.exponentials >= 8:
+        if loop.loaded_bytes >= 64 and loop.exponentials >= 8:
             found.append(loop)
             inner_start = start
     return found
@@ -87,27 +93,55 @@ def _instructions(kernel: Any) -> list[tuple[int, str, str]]:
 
 
 def _count(body: list[tuple[int, str, str]]) -> Loop:
-    counts = {"LDG": 0, "STG": 0}
-    loaded: set[str] = set()
-    uses_own = False
-    for _, name, operands in body:
-        registers = re.findall(r"\bR(\d+)\b", operands)
-        if name.startswith(("LDG", "STG")):
-            bits = next((int(part) for part in name.split(".") if part in ("64", "128", "256")), 32)
-            counts[name[:3]] += bits // 8 if bits >= 64 else 0
-            if name.startswith("LDG") and bits >= 128:
-                first = int(registers[0])
-                loaded |= {str(first + offset) for offset in range(bits // 32)}
-                continue
-        if loaded & set(registers[1:]) and name.split(".")[0] in ("FADD", "FMNMX", "FMNMX3", "FMUL", "PRMT", "FFMA"):
-            uses_own = True
+    moved = {"LDG": 0, "STG": 0}
+    for _, name, _ in body:
+        kind, *modifiers = name.split(".")
+        if kind in moved:
+            moved[kind] += max((int(part) // 8 for part in modifiers if part in ("128", "256")), default=0)
     kinds = [name.split(".")[0] for _, name, _ in body]
     return Loop(
         instructions=len(body),
         exponentials=kinds.count("MUFU"),
-        loaded_bytes=counts["LDG"],
-        stored_bytes=counts["STG"],
+        loaded_bytes=moved["LDG"],
+        stored_bytes=moved["STG"],
         barriers=kinds.count("BAR"),
         shuffles=kinds.count("SHFL"),
-        uses_own_loads=uses_own,
     )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about a kernel on a GPU."""
+
+    bytes_per_logit: float
+    bytes_in_flight: float  # per multiprocessor, in the pass that has fewer
+    bound: str  # what takes longest in the slowest pass
+    share_of_copy: float
+
+
+def predict(loops: list[Loop], gpu: Gpu, *, programs: int, itemsize: int, vocab_size: int, num_rows: int) -> Prediction:
+    """The prediction for `num_rows` rows of logits of `itemsize` bytes, in one launch."""
+    memory_time = model_time = moved = 0.0
+    in_flight, bounds = [], []
+    for loop in loops:
+        columns = THREADS * loop.loaded_bytes // itemsize  # of an iteration
+        iterations = vocab_size / columns
+        warps = programs * THREADS / 32
+        half = loop.instructions / 2 * warps / gpu.schedulers / gpu.clock
+        bytes_moved = THREADS * (loop.loaded_bytes + loop.stored_bytes)
+        times = {
+            "memory": bytes_moved * gpu.multiprocessors / (gpu.bandwidth * COPY_SHARE),
+            "latency": (LATENCY + half) / programs,
+            "issue": loop.instructions * THREADS / 32 / gpu.schedulers / gpu.clock,
+            "special": loop.exponentials * THREADS / gpu.special_per_clock / gpu.clock,
+        }
+        bound = max(times, key=lambda name: times[name])
+        bounds.append((times[bound] / times["memory"], bound))
+        in_flight.append(programs * THREADS * loop.loaded_bytes * LATENCY / (LATENCY + half))
+        memory_time += iterations * times["memory"]
+        model_time += iterations * times[bound]
+        moved += iterations * bytes_moved
+    rows_each = num_rows / gpu.multiprocessors
+    needed = rows_each * memory_time
+    given = rows_each * (model_time + ROW_GAP / programs) + LAUNCH
+    return Prediction(moved / vocab_size, min(in_flight), max(bounds)[1], needed / given)

@@ -34,7 +34,7 @@ SHARED_BYTES = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024, "gfx942": 1024}
 # accesses to a tile of [n, V] would add at least 16, on gfx942 8
 NARROW = {
     "cuda": {"load": 32, "store": 16},
-    "hip": {"load": 24, "store": 8},
+    "hip": {"load": 26, "store": 8},
 }
 
 EVERYTHING = Objective(
@@ -227,7 +227,7 @@ def test_kernels_stay_within_budget(target):
             f"{target:8} {name:32} {used.registers:9} {used.spilled_bytes:8} {used.shared_bytes:7}  "
             f"{wide['load']} loads ({narrow['load']}), {wide['store']} stores ({narrow['store']})"
         )
-        found = problems(kernel, target, reads, writes, _launch.row_tile(151_936))
+        found = problems(kernel, target, reads, writes, _launch.row_tile(151_936, max(reads, default=32) // 8))
         if found:
             wrong[name] = found
     assert not wrong
@@ -263,6 +263,6 @@ def test_the_budget_check_finds_a_kernel_that_spills(target, columns):
 def test_the_budget_check_finds_narrow_accesses(target):
     # rows of an odd vocabulary are not aligned to 128 bits
     kernel = compile_one(lambda: run_loss(50_257, F32, F32, Objective()), target)
-    found = problems(kernel, target, (32, 32), (32,), _launch.row_tile(50_257))
+    found = problems(kernel, target, (32, 32), (32,), _launch.row_tile(50_257, 4))
     assert any("loads" in line for line in found)
     assert any("stores" in line for line in found)
