@@ -33,7 +33,7 @@ from expo_kernels._head import (
     Span,
     Spans,
 )
-from expo_kernels._inputs import LossInputs, Tokens
+from expo_kernels._inputs import LossInputs
 from expo_kernels._products import WideProducts
 from expo_kernels._vocab_group import VocabShard
 
@@ -266,7 +266,7 @@ def _check_and_join(call: HeadCall) -> VocabShard | None:
             weight,
             valid_ids.reshape(-1) if may_read else None,
             _most_rows(call, buffers),
-            settings=(call.budget_mb, buffers, call.tensors.arithmetic_dtype),
+            settings=(call.budget_mb, buffers, *(None if tensor is None else tensor.dtype for tensor in call.tensors)),
         )
     size, size_name = call.tensors.vocab_size, "V of logits" if weight is None else "V of weight"
     if shard is not None:
@@ -296,19 +296,18 @@ def _rows_for_torch(
 
 
 def _rows_for_kernels(
-    call: HeadCall, tokens: Tokens, shard: VocabShard | None, num_sequences: int = 0
+    call: HeadCall, mask: Tensor | None, ids: Tensor, shard: VocabShard | None, num_sequences: int = 0
 ) -> tuple[Head, Plan]:
-    """Head and plan of all positions."""
+    """Head and plan of all positions; `mask` [M]: the valid ones; `ids` [M]: the chosen columns of this head."""
     hidden_or_logits, weight, _ = call.tensors
     num_rows = call.completion_ids.numel()
     if weight is None:
         plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences, None, None)
         return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
-    mask = None if call.mask is None else tokens.mask
     plan = DevicePlan(num_rows, _most_rows(call) if shard is None else shard.most_rows, num_sequences, length, mask)
     products = MixedProducts(hidden_or_logits, weight)
-    return LinearHead(call.tensors, tokens.ids, call.wants_grad, products, mask=mask, shard=shard), plan
+    return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask, shard=shard), plan
 
 
 # --- the ops
@@ -322,7 +321,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             from expo_kernels._triton.backend import TritonLoss
 
             kernels = TritonLoss(call, inputs, shard, return_entropy=return_entropy)
-            head, plan = _rows_for_kernels(call, kernels.tokens, shard, inputs.num_sequences)
+            head, plan = _rows_for_kernels(call, kernels.mask, kernels.tokens.ids, shard, inputs.num_sequences)
             run_loss(head, plan, kernels, wants_grad=wants_grad)
             result = LossResult(*kernels.result(), kernels.token_logps.view(call.completion_ids.shape))
         else:
@@ -360,7 +359,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
             from expo_kernels._triton.backend import TritonLogps
 
             kernels = TritonLogps.reading(call, shard, return_entropy=return_entropy, keeps_rows=keeps_rows)
-            head, plan = _rows_for_kernels(call, kernels.tokens, shard)
+            head, plan = _rows_for_kernels(call, kernels.mask, kernels.tokens.ids, shard)
             run_logps(head, plan, kernels)
             # each empty tensor is a new one: the outputs of an op must not alias each other
             entropies, row_max, sum_exp = (
@@ -393,7 +392,7 @@ def token_logps_backward(
             from expo_kernels._triton.backend import TritonLogps
 
             kernels = TritonLogps.differentiating(call, shard, kept_rows, grad_logps, grad_entropies)
-            head, plan = _rows_for_kernels(call, kernels.tokens, shard)
+            head, plan = _rows_for_kernels(call, kernels.mask, kernels.tokens.ids, shard)
             run_grads(head, plan, kernels)
         else:
             order = valid_index(call.mask, call.completion_ids)

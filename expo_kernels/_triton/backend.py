@@ -32,6 +32,7 @@ class TritonLogps:
     """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies; one number per position."""
 
     def __init__(self, tokens: Tokens, shard: VocabShard | None) -> None:
+        self.mask = tokens.mask
         self.tokens, self._shard = tokens if shard is None else _on_shard(tokens, shard), shard
         self.token_logps = torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=tokens.ids.device)
         self.entropies: Tensor | None = None
@@ -159,7 +160,7 @@ def _on_shard(tokens: Tokens, shard: VocabShard) -> Tokens:
         tokens,
         ids=columns,
         ids_are_local=True,
-        # as without shards, rows whose id is no column of the head are not read
+        # as with a whole head, kernels do not read the rows whose id is no column of it
         mask=exists if tokens.mask is None else tokens.mask & exists,
         advantages=advantages,
         advantages_are=meaning,

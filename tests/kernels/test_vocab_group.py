@@ -1,14 +1,19 @@
-"""A vocabulary-parallel head on two and on four gloo processes gives the results of one process, to 1e-6."""
+"""A vocabulary-parallel head on two and on four gloo processes gives the results of one process, to 1e-6.
+
+The processes use PyTorch or, in Triton's interpreter, the kernels.
+"""
 
 import datetime
+import importlib
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from expo_kernels import Objective, linear_expo_loss, linear_token_logps
+from expo_kernels import Objective, _compat, _launch, linear_expo_loss, linear_token_logps
 from tests.numerics import make_batch
 
 pytestmark = pytest.mark.medium
@@ -20,17 +25,16 @@ OBJECTIVES = [
     Objective(ratio="sequence", temperature=0.7, logit_softcap=2.0),
     Objective(surrogate="vespo", aggregation="token"),
 ]
-FEW_ROWS = 7 * V * 4 / 2**20  # MiB: several chunks
 
 
 def leaves(batch, rows=slice(None)):
     return [tensor.clone().requires_grad_() for tensor in (batch.hidden, batch.weight[rows], batch.bias[rows])]
 
 
-def run(batch, states, objective=None, **options):
+def run(batch, states, objective=None, *, num_rows=7, **options):
     return linear_expo_loss(
         *states[:2], batch.completion_ids, batch.completion_mask, bias=states[2], objective=objective,
-        entropy_bonus=0.3, return_entropy=True, logits_budget_mb=FEW_ROWS,
+        entropy_bonus=0.3, return_entropy=True, logits_budget_mb=num_rows * V * 4 / 2**20,
         **batch.loss_inputs(Objective() if objective is None else objective), **options,
     )  # fmt: skip
 
@@ -59,7 +63,7 @@ def assert_same_logps(batch, rows, group):
     for states, vocab_group in ((leaves(batch), None), (leaves(batch, rows), group)):
         logps, entropies = linear_token_logps(
             *states[:2], batch.completion_ids, bias=states[2], mask=batch.completion_mask, return_entropy=True,
-            logits_budget_mb=FEW_ROWS, vocab_group=vocab_group,
+            logits_budget_mb=7 * V * 4 / 2**20, vocab_group=vocab_group,
         )  # fmt: skip
         (logps.sin() + entropies.cos()).sum().backward()
         outcomes.append((logps.detach(), entropies.detach(), [state.grad for state in states]))
@@ -69,17 +73,21 @@ def assert_same_logps(batch, rows, group):
     assert_same_gradients(shared_grads, grads, rows)
 
 
-def assert_two_reductions_a_chunk(batch, rows, group):
-    made, all_reduce = [], dist.all_reduce
-    dist.all_reduce = lambda *args, **options: (made.append(args[0].shape), all_reduce(*args, **options))[1]
-    with torch.no_grad():
-        shared = run(batch, leaves(batch, rows), vocab_group=group)
-    dist.all_reduce = all_reduce
+def assert_few_collectives_a_chunk(batch, rows, group, backend, monkeypatch):
+    """PyTorch: two all-reduces; kernels: one all-gather."""
+    made, all_reduce, all_gather = [], dist.all_reduce, _compat.all_gather
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(dist, "all_reduce", lambda *args, **options: (made.append(1), all_reduce(*args, **options))[1])
+        patched.setattr(_compat, "all_gather", lambda *args: (made.append(1), all_gather(*args))[1])
+        shared = run(batch, leaves(batch, rows), num_rows=4, vocab_group=group)
     torch.testing.assert_close(shared.loss, run(batch, leaves(batch)).loss.detach(), rtol=1e-6, atol=1e-6)
     num_tokens = int(batch.completion_mask.sum())
-    widest = max(SIZES[group.size()])
-    num_chunks = -(-num_tokens // (7 * V // widest))
-    assert len(made) == 2 * num_chunks
+    num_rows = 4 * V // max(SIZES[group.size()])
+    if backend == "kernels":  # whose chunks are equal parts of all positions; those behind the valid ones are skipped
+        num_rows = _launch.chunk_rows(batch.completion_mask.numel(), num_rows)
+    num_chunks = -(-num_tokens // num_rows)
+    assert num_chunks > 1
+    assert len(made) == num_chunks * {"torch": 2, "kernels": 1}[backend]
 
 
 def assert_refusals(batch, rows, group, rank):
@@ -113,28 +121,41 @@ def assert_dtensors_name_their_group(batch, rank):
         run(batch, cut(Shard(0)), vocab_group=mesh.get_group())
 
 
-def on_one_rank(rank, folder):
+def join_ranks(rank, folder, backend, world_size=WORLD):
     torch.set_num_threads(1)
+    if backend == "kernels":
+        importlib.import_module("tests.kernels.interpreter.kernels_on_cpu")
+        # skipped rows hold numbers that are computed but never used
+        warnings.filterwarnings("ignore", module=r"triton\.runtime\.interpreter")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
+        timeout=datetime.timedelta(seconds=300),
     )  # fmt: skip
+
+
+def on_one_rank(rank, folder, backend):
+    join_ranks(rank, folder, backend)
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     for world, group in ((2, pairs[rank // 2]), (4, dist.group.WORLD)):
         ends = [0, *itertools.accumulate(SIZES[world])]
         rows = slice(ends[group.rank()], ends[group.rank() + 1])
         batch = make_batch(dtype=torch.float32, V=V)
-        for objective in OBJECTIVES:
+        # the interpreter is slow, and test_vocab_group_kernels.py has other objectives
+        for objective in OBJECTIVES if backend == "torch" or world == 2 else OBJECTIVES[:1]:
             assert_same_loss(batch, objective, rows, leaves(batch, rows), vocab_group=group)
         assert_same_logps(batch, rows, group)
-        assert_two_reductions_a_chunk(batch, rows, group)
+        assert_few_collectives_a_chunk(batch, rows, group, backend, pytest.MonkeyPatch())
         assert_refusals(batch, rows, group, group.rank())
     assert_dtensors_name_their_group(make_batch(dtype=torch.float32, V=V), rank)
     dist.destroy_process_group()
 
 
-def test_ranks_that_share_a_head_get_what_one_process_gets(tmp_path):
-    multiprocessing.spawn(on_one_rank, args=(str(tmp_path),), nprocs=WORLD)
+@pytest.mark.parametrize("backend", ["torch", "kernels"])
+def test_ranks_that_share_a_head_get_what_one_process_gets(backend, tmp_path, monkeypatch):
+    if backend == "kernels":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read by the processes when they import triton
+    multiprocessing.spawn(on_one_rank, args=(str(tmp_path), backend), nprocs=WORLD)
 
 
 def test_without_torch_distributed_a_group_is_refused(monkeypatch):
