@@ -56,9 +56,9 @@ def linear_expo_loss(
         vocab_group: process group of a vocabulary-parallel head (tensor parallelism): `weight` is [V_r, H] and `bias`
             [V_r], the rows of the vocabulary in the order of the ranks; each rank holds at least one, and the numbers
             may differ. All other arguments are the same on every rank. Every rank returns the loss, metrics, log-probs
-            and dHidden (summed over the group) of the whole head, and dWeight and dBias of its own rows. Costs two
-            small reductions per chunk and runs in PyTorch on every device. A DTensor with placements (Shard(0),) needs
-            no `vocab_group`.
+            and dHidden (summed over the group) of the whole head, and dWeight and dBias of its own rows. A chunk
+            costs one small all-gather by the kernels, and two small reductions in PyTorch. A DTensor with placements
+            (Shard(0),) needs no `vocab_group`.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
         group_size: G, rollouts per question; those of one question are adjacent.
