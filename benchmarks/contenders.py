@@ -28,7 +28,7 @@ class Contender:
     computes: what it computes, and how it differs from the others.
     package: the package that it needs; None for no package.
     loss_of: the loss that it is checked against.
-    is_everywhere: whether it is measured at every shape or only at one.
+    is_everywhere: whether it is measured at every shape or, on a CPU, only at one; on a GPU `is_everywhere_on_gpu`.
     formula_bound: largest relative error of its float32 results; larger for peers that approximate by design.
     """
 
@@ -40,7 +40,13 @@ class Contender:
     needs_gpu: bool = False
     loss_of: Callable[[Tensor, Inputs], Tensor] = policy_loss
     is_everywhere: bool = True
+    is_everywhere_on_gpu: bool | None = None  # None: as on a CPU
     formula_bound: float = 1e-4
+
+    def is_at_every_shape(self, device: str) -> bool:
+        """Whether it is measured at every shape on "cpu" or "cuda"."""
+        on_gpu = self.is_everywhere if self.is_everywhere_on_gpu is None else self.is_everywhere_on_gpu
+        return on_gpu if device == "cuda" else self.is_everywhere
 
     def obstacle(self, device: torch.device) -> str | None:
         """The reason why it cannot run on `device`; None if it can."""
@@ -79,6 +85,11 @@ def _loss_on(logits: Tensor, inputs: Inputs, *, inplace: bool) -> LossOutput:
 def our_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
     """Our loss on existing logits [B, T, V], which are not changed."""
     return _loss_on(logits, inputs, inplace=False).loss
+
+
+def our_inplace_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
+    """Our loss on existing logits [B, T, V], which its gradient overwrites."""
+    return _loss_on(logits.view_as(logits), inputs, inplace=True).loss
 
 
 def _loss_arguments(inputs: Inputs) -> dict[str, Tensor | float]:
@@ -271,11 +282,13 @@ CONTENDERS = (
     ),
     Contender(
         "TRL chunked",
-        "TRL's ChunkedLogProbFunction, then the loss in eager PyTorch: computes the logits twice, 8NHV",
+        "ChunkedLogProbFunction, the head of TRL's GRPOTrainer, then the loss in eager PyTorch: computes the logits "
+        "twice, 8NHV; on a GPU with Triton kernels over tiles of logits, and for unmasked tokens only",
         _from_logps(_trl_logps),
         _trl_logps,
         package="trl",
-        is_everywhere=False,  # by far the slowest: other shapes would take a tenth of the total time
+        is_everywhere=False,  # on a CPU by far the slowest: other shapes would take a tenth of the total time
+        is_everywhere_on_gpu=True,
     ),
     Contender(
         "Apple CCE",
