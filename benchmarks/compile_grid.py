@@ -7,6 +7,8 @@ after each target. `python -m benchmarks.compile_grid --table` writes the tables
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,7 @@ AMD = {"gfx942": 64, "gfx950": 64, "gfx1100": 32}  # threads of a warp
 TARGETS = (*NVIDIA, *AMD)
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- compile grid: made by python -m benchmarks.compile_grid --table -->", "<!-- /compile grid -->"
+LLD_VERSIONS = (20, 19, 18)  # of LLVM's linker, which Triton 3.4 needs for AMD's GPUs: Debian's package lld-19
 MOST_REGISTERS = 128  # the budget of tests/kernels/test_compile_budgets.py
 
 Cell = dict[str, Any]  # resources of a compiled kernel, or {"error": text}
@@ -65,7 +68,7 @@ def measure(targets: Sequence[str], cases: Sequence[str], path: Path) -> int:
             cell = compiled(lambda launch=launch: launch(VOCAB_SIZE), target)
             results["cases"].setdefault(name, {})[target] = cell
             num_failed += "error" in cell
-            if "error" in cell or _is_over_budget(cell):
+            if "error" in cell or is_over_budget(cell):
                 print(f"  {target:8} {name}: {cell.get('error') or _text(cell)}", flush=True)
         seconds = time.perf_counter() - started
         print(f"Triton {triton.__version__}, {target}: {len(names)} kernels in {seconds:.0f} s", flush=True)
@@ -91,9 +94,9 @@ def section(grids: Sequence[Mapping[str, Any]]) -> str:
     for grid in grids:
         cells = [cell for of_case in grid["cases"].values() for cell in of_case.values()]
         failed = sum("error" in cell for cell in cells)
-        over = sum("error" not in cell and _is_over_budget(cell) for cell in cells)
+        over = sum("error" not in cell and is_over_budget(cell) for cell in cells)
         parts.append(
-            f"Triton {grid['triton']}: {len(cells) - failed} of {len(cells)} compile; {over} of them exceed "
+            f"Triton {grid['triton']}: {len(cells) - failed} of {len(cells)} kernels compile; {over} of them exceed "
             f"{MOST_REGISTERS} registers or spill."
         )
         parts.append(table(grid))
@@ -114,7 +117,8 @@ def _version(path: Path) -> tuple[int, ...]:
     return tuple(int(number) for number in path.stem.removeprefix("compile-triton-").split("."))
 
 
-def _is_over_budget(cell: Cell) -> bool:
+def is_over_budget(cell: Cell) -> bool:
+    """Whether a compiled kernel needs more registers than its budget, or spills."""
     # the machine code of an AMD kernel counts registers of 32 lanes or 64; the budget is the same number
     return bool(cell["registers"] > MOST_REGISTERS or cell["spilled_bytes"])
 
@@ -123,7 +127,7 @@ def _text(cell: Cell) -> str:
     if "error" in cell:
         return "fails"
     text = f"{cell['registers']}" + (f" + {cell['spilled_bytes']} B" if cell["spilled_bytes"] else "")
-    return f"**{text}**" if _is_over_budget(cell) else text
+    return f"**{text}**" if is_over_budget(cell) else text
 
 
 def main() -> int:
@@ -139,6 +143,9 @@ def main() -> int:
         return 0
     import triton
 
+    linkers = [path for version in LLD_VERSIONS if (path := shutil.which(f"ld.lld-{version}"))]
+    if linkers:
+        os.environ.setdefault("TRITON_HIP_LLD_PATH", linkers[0])
     path = options.out or RESULTS / f"compile-triton-{triton.__version__}.json"
     num_failed = measure(options.targets, options.cases, path)
     print(f"{num_failed} kernels did not compile; written to {path}")

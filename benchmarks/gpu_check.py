@@ -83,7 +83,7 @@ class Session:
 class Worker:
     """A process that runs checks, and the journal that it writes."""
 
-    def __init__(self, names: Sequence[str], journal: Path, *, is_rehearsal: bool) -> None:
+    def __init__(self, module: str, names: Sequence[str], journal: Path, *, is_rehearsal: bool) -> None:
         journal.write_text("")
         self._journal, self._offset = journal, 0
         self.running: str | None = None
@@ -92,7 +92,7 @@ class Worker:
         if is_rehearsal:
             environment["TRITON_INTERPRET"] = "1"
         mode = "rehearse" if is_rehearsal else "run"
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", mode, str(journal), *names]
+        command = [sys.executable, "-m", module, mode, str(journal), *names]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0)
 
     def follow(self, session: Session) -> int | None:
@@ -125,12 +125,18 @@ class Worker:
 
 
 def run_checks(
-    session: Session, journal: Path, seconds: float, checks: dict[str, Check], *, is_rehearsal: bool
+    session: Session,
+    checks: dict[str, Check],
+    journal: Path,
+    seconds: float,
+    *,
+    is_rehearsal: bool,
+    module: str = "benchmarks.gpu.worker",
 ) -> None:
-    """Runs every check of the session once, in as many processes as it takes."""
+    """Runs every check of the session once, in as many processes of `module` as it takes."""
     remaining = list(session.results)
     while remaining and session.seconds < seconds:
-        worker = Worker(remaining, journal, is_rehearsal=is_rehearsal)
+        worker = Worker(module, remaining, journal, is_rehearsal=is_rehearsal)
         try:
             note = _follow(worker, session, seconds, checks)
         finally:
@@ -142,6 +148,7 @@ def run_checks(
     for name in remaining:
         session.results[name].note = f"the time limit of {seconds:.0f} s for all checks had passed"
     session.write()
+    journal.unlink(missing_ok=True)
 
 
 def _follow(worker: Worker, session: Session, seconds: float, checks: dict[str, Check]) -> str:
@@ -174,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = Session(options.checks, CHECKS, options.out, is_rehearsal=options.rehearse)
     print(f"not installed: {', '.join(session.missing) or 'nothing'}")
     journal = options.out / "gpu_check.jsonl"
-    run_checks(session, journal, options.seconds, CHECKS, is_rehearsal=options.rehearse)
+    run_checks(session, CHECKS, journal, options.seconds, is_rehearsal=options.rehearse)
     counts = {}
     for result in session.results.values():
         counts[result.verdict] = counts.get(result.verdict, 0) + 1

@@ -11,6 +11,8 @@ from expo_kernels._inputs import Tokens
 from expo_kernels._triton import launch as kernels
 
 BETA = 0.02
+# relative; a bfloat16 has 8 significant bits, and one column holds most of a row's gradient
+GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 OLD_LOGP = -1.0  # nats: more than the log-probs of random logits, so that no ratio is clipped
 
 

@@ -11,8 +11,9 @@ from benchmarks.floors import device_copy, three_products
 from benchmarks.gpu.check import Check, Measure, Measures, Place
 from benchmarks.inputs import make_inputs
 from benchmarks.machine import Machine
-from benchmarks.row_launch import moved_bytes, row_loss
+from benchmarks.row_launch import GRADIENT_BOUND, gradient_of, moved_bytes, row_loss
 from benchmarks.shapes import Case, Shape
+from benchmarks.truth import relative_error
 
 LEAST_SHARE_OF_COPY = 0.8
 MOST_TIMES_PRODUCTS = 1.2
@@ -21,6 +22,7 @@ ROUNDS = 15
 HEAD_START_CYCLES = 4_000_000  # about 2 ms, in which the host launches all that is timed
 
 ROWS, VOCAB_SIZE = 1024, 151_936
+NUM_CHECKED = 8  # rows whose gradient is compared with float64
 DTYPES = (
     ("float32", torch.float32, torch.float32),
     ("bfloat16", torch.bfloat16, torch.bfloat16),
@@ -51,9 +53,12 @@ def check_rows(place: Place) -> Measures:
     machine = Machine(place.device)
     for label, dtype, grad_dtype in DTYPES:
         memory = torch.randn(num_rows, vocab_size, device=place.device).to(dtype)
-        run, _ = row_loss(memory, grad_dtype)
+        truth = gradient_of(memory[:NUM_CHECKED])
+        run, gradient = row_loss(memory, grad_dtype)
+        run()
+        error = relative_error(gradient[:NUM_CHECKED], truth)
+        yield Measure(f"{label}: error of the gradient", error, GRADIENT_BOUND[grad_dtype])
         if place.is_rehearsal:
-            run()
             continue
         ms = device_ms({"rows": run, "copy": device_copy(memory)}, machine)
         rows_gbs = moved_bytes(memory, grad_dtype) / ms["rows"] / 1e6

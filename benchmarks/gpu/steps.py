@@ -31,7 +31,7 @@ def check_compilations(place: Place) -> Measures:
     """New binaries over 1,000 steps in which shapes, hyper-parameters, beta and normalizer change."""
 
     def step(index: int) -> None:
-        B, T = 2 * (1 + index % 8), 1 + index % 37
+        B, T = 2 * (1 + index % 8), 1 + index % place.size(37, 4)
         objective = Objective(temperature=0.5 + index % 9 / 8, clip_low=0.1 + index % 3 / 10)
         inputs = make_inputs((B, T, 64, 1024), torch.bfloat16, place.device, seed=index)
         beta = torch.full((), index / 1000, device=place.device)
@@ -50,9 +50,9 @@ def check_compilations(place: Place) -> Measures:
 
 def _calls(place: Place) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every public function, forward and backward, with as many chunks as a real batch has."""
-    B, T, H, V = place.size((8, 256, 256, 32_000), (4, 9, 64, 1024))
+    B, T, H, V = place.size((8, 256, 256, 32_000), (2, 5, 64, 512))
     inputs = make_inputs((B, T, H, V), torch.bfloat16, place.device)
-    budget = place.size(64.0, 0.1)  # MiB: four chunks on a GPU
+    budget = place.size(64.0, 0.01)  # MiB: four chunks on a GPU
     beta = torch.full((), 0.03, device=place.device)
 
     def loss(**options: Any) -> Callable[[], None]:
@@ -160,11 +160,12 @@ def check_waits(place: Place) -> Measures:
 
 def check_graph(place: Place) -> Measures:
     """A captured step, replayed with another beta and another mask, against an eager step."""
-    inputs = make_inputs((4, 33, 64, 1024), torch.bfloat16, place.device)
+    inputs = make_inputs(place.size((4, 33, 64, 1024), (2, 5, 64, 512)), torch.bfloat16, place.device)
     beta = torch.full((), 0.02, device=place.device)
+    budget = place.size(0.2, 0.02)  # MiB: several chunks
 
     def run() -> tuple[Tensor, ...]:
-        loss = linear_expo_loss(**inputs, beta=beta, logits_budget_mb=0.2).loss
+        loss = linear_expo_loss(**inputs, beta=beta, logits_budget_mb=budget).loss
         return loss.detach(), *gradients(loss, inputs)
 
     if place.is_rehearsal:
