@@ -75,8 +75,6 @@ def _check_all(
             try:
                 checked.append(_check(contender, inputs, truths, machine))
                 continue
-            except ModuleNotFoundError as missing:  # a package that a peer imports when it is first called
-                note = f"{missing.name} is not installed"
             except torch.OutOfMemoryError:
                 note = f"out of memory on {inputs.case}"
                 torch.cuda.empty_cache()
