@@ -17,7 +17,9 @@ def cases_of(device: str, *, tiny: bool) -> list[tuple[Case, list[str]]]:
     dtype, one_shape = dtype_for(device), side_shape(device, tiny=tiny)
     cases = []
     for shape in shapes_for(device, tiny=tiny):
-        cases.append((Case(shape, dtype), [c.name for c in CONTENDERS if c.is_everywhere or shape == one_shape]))
+        cases.append(
+            (Case(shape, dtype), [c.name for c in CONTENDERS if c.is_at_every_shape(device) or shape == one_shape])
+        )
     cases += [(Case(one_shape, dtype, **side), [OURS, EAGER, LIGER]) for side in SIDES]
     if device == "cpu":
         if not tiny:

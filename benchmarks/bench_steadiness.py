@@ -1,15 +1,10 @@
 """Recompilations and synchronizations over 100 steps in which beta changes, as with accuracy-conditioned KL.
 
-Counts graphs of torch.compile and, on a GPU only, compiled Triton binaries and device synchronizations. The first step,
+Counts graphs of torch.compile and, on a GPU only, compiled Triton binaries and waits for the device. The first step,
 which compiles once, is counted separately.
 """
 
-import importlib.util
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,59 +18,13 @@ from benchmarks.contenders import (
     one_position_more,
     our_linear_loss,
 )
+from benchmarks.events import counted
 from benchmarks.inputs import Inputs, make_inputs, policy_loss
 from benchmarks.shapes import TINY, Case
 from expo_kernels import linear_expo_loss
 
 NUM_STEPS = 100
 Step = Callable[[Inputs, Tensor], Tensor]  # inputs and a beta [] on the device to the loss
-
-
-@dataclass
-class Counts:
-    """Events since the start of the block."""
-
-    graphs: int = 0
-    binaries: int = 0
-    waits: int = 0
-
-
-@contextmanager
-def counted(device: torch.device) -> Iterator[Counts]:
-    """Counts events inside the block."""
-    counts, before = Counts(), _num_graphs()
-    with warnings.catch_warnings(record=True) as caught, _counted_binaries(counts):
-        warnings.simplefilter("always")
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield counts
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-            counts.graphs = _num_graphs() - before
-            counts.waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-
-
-def _num_graphs() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-@contextmanager
-def _counted_binaries(counts: Counts) -> Iterator[None]:
-    if importlib.util.find_spec("triton") is None:
-        yield
-        return
-    from triton import knobs
-
-    def count(**_: Any) -> None:
-        counts.binaries += 1
-
-    knobs.runtime.jit_post_compile_hook = count
-    try:
-        yield
-    finally:
-        knobs.runtime.jit_post_compile_hook = None
 
 
 def compiled_eager() -> Step:

@@ -7,7 +7,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contenders import OURS
-from benchmarks.tables import Row, bandwidth, best_ms, by_case, copy_bandwidth, floor_ratios, measured
+from benchmarks.tables import Row, best_ms, by_case, floor_ratios, measured
+from benchmarks.tables_of_rows import bandwidth, copy_bandwidth
 from expo.reporting.figures import BLUE, GREY, STYLE, VERMILION
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _roofline(loss: Sequence[Row], existing: Sequence[Row]) -> "Figure":
     intensities = [2.0**power for power in range(-1, 13)]
     axes.plot(intensities, [min(copy * x, products) for x in intensities], color=GREY, label="limit: copy, products")
     for row in measured(existing):
-        if row["contender"] == OURS:
+        if row["contender"] == OURS and row["case"] == existing[0]["case"]:
             intensity = FLOPS_PER_EXISTING_LOGIT / 3 / _itemsize(row)
             axes.plot(intensity, intensity * bandwidth(row), "s", color=VERMILION, label="loss on existing logits")
     for row in cases:

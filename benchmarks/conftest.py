@@ -1,10 +1,13 @@
 """Device, threads, tables and provenance of the benchmarks: `python -m pytest benchmarks --results DIR`.
 
 A test measures a case: every contender is checked against float64, then all contenders run in rounds. Each table is
-written to one JSON file with its stamp. Without --results nothing is written; with --benchmark-disable there is only
-one round.
+written to one JSON file with its stamp, after each test; a file of the same commit and machine keeps the cases that
+this run does not measure, so that `-k` can split a table over several commands. Without --results nothing is written;
+with --benchmark-disable there is only one round.
 """
 
+import importlib.util
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,10 @@ import torch
 from benchmarks.contenders import contender
 from benchmarks.machine import Machine, RoundRobin
 from benchmarks.shapes import Case, dtype_for, side_shape
-from benchmarks.stamp import stamp, write_results
+from benchmarks.stamp import is_committed, stamp, write_results
+
+# files whose imports need more than PyTorch: without these packages they are not collected
+NEEDED = {"bench_step.py": ("deepspeed", "pydantic", "trl"), "bench_verifier.py": ("math_verify", "pydantic")}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, help="threads of PyTorch (default: PyTorch's)")
     parser.addoption("--tiny", action="store_true", help="tiny sizes, to test that everything runs")
     parser.addoption("--skip", action="append", default=[], help="skip contenders with this text in their names")
+
+
+def missing_packages(file_name: str) -> list[str]:
+    """The packages that a file needs and that are not installed."""
+    return [name for name in NEEDED.get(file_name, ()) if importlib.util.find_spec(name) is None]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if missing_packages(collection_path.name) else None
+
+
+def pytest_report_header() -> list[str]:
+    return [f"{name} is left out: {', '.join(gaps)} missing" for name in NEEDED if (gaps := missing_packages(name))]
 
 
 @pytest.fixture(scope="session")
@@ -53,17 +72,43 @@ def side_case(machine: Machine, is_tiny: bool) -> Case:
 
 
 @pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest, machine: Machine, session_stamp: dict[str, Any]):
-    """The rows of this file's table, written when the file is done."""
-    rows: list[dict[str, Any]] = []
-    started = time.perf_counter()
+def whole_table() -> tuple[list[dict[str, Any]], float]:
+    """The rows of this file's tests so far, and when they began."""
+    return [], time.perf_counter()
+
+
+@pytest.fixture
+def table(
+    request: pytest.FixtureRequest,
+    machine: Machine,
+    session_stamp: dict[str, Any],
+    whole_table: tuple[list[dict[str, Any]], float],
+):
+    """The rows of this file's table, written after each test."""
+    rows, started = whole_table
     yield rows
-    seconds = round(time.perf_counter() - started, 1)
     folder = request.config.getoption("--results")
     name = Path(request.module.__file__).stem.removeprefix("bench_")
     if folder is not None and rows:
-        results = {"stamp": session_stamp, "seconds": seconds, "rows": rows}
-        write_results(folder / f"{name}-{machine.device.type}.json", results)
+        results = {"stamp": session_stamp, "seconds": round(time.perf_counter() - started, 1), "rows": rows}
+        path = folder / f"{name}-{machine.device.type}.json"
+        write_results(path, with_former_cases(results, path))
+
+
+def with_former_cases(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`results` after the rows of other cases in the file at `path`, if that is of the same tree and machine."""
+    if not path.exists() or not is_committed(results["stamp"]["commit"]):
+        return results
+    former = json.loads(path.read_text(encoding="utf-8"))
+    if any(former["stamp"][key] != results["stamp"][key] for key in ("commit", "machine", "threads", "versions")):
+        return results
+
+    def measured_case(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["case"], row.get("questions"), row["contender"]
+
+    measured = {measured_case(row) for row in results["rows"]}
+    kept = [row for row in former["rows"] if measured_case(row) not in measured]
+    return {**results, "rows": [*kept, *results["rows"]]}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A contender describes what it computes and how it differs, and why it cannot run
 they are first prepared, so that this module needs none of them.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ class Contender:
     prepare: from inputs to a callable that returns the loss, ready for backward; includes all one-time work.
     logps: from inputs to log-probs [B, T] in nats; None if the contender does not return them.
     computes: what it computes, and how it differs from the others.
-    package: the package that it needs; None for no package.
+    module: the module that it imports; None for none.
     loss_of: the loss that it is checked against.
-    is_everywhere: whether it is measured at every shape or only at one.
+    is_everywhere: whether it is measured at every shape or, on a CPU, only at one; on a GPU `is_everywhere_on_gpu`.
     formula_bound: largest relative error of its float32 results; larger for peers that approximate by design.
     """
 
@@ -36,19 +37,35 @@ class Contender:
     computes: str
     prepare: Callable[[Inputs], Run]
     logps: Callable[[Inputs], Tensor] | None = None
-    package: str | None = None
+    module: str | None = None
     needs_gpu: bool = False
     loss_of: Callable[[Tensor, Inputs], Tensor] = policy_loss
     is_everywhere: bool = True
+    is_everywhere_on_gpu: bool | None = None  # None: as on a CPU
     formula_bound: float = 1e-4
+
+    def is_at_every_shape(self, device: str) -> bool:
+        """Whether it is measured at every shape on "cpu" or "cuda"."""
+        on_gpu = self.is_everywhere if self.is_everywhere_on_gpu is None else self.is_everywhere_on_gpu
+        return on_gpu if device == "cuda" else self.is_everywhere
 
     def obstacle(self, device: torch.device) -> str | None:
         """The reason why it cannot run on `device`; None if it can."""
         if self.needs_gpu and device.type != "cuda":
             return "runs on GPUs only"
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        return None
+        return None if self.module is None else _import_error(self.module)
+
+
+def _import_error(module: str) -> str | None:
+    """The reason why a module cannot be imported; None if it can."""
+    package = module.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{package} cannot be imported: {error}"
+    return None
 
 
 # --- ours
@@ -79,6 +96,11 @@ def _loss_on(logits: Tensor, inputs: Inputs, *, inplace: bool) -> LossOutput:
 def our_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
     """Our loss on existing logits [B, T, V], which are not changed."""
     return _loss_on(logits, inputs, inplace=False).loss
+
+
+def our_inplace_loss_on(logits: Tensor, inputs: Inputs) -> Tensor:
+    """Our loss on existing logits [B, T, V], which its gradient overwrites."""
+    return _loss_on(logits.view_as(logits), inputs, inplace=True).loss
 
 
 def _loss_arguments(inputs: Inputs) -> dict[str, Tensor | float]:
@@ -252,37 +274,39 @@ CONTENDERS = (
         "LigerFusedLinearGRPOLoss(compiled=False): vocabulary slices, computes the logits twice, 8NHV",
         lambda inputs: _liger_linear(inputs, compiled=False),
         _liger_logps,
-        package="liger_kernel",
+        module="liger_kernel.chunked_loss",
     ),
     Contender(
         "Liger fused linear, compiled",
         "the same with compiled=True, its default: computes the loss of the log-probs with torch.compile",
         lambda inputs: _liger_linear(inputs, compiled=True),
         _liger_logps,
-        package="liger_kernel",
+        module="liger_kernel.chunked_loss",
         is_everywhere=False,
     ),
     Contender(
         "Liger Triton",
         "triton_grpo_loss on a model's logits, overwrites them with the gradient; stores all logits",
         _liger_triton,
-        package="liger_kernel",
+        module="liger_kernel.transformers.grpo_loss",
         needs_gpu=True,
     ),
     Contender(
         "TRL chunked",
-        "TRL's ChunkedLogProbFunction, then the loss in eager PyTorch: computes the logits twice, 8NHV",
+        "ChunkedLogProbFunction, the head of TRL's GRPOTrainer, then the loss in eager PyTorch: computes the logits "
+        "twice, 8NHV; on a GPU with Triton kernels over tiles of logits, and for unmasked tokens only",
         _from_logps(_trl_logps),
         _trl_logps,
-        package="trl",
-        is_everywhere=False,  # by far the slowest: other shapes would take a tenth of the total time
+        module="trl.trainer.utils",
+        is_everywhere=False,  # on a CPU by far the slowest: other shapes would take a tenth of the total time
+        is_everywhere_on_gpu=True,
     ),
     Contender(
         "Apple CCE",
         "cut_cross_entropy (reduction none), then the loss in eager PyTorch: its default filter drops small gradients",
         _from_logps(_cce_logps),
         _cce_logps,
-        package="cut_cross_entropy",
+        module="cut_cross_entropy",
         needs_gpu=True,
         formula_bound=1e-2,  # because of its filter; a missing term of the loss causes an error a hundred times larger
     ),
@@ -290,7 +314,7 @@ CONTENDERS = (
         "quack",
         "chunked_linear_cross_entropy: a mean cross-entropy, not a policy loss, which needs a weight per token",
         _quack,
-        package="quack",
+        module="quack.linear_cross_entropy",
         needs_gpu=True,
         loss_of=cross_entropy,
     ),

@@ -1,202 +1,193 @@
-"""All checks of the kernels that need a GPU, in one command: `python -m benchmarks.gpu_check`.
+"""All checks that need a GPU, in one command: `python -m benchmarks.gpu_check --out FOLDER`.
 
-On small inputs it checks the kernels against float64, that a thousand varying steps compile nothing, that no step
-synchronizes with the device, that a captured CUDA graph replays with a new beta, and that results under torch.compile
-are bitwise equal. Exit code 1 if a check fails. Results go to `benchmarks/results/`; `make gpu-bench` measures times.
+It runs from a checkout with the installed PyTorch (2.9 or newer) and Triton (3.4 or newer), without a network; packages
+that are missing are named and their checks left out. Checks run in a process of their own, which is replaced if one
+breaks it or exceeds its time. `FOLDER/gpu_check.json` is rewritten after every check, with a verdict for each: met,
+missed, error, not here, or not run. `--rehearse` runs the same code with tiny sizes on a CPU, in Triton's interpreter,
+up to where a GPU is needed. Exit code: 0 if no check is missed or fails, 1 otherwise, 2 without a GPU.
 """
 
-import math
+import argparse
+import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.stamp import RESULTS, stamp, write_results
-from expo_kernels import Objective, expo_loss, linear_expo_loss, linear_token_logps, reference, token_logps
+from benchmarks.gpu.check import Check
+from benchmarks.gpu.worker import BROKEN_DEVICE, CHECKS
+from benchmarks.stamp import RESULTS, ROOT, installed_version, stamp, write_results
 
-LOGP_BOUND = 2e-5  # nats
-GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-OBJECTIVES = {
-    "default": Objective(),
-    "softcap, dual clip": Objective(logit_softcap=30.0, temperature=0.7, dual_clip=3.0),
-    "weighted k2, token": Objective(kl="k2", kl_importance_weighted=True, aggregation="token"),
-    "cispo": Objective(surrogate="cispo"),
-    "sapo": Objective(surrogate="sapo"),
-    "sequence": Objective(ratio="sequence"),
-}
-SHAPES = [(4, 1, 64, 2), (4, 33, 64, 17), (4, 33, 128, 1003), (2, 70, 64, 151_936)]  # B, T, H, V
+SECONDS = 570.0  # for all checks
+START_SECONDS = 120.0  # of a process, before its first check
+POLL_SECONDS = 0.2
+PEERS = ("transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "vllm", "deepspeed", "pydantic")
+FAILURES = ("missed", "error", "not run")
 
 
-def make_inputs(B: int, T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    """The arguments of one call on the GPU; masked positions contain NaN and invalid ids."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+@dataclass
+class Result:
+    """A check's measures and verdict so far."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    mask = torch.rand(B, T, generator=generator, device="cuda") < 0.75
-    hidden, weight = normal(B, T, H).to(dtype), (2 * normal(V, H) / H**0.5).to(dtype)
-    ids = torch.randint(0, V, (B, T), generator=generator, device="cuda")
-    logps = linear_token_logps(hidden, weight, ids)
-    return {
-        "hidden": hidden.masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_(),
-        "weight": weight.requires_grad_(),
-        "completion_ids": ids.masked_fill(~mask, -100),
-        "completion_mask": mask,
-        "rewards": torch.arange(B, device="cuda").remainder(2).float(),
-        "group_size": 2,
-        "old_logps": logps + 0.3 * normal(B, T),
-        "ref_logps": logps + 0.3 * normal(B, T),
-    }
+    target: str
+    verdict: str = "not run"
+    note: str = ""
+    seconds: float = 0.0
+    measures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64, for which the PyTorch path is used."""
-    wide = {name: value.double() if _is_float(value) else value for name, value in inputs.items()}
-    for name in ("hidden", "weight"):
-        wide[name] = inputs[name].detach().double().requires_grad_()
-    return wide
+class Session:
+    """The results of all checks, kept on disk."""
+
+    def __init__(self, names: Sequence[str], checks: dict[str, Check], folder: Path, *, is_rehearsal: bool) -> None:
+        self._path, self._is_rehearsal = folder / "gpu_check.json", is_rehearsal
+        self._started = time.monotonic()
+        self._stamp = stamp(torch.device("cpu" if is_rehearsal else "cuda"))
+        self.results = {name: Result(checks[name].target) for name in names}
+        self.missing = [name for name in PEERS if installed_version(name) is None]
+        self.write()
+
+    def write(self) -> None:
+        """Rewrites the JSON file atomically."""
+        described = {"stamp": self._stamp, "rehearsal": self._is_rehearsal, "missing": self.missing}
+        checks = [{"name": name, **vars(result)} for name, result in self.results.items()]
+        write_results(self._path, {**described, "seconds": round(self.seconds, 1), "checks": checks})
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def end(self, name: str, verdict: str, note: str, seconds: float) -> None:
+        """Records a verdict."""
+        result = self.results[name]
+        result.verdict, result.note, result.seconds = verdict, note, round(seconds, 1)
+        because = f" ({note})" if note else ""
+        print(f"{verdict.upper() if verdict in FAILURES else verdict}: {name}, {seconds:.0f} s{because}", flush=True)
+        self.write()
+
+    @property
+    def failed(self) -> list[str]:
+        """Checks that are missed, failed or did not run."""
+        return [name for name, result in self.results.items() if result.verdict in FAILURES]
 
 
-def numeric_checks() -> Iterator[tuple[str, float, float]]:
-    """Name, error against float64, and bound for each op at awkward sizes."""
-    for B, T, H, V in SHAPES:
-        for dtype, gradient_bound in GRADIENT_BOUND.items():
-            inputs = make_inputs(B, T, H, V, dtype)
-            wide = to_float64(inputs)
-            for name, objective in OBJECTIVES.items():
-                label = f"{name}, T {T}, V {V:,}, {str(dtype).removeprefix('torch.')}"
-                output = linear_expo_loss(**inputs, objective=objective, logits_budget_mb=1.0)
-                truth = linear_expo_loss(**wide, objective=objective)
-                yield f"log-probs: {label}", float((output.logps - truth.logps).abs().max()), LOGP_BOUND
-                gradients = zip(_gradients(output.loss, inputs), _gradients(truth.loss, wide), strict=True)
-                yield f"gradients: {label}", max(_relative(*pair) for pair in gradients), gradient_bound
-    logits = (4 * torch.randn(3, 5, 4099, device="cuda")).requires_grad_()
-    ids = torch.randint(0, 4099, (3, 5), device="cuda")
-    logps, entropies = token_logps(logits, ids, temperature=0.7, return_entropy=True)
-    wide_logits = logits.detach().double().requires_grad_()
-    true_logps = reference.token_logps(wide_logits, ids, 0.7)
-    true_entropies = reference.token_entropies(wide_logits, 0.7)
-    (grad,) = torch.autograd.grad((logps.sin() + entropies.cos()).sum(), logits)
-    (true_grad,) = torch.autograd.grad((true_logps.sin() + true_entropies.cos()).sum(), wide_logits)
-    yield "entropies", float((entropies - true_entropies).abs().max()), LOGP_BOUND
-    yield "gradient of log-probs and entropies", _relative(grad, true_grad), GRADIENT_BOUND[torch.float32]
-    loss_inputs = {name: value for name, value in make_inputs(4, 5, 8, 64, torch.bfloat16).items() if name != "weight"}
-    del loss_inputs["hidden"]
-    existing_logits = torch.randn(4, 5, 64, device="cuda")
-    runs = [expo_loss(existing_logits.clone().requires_grad_(), **loss_inputs) for _ in range(2)]
-    yield "two runs differ by", float((runs[0].loss - runs[1].loss).abs()), 0.0
+class Worker:
+    """A process that runs checks, and the journal that it writes."""
+
+    def __init__(self, module: str, names: Sequence[str], journal: Path, *, is_rehearsal: bool) -> None:
+        journal.write_text("")
+        self._journal, self._offset = journal, 0
+        self.running: str | None = None
+        self.running_since = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if is_rehearsal:
+            environment["TRITON_INTERPRET"] = "1"
+        mode = "rehearse" if is_rehearsal else "run"
+        command = [sys.executable, "-m", module, mode, str(journal), *names]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0)
+
+    def follow(self, session: Session) -> int | None:
+        """Records what the journal has gained; the exit code, or None while the process runs."""
+        code = self._process.poll()  # before reading, so that nothing is missed
+        with self._journal.open(encoding="utf-8") as file:
+            file.seek(self._offset)
+            while (line := file.readline()).endswith("\n"):
+                self._offset = file.tell()
+                self._record(json.loads(line), session)
+        return code
+
+    def _record(self, event: dict[str, Any], session: Session) -> None:
+        name, now = event["check"], time.monotonic()
+        if event["event"] == "start":
+            self.running, self.running_since = name, now
+            print(f"{name}: {session.results[name].target}", flush=True)
+        elif event["event"] == "measure":
+            session.results[name].measures.append(event["measure"])
+            print(f"  {'ok    ' if event['measure']['is_met'] else 'MISSED'}  {event['text']}", flush=True)
+        else:
+            self.running, started, self.running_since = None, self.running_since, now
+            session.end(name, event["verdict"], event["note"], now - started)
+
+    def stop(self) -> None:
+        """Ends the process and those that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
-def num_compiled() -> int:
-    """The number of binaries that Triton has compiled so far."""
-    from triton.runtime.jit import JITFunction
-
-    from expo_kernels._triton import curriculum, rows, sequences
-
-    modules = (rows, sequences, curriculum)
-    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
-    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
-
-
-def check_compilations() -> tuple[str, float, float]:
-    """The number of new binaries over 1,000 steps in which shapes and hyper-parameters change."""
-    before = None
-    for step in range(1010):
-        if step == 10:
-            before = num_compiled()
-        B, T = 2 * (1 + step % 8), 1 + step % 37
-        objective = Objective(temperature=0.5 + step % 9 / 8, clip_low=0.1 + step % 3 / 10)
-        inputs = make_inputs(B, T, 64, 1024, torch.bfloat16, seed=step)
-        beta = torch.full((), step / 1000, device="cuda")
-        output = linear_expo_loss(**inputs, objective=objective, beta=beta, normalizer=float(B + step))
-        output.loss.backward()
-    assert before is not None
-    return "binaries compiled over 1,000 varying steps", float(num_compiled() - before), 0.0
-
-
-def check_synchronizations() -> tuple[str, float, float]:
-    """1 if PyTorch reports a synchronization with the device in a step, else 0."""
-    inputs = make_inputs(4, 33, 64, 1024, torch.bfloat16)
-    linear_expo_loss(**inputs).loss.backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        linear_expo_loss(**inputs, beta=0.03, normalizer=7.0).loss.backward()
-    except RuntimeError as error:
-        print(f"  {error}")
-        return "synchronizations", 1.0, 0.0
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "synchronizations", 0.0, 0.0
+def run_checks(
+    session: Session,
+    checks: dict[str, Check],
+    journal: Path,
+    seconds: float,
+    *,
+    is_rehearsal: bool,
+    module: str = "benchmarks.gpu.worker",
+) -> None:
+    """Runs every check of the session once, in as many processes of `module` as it takes."""
+    remaining = list(session.results)
+    while remaining and session.seconds < seconds:
+        worker = Worker(module, remaining, journal, is_rehearsal=is_rehearsal)
+        try:
+            note = _follow(worker, session, seconds, checks)
+        finally:
+            worker.stop()
+        remaining = [name for name in remaining if session.results[name].verdict == "not run"]
+        if note and remaining:
+            # a process may end before it starts a check: it counts as an error of the first one, so that the loop ends
+            session.end(remaining.pop(0), "error", note, time.monotonic() - worker.running_since)
+    for name in remaining:
+        session.results[name].note = f"the time limit of {seconds:.0f} s for all checks had passed"
+    session.write()
+    journal.unlink(missing_ok=True)
 
 
-def check_graph() -> tuple[str, float, float]:
-    """The largest difference between a captured step, replayed with another beta, and an eager step."""
-    inputs = make_inputs(4, 33, 64, 1024, torch.bfloat16)
-    beta = torch.full((), 0.02, device="cuda")
-
-    def run() -> tuple[Tensor, ...]:
-        loss = linear_expo_loss(**inputs, beta=beta, logits_budget_mb=0.2).loss
-        return loss.detach(), *_gradients(loss, inputs)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    beta.fill_(0.5)
-    graph.replay()
-    difference = max(float((one - other).abs().max()) for one, other in zip(captured, run(), strict=True))
-    return "graph replayed with a new beta differs by", difference, 0.0
+def _follow(worker: Worker, session: Session, seconds: float, checks: dict[str, Check]) -> str:
+    """Waits for the end of a worker; returns why it ended before its last check, or an empty text."""
+    while True:
+        code = worker.follow(session)
+        if code is not None:
+            is_orderly = worker.running is None and code in (0, BROKEN_DEVICE)
+            return "" if is_orderly else f"its process ended with exit code {code}"
+        allowed = checks[worker.running].seconds if worker.running else START_SECONDS
+        if time.monotonic() - worker.running_since > allowed:
+            return f"it took longer than {allowed:.0f} s"
+        if session.seconds > seconds:
+            return f"the time limit of {seconds:.0f} s for all checks was reached"
+        time.sleep(POLL_SECONDS)
 
 
-def check_compiled() -> tuple[str, float, float]:
-    """The largest difference between compiled (fullgraph=True) and eager steps with varying sizes and beta."""
-    compiled = torch.compile(linear_expo_loss, fullgraph=True)
-    difference = 0.0
-    for step in range(6):
-        inputs = make_inputs(4, 17 + step, 64, 1024, torch.bfloat16, seed=step)
-        beta = torch.full((), step / 10, device="cuda")
-        losses = [run(**inputs, beta=beta).loss * 3.0 for run in (compiled, linear_expo_loss)]
-        pairs = zip(*((loss.detach(), *_gradients(loss, inputs)) for loss in losses), strict=True)
-        difference = max(difference, *(float((one - other).abs().max()) for one, other in pairs))
-    return "torch.compile(fullgraph=True) differs by", difference, 0.0
-
-
-def _gradients(loss: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, (inputs["hidden"], inputs["weight"]))
-
-
-def _relative(tensor: Tensor, truth: Tensor) -> float:
-    return float((tensor.double() - truth).norm() / truth.norm().clamp(min=1e-30))
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def main() -> int:
-    """Run all checks and write the results; returns 0, 1 if a check fails, or 2 without a GPU."""
-    if not torch.cuda.is_available():
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu_check.json")
+    parser.add_argument("--checks", nargs="+", choices=tuple(CHECKS), default=tuple(CHECKS), help="only these")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of all checks together")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU, up to where a GPU is needed")
+    options = parser.parse_args(arguments)
+    if not options.rehearse and not torch.cuda.is_available():
         print("no GPU found: gpu_check needs a CUDA or HIP device for which torch.cuda.is_available() is true")
         return 2
-    results: dict[str, Any] = {"stamp": stamp(torch.device("cuda")), "checks": []}
-    num_failed = 0
-    single_checks = (check_compilations, check_synchronizations, check_graph, check_compiled)
-    for name, error, bound in (*numeric_checks(), *(check() for check in single_checks)):
-        is_ok = error <= bound
-        num_failed += not is_ok
-        results["checks"].append({"name": name, "error": error, "bound": bound, "ok": is_ok})
-        print(f"{'ok    ' if is_ok else 'FAILED'}  {name}: {error:.2e}, bound {bound:.0e}")
-    name = results["stamp"]["machine"].replace(" ", "-").replace("/", "-")
-    path = RESULTS / f"gpu_check_{name}.json"
-    write_results(path, results)
-    print(f"{'all checks passed' if num_failed == 0 else f'{num_failed} checks failed'}; written to {path}")
-    return int(num_failed > 0)
+    options.out.mkdir(parents=True, exist_ok=True)
+    session = Session(options.checks, CHECKS, options.out, is_rehearsal=options.rehearse)
+    print(f"not installed: {', '.join(session.missing) or 'nothing'}")
+    journal = options.out / "gpu_check.jsonl"
+    run_checks(session, CHECKS, journal, options.seconds, is_rehearsal=options.rehearse)
+    counts = {}
+    for result in session.results.values():
+        counts[result.verdict] = counts.get(result.verdict, 0) + 1
+    total = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    print(f"{total}; {session.seconds:.0f} s; written to {options.out / 'gpu_check.json'}")
+    return int(bool(session.failed))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.charts import draw
-from benchmarks.stamp import RESULTS, ROOT
+from benchmarks.stamp import RESULTS, ROOT, is_committed
 from benchmarks.tables import (
     MEASURES,
     Row,
@@ -25,13 +25,13 @@ from benchmarks.tables import (
     loss_table,
     measured,
     notes,
-    rows_table,
     steadiness_table,
     step_table,
     summary_table,
     timed_table,
     verifier_table,
 )
+from benchmarks.tables_of_rows import rows_table
 from benchmarks.targets import targets_section
 from expo.runtime.atomic_io import write_bytes_whole
 
@@ -84,7 +84,7 @@ def load(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
             if path.exists():
                 tables[name, device] = json.loads(path.read_text(encoding="utf-8"))
                 commit = tables[name, device]["stamp"]["commit"]
-                if commit.endswith("-dirty") or commit == "unknown":
+                if not is_committed(commit):
                     command = COMMANDS[device]
                     raise ReportError(f"{path} is of commit {commit}; commit first, then measure again with {command}")
     return tables

@@ -40,12 +40,20 @@ def stamp(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of the tree, with -dirty if files other than results were changed; "unknown" without git."""
+    """Commit of the tree, with -dirty if files other than results were changed.
+
+    Without git it is what the variable EXPO_COMMIT says, or "unknown".
+    """
     commit_hash = _git("rev-parse", "--short=9", "HEAD")
     if commit_hash is None:
-        return "unknown"
+        return os.environ.get("EXPO_COMMIT", "unknown")
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return f"{commit_hash}-dirty" if changed else commit_hash
+
+
+def is_committed(commit_hash: str) -> bool:
+    """Whether results of this commit, as `commit` names it, are those of a committed tree."""
+    return commit_hash != "unknown" and not commit_hash.endswith("-dirty")
 
 
 def cpu_name() -> str:

@@ -286,33 +286,6 @@ def timed_table(rows: Sequence[Row]) -> str:
     )
 
 
-def rows_table(rows: Sequence[Row]) -> str:
-    """The loss on existing logits: GB/s for two reads and one write per logit, and GB/s of a copy."""
-    ours = ours_of(rows)
-    lines = [
-        [
-            row["contender"],
-            number(best_ms(row)),
-            ratio_to(ours, row),
-            number(bandwidth(row)),
-            number(copy_bandwidth(row)),
-            error(row["errors"]["gradient"]),
-        ]
-        for row in measured(rows)
-    ]
-    return markdown(["", "best ms", "ours / theirs", "GB/s", "GB/s of a copy", "error of the gradient"], lines)
-
-
-def bandwidth(row: Row) -> float:
-    """GB/s of the loss on existing logits."""
-    return 3e-6 * float(row["num_bytes"]) / best_ms(row)
-
-
-def copy_bandwidth(row: Row) -> float:
-    """GB/s of the copy in the same rounds."""
-    return 2e-6 * float(row["num_bytes"]) / min(row["floor_ms"])
-
-
 def chunks_table(rows: Sequence[Row]) -> str:
     """Time and memory by chunk size, relative to the default and to eager PyTorch."""
     ran = measured(rows)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.bench_steadiness import counted
 from benchmarks.contenders import CONTENDERS, OURS, contender, log_softmax_logps, our_linear_loss
+from benchmarks.events import counted
 from benchmarks.inputs import CLIP, make_inputs, policy_loss
 from benchmarks.machine import Machine, RoundRobin
 from benchmarks.measured_loss import measure_losses
