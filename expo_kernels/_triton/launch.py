@@ -6,7 +6,6 @@ one kernel per chunk. The functions `launch_*` pass arguments by name.
 Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions of each.
 """
 
-import functools
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -18,7 +17,6 @@ from expo_kernels._head import Chunk, HeadCall
 from expo_kernels._inputs import METRIC_NAMES, LossInputs, Tokens, make_tokens
 from expo_kernels._triton import rows as row_kernels
 from expo_kernels._triton import sequences as sequence_kernels
-from expo_kernels._triton import slots
 from expo_kernels.objective import Objective
 
 # without fused multiply-adds, the same line gives equal bits in every kernel, so that old, reference and training
@@ -168,18 +166,6 @@ def make_sums(device: torch.device) -> MetricSums:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _hyper_parameters(objective: Objective, device: torch.device) -> tuple[Tensor, Tensor]:
-    on_host = torch.tensor(slots.hyper_parameters(objective), dtype=torch.float32, pin_memory=device.type == "cuda")
-    # a copy from pinned memory does not synchronise; the host tensor is kept alive with its copy
-    return on_host.to(device, non_blocking=True), on_host
-
-
-def hyper_parameters(objective: Objective, device: torch.device) -> Tensor:
-    """The float32 block that holds every static number of an objective for the kernels."""
-    return _hyper_parameters(objective, device)[0]
-
-
 def launch_logps(
     chunk: Chunk,
     tokens: Tokens,
@@ -265,7 +251,7 @@ def launch_sequence_loss(
             grad_entropies_ptr=grad_entropies,
             mask_ptr=tokens.mask,
             starts_ptr=tokens.starts,
-            hyper_ptr=hyper_parameters(tokens.objective, logps.device),
+            hyper_ptr=tokens.hyper_parameters,
             first_sequence=sequences.start,
             num_sequences=len(sequences),
             MEAN_RATIO=tokens.objective.ratio == "sequence" or tokens.objective.surrogate == "gmpo",
@@ -329,7 +315,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "order_ptr": chunk.span.order,
         "mask_ptr": tokens.mask,
         "ids_ptr": tokens.ids,
-        "hyper_ptr": hyper_parameters(tokens.objective, logits.device),
+        "hyper_ptr": tokens.hyper_parameters,
         "first_row": chunk.rows.start,
         "num_rows": shape.num_rows,
         "rows_per_batch": shape.rows_per_batch,
