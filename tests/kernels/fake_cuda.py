@@ -193,6 +193,9 @@ class FakeDevice(TorchDispatchMode):
         def synchronize(*_):
             raise HostWaitError("torch.cuda.synchronize waits for the device")
 
+        def set_device(device):
+            fake.current = torch.device(device).index
+
         class Properties:
             multi_processor_count = 132
 
@@ -200,6 +203,7 @@ class FakeDevice(TorchDispatchMode):
             (torch.cuda, "device", Current),
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", synchronize),
+            (torch.cuda, "set_device", set_device),
             (torch.cuda, "current_device", lambda: fake.current),
             (torch.cuda, "is_current_stream_capturing", lambda: fake.is_capturing),
             (torch.cuda, "get_device_properties", lambda _: Properties),
