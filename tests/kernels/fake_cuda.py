@@ -51,6 +51,7 @@ class Calls:
         self.launches = Counter()  # Triton launches by kernel
         self.launch_arguments = []  # of every launch, by name
         self.waits = []  # calls of Event.synchronize
+        self.reads = 0  # of device values, as many as `strict` allows
         self.event_devices = []  # index of the device on whose stream each event was recorded
 
     @property
@@ -71,19 +72,30 @@ class FakeDevice(TorchDispatchMode):
 
     def __init__(self, arriving=0):
         super().__init__()
-        self.calls, self.is_strict = Calls(), False
+        self.calls, self.is_strict, self.most_reads = Calls(), False, 0
         self.arriving, self.is_capturing = arriving, False
         self.current, self._pinned = 0, set()
 
     @contextlib.contextmanager
-    def strict(self):
-        """Record the calls of this block in a new `Calls`; waiting and mixed devices are errors."""
-        before = self.calls, self.is_strict
-        self.calls, self.is_strict = Calls(), True
+    def strict(self, most_reads=0):
+        """Record the calls of this block in a new `Calls`; waiting and mixed devices are errors.
+
+        Up to `most_reads` times, item() and tolist() of a device's tensor are no error and give zeros.
+        """
+        before = self.calls, self.is_strict, self.most_reads
+        self.calls, self.is_strict, self.most_reads = Calls(), True, most_reads
         try:
             yield self.calls
         finally:
-            self.calls, self.is_strict = before
+            self.calls, self.is_strict, self.most_reads = before
+
+    def read(self, tensor, name):
+        """Zeros in place of the tensor's values."""
+        self.calls.reads += 1
+        if self.is_strict and self.calls.reads > self.most_reads:
+            raise HostWaitError(f"{name} reads a value on {tensor.device}")
+        with unset_fake_temporarily():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype).tolist()
 
     # --- ATen calls
 
@@ -103,6 +115,8 @@ class FakeDevice(TorchDispatchMode):
         target = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
         if target.type == "cpu" and all(tensor.device.type == "cpu" for tensor in tensors):
             return self._run_on_cpu(func, args, kwargs)
+        if func is aten._local_scalar_dense.default:
+            return self.read(tensors[0], "item()")
         if func in COPIES:
             return self._copy(func, target, args, kwargs)
         self._check(func, tensors, args)
@@ -207,9 +221,11 @@ class FakeDevice(TorchDispatchMode):
             (torch.cuda, "current_device", lambda: fake.current),
             (torch.cuda, "is_current_stream_capturing", lambda: fake.is_capturing),
             (torch.cuda, "get_device_properties", lambda _: Properties),
+            (torch.cuda, "is_bf16_supported", lambda: True),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (JITFunction, "run", lambda kernel, *args, **kwargs: fake.launch(kernel, *args, **kwargs)),
             (FakeTensor, "data_ptr", _data_ptr),
+            (FakeTensor, "tolist", lambda tensor: fake.read(tensor, "tolist()")),
             (_compat, "is_being_traced", lambda _: False),
             (_compat, "graph_is_kept", lambda: False),
         ]
@@ -254,6 +270,8 @@ def backward(loss, grad=None):
             if node not in grads:
                 continue
             for (target, slot), value in _gradients(node, grads.pop(node)):
+                expected = target._input_metadata[slot]
+                value = value.sum_to_size(expected.shape).to(expected.dtype)
                 into = grads.setdefault(target, [None] * _num_outputs(target))
                 into[slot] = value if into[slot] is None else into[slot] + value
 
