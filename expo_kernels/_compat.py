@@ -1,11 +1,17 @@
 """Every private API of PyTorch that the package uses, each behind one function that gives the reason."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+
+def assert_on_device(is_true: Tensor, message: str) -> None:
+    """Fail if a 0-dim tensor is False; on a GPU by an assertion on the device, for which the host does not wait."""
+    torch._assert_async(is_true, message)
 
 
 def autograd_inside_an_op() -> AbstractContextManager[Any]:
@@ -22,6 +28,21 @@ def autograd_inside_an_op() -> AbstractContextManager[Any]:
 def graph_is_kept() -> bool:
     """Whether the current backward pass retains its graph, so that it may run again."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def numbers_on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Float32 numbers, [len(values)], which reach the device as arguments of a kernel and not by a copy.
+
+    A copy would need pinned memory to be asynchronous, which must not be allocated while a CUDA graph is captured.
+    """
+    made = torch.zeros(len(values), dtype=torch.float32, device=device)
+    torch._foreach_add_(list(made.unbind()), list(values))
+    return made
+
+
+def is_being_traced(tensor: Tensor) -> bool:
+    """Whether torch.compile traces a backward pass, in which tensors are stand-ins without memory of their own."""
+    return type(tensor) is not Tensor
 
 
 def has_onednn_linear() -> bool:

@@ -1,8 +1,7 @@
 """The engine of every op on logits: one loop over chunks of rows, for the PyTorch backend and for the Triton backend.
 
-Valid tokens are compacted first, so that prompt and padding tokens cost nothing. With PyTorch the host knows their
-number (`HostPlan`). With Triton only the device knows it (`DevicePlan`): a stable permutation moves valid tokens to the
-front, kernels skip the rows behind them, and the host reads the number while the first chunk is running.
+Valid tokens are compacted first, so that prompt and padding tokens cost nothing; `_plans.py` says which rows a chunk
+holds.
 
 For each chunk the head computes logits, the backend turns them into dL/dlogits, and the head accumulates its gradients.
 A sequence-level objective needs all log-probs of a sequence before its first gradient: chunks then hold whole
@@ -11,7 +10,6 @@ sequences. If a sequence exceeds a chunk, a separate pass computes the log-probs
 Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, B sequences.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,10 +28,10 @@ from expo_kernels._head import (
     LinearHead,
     MixedProducts,
     ReadyLogits,
-    Span,
     Spans,
 )
 from expo_kernels._inputs import LossInputs
+from expo_kernels._plans import DevicePlan, HostPlan
 from expo_kernels._products import WideProducts
 from expo_kernels._vocab_group import VocabShard
 
@@ -118,123 +116,6 @@ def run_grads(head: Head, plan: Plan, backend: LogpsBackend) -> None:
         head.accumulate_grads(chunk)
 
 
-# --- which rows a chunk holds
-
-
-class HostPlan:
-    """Chunks of rows if the host knows the number of valid tokens."""
-
-    def __init__(self, order: Tensor, most_rows: int, sequence_index: Tensor | None = None, num_sequences: int = 0):
-        """`order` [N]: positions of the valid tokens; `sequence_index` [N]: the sequence of each."""
-        self._order, self._most_rows = order, most_rows
-        self._sequence_index, self._num_sequences = sequence_index, num_sequences
-
-    def spans(self) -> Spans:
-        """Chunks of nearly equal size."""
-        num_rows = self._order.numel()
-        step = _launch.chunk_rows(num_rows, self._most_rows)
-        return self._spans([slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)])
-
-    def whole_sequences(self) -> Spans | None:
-        """Chunks of as many whole sequences as fit; None if one sequence exceeds a chunk."""
-        if self._order.numel() <= self._most_rows:
-            return self.spans()
-        assert self._sequence_index is not None
-        lengths = torch.bincount(self._sequence_index, minlength=self._num_sequences)
-        parts = _launch.whole_sequences(lengths.tolist(), self._most_rows)
-        if parts is None:
-            return None
-        ends = [0, *lengths.cumsum(0).tolist()]
-        slices = (slice(ends[part.start], ends[part.stop]) for part in parts)
-        return self._spans([rows for rows in slices if rows.stop > rows.start])
-
-    def _spans(self, slices: list[slice]) -> Spans:
-        most_rows = max((rows.stop - rows.start for rows in slices), default=0)
-        return Spans(most_rows, [Span(rows, self._order) for rows in slices])
-
-
-class DevicePlan:
-    """Chunks of rows if only the device knows the number of valid tokens."""
-
-    def __init__(
-        self, num_rows: int, most_rows: int, num_sequences: int, sequence_length: int | None, mask: Tensor | None
-    ):
-        """`mask` [M] moves valid tokens to the front (None: rows keep their order); `sequence_length`: T if padded."""
-        self._num_rows, self._most_rows = num_rows, most_rows
-        self._num_sequences, self._sequence_length = num_sequences, sequence_length
-        self._order: Tensor | None = None
-        self._lengths: _HostCopy | None = None
-        if mask is not None:
-            self._order = torch.sort((~mask).view(torch.uint8), stable=True).indices
-            self._lengths = _HostCopy(mask.view(-1, sequence_length or mask.numel() or 1).sum(-1))
-
-    def spans(self) -> Spans:
-        """Chunks of nearly equal size; once the lengths are on the host, chunks without a valid token are skipped."""
-        step = _launch.chunk_rows(self._num_rows, self._most_rows)
-
-        def spans() -> Iterator[Span]:
-            for first in range(0, self._num_rows, step):
-                if first > 0 and self._lengths is not None:
-                    lengths = self._lengths.read()
-                    if lengths is not None and first >= sum(lengths):
-                        return
-                rows = slice(first, min(first + step, self._num_rows))
-                yield Span(rows, self._order, range(self._num_sequences) if step >= self._num_rows else None)
-
-        return Spans(min(self._most_rows, self._num_rows), spans())
-
-    def whole_sequences(self) -> Spans | None:
-        """Padded input: the first chunk takes as many sequences as fit at full length, later chunks as many as fit at
-        their actual lengths, which are on the host by then. Packed input: one chunk, or None."""
-        if 0 < self._num_rows <= self._most_rows:
-            return self.spans()
-        length = self._sequence_length
-        if length is None or not 0 < length <= self._most_rows:
-            return None
-        return Spans(self._most_rows, self._padded_spans(length))
-
-    def _padded_spans(self, length: int) -> Iterator[Span]:
-        at_once = self._most_rows // length
-        first = range(min(at_once, self._num_sequences))
-        # its tokens cannot be compacted before their number is known; kernels skip masked rows
-        yield Span(slice(0, len(first) * length), None, first)
-        lengths = None if self._lengths is None else self._lengths.read()
-        if lengths is None:
-            for start in range(at_once, self._num_sequences, at_once):
-                part = range(start, min(start + at_once, self._num_sequences))
-                yield Span(slice(part.start * length, part.stop * length), None, part)
-            return
-        row, rest = sum(lengths[: first.stop]), lengths[first.stop :]
-        for part in _launch.whole_sequences(rest, self._most_rows) or ():
-            num_rows = sum(rest[part.start : part.stop])
-            if num_rows > 0:
-                sequences = range(first.stop + part.start, first.stop + part.stop)
-                yield Span(slice(row, row + num_rows), self._order, sequences)
-            row += num_rows
-
-
-class _HostCopy:
-    """An asynchronous copy of a few integers to the host."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._on_host: Tensor | None = values
-        if values.device.type == "cuda":
-            self._on_host = None
-            # a captured graph is replayed with other masks: kernels skip the rows that are masked
-            if not torch.cuda.is_current_stream_capturing():
-                self._on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-                self._on_host.copy_(values, non_blocking=True)
-                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._event.record()
-
-    def read(self) -> list[int] | None:
-        """The integers; None under capture."""
-        if self._event is not None:
-            self._event.synchronize()
-        return None if self._on_host is None else [int(value) for value in self._on_host.tolist()]
-
-
 # --- heads and plans of a call
 
 
@@ -302,10 +183,11 @@ def _rows_for_kernels(
     hidden_or_logits, weight, _ = call.tensors
     num_rows = call.completion_ids.numel()
     if weight is None:
-        plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences, None, None)
+        plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences)
         return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
-    plan = DevicePlan(num_rows, _most_rows(call) if shard is None else shard.most_rows, num_sequences, length, mask)
+    most_rows = _most_rows(call) if shard is None else shard.most_rows
+    plan = DevicePlan(num_rows, most_rows, num_sequences, length, mask, call.completion_lengths)
     products = MixedProducts(hidden_or_logits, weight)
     return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask, shard=shard), plan
 

@@ -54,6 +54,7 @@ class HeadCall:
     wants_grad: tuple[bool, bool, bool] = (False, False, False)
     vocab_group: str | None = None
     inplace: bool = False
+    completion_lengths: Tensor | None = None  # on the CPU: the valid tokens of each sequence, if the caller knows them
 
 
 class Span(NamedTuple):

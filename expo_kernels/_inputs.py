@@ -7,12 +7,14 @@ Letters: M positions of the caller's tensors, B sequences, T positions each.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from expo_kernels import _compat
 from expo_kernels import _validate as validate
 from expo_kernels.advantages import check_rewards
 from expo_kernels.objective import Objective, RolloutCorrection
@@ -34,6 +36,7 @@ TENSOR_FIELDS = (
     "normalizer",
     "cu_seqlens",
     "entropy_bonus",
+    "completion_lengths",
 )
 
 
@@ -53,6 +56,7 @@ class LossInputs(NamedTuple):
     normalizer: float | Tensor | None
     cu_seqlens: Tensor | None
     entropy_bonus: float | Tensor | None  # None: 0, and no entropy is computed
+    completion_lengths: Tensor | None = None  # [B] on the CPU
 
     @property
     def advantages_are_per_sequence(self) -> bool:
@@ -103,6 +107,10 @@ class LossInputs(NamedTuple):
             validate.cumulative_length_values(self.cu_seqlens, self.completion_mask.shape[0])
         if entropy_bonus is not None:
             validate.scalar_value("entropy_bonus", entropy_bonus)
+        if self.completion_lengths is not None and validate.may_read(self.completion_mask):
+            mask = (self.completion_mask != 0).reshape(-1)
+            counted = _lengths(mask, self.completion_mask.shape, self.cu_seqlens)
+            validate.equal_lengths("completion_lengths", self.completion_lengths, counted)
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,17 @@ class Tokens:
     def needs_whole_sequences(self) -> bool:
         """Whether a token's gradient depends on the log-probs of its whole sequence."""
         return self.objective.spans_sequences or self.objective.corrects_sequences
+
+    @functools.cached_property
+    def hyper_parameters(self) -> Tensor:
+        """The float32 block that holds every static number of the objective for the kernels.
+
+        Every call makes its own, on its stream: a block that calls share would be read on other streams before it is
+        written, and a captured graph would read it after it is freed.
+        """
+        from expo_kernels._triton import slots
+
+        return _compat.numbers_on_device(slots.hyper_parameters(self.objective), self.ids.device)
 
 
 def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expo_kernels import _compat, _engine, _launch
+from expo_kernels import _validate as validate
 from expo_kernels._head import HeadCall, HeadTensors
 from expo_kernels._inputs import METRIC_NAMES, LossInputs
 
@@ -119,6 +120,7 @@ def policy_loss(
         logits_budget_mb,
         (wants_grad[0], wants_grad[1], wants_grad[2]),
         vocab_group,
+        completion_lengths=inputs.completion_lengths,
     )
     made, gradients = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
     return *made, gradients
@@ -269,8 +271,8 @@ def _by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_loss * gradient in the input's dtype, rounded once; in the gradient's own memory if the dtypes are equal."""
-    if type(gradient) is not Tensor:
-        # a fake tensor of torch.compile: the compiler decides about memory
+    if _compat.is_being_traced(gradient):
+        # the compiler decides about memory
         return (gradient * grad_loss).to(dtype)
     if gradient.dtype != dtype:
         return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
@@ -297,6 +299,7 @@ def token_logps(
     bias: Tensor | None,
     completion_ids: Tensor,
     mask: Tensor | None,
+    completion_lengths: Tensor | None,
     temperature: float,
     logit_softcap: float | None,
     logits_budget_mb: float | None,
@@ -308,9 +311,25 @@ def token_logps(
     also the maximum and the sum of exponentials of each row, [M] each, which the kernels' backward reads."""
     tensors = HeadTensors(hidden_or_logits, weight, bias)
     call = HeadCall(
-        tensors, completion_ids, mask, temperature, logit_softcap, logits_budget_mb, vocab_group=vocab_group
+        tensors,
+        completion_ids,
+        mask,
+        temperature,
+        logit_softcap,
+        logits_budget_mb,
+        vocab_group=vocab_group,
+        completion_lengths=_checked_lengths(completion_lengths, mask),
     )
     return _engine.token_logps(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
+
+
+def _checked_lengths(lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    if lengths is not None and mask is not None and validate.may_read(mask):
+        counted = (mask != 0).sum(-1).view(-1)
+        # nothing says where packed sequences end
+        given = lengths if mask.dim() == 2 else lengths.sum().view(1)
+        validate.equal_lengths("completion_lengths", given, counted)
+    return lengths
 
 
 @token_logps.register_fake
@@ -336,6 +355,7 @@ def token_logps_backward(
     bias: Tensor | None,
     completion_ids: Tensor,
     mask: Tensor | None,
+    completion_lengths: Tensor | None,
     kept_rows: list[Tensor],
     temperature: float,
     logit_softcap: float | None,
@@ -359,6 +379,7 @@ def token_logps_backward(
         logits_budget_mb,
         (wants_grad[0], wants_grad[1], wants_grad[2]),
         vocab_group,
+        completion_lengths=completion_lengths,
     )
     return _engine.token_logps_backward(call, kept_rows, grad_logps, grad_entropies)
 
@@ -387,11 +408,11 @@ def _backward_token_logps(
     *given, entropies, row_max, sum_exp = ctx.saved_tensors
     if grad_logps is None:
         if grad_entropies is None:
-            return (None,) * 11
+            return (None,) * 12
         grad_logps = torch.zeros_like(grad_entropies)
     wants_grad, kept = list(ctx.needs_input_grad[:3]), [entropies, row_max, sum_exp]
     made = token_logps_backward([grad_logps, grad_entropies], *given, kept, *ctx.settings, wants_grad, ctx.vocab_group)
-    return *_by_input(made, wants_grad), *(None,) * 8
+    return *_by_input(made, wants_grad), *(None,) * 9
 
 
 token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)

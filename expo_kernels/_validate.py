@@ -155,6 +155,23 @@ def cumulative_length_values(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
+def lengths_on_host(name: str, lengths: Tensor, num_sequences: int | None) -> None:
+    """`lengths` is a CPU tensor of one integer per sequence (`num_sequences` None: any number of them)."""
+    integers(name, lengths)
+    if lengths.device.type != "cpu":
+        raise ValueError(f"{name} is on {lengths.device}; expected a CPU tensor; count on the host, or leave it out")
+    if lengths.dim() != 1 or (num_sequences is not None and lengths.numel() != num_sequences):
+        expected = "B" if num_sequences is None else f"{num_sequences}"
+        raise ValueError(f"{name} has shape {list(lengths.shape)}; expected [{expected}], one number per sequence")
+
+
+def equal_lengths(name: str, lengths: Tensor, counted: Tensor) -> None:
+    """`lengths` are the numbers of valid tokens that the mask has."""
+    given, expected = lengths.tolist(), counted.tolist()
+    if given != expected:
+        raise ValueError(f"{name} is {given}, but the mask has {expected} valid tokens; count those of the mask")
+
+
 def finite(name: str, tensor: Tensor) -> None:
     """`tensor` holds neither NaN nor infinity."""
     if may_read(tensor) and not bool(torch.isfinite(tensor).all()):

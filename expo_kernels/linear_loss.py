@@ -39,6 +39,7 @@ def linear_expo_loss(
     normalizer: float | Tensor | None = None,
     entropy_bonus: float | Tensor = 0.0,
     cu_seqlens: Tensor | None = None,
+    completion_lengths: Tensor | None = None,
     return_entropy: bool = False,
 ) -> LossOutput:
     """Policy loss of a batch from hidden states and the output head; differentiable in `hidden`, `weight`, `bias`.
@@ -75,6 +76,10 @@ def linear_expo_loss(
             `objective.aggregation` and subtracted from the loss; a 0-dim tensor is not copied to the host. 0.0 costs
             nothing.
         cu_seqlens: [B + 1] int32, cumulative lengths of the packed sequences; required with packed input, else None.
+        completion_lengths: [B] integers on the CPU, the number of valid tokens of each sequence. On a GPU the host
+            then plans the chunks without waiting for the mask (None: with several chunks it waits once, see
+            docs/kernels.md). They must be those of the mask: checked on a CPU and by `debug_checks`; their sum is
+            checked on the device. Ignored under graph capture.
         return_entropy: also compute `metrics["entropy"]`, without gradient.
 
     Returns:
@@ -105,6 +110,9 @@ def linear_expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
+    if completion_lengths is not None:
+        validate.lengths_on_host("completion_lengths", completion_lengths, inputs.num_sequences)
+        inputs = inputs._replace(completion_lengths=completion_lengths)
     return call_policy_loss(
         HeadTensors(hidden, weight, bias),
         completion_ids,

@@ -28,6 +28,7 @@ def _masked_token_logps(
     return_entropy: bool,
     budget_mb: float | None,
     vocab_group: str | None = None,
+    completion_lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
@@ -41,6 +42,7 @@ def _masked_token_logps(
         bias,
         ids,
         mask,
+        completion_lengths,
         temperature,
         logit_softcap,
         budget_mb,
@@ -119,6 +121,7 @@ def linear_token_logps(
     return_entropy: Literal[False] = False,
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
+    completion_lengths: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def linear_token_logps(
@@ -133,6 +136,7 @@ def linear_token_logps(
     return_entropy: Literal[True],
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
+    completion_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
     hidden: Tensor,
@@ -146,6 +150,7 @@ def linear_token_logps(
     return_entropy: bool = False,
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
+    completion_lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob in nats of each chosen token, [B, T] float32, 0 at masked positions, without [tokens, V] logits.
 
@@ -163,6 +168,7 @@ def linear_token_logps(
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
         vocab_group: process group of a vocabulary-parallel head, as in `linear_expo_loss`. Backward also reduces over
             the group, so every rank must run it.
+        completion_lengths: [B] integers on the CPU, the 1s of `mask` in each sequence, as in `linear_expo_loss`.
 
     Returns:
         Log-probs shaped like `completion_ids` (float64 for float64 inputs), or the pair (log-probs, entropies).
@@ -178,6 +184,11 @@ def linear_token_logps(
     validate.same_device(hidden=hidden, weight=weight, bias=bias)
     if logits_budget_mb is not None:
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)
+    if completion_lengths is not None:
+        if mask is None:
+            raise ValueError("completion_lengths would be ignored: mask is None; give the mask or leave them out")
+        num_sequences = completion_ids.shape[0] if completion_ids.dim() == 2 else None
+        validate.lengths_on_host("completion_lengths", completion_lengths, num_sequences)
     return _masked_token_logps(
         hidden,
         weight,
@@ -189,4 +200,5 @@ def linear_token_logps(
         return_entropy,
         logits_budget_mb,
         group_name,
+        completion_lengths,
     )

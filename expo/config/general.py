@@ -38,7 +38,8 @@ class RunSection(Section):
     """CPU threads of PyTorch. If unset: one per core. With a small model, one thread is faster if other processes use
     the cores."""
     device: str = "auto"
-    """Torch device of the policy; auto: the first GPU, or the CPU if there is none."""
+    """Torch device of the policy; cuda: GPU number LOCAL_RANK of each rank; auto: the same, or the CPU if there is no
+    GPU; cuda:1: that GPU, for a run of one rank."""
 
 
 class ModelSection(Section):

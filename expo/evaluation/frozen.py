@@ -48,8 +48,7 @@ class FrozenPolicy:
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
         """Log-probabilities [B, S] float32 of a padded batch's reply tokens at temperature 1, nats; 0 elsewhere."""
-        tensors = (batch.input_ids, batch.completion_ids, batch.completion_mask)
-        logps: Tensor = self._module(Batch(*(tensor.to(self.model.device) for tensor in tensors)))
+        logps: Tensor = self._module(batch.to(self.model.device))
         return logps.to(batch.input_ids.device)
 
     def checksum(self) -> str:

@@ -9,7 +9,7 @@ PREDICTS a token: at position s the model has read `input_ids[:, :s + 1]` and `c
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Batch:
     token belongs to the reply.
     Packed: input_ids [1, N] and position_ids [1, N], which restart at 0 with every sequence; completion_ids and
     completion_mask [N]; cu_seqlens [B + 1] int32, the cumulative sequence lengths.
+    completion_lengths [B] int64 stays on the CPU: the reply tokens of each sequence, for which the loss need not wait.
     """
 
     input_ids: Tensor
@@ -35,6 +36,13 @@ class Batch:
     completion_mask: Tensor
     position_ids: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    completion_lengths: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with all tensors but `completion_lengths` on `device`."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        moved = {name: value.to(device) for name, value in tensors.items() if name != "completion_lengths"}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -109,12 +117,12 @@ def _num_positions(lengths: Sequence[int], section: PolicySection) -> int:
 def _micro_batch(samples: Sequence[Sample], section: PolicySection, pad_id: int, device: torch.device) -> MicroBatch:
     # an empty micro-batch has one token, which the mask excludes
     prompts, replies = [s.prompt_ids for s in samples] or [[pad_id]], [s.reply_ids for s in samples] or [[]]
-    batch = pack(prompts, replies, device) if section.packing else collate(prompts, replies, pad_id, device)
-    rollout_logps = torch.zeros(batch.completion_mask.shape, device=device)
-    flat_logps = [logp for sample in samples for logp in sample.rollout_logps]
-    rollout_logps[batch.completion_mask] = torch.tensor(flat_logps, device=device)
-    advantages = torch.tensor([sample.advantage for sample in samples] or [0.0], device=device)
-    return MicroBatch(batch, advantages, rollout_logps)
+    cpu = torch.device("cpu")
+    batch = pack(prompts, replies, cpu) if section.packing else collate(prompts, replies, pad_id, cpu)
+    rollout_logps = torch.zeros(batch.completion_mask.shape)
+    rollout_logps[batch.completion_mask] = torch.tensor([logp for sample in samples for logp in sample.rollout_logps])
+    advantages = torch.tensor([sample.advantage for sample in samples] or [0.0])
+    return MicroBatch(batch.to(device), advantages.to(device), rollout_logps.to(device))
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
@@ -161,11 +169,13 @@ def collate(
     position = torch.arange(max(lengths))
     starts = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
     ends = torch.tensor(lengths)[:, None]
+    completion_mask = (position >= starts) & (position < ends - 1)
     return Batch(
-        input_ids=input_ids.to(device),
-        completion_ids=torch.roll(input_ids, -1, dims=1).to(device),
-        completion_mask=((position >= starts) & (position < ends - 1)).to(device),
-    )
+        input_ids=input_ids,
+        completion_ids=torch.roll(input_ids, -1, dims=1),
+        completion_mask=completion_mask,
+        completion_lengths=completion_mask.sum(1),
+    ).to(device)
 
 
 def pack(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], device: torch.device) -> Batch:
@@ -174,9 +184,10 @@ def pack(prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], dev
     sequences = [collate([prompt], [reply], 0, cpu) for prompt, reply in zip(prompts, replies, strict=True)]
     lengths = [sequence.input_ids.shape[1] for sequence in sequences]
     return Batch(
-        input_ids=torch.cat([sequence.input_ids for sequence in sequences], dim=1).to(device),
-        completion_ids=torch.cat([sequence.completion_ids[0] for sequence in sequences]).to(device),
-        completion_mask=torch.cat([sequence.completion_mask[0] for sequence in sequences]).to(device),
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
-    )
+        input_ids=torch.cat([sequence.input_ids for sequence in sequences], dim=1),
+        completion_ids=torch.cat([sequence.completion_ids[0] for sequence in sequences]),
+        completion_mask=torch.cat([sequence.completion_mask[0] for sequence in sequences]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        completion_lengths=torch.tensor([int(sequence.completion_mask.sum()) for sequence in sequences]),
+    ).to(device)

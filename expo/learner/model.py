@@ -113,7 +113,11 @@ class PolicyModule(torch.nn.Module):
         """
         hidden = hidden_states(self.model, batch, self.dtype)
         weight, bias = _head(self.model, self.dtype)
-        shared: dict[str, Any] = {"bias": bias, "logits_budget_mb": self.logits_budget_mb}
+        shared: dict[str, Any] = {
+            "bias": bias,
+            "logits_budget_mb": self.logits_budget_mb,
+            "completion_lengths": batch.completion_lengths,
+        }
         if loss:
             output = linear_expo_loss(
                 hidden,

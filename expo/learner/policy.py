@@ -6,6 +6,7 @@ at one temperature: before the first update every ratio is exactly 1 and the KL 
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,7 +176,7 @@ class DeepSpeedPolicy:
 
     def update(self, mini_batch: MiniBatch, beta: Tensor) -> dict[str, float]:
         """One AdamW step on all ranks' micro-batches; `skipped` is 1 if loss or gradient was not finite."""
-        means, ratio_max = _TokenMeans(), 0.0
+        sums, beta = _Sums(), self._on_device(beta)
         is_token_mean = self._objective.aggregation == "token"
         normalizer = float(max(mini_batch.num_tokens if is_token_mean else mini_batch.num_sequences, 1))
         last = len(mini_batch.micro_batches) - 1
@@ -187,7 +188,7 @@ class DeepSpeedPolicy:
                 old_logps=micro.old_logps,
                 ref_logps=micro.ref_logps,
                 rollout_logps=micro.rollout_logps if self._objective.rollout_correction else None,
-                beta=beta.to(self._ranks.device) if micro.ref_logps is not None else 0.0,
+                beta=beta if micro.ref_logps is not None else 0.0,
                 entropy_bonus=self._entropy_bonus,
                 normalizer=normalizer,
             )
@@ -195,17 +196,22 @@ class DeepSpeedPolicy:
             # non-finite loss makes the gradient non-finite, which every rank sees
             self._engine.backward(loss * self._ranks.size * (1 + 0 * loss.detach()), scale_wrt_gas=False)
             self._add_mismatch(micro, logps)
-            means.add(loss, metrics)
-            ratio_max = max(ratio_max, float(metrics["ratio_max"]))
-        rate, norm, is_applied = self._step()
+            sums.add(loss, metrics)
+        rate = self.learning_rate
+        norm, is_applied = self._step(rate, sums)
         self._updates_done += 1
         return {
-            **means.over(mini_batch.num_tokens, self._ranks),
-            "ratio_max": self._ranks.all_reduce_max([ratio_max])[0],
+            **sums.means(mini_batch.num_tokens, self._ranks),
             "grad_norm": norm,
             "learning_rate": rate,
             "skipped": float(not is_applied),
         }
+
+    def _on_device(self, beta: Tensor) -> Tensor:
+        if beta.device.type != "cpu":
+            return beta.to(self._ranks.device)
+        # an argument of a kernel, where a copy would wait for the device
+        return torch.full((), float(beta), dtype=torch.float32, device=self._ranks.device)
 
     def _add_mismatch(self, micro: MicroBatch, logps: Tensor) -> None:
         if self._section.old_logps == "recompute":
@@ -218,20 +224,25 @@ class DeepSpeedPolicy:
         """The metrics of `mismatch.py` since `prepare`; with old_logps = rollout, of the first update only."""
         return self._mismatch.metrics(self._ranks)
 
-    def _step(self) -> tuple[float, float, bool]:
-        """Takes the optimizer step; learning rate, gradient norm before clipping, and whether it was applied."""
-        engine, rate = self._engine, self.learning_rate
+    def _step(self, rate: float, sums: "_Sums") -> tuple[float, bool]:
+        """Takes the optimizer step; gradient norm before clipping, and whether it was applied.
+
+        Reads `sums`, together with the norm where the policy clips: the one time in an update that the host waits for
+        the device, beside DeepSpeed's own reads with ZeRO.
+        """
+        engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        if self._section.zero_stage == 0:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optimizer_section.max_grad_norm))
-            if not torch.isfinite(torch.tensor(norm)):
-                engine.zero_grad()
-                return rate, norm, False
+        if self._section.zero_stage > 0:
             engine.step()
-            return rate, norm, True
-        engine.step()
-        return rate, float(engine.get_global_grad_norm()), bool(engine.was_step_applied())
+            sums.read()
+            return float(engine.get_global_grad_norm()), bool(engine.was_step_applied())
+        norm = sums.read(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optimizer_section.max_grad_norm))
+        if math.isfinite(norm):
+            engine.step()
+        else:
+            engine.zero_grad()
+        return norm, math.isfinite(norm)
 
     # --- weights and checkpoints
 
@@ -277,24 +288,37 @@ class DeepSpeedPolicy:
         config.save_pretrained(folder)
 
 
-class _TokenMeans:
-    """Means over the tokens of all micro-batches and ranks; the loss is a sum."""
+class _Sums:
+    """Sums of the metrics over an update's tokens and its largest ratio; on the device until they are read."""
 
     names = ("loss", "kl", "entropy", "ratio_mean", "clip_low_fraction", "clip_high_fraction")
 
     def __init__(self) -> None:
-        self._sums = [0.0] * len(self.names)
+        self._sums: Tensor | None = None  # float64, in the order of `names`; the loss is a sum itself
+        self._ratio_max: Tensor | None = None
+        self._read: list[float] = []
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch."""
-        sums = [metrics[name].double() * metrics["tokens"] for name in self.names[1:]]
-        values = torch.stack([loss.detach().double(), *sums]).tolist()
-        self._sums = [total + value for total, value in zip(self._sums, values, strict=True)]
+        weighted = [metrics[name].double() * metrics["tokens"] for name in self.names[1:]]
+        values, largest = torch.stack([loss.detach().double(), *weighted]), metrics["ratio_max"].double()
+        self._sums = values if self._sums is None else self._sums + values
+        self._ratio_max = largest if self._ratio_max is None else torch.maximum(self._ratio_max, largest)
 
-    def over(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
-        """The means by name, for `num_tokens` tokens over all ranks."""
-        loss, *sums = ranks.all_reduce_sum(self._sums)
-        return dict(zip(self.names, [loss, *(value / max(num_tokens, 1) for value in sums)], strict=True))
+    def read(self, *others: Tensor) -> float:
+        """Copies the sums and 0-dim tensors to the host at once; returns the last number."""
+        assert self._sums is not None
+        assert self._ratio_max is not None
+        numbers = torch.cat([self._sums, torch.stack([self._ratio_max, *(other.double() for other in others)])])
+        self._read = numbers.tolist()
+        return self._read[-1]
+
+    def means(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
+        """The means by name, for `num_tokens` tokens over all ranks, and `ratio_max`."""
+        loss, *sums = ranks.all_reduce_sum(self._read[: len(self.names)])
+        means = [loss, *(value / max(num_tokens, 1) for value in sums)]
+        (ratio_max,) = ranks.all_reduce_max([self._read[len(self.names)]])
+        return {**dict(zip(self.names, means, strict=True)), "ratio_max": ratio_max}
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

@@ -147,7 +147,8 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
     """Joins the other processes of the run, if there are any; does nothing in a process that has joined already.
 
     Args:
-        device_name: torch device of this rank's policy; "auto": GPU number LOCAL_RANK, else the CPU.
+        device_name: torch device of this rank's policy; "cuda": GPU number LOCAL_RANK; "auto": the same, or the CPU if
+            there is no GPU.
         timeout_s: seconds that a collective waits for the other ranks before it fails.
 
     Raises: ConfigError if the device cannot be used, or the environment does not give this process a rank.
@@ -179,13 +180,29 @@ def leave_ranks() -> None:
 
 
 def _device(name: str) -> torch.device:
+    """The device that `run.device` names on this rank. A GPU becomes the current one, on which events, streams and NCCL
+    run, and LOCAL_RANK its number, from which DeepSpeed takes it."""
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(0, device=name).device
+        device = torch.device(name)
+        if device.type == "cuda":
+            _refuse_shared_gpu(device)
+            index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+            os.environ["LOCAL_RANK"] = str(index)
+        return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"run.device = {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_shared_gpu(device: torch.device) -> None:
+    # torchrun, deepspeed, and others, for which all ranks may be on this machine
+    given = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
+    num_ranks = int(next((number for number in given if number is not None), "1"))
+    if device.index is not None and num_ranks > 1:
+        raise ConfigError(
+            f"run.device = {device} is one GPU for the {num_ranks} ranks of this machine; take run.device = cuda, "
+            f"which gives each rank its own"
+        )

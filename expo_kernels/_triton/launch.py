@@ -3,7 +3,6 @@
 Letters: M positions of the caller's tensors, n rows of one launch, V vocabulary, B sequences, T positions of each.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,6 @@ from expo_kernels._inputs import METRIC_NAMES, Tokens
 from expo_kernels._triton import rows as row_kernels
 from expo_kernels._triton import sequences as sequence_kernels
 from expo_kernels._triton import shards as shard_kernels
-from expo_kernels._triton import slots
-from expo_kernels.objective import Objective
 
 # without fused multiply-adds, the same line gives equal bits in every kernel, so that old, reference and training
 # log-probs agree exactly
@@ -49,18 +46,6 @@ def make_sums(device: torch.device) -> MetricSums:
         torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=device),
         torch.zeros(len(METRIC_NAMES), dtype=torch.float32, device=device),
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _hyper_parameters(objective: Objective, device: torch.device) -> tuple[Tensor, Tensor]:
-    on_host = torch.tensor(slots.hyper_parameters(objective), dtype=torch.float32, pin_memory=device.type == "cuda")
-    # a copy from pinned memory does not synchronise; the host tensor is kept alive with its copy
-    return on_host.to(device, non_blocking=True), on_host
-
-
-def hyper_parameters(objective: Objective, device: torch.device) -> Tensor:
-    """The float32 block that holds every static number of an objective for the kernels."""
-    return _hyper_parameters(objective, device)[0]
 
 
 def launch_logps(
@@ -151,7 +136,7 @@ def launch_sequence_loss(
             grad_entropies_ptr=grad_entropies,
             mask_ptr=tokens.mask,
             starts_ptr=tokens.starts,
-            hyper_ptr=hyper_parameters(tokens.objective, logps.device),
+            hyper_ptr=tokens.hyper_parameters,
             first_sequence=sequences.start,
             num_sequences=len(sequences),
             MEAN_RATIO=tokens.objective.ratio == "sequence" or tokens.objective.surrogate == "gmpo",
@@ -200,7 +185,7 @@ def launch_combine_shards(
             entropies_ptr=entropies,
             row_max_ptr=row_max,
             sum_exp_ptr=sum_exp,
-            hyper_ptr=hyper_parameters(tokens.objective, gathered.device),
+            hyper_ptr=tokens.hyper_parameters,
             num_shards=num_shards,
             **_tokens(chunk, tokens, tile),
         )
@@ -229,7 +214,7 @@ def launch_token_loss(
             grad_entropies_ptr=grad_entropies,
             sequence_ptr=tokens.sequence_index,
             lengths_ptr=tokens.lengths,
-            hyper_ptr=hyper_parameters(tokens.objective, logps.device),
+            hyper_ptr=tokens.hyper_parameters,
             **arguments,
             **_tokens(chunk, tokens, tile),
         )
@@ -299,7 +284,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "order_ptr": chunk.span.order,
         "mask_ptr": tokens.mask,
         "ids_ptr": tokens.ids,
-        "hyper_ptr": hyper_parameters(tokens.objective, logits.device),
+        "hyper_ptr": tokens.hyper_parameters,
         "first_row": chunk.rows.start,
         "num_rows": shape.num_rows,
         "rows_per_batch": shape.rows_per_batch,

@@ -98,6 +98,7 @@ CALLS = {
     "linear_expo_loss, sequence ratio": lambda call: linear(
         call, objective=SEQUENCE, logits_budget_mb=5 * 13 * 4 / 2**20, return_entropy=True
     ),
+    "linear_expo_loss, known lengths": lambda call: linear(call, completion_lengths=call["completion_mask"].sum(1)),
     "linear_expo_loss, rollout": lambda call: linear(call, objective=ROLLOUT, rollout_logps=call["rollout_logps"]),
     "linear_expo_loss, entropy bonus": lambda call: linear(
         call, objective=Objective(surrogate="gmpo"), entropy_bonus=0.1, logits_budget_mb=7 * 13 * 4 / 2**20
@@ -334,11 +335,14 @@ OPCHECKS = {
     "ready log-probs": lambda call: (OPS.policy_loss_from_logps, (call["logps"], [True], *op_inputs(call))),
     "log-probs": lambda call: (
         OPS.token_logps,
-        (call["logits"], None, None, *positions(call), 0.7, None, None, False, True, None),
+        (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None),
     ),
     "log-probs and entropies": lambda call: (
         OPS.token_logps,
-        (call["hidden"], call["weight"], call["bias"], call["completion_ids"], None, 1.0, 3.0, None, True, True, None),
+        (
+            *(call["hidden"], call["weight"], call["bias"], call["completion_ids"]),
+            *(call["completion_mask"], call["completion_mask"].sum(1), 1.0, 3.0, None, True, True, None),
+        ),
     ),
     "group advantages": lambda call: (OPS.group_advantages, (call["advantages"], 2, "group", 1e-6)),
     "accuracies": lambda call: (OPS.accuracy_sum, (call["advantages"],)),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from expo_kernels import Objective, _engine, _head, _launch, _products, linear_expo_loss
+from expo_kernels import Objective, _head, _launch, _plans, _products, linear_expo_loss
 from tests.numerics import make_batch, relative_error
 
 V = 17
@@ -150,6 +150,30 @@ def test_packed_sequences_are_kept_whole_where_the_host_knows_them(monkeypatch, 
     assert sum(made) == 21 * (2 if _launch._switch.kernels_on_cpu else passes_on_cpu)
 
 
+@pytest.mark.parametrize(("rows", "passes"), [(6, 1), (5, 2)])
+def test_packed_sequences_of_known_lengths_are_kept_whole(monkeypatch, rows, passes):
+    made = count_rows(monkeypatch)
+    batch, cu_seqlens = pack(make(ragged=False), [6, 0, 4, 5, 6])
+    known = torch.tensor([6, 0, 4, 5, 6])
+    run(batch, Objective(ratio="sequence"), rows, cu_seqlens=cu_seqlens, completion_lengths=known)
+    assert sum(made) == 21 * passes
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence"), Objective(aggregation="token")])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_known_lengths_change_nothing_but_the_chunks(monkeypatch, objective, is_packed):
+    batch, options = make(ragged=True), {}
+    lengths = batch.completion_mask.sum(1)
+    one = run(batch, objective, 30)
+    if is_packed:
+        batch, cu_seqlens = pack(batch, [6] * 5)
+        options["cu_seqlens"] = cu_seqlens
+    made = count_rows(monkeypatch)
+    other = run(batch, objective, 7, completion_lengths=lengths, **options)
+    assert_same(other, one if not is_packed else run(batch, objective, 30, **options))
+    assert sum(made[:3]) == 15  # no chunk holds a masked position
+
+
 def test_padding_costs_nothing_after_the_first_chunk(monkeypatch):
     batch = make(ragged=True)  # 6, 0, 1, 3 and 5 tokens
     made = count_rows(monkeypatch)
@@ -159,7 +183,7 @@ def test_padding_costs_nothing_after_the_first_chunk(monkeypatch):
 
 def test_where_lengths_stay_on_the_device_chunks_hold_padded_sequences(monkeypatch):
     # as during CUDA graph capture
-    monkeypatch.setattr(_engine._HostCopy, "read", lambda self: None)
+    monkeypatch.setattr(_plans._HostCopy, "read", lambda self: None)
     batch, objective = make(ragged=True), Objective(ratio="sequence")
     one = run(batch, objective, 30)
     made = count_rows(monkeypatch)

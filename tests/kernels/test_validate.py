@@ -51,6 +51,8 @@ LOGPS = torch.zeros(B, T)
         ({"advantages": None, "rewards": torch.ones(B)}, "exactly one"),
         ({"advantages": None, "rewards": torch.ones(2 * B), "group_size": 2}, r"expected \[B\] = \[2\]"),
         ({"old_logps": torch.zeros(B, T - 1)}, r"old_logps has shape \[2, 2\], but completion_mask needs \[2, 3\]"),
+        ({"completion_lengths": torch.tensor([3])}, r"completion_lengths has shape \[1\]; expected \[2\]"),
+        ({"completion_lengths": torch.tensor([3, 2])}, r"completion_lengths is \[3, 2\], but the mask has \[3, 3\]"),
         ({"beta": 0.1}, "ref_logps is None, but beta is 0.1"),
         ({"beta": torch.tensor(0.1)}, "ref_logps is None"),
         ({"beta": -0.1, "ref_logps": LOGPS}, "beta is -0.1"),
@@ -108,6 +110,15 @@ def test_log_probs_refuse_what_the_losses_refuse():
         token_logps(torch.zeros(V), torch.tensor(0))
     with pytest.raises(ValueError, match="mask has shape"):
         token_logps(hidden, ids, mask=torch.ones(B))
+    lengths, mask = torch.tensor([3, 2]), torch.ones(B, T, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"completion_lengths is \[3, 2\], but the mask has \[3, 3\]"):
+        linear_token_logps(hidden, weight, ids, mask=mask, completion_lengths=lengths)
+    with pytest.raises(ValueError, match=r"completion_lengths is \[5\], but the mask has \[6\]"):
+        linear_token_logps(hidden.view(-1, H), weight, ids.view(-1), mask=mask.view(-1), completion_lengths=lengths)
+    with pytest.raises(ValueError, match="completion_lengths would be ignored"):
+        linear_token_logps(hidden, weight, ids, completion_lengths=lengths)
+    with pytest.raises(ValueError, match="completion_lengths is on meta"):
+        linear_token_logps(hidden, weight, ids, mask=mask, completion_lengths=lengths.to("meta"))
     with pytest.raises(ValueError, match="logits has shape"):
         expo_loss(torch.zeros(6, V), ids.view(-1), torch.ones(6), advantages=torch.ones(6), beta=0.0)
 

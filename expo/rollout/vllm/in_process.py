@@ -45,7 +45,7 @@ class VllmEngine:
         end_ids: tokens that end a reply.
         section: memory and compilation.
         dtype: of the weights and matrix products, as in the policy.
-        device: where it runs; vLLM uses torch's current GPU.
+        device: where it runs; vLLM uses GPU number LOCAL_RANK with several ranks, the first one otherwise.
         num_replies: most replies generated at once.
         max_tokens: most tokens of a prompt and its reply together.
         num_ranks: processes of the run; every `section.tensor_parallel` consecutive ranks form one engine and must get
@@ -70,6 +70,11 @@ class VllmEngine:
     ) -> None:
         if section.sleep and device.type == "cpu":
             raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; turn it off")
+        if num_ranks == 1 and device.index:
+            raise ConfigError(
+                f"run.device = {device}, but vLLM in one process runs on the first GPU; take run.device = cuda and "
+                f"CUDA_VISIBLE_DEVICES={device.index}"
+            )
         check_ranks(section, num_ranks)
         self._vllm = _vllm()
         self._sleeps, self._is_asleep = section.sleep, False
@@ -117,10 +122,10 @@ class VllmEngine:
         """
         with _silent():
             if self._is_asleep:
-                self._llm.wake_up(tags=["weights"])
+                self._wake_up("weights")
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             if self._is_asleep:
-                self._llm.wake_up(tags=["kv_cache"])
+                self._wake_up("kv_cache")
                 self._is_asleep = False
         self._llm.apply_model(pack_tied_head)
         self._reset_cache()
@@ -131,6 +136,11 @@ class VllmEngine:
             with _silent():
                 self._llm.sleep(level=2)  # 2: weights are discarded, since the next sync sends all of them
             self._is_asleep = True
+
+    def _wake_up(self, part: str) -> None:
+        # vLLM allocates outside of PyTorch's cache, which keeps the memory that the update or the loading has freed
+        torch.cuda.empty_cache()
+        self._llm.wake_up(tags=[part])
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -21,15 +21,45 @@ def test_a_missing_vllm_is_reported_with_the_command_that_installs_it(capsys, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_sleep_on_a_cpu_and_incomplete_tensor_parallel_groups_are_refused():
-    def engine(num_ranks, **section):
-        VllmEngine("m", None, frozenset(), VllmSection(**section), dtype=torch.float32, device=torch.device("cpu"),
+def test_settings_that_cannot_work_are_refused():
+    def engine(num_ranks, device="cpu", **section):
+        VllmEngine("m", None, frozenset(), VllmSection(**section), dtype=torch.float32, device=torch.device(device),
                    num_replies=1, max_tokens=2, num_ranks=num_ranks)  # fmt: skip
 
     with pytest.raises(ConfigError, match=r"vllm\.sleep = true needs a GPU"):
         engine(1, sleep=True)
     with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
         engine(3, tensor_parallel=2)
+    with pytest.raises(ConfigError, match=r"run.device = cuda:1, but vLLM .* CUDA_VISIBLE_DEVICES=1"):
+        engine(1, device="cuda:1")
+
+
+def test_memory_that_pytorch_keeps_is_freed_before_each_part_of_the_engine_wakes_up(monkeypatch):
+    calls = []
+
+    class Llm:
+        def sleep(self, level):
+            calls.append("sleep")
+
+        def wake_up(self, tags):
+            calls.append(f"wake {tags[0]}")
+
+        def collective_rpc(self, name, kwargs):
+            calls.append(name)
+
+        def apply_model(self, function): ...
+
+        def reset_prefix_cache(self):
+            return True
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    engine = object.__new__(VllmEngine)
+    engine._llm, engine._sleeps, engine._is_asleep = Llm(), True, False
+    engine.sleep()
+    engine.load_weights([])
+    assert calls == ["sleep", "empty_cache", "wake weights", "reload_weights", "empty_cache", "wake kv_cache"]
+    engine.load_weights([])
+    assert calls[6:] == ["reload_weights"]
 
 
 @pytest.mark.parametrize(

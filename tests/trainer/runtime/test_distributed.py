@@ -1,9 +1,13 @@
 """What the ranks exchange: tensors that come back bit for bit, from two ranks and from one."""
 
+import os
+
 import pytest
 import torch
 
-from expo.runtime.distributed import Ranks
+from expo.errors import ConfigError
+from expo.runtime.distributed import Ranks, _device
+from tests.kernels.fake_cuda import fake_cuda
 from tests.trainer.two_ranks import run_on_two_ranks
 
 pytestmark = pytest.mark.medium
@@ -53,3 +57,37 @@ def test_one_rank_has_its_own_tensors():
     (broadcast,) = ranks.broadcast_tensors_from_rank0([values])
     assert torch.equal(gathered, values)
     assert torch.equal(broadcast, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "expected"),
+    [
+        ("cuda", {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1),
+        ("auto", {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 1),
+        ("cuda", {}, 0),
+        ("cuda:1", {}, 1),
+        ("cuda:1", {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, 1),
+    ],
+)
+def test_each_rank_has_its_own_gpu_which_is_the_current_one(monkeypatch, name, ranks, expected):
+    set_ranks(monkeypatch, ranks)
+    with fake_cuda() as device:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert _device(name) == torch.device("cuda", expected)
+        assert device.current == expected
+    assert os.environ["LOCAL_RANK"] == str(expected)  # the GPU that DeepSpeed takes
+
+
+def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
+    for sizes in ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}):
+        set_ranks(monkeypatch, {"LOCAL_RANK": "1", **sizes})
+        with fake_cuda(), pytest.raises(ConfigError, match="is one GPU for the 2 ranks of this machine"):
+            _device("cuda:0")
+
+
+def set_ranks(monkeypatch, ranks):
+    """The environment of one rank; `monkeypatch` restores it, whatever is set meanwhile."""
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, ranks.get(name, ""))
+        if name not in ranks:
+            monkeypatch.delenv(name)
