@@ -28,13 +28,15 @@ from expo_kernels._head import (
     HeadCall,
     HeadTensors,
     LinearHead,
-    MixedProducts,
     ReadyLogits,
     Span,
     Spans,
 )
 from expo_kernels._inputs import LossInputs
+from expo_kernels._narrowing import narrowed
+from expo_kernels._precision import full_precision
 from expo_kernels._products import WideProducts
+from expo_kernels._products_gpu import make_products, splits
 from expo_kernels._vocab_group import VocabShard
 
 
@@ -132,7 +134,7 @@ class HostPlan:
     def spans(self) -> Spans:
         """Chunks of nearly equal size."""
         num_rows = self._order.numel()
-        step = _launch.chunk_rows(num_rows, self._most_rows)
+        step = _launch.chunk_rows(num_rows, self._most_rows, _launch.row_multiple(self._order.device))
         return self._spans([slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)])
 
     def whole_sequences(self) -> Spans | None:
@@ -157,11 +159,18 @@ class DevicePlan:
     """Chunks of rows if only the device knows the number of valid tokens."""
 
     def __init__(
-        self, num_rows: int, most_rows: int, num_sequences: int, sequence_length: int | None, mask: Tensor | None
+        self,
+        num_rows: int,
+        most_rows: int,
+        num_sequences: int,
+        sequence_length: int | None,
+        mask: Tensor | None,
+        row_multiple: int = 1,
     ):
         """`mask` [M] moves valid tokens to the front (None: rows keep their order); `sequence_length`: T if padded."""
         self._num_rows, self._most_rows = num_rows, most_rows
         self._num_sequences, self._sequence_length = num_sequences, sequence_length
+        self._row_multiple = row_multiple
         self._order: Tensor | None = None
         self._lengths: _HostCopy | None = None
         if mask is not None:
@@ -170,7 +179,7 @@ class DevicePlan:
 
     def spans(self) -> Spans:
         """Chunks of nearly equal size; once the lengths are on the host, chunks without a valid token are skipped."""
-        step = _launch.chunk_rows(self._num_rows, self._most_rows)
+        step = _launch.chunk_rows(self._num_rows, self._most_rows, self._row_multiple)
 
         def spans() -> Iterator[Span]:
             for first in range(0, self._num_rows, step):
@@ -181,7 +190,7 @@ class DevicePlan:
                 rows = slice(first, min(first + step, self._num_rows))
                 yield Span(rows, self._order, range(self._num_sequences) if step >= self._num_rows else None)
 
-        return Spans(min(self._most_rows, self._num_rows), spans())
+        return Spans(min(step, self._num_rows), spans())
 
     def whole_sequences(self) -> Spans | None:
         """Padded input: the first chunk takes as many sequences as fit at full length, later chunks as many as fit at
@@ -248,6 +257,7 @@ def _most_rows(call: HeadCall, buffers: int = 1) -> int:
         budget_mb=call.budget_mb,
         device=hidden_or_logits.device,
         hidden_size=0 if weight is None else weight.shape[1],
+        is_split=weight is not None and splits(hidden_or_logits, weight),
     )
 
 
@@ -296,8 +306,9 @@ def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 
         plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences, None, None)
         return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
-    plan = DevicePlan(num_rows, _most_rows(call), num_sequences, length, mask)
-    products = MixedProducts(hidden_or_logits, weight)
+    row_multiple = _launch.row_multiple(hidden_or_logits.device)
+    plan = DevicePlan(num_rows, _most_rows(call), num_sequences, length, mask, row_multiple)
+    products = make_products(hidden_or_logits, weight)
     ids = call.completion_ids.reshape(-1)
     return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask), plan
 
@@ -308,7 +319,7 @@ def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 
 def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> tuple[LossResult, list[Tensor]]:
     """The loss from hidden states or logits, and the wanted gradients."""
     shard, wants_grad = _check_and_join(call), any(call.wants_grad)
-    with torch.autocast(call.completion_ids.device.type, enabled=False):
+    with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if shard is None and _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.launch import TritonLoss
 
@@ -346,7 +357,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
     Outputs that are not wanted are empty tensors. Only the Triton backward reads row_max and sum_exp.
     """
     shard, shape = _check_and_join(call), call.completion_ids.shape
-    with torch.autocast(call.completion_ids.device.type, enabled=False):
+    with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if shard is None and _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.launch import TritonLogps
 
@@ -379,7 +390,7 @@ def token_logps_backward(
     `kept_rows` are the last three tensors that `token_logps` returned.
     """
     shard = _check_and_join(call)
-    with torch.autocast(call.completion_ids.device.type, enabled=False):
+    with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if shard is None and _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.launch import TritonLogps
 
@@ -398,9 +409,16 @@ def token_logps_backward(
 
 
 def _made(gradients: Gradients, call: HeadCall, *, in_input_dtypes: bool = False) -> list[Tensor]:
-    """The gradients in the shapes of their inputs and contiguous, as the op's fake implementation promises."""
-    return [
-        gradient.view(tensor.shape).to(tensor.dtype if in_input_dtypes else gradient.dtype).contiguous()
-        for gradient, tensor in zip(gradients, call.tensors, strict=True)
-        if gradient is not None and tensor is not None
-    ]
+    """The gradients in the shapes of their inputs and contiguous, as the op's fake implementation promises; the sums of
+    a weight's gradient in the shapes of `part_shapes`."""
+    made: list[Tensor] = []
+    for parts, tensor in zip(gradients, call.tensors, strict=True):
+        if parts is None or tensor is None:
+            continue
+        if in_input_dtypes:
+            made.append(narrowed(parts, tensor.dtype).view(tensor.shape).contiguous())
+        elif len(parts) == 1:
+            made.append(parts[0].view(tensor.shape).contiguous())
+        else:
+            made += parts
+    return made

@@ -5,6 +5,7 @@ them by the incoming gradient. The backward of log-probs recomputes the logits. 
 `LossInputs.from_tensors`), shapes before it. A loss call returns a `LossOutput`, built from the op's results.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from expo_kernels import _compat, _engine, _launch
 from expo_kernels._head import HeadCall, HeadTensors
 from expo_kernels._inputs import METRIC_NAMES, LossInputs
+from expo_kernels._narrowing import grouped, narrowed, part_shapes
 
 # loss 0-dim, metrics [len(METRIC_NAMES)], number of tokens 0-dim, log-probs shaped like the mask, the wanted gradients
 _Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
@@ -139,9 +141,10 @@ def _(
     # gradients of the caller's logits have the logits' dtype; sums over tokens have the arithmetic's dtype
     grad_dtype = hidden_or_logits.dtype if weight is None else dtype
     gradients = [
-        tensor.new_empty(tensor.shape, dtype=grad_dtype)
+        tensor.new_empty(shape, dtype=grad_dtype)
         for tensor, is_wanted in zip(tensors, wants_grad, strict=True)
         if is_wanted and tensor is not None
+        for shape in (part_shapes(tensor) if tensor is weight else [tensor.shape])
     ]
     return *_fake_loss(completion_mask, dtype), gradients
 
@@ -231,17 +234,18 @@ def _register_gradients(op: Any, num_differentiable: int) -> None:
         ctx.mark_non_differentiable(*others, *gradients)
         ctx.save_for_backward(*gradients)
         ctx.wants_grad, ctx.num_others = wants_grad, len(inputs) - num_differentiable
-        ctx.dtypes = [tensor.dtype for tensor, wanted in zip(inputs, wants_grad, strict=False) if wanted]
+        given = [tensor for tensor, wanted in zip(inputs, wants_grad, strict=False) if wanted]
+        ctx.num_rows, ctx.dtypes = [tensor.shape[0] for tensor in given], [tensor.dtype for tensor in given]
 
     @once_differentiable
-    def scale(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return tuple([None] * (num_differentiable + ctx.num_others))
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        made = [_scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs]
+        pairs = zip(grouped(ctx.saved_tensors, ctx.num_rows), ctx.dtypes, strict=True)
+        made = [_scaled(parts, grad_loss, dtype) for parts, dtype in pairs]
         return *_by_input(made, ctx.wants_grad), *(None,) * ctx.num_others
 
-    op.register_autograd(scale, setup_context=keep)
+    op.register_autograd(backward, setup_context=keep)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
@@ -253,7 +257,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 @once_differentiable
 def _scale_gradient(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return None, _scaled(gradient, grad_loss, ctx.dtype), None
+    return None, _scaled((gradient,), grad_loss, ctx.dtype), None
 
 
 _register_gradients(policy_loss, num_differentiable=3)
@@ -267,24 +271,29 @@ def _by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     return [next(rest) if is_wanted else None for is_wanted in wanted]
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_loss * gradient in the input's dtype, rounded once; in the gradient's own memory if the dtypes are equal."""
-    if type(gradient) is not Tensor:
+def _scaled(parts: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient in the input's dtype, rounded once; in the gradient's own memory unless that may be read again.
+
+    `parts` hold the rows of the gradient.
+    """
+    first = parts[0]
+    if type(first) is not Tensor:
         # a fake tensor of torch.compile: the compiler decides about memory
-        return (gradient * grad_loss).to(dtype)
-    if gradient.dtype != dtype:
-        return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+        return ((first if len(parts) == 1 else torch.cat(list(parts))) * factor).to(dtype)
     # a second backward pass may read the same gradient
     if _compat.graph_is_kept():
-        return gradient * grad_loss
-    if _launch.use_kernels(gradient):
+        made = [torch.mul(part, factor, out=torch.empty_like(part, dtype=dtype)) for part in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
+    if first.dtype != dtype:
+        return narrowed(parts, dtype, factor)
+    if _launch.use_kernels(first):
         from expo_kernels._triton.launch import launch_scale
 
-        launch_scale(gradient, grad_loss)
-        return gradient
+        launch_scale(first, factor)
+        return first
     # on a CPU, reading the number costs nothing and may save a pass over [V, H]
-    is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
-    return gradient if is_one else gradient.mul_(grad_loss)
+    is_one = factor.device.type == "cpu" and float(factor) == 1.0
+    return first if is_one else first.mul_(factor)
 
 
 # --- log-probs and entropies
