@@ -257,7 +257,7 @@ def _most_rows(call: HeadCall, buffers: int = 1) -> int:
         budget_mb=call.budget_mb,
         device=hidden_or_logits.device,
         hidden_size=0 if weight is None else weight.shape[1],
-        is_split=weight is not None and splits(hidden_or_logits, weight),
+        is_split=weight is not None and splits(hidden_or_logits.dtype, call.weight_dtype or weight.dtype),
     )
 
 
@@ -295,7 +295,11 @@ def _rows_for_torch(
         logits = call.tensors.hidden_or_logits
         return CopiedLogits(logits, dtype, wants_grad=wants_grad, inplace=call.inplace, scale=scale), plan
     ids, products = call.completion_ids.reshape(-1), WideProducts(dtype)
-    return LinearHead(call.tensors, ids, call.wants_grad, products, scale=scale, shard=shard), plan
+    grad_dtype = call.tensors.weight.dtype
+    head = LinearHead(
+        call.product_tensors(), ids, call.wants_grad, products, scale=scale, shard=shard, grad_dtype=grad_dtype
+    )
+    return head, plan
 
 
 def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 0) -> tuple[Head, Plan]:
@@ -308,9 +312,10 @@ def _rows_for_kernels(call: HeadCall, mask: Tensor | None, num_sequences: int = 
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
     row_multiple = _launch.row_multiple(hidden_or_logits.device)
     plan = DevicePlan(num_rows, _most_rows(call), num_sequences, length, mask, row_multiple)
-    products = make_products(hidden_or_logits, weight)
-    ids = call.completion_ids.reshape(-1)
-    return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask), plan
+    tensors, ids = call.product_tensors(), call.completion_ids.reshape(-1)
+    assert tensors.weight is not None
+    products = make_products(hidden_or_logits, tensors.weight)
+    return LinearHead(tensors, ids, call.wants_grad, products, mask=mask, grad_dtype=weight.dtype), plan
 
 
 # --- the ops

@@ -53,6 +53,14 @@ class HeadCall:
     wants_grad: tuple[bool, bool, bool] = (False, False, False)
     vocab_group: str | None = None
     inplace: bool = False
+    weight_dtype: torch.dtype | None = None  # to which the weight is rounded; its gradient has the weight's own dtype
+
+    def product_tensors(self) -> HeadTensors:
+        """The inputs of the products: the weight is rounded, if that is asked for."""
+        weight = self.tensors.weight
+        if weight is None or self.weight_dtype is None:
+            return self.tensors
+        return self.tensors._replace(weight=weight.detach().to(self.weight_dtype))
 
 
 class Span(NamedTuple):
@@ -147,9 +155,12 @@ class LinearHead:
         mask: Tensor | None = None,
         scale: float = 1.0,
         shard: VocabShard | None = None,
+        grad_dtype: torch.dtype | None = None,
     ) -> None:
-        """`mask` [M]: masked rows are read as 0 (None: all rows are valid); logits are multiplied by `scale`."""
+        """Logits are multiplied by `scale`; rows that `mask` [M] excludes are read as 0 (None: all rows are valid);
+        dWeight will be rounded to `grad_dtype` (None: the weight's dtype)."""
         assert tensors.weight is not None
+        self._grad_weight_shapes = part_shapes(tensors.weight, grad_dtype)
         self._hidden, self._weight = tensors.hidden_or_logits.detach(), tensors.weight.detach()
         self._bias = None if tensors.bias is None else products.operand(tensors.bias.detach())
         self._completion_ids, self._mask, self._wants_grad = completion_ids, mask, wants_grad
@@ -213,7 +224,7 @@ class LinearHead:
         is_first = self._grad_weight is None
         kind: dict[str, Any] = {"dtype": self._products.dtype, "device": operand.device}
         if self._grad_weight is None:
-            self._grad_weight = tuple(torch.empty(*shape, **kind) for shape in part_shapes(self._weight))
+            self._grad_weight = tuple(torch.empty(*shape, **kind) for shape in self._grad_weight_shapes)
         start = 0
         for part in self._grad_weight:
             columns = slice(start, start + part.shape[0])
@@ -259,7 +270,7 @@ class LinearHead:
             grad_hidden = _zeros_like(self._hidden, self._products.dtype)
         if wants_weight and grad_weight is None:
             kind: dict[str, Any] = {"dtype": self._products.dtype, "device": self._weight.device}
-            grad_weight = tuple(torch.zeros(*shape, **kind) for shape in part_shapes(self._weight))
+            grad_weight = tuple(torch.zeros(*shape, **kind) for shape in self._grad_weight_shapes)
         if wants_bias and grad_bias is None and self._bias is not None:
             grad_bias = _zeros_like(self._bias, self._products.dtype)
         if self._shard is not None and grad_hidden is not None:

@@ -17,11 +17,14 @@ COPIED_AT_ONCE = 2**20
 ROW_ALIGNMENT = 64  # rows of dWeight, which are columns of dL/dlogits: so that products read whole cache lines
 
 
-def part_shapes(weight: Tensor) -> list[tuple[int, int]]:
-    """Shapes of the tensors that hold the sum of a weight's gradient [V, H]: two on a GPU if the weight is narrow."""
+def part_shapes(weight: Tensor, dtype: torch.dtype | None = None) -> list[tuple[int, int]]:
+    """Shapes of the tensors that hold the sum of a weight's gradient [V, H]: two on a GPU if it will be narrow.
+
+    `dtype` is the gradient's, by default the weight's.
+    """
     num_rows, hidden_size = weight.shape
     half = -(-num_rows // (2 * ROW_ALIGNMENT)) * ROW_ALIGNMENT
-    if weight.dtype.itemsize > 2 or not _launch.use_kernels(weight) or half >= num_rows:
+    if (dtype or weight.dtype).itemsize > 2 or not _launch.use_kernels(weight) or half >= num_rows:
         return [(num_rows, hidden_size)]
     return [(half, hidden_size), (num_rows - half, hidden_size)]
 

@@ -51,6 +51,7 @@ def call_policy_loss(
     return_entropy: bool = False,
     inplace: bool = False,
     vocab_group: str | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> LossOutput:
     """The loss from hidden states or from logits; the arguments are checked already."""
     op_inputs = (
@@ -65,7 +66,7 @@ def call_policy_loss(
         logits = tensors.hidden_or_logits.detach()
         loss, *others = policy_loss_inplace(logits, *op_inputs, return_entropy)
         return _output(with_gradient(loss, tensors.hidden_or_logits, logits), *others, return_entropy=return_entropy)
-    made = policy_loss(*tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group)
+    made = policy_loss(*tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group, weight_dtype)
     return _output(*made[:4], return_entropy=return_entropy)
 
 
@@ -106,6 +107,7 @@ def policy_loss(
     logits_budget_mb: float | None,
     return_entropy: bool,
     vocab_group: str | None,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The loss, and the wanted gradients of hidden states or logits, weight and bias (see `_Made`).
 
@@ -121,6 +123,7 @@ def policy_loss(
         logits_budget_mb,
         (wants_grad[0], wants_grad[1], wants_grad[2]),
         vocab_group,
+        weight_dtype=weight_dtype,
     )
     made, gradients = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
     return *made, gradients

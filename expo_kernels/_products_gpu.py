@@ -150,18 +150,18 @@ class SplitProducts(KernelProducts):
 
 def make_products(hidden: Tensor, weight: Tensor) -> KernelProducts:
     """The products for hidden states and a weight of these dtypes on this device."""
-    dtypes = [torch.bfloat16, torch.float16] if splits(hidden, weight) else [torch.bfloat16]
+    dtypes = [torch.bfloat16, torch.float16] if splits(hidden.dtype, weight.dtype) else [torch.bfloat16]
     is_tiny = weight.shape[0] < LEAST_NARROW_COLUMNS
     if is_tiny or not all(has_float32_results(weight.device, dtype) for dtype in dtypes):
         return KernelProducts()
-    if not splits(hidden, weight):
+    if not splits(hidden.dtype, weight.dtype):
         return NarrowProducts()
     return SplitProducts(weight, is_half=hidden.dtype == weight.dtype == torch.float16)
 
 
-def splits(hidden: Tensor, weight: Tensor) -> bool:
+def splits(hidden: torch.dtype, weight: torch.dtype) -> bool:
     """Whether `SplitProducts` are for these dtypes."""
-    return not hidden.dtype == weight.dtype == torch.bfloat16
+    return not hidden == weight == torch.bfloat16
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> Tensor:

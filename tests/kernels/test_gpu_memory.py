@@ -92,7 +92,7 @@ def peak_bytes(N, H, V, hidden_dtype, weight_dtype, monkeypatch):
         order, scale = torch.empty(N, dtype=torch.int64), torch.empty(())
         with AllocatedBytes(hidden, weight, ids, mask, order, scale) as counted:
             call = HeadCall(HeadTensors(hidden, weight), ids, mask, 1.0, None, None, (True, True, False))
-            most = most_rows(V, H, is_split=_products_gpu.splits(hidden, weight))
+            most = most_rows(V, H, is_split=_products_gpu.splits(hidden_dtype, weight_dtype))
             step = _launch.chunk_rows(N, most, _launch.row_multiple(GPU))
             rows = [slice(start, min(start + step, N)) for start in range(0, N, step)]
             head = LinearHead(
