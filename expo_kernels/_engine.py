@@ -26,13 +26,15 @@ from expo_kernels._head import (
     HeadCall,
     HeadTensors,
     LinearHead,
-    MixedProducts,
     ReadyLogits,
     Spans,
 )
 from expo_kernels._inputs import LossInputs
+from expo_kernels._narrowing import narrowed
 from expo_kernels._plans import DevicePlan, HostPlan
+from expo_kernels._precision import full_precision
 from expo_kernels._products import WideProducts
+from expo_kernels._products_gpu import make_products, splits
 from expo_kernels._vocab_group import VocabShard
 
 
@@ -129,6 +131,7 @@ def _most_rows(call: HeadCall, buffers: int = 1) -> int:
         budget_mb=call.budget_mb,
         device=hidden_or_logits.device,
         hidden_size=0 if weight is None else weight.shape[1],
+        is_split=weight is not None and splits(hidden_or_logits.dtype, call.weight_dtype or weight.dtype),
     )
 
 
@@ -173,7 +176,11 @@ def _rows_for_torch(
         logits = call.tensors.hidden_or_logits
         return CopiedLogits(logits, dtype, wants_grad=wants_grad, inplace=call.inplace, scale=scale), plan
     ids, products = call.completion_ids.reshape(-1), WideProducts(dtype)
-    return LinearHead(call.tensors, ids, call.wants_grad, products, scale=scale, shard=shard), plan
+    grad_dtype = call.tensors.weight.dtype
+    head = LinearHead(
+        call.product_tensors(), ids, call.wants_grad, products, scale=scale, shard=shard, grad_dtype=grad_dtype
+    )
+    return head, plan
 
 
 def _rows_for_kernels(
@@ -187,9 +194,13 @@ def _rows_for_kernels(
         return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
     most_rows = _most_rows(call) if shard is None else shard.most_rows
-    plan = DevicePlan(num_rows, most_rows, num_sequences, length, mask, call.completion_lengths)
-    products = MixedProducts(hidden_or_logits, weight)
-    return LinearHead(call.tensors, ids, call.wants_grad, products, mask=mask, shard=shard), plan
+    row_multiple = _launch.row_multiple(hidden_or_logits.device)
+    plan = DevicePlan(num_rows, most_rows, num_sequences, length, mask, call.completion_lengths, row_multiple)
+    tensors = call.product_tensors()
+    assert tensors.weight is not None
+    products = make_products(hidden_or_logits, tensors.weight)
+    head = LinearHead(tensors, ids, call.wants_grad, products, mask=mask, shard=shard, grad_dtype=weight.dtype)
+    return head, plan
 
 
 # --- the ops
@@ -198,7 +209,7 @@ def _rows_for_kernels(
 def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> tuple[LossResult, list[Tensor]]:
     """The loss from hidden states or logits, and the wanted gradients."""
     shard, wants_grad = _check_and_join(call), any(call.wants_grad)
-    with torch.autocast(call.completion_ids.device.type, enabled=False):
+    with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.backend import TritonLoss
 
@@ -236,7 +247,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
     Outputs that are not wanted are empty tensors. Only the Triton backward reads row_max and sum_exp.
     """
     shard, shape = _check_and_join(call), call.completion_ids.shape
-    with torch.autocast(call.completion_ids.device.type, enabled=False):
+    with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.backend import TritonLogps
 
@@ -269,7 +280,7 @@ def token_logps_backward(
     `kept_rows` are the last three tensors that `token_logps` returned.
     """
     shard = _check_and_join(call)
-    with torch.autocast(call.completion_ids.device.type, enabled=False):
+    with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.backend import TritonLogps
 
@@ -288,9 +299,16 @@ def token_logps_backward(
 
 
 def _made(gradients: Gradients, call: HeadCall, *, in_input_dtypes: bool = False) -> list[Tensor]:
-    """The gradients in the shapes of their inputs and contiguous, as the op's fake implementation promises."""
-    return [
-        gradient.view(tensor.shape).to(tensor.dtype if in_input_dtypes else gradient.dtype).contiguous()
-        for gradient, tensor in zip(gradients, call.tensors, strict=True)
-        if gradient is not None and tensor is not None
-    ]
+    """The gradients in the shapes of their inputs and contiguous, as the op's fake implementation promises; the sums of
+    a weight's gradient in the shapes of `part_shapes`."""
+    made: list[Tensor] = []
+    for parts, tensor in zip(gradients, call.tensors, strict=True):
+        if parts is None or tensor is None:
+            continue
+        if in_input_dtypes:
+            made.append(narrowed(parts, tensor.dtype).view(tensor.shape).contiguous())
+        elif len(parts) == 1:
+            made.append(parts[0].view(tensor.shape).contiguous())
+        else:
+            made += parts
+    return made

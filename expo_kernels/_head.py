@@ -8,18 +8,17 @@ Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vo
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from expo_kernels._products import empty_rows, widened
+from expo_kernels._narrowing import part_shapes
+from expo_kernels._products import empty_rows
 from expo_kernels._vocab_group import VocabShard
 
-# with fewer columns the rounding of one column is visible, and float32 products cost nothing
-LEAST_NARROW_COLUMNS = 128
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# the gradients of hidden states or logits, weight and bias; each is one tensor, or its rows in several
+Gradients = tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]
 
 
 class HeadTensors(NamedTuple):
@@ -55,6 +54,14 @@ class HeadCall:
     vocab_group: str | None = None
     inplace: bool = False
     completion_lengths: Tensor | None = None  # on the CPU: the valid tokens of each sequence, if the caller knows them
+    weight_dtype: torch.dtype | None = None  # to which the weight is rounded; its gradient has the weight's own dtype
+
+    def product_tensors(self) -> HeadTensors:
+        """The inputs of the products: the weight is rounded, if that is asked for."""
+        weight = self.tensors.weight
+        if weight is None or self.weight_dtype is None:
+            return self.tensors
+        return self.tensors._replace(weight=weight.detach().to(self.weight_dtype))
 
 
 class Span(NamedTuple):
@@ -113,6 +120,9 @@ class Products(Protocol):
     def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V])."""
 
+    def grad_operand(self, grad_logits: Tensor) -> Tensor:
+        """dL/dlogits [n, V] as the next two read them, [..., V], in the same memory."""
+
     def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
         """grad_logits [n, V] @ weight [V, H]."""
 
@@ -146,16 +156,19 @@ class LinearHead:
         mask: Tensor | None = None,
         scale: float = 1.0,
         shard: VocabShard | None = None,
+        grad_dtype: torch.dtype | None = None,
     ) -> None:
-        """`mask` [M]: masked rows are read as 0 (None: all rows are valid); logits are multiplied by `scale`."""
+        """Logits are multiplied by `scale`; rows that `mask` [M] excludes are read as 0 (None: all rows are valid);
+        dWeight will be rounded to `grad_dtype` (None: the weight's dtype)."""
         assert tensors.weight is not None
+        self._grad_weight_shapes = part_shapes(tensors.weight, grad_dtype)
         self._hidden, self._weight = tensors.hidden_or_logits.detach(), tensors.weight.detach()
         self._bias = None if tensors.bias is None else products.operand(tensors.bias.detach())
         self._completion_ids, self._mask, self._wants_grad = completion_ids, mask, wants_grad
         self._products, self._scale, self._shard = products, scale, shard
         self._buffer: Tensor | None = None
         self._grad_hidden: Tensor | None = None
-        self._grad_weight: Tensor | None = None
+        self._grad_weight: tuple[Tensor, ...] | None = None  # its rows, in one or several tensors
         self._grad_bias: Tensor | None = None
 
     def chunks(self, spans: Spans) -> Iterator[Chunk]:
@@ -185,52 +198,89 @@ class LinearHead:
         if residual is not None:
             # masked rows have a gradient and a residual of 0
             chosen_ids = self._completion_ids[positions].clamp(0, self._weight.shape[0] - 1).long()
+        else:
+            chosen_ids = None
+        if wants_bias:
+            self._add_grad_bias(grad_logits, scale, residual, chosen_ids)
+        operand = self._products.grad_operand(grad_logits) if wants_hidden or wants_weight else grad_logits
         if wants_hidden:
-            part = self._products.grad_hidden(grad_logits, self._weight)
+            part = self._products.grad_hidden(operand, self._weight)
             if scale is not None:
                 part.mul_(scale.unsqueeze(1))
             if residual is not None:
-                part.addcmul_(self._weight[chosen_ids].float(), residual.unsqueeze(1))
+                part.addcmul_(self._weight[chosen_ids], residual.unsqueeze(1))
             if self._grad_hidden is None:
                 # in the arithmetic's dtype until backward scales it, so that it is rounded once
                 self._grad_hidden = _zeros_like(self._hidden, part.dtype)
             self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
+            del part  # the next products need the memory
         if wants_weight:
-            is_first = self._grad_weight is None
-            if self._grad_weight is None:
-                self._grad_weight = torch.empty_like(self._weight, dtype=self._products.dtype)
-            scaled = hidden if scale is None else hidden * scale.unsqueeze(1)
-            self._products.add_grad_weight(self._grad_weight, grad_logits, scaled, is_first=is_first)
+            self._add_grad_weight(operand, hidden if scale is None else hidden * scale.unsqueeze(1))
             if residual is not None:
-                # sorts by row first, unlike index_add_, so that every run gives equal bits
-                self._grad_weight.index_put_((chosen_ids,), hidden.float() * residual.unsqueeze(1), accumulate=True)
-        if wants_bias:
-            if self._grad_bias is None:
-                self._grad_bias = torch.zeros(self._weight.shape[0], dtype=self._products.dtype, device=hidden.device)
-            if scale is None:
-                self._grad_bias.add_(grad_logits.sum(dim=0, dtype=torch.float32))
-            else:
-                self._grad_bias.addmv_(grad_logits.T, scale)
-            if residual is not None:
-                self._grad_bias.index_put_((chosen_ids,), residual, accumulate=True)
+                assert chosen_ids is not None
+                self._add_to_chosen_rows(chosen_ids, hidden, residual)
+
+    def _add_grad_weight(self, operand: Tensor, hidden: Tensor) -> None:
+        """Add a chunk's products to dWeight; the first chunk's overwrite memory that holds nothing yet."""
+        is_first = self._grad_weight is None
+        kind: dict[str, Any] = {"dtype": self._products.dtype, "device": operand.device}
+        if self._grad_weight is None:
+            self._grad_weight = tuple(torch.empty(*shape, **kind) for shape in self._grad_weight_shapes)
+        start = 0
+        for part in self._grad_weight:
+            columns = slice(start, start + part.shape[0])
+            self._products.add_grad_weight(part, operand[..., columns], hidden, is_first=is_first)
+            start = columns.stop
+
+    def _add_to_chosen_rows(self, chosen_ids: Tensor, hidden: Tensor, residual: Tensor) -> None:
+        """Add residual [n] * hidden [n, H] to the rows of dWeight of the chosen ids [n]."""
+        assert self._grad_weight is not None
+        start = 0
+        for part in self._grad_weight:
+            rows = chosen_ids - start
+            is_here = (rows >= 0) & (rows < part.shape[0])
+            # an id of another part adds 0; the remainder spreads these, because equal rows are added one by one
+            values = hidden * residual.masked_fill(~is_here, 0.0).unsqueeze(1)
+            # sorts by row first, unlike index_add_, so that every run gives equal bits
+            part.index_put_((rows % part.shape[0],), values, accumulate=True)
+            start += part.shape[0]
+
+    def _add_grad_bias(
+        self, grad_logits: Tensor, scale: Tensor | None, residual: Tensor | None, chosen_ids: Tensor | None
+    ) -> None:
+        """Add the sum of a chunk's dL/dlogits over its rows to dBias."""
+        if self._grad_bias is None:
+            self._grad_bias = torch.zeros(self._weight.shape[0], dtype=self._products.dtype, device=grad_logits.device)
+        if scale is None:
+            self._grad_bias.add_(grad_logits.sum(dim=0, dtype=torch.float32))
+        else:
+            self._grad_bias.addmv_(grad_logits.T, scale)
+        if residual is not None:
+            assert chosen_ids is not None
+            self._grad_bias.index_put_((chosen_ids,), residual, accumulate=True)
 
     def gradients(self) -> Gradients:
         """Gradients of hidden, weight and bias (None where not wanted), not yet in the inputs' dtypes.
 
         With a vocabulary-parallel head, the gradient of hidden is summed over the ranks.
         """
-        given = (self._hidden, self._weight, self._bias)
-        made = (self._grad_hidden, self._grad_weight, self._grad_bias)
-        zeros = (
-            None if tensor is None or not wanted or grad is not None else _zeros_like(tensor, self._products.dtype)
-            for tensor, grad, wanted in zip(given, made, self._wants_grad, strict=True)
-        )
-        grad_hidden, grad_weight, grad_bias = (
-            zero if grad is None else grad for grad, zero in zip(made, zeros, strict=True)
-        )
+        self._buffer = None  # its memory is free for what follows
+        grad_hidden, grad_weight, grad_bias = self._grad_hidden, self._grad_weight, self._grad_bias
+        wants_hidden, wants_weight, wants_bias = self._wants_grad
+        if wants_hidden and grad_hidden is None:
+            grad_hidden = _zeros_like(self._hidden, self._products.dtype)
+        if wants_weight and grad_weight is None:
+            kind: dict[str, Any] = {"dtype": self._products.dtype, "device": self._weight.device}
+            grad_weight = tuple(torch.zeros(*shape, **kind) for shape in self._grad_weight_shapes)
+        if wants_bias and grad_bias is None and self._bias is not None:
+            grad_bias = _zeros_like(self._bias, self._products.dtype)
         if self._shard is not None and grad_hidden is not None:
             self._shard.all_reduce_sum(grad_hidden)
-        return grad_hidden, grad_weight, grad_bias
+        return (
+            None if grad_hidden is None else (grad_hidden,),
+            grad_weight,
+            None if grad_bias is None else (grad_bias,),
+        )
 
     def _take(self, span: Span) -> Tensor:
         """Hidden states of these rows, [n, H]; 0 where masked, because masked positions may hold NaN."""
@@ -245,66 +295,6 @@ class LinearHead:
         if self._mask is not None:
             hidden.masked_fill_(~self._mask[positions].unsqueeze(1), 0.0)
         return self._products.operand(hidden)
-
-
-class MixedProducts:
-    """Products of 16-bit operands if both have the same 16-bit dtype, with float32 results in any case.
-
-    If both are bfloat16, dL/dlogits are bfloat16 too and overwrite the front of their float32 rows, where the products
-    read them. The chosen column holds half of a row's norm or more: its rounding residual is added back, so that
-    gradients stay within 2e-3. Other dtypes and tiny vocabularies use float32 gradients and products.
-    """
-
-    dtype = torch.float32
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self._is_half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-        is_narrow = self._is_half and hidden.dtype == torch.bfloat16 and weight.shape[0] >= LEAST_NARROW_COLUMNS
-        self._grad_dtype = torch.bfloat16 if is_narrow else torch.float32
-
-    def empty_logits(self, num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
-        """Memory whose rows start on multiples of 16 elements, so that every access can be 128 bits wide."""
-        return torch.empty(num_rows, -(-vocab_size // 16) * 16, dtype=torch.float32, device=device)[:, :vocab_size]
-
-    def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits' memory, or the front of each row if gradients are narrower."""
-        if self._grad_dtype == torch.float32:
-            return logits, None
-        num_rows, vocab_size = logits.shape
-        front = logits.view(self._grad_dtype)[:, :vocab_size]
-        return front, torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-
-    def operand(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
-        """out [n, V] = hidden [n, H] @ weight [V, H].T + bias [V]; the kernels apply the scale."""
-        assert scale == 1.0
-        if self._is_half:
-            _product(out, hidden, weight.T)
-        else:
-            wide = hidden.float()
-            for block, some_weight in widened(weight, torch.float32):
-                torch.mm(wide, some_weight.T, out=out[:, block])
-        if bias is not None:
-            out.add_(bias)
-
-    def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
-        """grad_logits [n, V] @ weight [V, H]."""
-        made = torch.empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32, device=grad_logits.device)
-        if grad_logits.dtype == weight.dtype:
-            return _product(made, grad_logits, weight)
-        made.zero_()
-        for block, some_weight in widened(weight, torch.float32):
-            made.addmm_(grad_logits[:, block], some_weight)
-        return made
-
-    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
-        """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
-        if is_first:
-            total.zero_()
-        _add_product(total, grad_logits.T, hidden.to(grad_logits.dtype))
 
 
 class CopiedLogits:
@@ -352,7 +342,7 @@ class CopiedLogits:
         """The gradient of the logits."""
         if self._grad is not None and self._is_read is not None:
             self._grad.masked_fill_(~self._is_read.view(*self._grad.shape[:-1], 1), 0.0)
-        return self._grad, None, None
+        return None if self._grad is None else (self._grad,), None, None
 
 
 class ReadyLogits:
@@ -377,7 +367,7 @@ class ReadyLogits:
 
     def gradients(self) -> Gradients:
         """The gradient of the logits."""
-        return self._grad, None, None
+        return None if self._grad is None else (self._grad,), None, None
 
 
 def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -391,21 +381,3 @@ def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
 
 def _zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
-
-
-def _product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out = left @ right in float32, whatever the operands' common dtype."""
-    if left.dtype == torch.float32:
-        return torch.mm(left, right, out=out)
-    if left.device.type == "cpu":  # where mm has no out_dtype
-        return torch.mm(left.float(), right.float(), out=out)
-    return torch.mm(left, right, out_dtype=torch.float32, out=out)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left @ right in float32, in place."""
-    if left.dtype == torch.float32:
-        return total.addmm_(left, right)
-    if left.device.type == "cpu":
-        return total.addmm_(left.float(), right.float())
-    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)

@@ -27,8 +27,15 @@ CPU_MOST_ROWS = 512
 # rows of an elementwise pass, on all cores together: the whole loss takes 3 to 8 % longer if they exceed this size
 CPU_CACHE_BYTES = 2**21
 CPU_LEAST_ROWS_IN_CACHE = 4  # with fewer rows, the overhead of the calls exceeds the gain
-ACCELERATOR_LOGITS_BUDGET_MB = 512.0
 WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight cast at once if it is stored in a narrower dtype
+
+# All that a call needs on a GPU besides the gradients: a chunk of logits, and buffers for its products. A chunk of
+# 1,024 rows at V = 151,936 takes 594 MiB. Products compute tiles of 128 or 256 rows, so a multiple wastes none of them.
+ACCELERATOR_MEMORY_MB = 640.0
+ACCELERATOR_ROW_MULTIPLE = 256
+# bytes per feature of each row of hidden states: bfloat16 rows and a float32 product; with split products, halves too
+BYTES_PER_FEATURE, SPLIT_BYTES_PER_FEATURE = 8, 16
+SPLIT_BYTES = 32 * 2**20  # float32 bytes of a weight or of logits that are split into 16-bit halves at once
 
 
 def most_rows(
@@ -39,8 +46,11 @@ def most_rows(
     budget_mb: float | None,
     device: torch.device,
     hidden_size: int = 0,
+    is_split: bool = False,
 ) -> int:
     """Maximum number of rows of a chunk, >= 1, such that `buffers` of [rows, V] fit the budget.
+
+    By default the chunk and the buffers of its products fit `ACCELERATOR_MEMORY_MB` on an accelerator.
 
     Args:
         vocab_size: V.
@@ -49,13 +59,22 @@ def most_rows(
         budget_mb: MiB for all of them; None: the default of the device.
         device: the device of the buffers.
         hidden_size: H of the products that compute the logits; 0 if the caller gave the logits.
+        is_split: whether these products split operands into halves, which takes memory on an accelerator.
     """
-    least = 1
+    least, bytes_per_row = 1, vocab_size * itemsize * buffers
     if budget_mb is None and device.type == "cpu":
         budget_mb, least = CPU_LOGITS_BUDGET_MB, _least_rows(hidden_size)
     elif budget_mb is None:
-        budget_mb = ACCELERATOR_LOGITS_BUDGET_MB
-    return max(least, int(budget_mb * 2**20) // max(vocab_size * itemsize * buffers, 1))
+        budget_mb = ACCELERATOR_MEMORY_MB - (2 * SPLIT_BYTES / 2**20 if is_split else 0.0)
+        bytes_per_row += hidden_size * (SPLIT_BYTES_PER_FEATURE if is_split else BYTES_PER_FEATURE)
+    most = max(least, int(budget_mb * 2**20) // max(bytes_per_row, 1))
+    multiple = row_multiple(device)
+    return most // multiple * multiple if most > multiple else most
+
+
+def row_multiple(device: torch.device) -> int:
+    """The number of rows whose multiples fill the tiles of matrix products."""
+    return 1 if device.type == "cpu" else ACCELERATOR_ROW_MULTIPLE
 
 
 def _least_rows(hidden_size: int) -> int:
@@ -69,10 +88,12 @@ def _least_rows(hidden_size: int) -> int:
     return min(wanted, CPU_MOST_ROWS)
 
 
-def chunk_rows(num_tokens: int, most: int) -> int:
-    """Rows per chunk, >= 1 and at most `most`, such that all chunks have nearly equal sizes."""
+def chunk_rows(num_tokens: int, most: int, multiple: int = 1) -> int:
+    """Rows per chunk, >= 1 and at most `most`: all chunks have nearly equal sizes, or, but for the last one, a multiple
+    of `multiple`."""
     num_chunks = max(1, -(-num_tokens // most))
-    return max(1, -(-num_tokens // num_chunks))
+    num_rows = max(1, -(-num_tokens // num_chunks))
+    return min(-(-num_rows // multiple) * multiple, most)
 
 
 def rows_in_cache(rows: torch.Tensor) -> int:
@@ -99,6 +120,12 @@ def whole_sequences(lengths: Sequence[int], most: int) -> list[range] | None:
 def widen_rows(hidden_size: int, itemsize: int) -> int:
     """Number of rows of the head's weight to cast at once, >= 1."""
     return max(1, WIDEN_BYTES // (max(hidden_size, 1) * itemsize))
+
+
+def split_rows(num_columns: int) -> int:
+    """Number of float32 rows to split into halves at once, >= 1; a multiple of 64, so that blocks are aligned."""
+    num_rows = SPLIT_BYTES // (max(num_columns, 1) * 4)
+    return num_rows // 64 * 64 if num_rows > 64 else max(1, num_rows)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ them by the incoming gradient. The backward of log-probs recomputes the logits. 
 `LossInputs.from_tensors`), shapes before it. A loss call returns a `LossOutput`, built from the op's results.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from expo_kernels import _compat, _engine, _launch
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadCall, HeadTensors
 from expo_kernels._inputs import METRIC_NAMES, LossInputs
+from expo_kernels._narrowing import grouped, narrowed, part_shapes
 
 # loss 0-dim, metrics [len(METRIC_NAMES)], number of tokens 0-dim, log-probs shaped like the mask, the wanted gradients
 _Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
@@ -50,6 +52,7 @@ def call_policy_loss(
     return_entropy: bool = False,
     inplace: bool = False,
     vocab_group: str | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> LossOutput:
     """The loss from hidden states or from logits; the arguments are checked already."""
     op_inputs = (
@@ -64,7 +67,7 @@ def call_policy_loss(
         logits = tensors.hidden_or_logits.detach()
         loss, *others = policy_loss_inplace(logits, *op_inputs, return_entropy)
         return _output(with_gradient(loss, tensors.hidden_or_logits, logits), *others, return_entropy=return_entropy)
-    made = policy_loss(*tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group)
+    made = policy_loss(*tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group, weight_dtype)
     return _output(*made[:4], return_entropy=return_entropy)
 
 
@@ -105,6 +108,7 @@ def policy_loss(
     logits_budget_mb: float | None,
     return_entropy: bool,
     vocab_group: str | None,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The loss, and the wanted gradients of hidden states or logits, weight and bias (see `_Made`).
 
@@ -121,6 +125,7 @@ def policy_loss(
         (wants_grad[0], wants_grad[1], wants_grad[2]),
         vocab_group,
         completion_lengths=inputs.completion_lengths,
+        weight_dtype=weight_dtype,
     )
     made, gradients = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
     return *made, gradients
@@ -141,9 +146,10 @@ def _(
     # gradients of the caller's logits have the logits' dtype; sums over tokens have the arithmetic's dtype
     grad_dtype = hidden_or_logits.dtype if weight is None else dtype
     gradients = [
-        tensor.new_empty(tensor.shape, dtype=grad_dtype)
+        tensor.new_empty(shape, dtype=grad_dtype)
         for tensor, is_wanted in zip(tensors, wants_grad, strict=True)
         if is_wanted and tensor is not None
+        for shape in (part_shapes(tensor) if tensor is weight else [tensor.shape])
     ]
     return *_fake_loss(completion_mask, dtype), gradients
 
@@ -233,17 +239,18 @@ def _register_gradients(op: Any, num_differentiable: int) -> None:
         ctx.mark_non_differentiable(*others, *gradients)
         ctx.save_for_backward(*gradients)
         ctx.wants_grad, ctx.num_others = wants_grad, len(inputs) - num_differentiable
-        ctx.dtypes = [tensor.dtype for tensor, wanted in zip(inputs, wants_grad, strict=False) if wanted]
+        given = [tensor for tensor, wanted in zip(inputs, wants_grad, strict=False) if wanted]
+        ctx.num_rows, ctx.dtypes = [tensor.shape[0] for tensor in given], [tensor.dtype for tensor in given]
 
     @once_differentiable
-    def scale(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return tuple([None] * (num_differentiable + ctx.num_others))
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        made = [_scaled(gradient, grad_loss, dtype) for gradient, dtype in pairs]
+        pairs = zip(grouped(ctx.saved_tensors, ctx.num_rows), ctx.dtypes, strict=True)
+        made = [_scaled(parts, grad_loss, dtype) for parts, dtype in pairs]
         return *_by_input(made, ctx.wants_grad), *(None,) * ctx.num_others
 
-    op.register_autograd(scale, setup_context=keep)
+    op.register_autograd(backward, setup_context=keep)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
@@ -255,7 +262,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 @once_differentiable
 def _scale_gradient(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return None, _scaled(gradient, grad_loss, ctx.dtype), None
+    return None, _scaled((gradient,), grad_loss, ctx.dtype), None
 
 
 _register_gradients(policy_loss, num_differentiable=3)
@@ -269,24 +276,29 @@ def _by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     return [next(rest) if is_wanted else None for is_wanted in wanted]
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_loss * gradient in the input's dtype, rounded once; in the gradient's own memory if the dtypes are equal."""
-    if _compat.is_being_traced(gradient):
+def _scaled(parts: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient in the input's dtype, rounded once; in the gradient's own memory unless that may be read again.
+
+    `parts` hold the rows of the gradient.
+    """
+    first = parts[0]
+    if _compat.is_being_traced(first):
         # the compiler decides about memory
-        return (gradient * grad_loss).to(dtype)
-    if gradient.dtype != dtype:
-        return torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+        return ((first if len(parts) == 1 else torch.cat(list(parts))) * factor).to(dtype)
     # a second backward pass may read the same gradient
     if _compat.graph_is_kept():
-        return gradient * grad_loss
-    if _launch.use_kernels(gradient):
+        made = [torch.mul(part, factor, out=torch.empty_like(part, dtype=dtype)) for part in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
+    if first.dtype != dtype:
+        return narrowed(parts, dtype, factor)
+    if _launch.use_kernels(first):
         from expo_kernels._triton.launch import launch_scale
 
-        launch_scale(gradient, grad_loss)
-        return gradient
+        launch_scale(first, factor)
+        return first
     # on a CPU, reading the number costs nothing and may save a pass over [V, H]
-    is_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
-    return gradient if is_one else gradient.mul_(grad_loss)
+    is_one = factor.device.type == "cpu" and float(factor) == 1.0
+    return first if is_one else first.mul_(factor)
 
 
 # --- log-probs and entropies

@@ -29,7 +29,7 @@ class HostPlan:
     def spans(self) -> Spans:
         """Chunks of nearly equal size."""
         num_rows = self._order.numel()
-        step = _launch.chunk_rows(num_rows, self._most_rows)
+        step = _launch.chunk_rows(num_rows, self._most_rows, _launch.row_multiple(self._order.device))
         return self._spans([slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)])
 
     def whole_sequences(self) -> Spans | None:
@@ -61,11 +61,13 @@ class DevicePlan:
         sequence_length: int | None = None,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        row_multiple: int = 1,
     ):
         """`mask` [M] moves valid tokens to the front (None: rows keep their order); `sequence_length`: T if padded;
         `lengths` [B], on the CPU: the valid tokens of each sequence (None: not known on the host)."""
         self._num_rows, self._most_rows, self._mask = num_rows, most_rows, mask
         self._num_sequences, self._sequence_length = num_sequences, sequence_length
+        self._row_multiple = row_multiple
         self._order: Tensor | None = None
         self._known: list[int] | None = None
         self._copy: _HostCopy | None = None
@@ -81,7 +83,7 @@ class DevicePlan:
     def spans(self) -> Spans:
         """Chunks of nearly equal size. If the host does not know the lengths, it waits for them before the second
         chunk: chunks without a valid token are skipped."""
-        step = _launch.chunk_rows(self._num_rows, self._most_rows)
+        step = _launch.chunk_rows(self._num_rows, self._most_rows, self._row_multiple)
         lengths = self._arriving_lengths() if step < self._num_rows else None
 
         def spans() -> Iterator[Span]:
@@ -93,7 +95,7 @@ class DevicePlan:
                 rows = slice(first, min(first + step, self._num_rows))
                 yield Span(rows, self._order, range(self._num_sequences) if step >= self._num_rows else None)
 
-        return Spans(min(self._most_rows, self._num_rows), spans())
+        return Spans(min(step, self._num_rows), spans())
 
     def whole_sequences(self) -> Spans | None:
         """As many sequences as fit at their actual lengths, if the host knows them. Else the first chunk of padded

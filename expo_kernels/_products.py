@@ -38,7 +38,7 @@ class WideProducts:
         """Memory for the logits of a chunk."""
         return empty_rows(num_rows, vocab_size, self.dtype, device)
 
-    def grad_memory(self, logits: Tensor) -> tuple[Tensor, None]:
+    def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits' own memory, and no `rounding_residual`."""
         return logits, None
 
@@ -50,6 +50,10 @@ class WideProducts:
         """out [n, V] = scale * (hidden [n, H] @ weight [V, H].T + bias [V])."""
         for block, some_weight in widened(weight, self.dtype):
             write_logits(out[:, block], hidden, some_weight, None if bias is None else bias[block], scale)
+
+    def grad_operand(self, grad_logits: Tensor) -> Tensor:
+        """dL/dlogits themselves."""
+        return grad_logits
 
     def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
         """grad_logits [n, V] @ weight [V, H]."""

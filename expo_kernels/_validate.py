@@ -55,6 +55,14 @@ def floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor")
 
 
+def product_dtype(name: str, dtype: torch.dtype) -> None:
+    """`dtype` is one that operands of products may have."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is {dtype!r}; expected a torch.dtype, such as torch.bfloat16")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"{name} is {dtype}; expected torch.bfloat16, torch.float16 or torch.float32")
+
+
 def integers(name: str, tensor: Tensor) -> None:
     """`tensor` holds integers that can index."""
     is_tensor(name, tensor)

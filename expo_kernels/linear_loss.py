@@ -9,6 +9,7 @@ Letters: B sequences, T completion positions, N valid tokens, H hidden, V vocabu
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
@@ -28,6 +29,7 @@ def linear_expo_loss(
     bias: Tensor | None = None,
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
+    weight_dtype: torch.dtype | None = None,
     advantages: Tensor | None = None,
     rewards: Tensor | None = None,
     group_size: int | None = None,
@@ -60,6 +62,8 @@ def linear_expo_loss(
             and dHidden (summed over the group) of the whole head, and dWeight and dBias of its own rows. A chunk
             costs one small all-gather by the kernels, and two small reductions in PyTorch. A DTensor with placements
             (Shard(0),) needs no `vocab_group`.
+        weight_dtype: dtype to which the weight is rounded in this call, as `weight.to(weight_dtype)` would, except that
+            the gradient is not rounded: for a float32 weight with bfloat16 products. None: the weight is not rounded.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
         group_size: G, rollouts per question; those of one question are adjacent.
@@ -96,6 +100,8 @@ def linear_expo_loss(
     validate.same_device(hidden=hidden, weight=weight, bias=bias)
     if logits_budget_mb is not None:
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)
+    if weight_dtype is not None:
+        validate.product_dtype("weight_dtype", weight_dtype)
     inputs = check_inputs(
         completion_mask,
         advantages=advantages,
@@ -120,6 +126,7 @@ def linear_expo_loss(
         budget_mb=logits_budget_mb,
         return_entropy=return_entropy,
         vocab_group=group_name,
+        weight_dtype=weight_dtype,
     )
 
 

@@ -112,39 +112,35 @@ class PolicyModule(torch.nn.Module):
         or [N] for a packed batch.
         """
         hidden = hidden_states(self.model, batch, self.dtype)
-        weight, bias = _head(self.model, self.dtype)
+        head = self.model.get_output_embeddings()
         shared: dict[str, Any] = {
-            "bias": bias,
+            "bias": None if head.bias is None else head.bias.to(self.dtype),
             "logits_budget_mb": self.logits_budget_mb,
             "completion_lengths": batch.completion_lengths,
         }
         if loss:
             output = linear_expo_loss(
                 hidden,
-                weight,
+                head.weight,
                 batch.completion_ids,
                 batch.completion_mask,
                 cu_seqlens=batch.cu_seqlens,
                 objective=self.objective,
                 return_entropy=True,
+                weight_dtype=self.dtype,  # and the gradient is float32, as the weight is
                 **shared,
                 **loss,
             )
             return output.loss, output.metrics, output.logps
         return linear_token_logps(
             hidden,
-            weight,
+            head.weight.to(self.dtype),
             batch.completion_ids,
             mask=batch.completion_mask,
             temperature=self.objective.temperature,
             logit_softcap=self.objective.logit_softcap,
             **shared,
         )
-
-
-def _head(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    head = model.get_output_embeddings()
-    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
 
 def hidden_states(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -164,10 +160,9 @@ def run_transformer(model: Any, dtype: torch.dtype, **inputs: Any) -> Any:
 
 def head_logits(model: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Float32 logits [B, V] of hidden states [B, H], as the loss computes them, before the temperature."""
-    weight, bias = _head(model, dtype)
-    logits = torch.nn.functional.linear(
-        hidden.to(dtype).float(), weight.float(), None if bias is None else bias.float()
-    )
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.to(dtype).float()
+    logits = torch.nn.functional.linear(hidden.to(dtype).float(), head.weight.to(dtype).float(), bias)
     softcap = logit_softcap(model)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

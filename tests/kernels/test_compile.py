@@ -298,19 +298,22 @@ def op_inputs(call, *, objective=None, is_packed=False, **options):
     return mask, inputs.to_tensors(torch.float32), inputs.objective.text, inputs.group_size
 
 
-def loss_arguments(call, *, with_bias=True, frozen=False, return_entropy=False, is_packed=False, **options):
+def loss_arguments(
+    call, *, with_bias=True, frozen=False, return_entropy=False, is_packed=False, weight_dtype=None, **options
+):
     hidden, ids = call["hidden"].detach(), call["completion_ids"]
     if is_packed:
         hidden, ids = hidden.flatten(0, 1), ids.flatten()
     weight, bias = call["weight"].detach() if frozen else call["weight"], call["bias"] if with_bias else None
     wants_grad = [True, not frozen, with_bias]
     inputs = op_inputs(call, is_packed=is_packed, **options)
-    return hidden.requires_grad_(), weight, bias, wants_grad, ids, *inputs, None, return_entropy, None
+    return hidden.requires_grad_(), weight, bias, wants_grad, ids, *inputs, None, return_entropy, None, weight_dtype
 
 
 OPCHECKS = {
     "padded": lambda call: (OPS.policy_loss, loss_arguments(call)),
     "packed": lambda call: (OPS.policy_loss, loss_arguments(call, is_packed=True)),
+    "rounded weight": lambda call: (OPS.policy_loss, loss_arguments(call, weight_dtype=torch.bfloat16)),
     "frozen weight": lambda call: (OPS.policy_loss, loss_arguments(call, frozen=True, with_bias=False)),
     "sequence ratio": lambda call: (OPS.policy_loss, loss_arguments(call, objective=SEQUENCE)),
     "entropy, on-policy": lambda call: (OPS.policy_loss, loss_arguments(call, return_entropy=True, old_logps=None)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from expo_kernels import Objective, _head, _products, expo_loss, linear_expo_loss, linear_token_logps
+from expo_kernels import Objective, _head, _launch, _products, expo_loss, linear_expo_loss, linear_token_logps
 from tests.kernels.test_policy_loss import OBJECTIVES
 from tests.numerics import make_batch, relative_error
 
@@ -214,6 +214,40 @@ def test_hidden_and_head_may_differ_in_dtype(hidden_dtype, weight_dtype, monkeyp
     for grad, true_grad, dtype in zip(grads[:2], true_grads[:2], (hidden_dtype, weight_dtype), strict=True):
         assert grad.dtype == dtype
         assert relative_error(grad, true_grad) <= (2e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_weight_may_be_rounded_in_the_call_while_its_gradient_is_not():
+    batch = make_batch(8, 32, 64, 257, dtype=torch.bfloat16)
+    master = torch.randn(257, 64).mul_(0.1).requires_grad_()
+    hidden = batch.hidden.requires_grad_()
+    inputs = batch.loss_inputs(Objective())
+
+    def gradients(weight, **options):
+        master.grad = hidden.grad = None
+        out = linear_expo_loss(hidden, weight, batch.completion_ids, batch.completion_mask, **inputs, **options)
+        (out.loss / 3).backward()
+        return out, hidden.grad, master.grad
+
+    cast, cast_hidden, cast_weight = gradients(master.to(torch.bfloat16))
+    out, hidden_grad, weight_grad = gradients(master, weight_dtype=torch.bfloat16)
+    assert torch.equal(out.loss, cast.loss)
+    assert torch.equal(out.logps, cast.logps)
+    assert torch.equal(hidden_grad, cast_hidden)
+    assert weight_grad.dtype == torch.float32
+    rounded = master.detach().bfloat16()
+    exact = dataclasses.replace(batch, hidden=hidden.detach(), weight=rounded, bias=torch.zeros(257))
+    _, (_, true_grad, _) = true_gradients(exact)
+    # on a GPU, dL/dlogits are bfloat16
+    bound = 2e-3 if _launch._switch.kernels_on_cpu else 1e-5
+    assert relative_error(weight_grad, true_grad / 3) <= bound
+    assert relative_error(cast_weight, true_grad / 3) > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", TypeError), (torch.float64, ValueError)])
+def test_a_dtype_that_a_weight_cannot_be_rounded_to_is_refused(dtype, error):
+    batch = make_batch()
+    with pytest.raises(error, match=r"weight_dtype is .*; expected"):
+        run(batch, weight_dtype=dtype)
 
 
 def test_tied_weights_add_up():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from expo_kernels import Objective, _head, _launch, _plans, _products, linear_expo_loss
+from expo_kernels import Objective, _launch, _plans, _products, _products_gpu, linear_expo_loss
 from tests.numerics import make_batch, relative_error
 
 V = 17
@@ -111,7 +111,7 @@ def test_log_probs_are_those_of_a_loss_by_token():
 def count_rows(monkeypatch):
     """Count the rows of logits that are computed, in PyTorch or for the kernels."""
     made = []
-    for products in (_products.WideProducts, _head.MixedProducts):
+    for products in (_products.WideProducts, _products_gpu.NarrowProducts, _products_gpu.SplitProducts):
 
         def counted(self, out, *arguments, original=products.write_logits):
             made.append(out.shape[0])

@@ -7,7 +7,8 @@ import torch
 
 from expo.errors import ConfigError
 from expo.learner.batch import Batch
-from expo.learner.model import head_logits, hidden_states, logit_softcap
+from expo.learner.model import PolicyModule, head_logits, hidden_states, logit_softcap
+from expo_kernels import Objective
 
 
 def test_logits_are_the_models_own(ledger_model):
@@ -35,3 +36,19 @@ def test_a_softcap_is_applied_and_a_logit_scale_is_refused(ledger_model):
     model.config.logit_scale = 0.5
     with pytest.raises(ConfigError, match="logit_scale"):
         logit_softcap(model)
+
+
+def test_the_gradient_of_a_bfloat16_policys_head_is_never_rounded_to_bfloat16(ledger_model):
+    model, tokenizer = copy.deepcopy(ledger_model[0]), ledger_model[1]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied: this gradient alone
+    ids = torch.tensor([tokenizer("3+8-2+7=")["input_ids"]])
+    batch = Batch(ids, ids.roll(-1, 1), torch.ones_like(ids, dtype=torch.bool))
+    module = PolicyModule(model, Objective(), torch.bfloat16, None)
+    loss, _, logps = module(batch, advantages=torch.ones(1), beta=0.0)
+    loss.backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient.dtype == torch.float32
+    assert (gradient != gradient.bfloat16()).float().mean() > 0.9
+    # the loss and the log-probs of the old policy use the same rounded weight
+    with torch.no_grad():
+        assert torch.equal(module(batch), logps)
