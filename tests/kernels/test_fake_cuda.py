@@ -119,29 +119,29 @@ BUDGETS = {
     "logits": (ready_logits, 34, 2),
     "logits, in place": (functools.partial(ready_logits, inplace=True), 35, 2),
     "logits, by sequence": (functools.partial(ready_logits, objective=SEQUENCES, return_entropy=True), 38, 4),
-    "hidden, bfloat16": (hidden_states, 79, 1),
-    "hidden, float32": (functools.partial(hidden_states, torch.float32), 63, 3),
-    "hidden, bias, entropy bonus": (functools.partial(hidden_states, bias=True, entropy_bonus=0.01), 92, 1),
-    "hidden, frozen head": (functools.partial(hidden_states, frozen=True), 66, 1),
-    "hidden, packed": (functools.partial(hidden_states, is_packed=True), 89, 1),
-    "hidden, 4 chunks": (functools.partial(hidden_states, rows=16, **LENGTHS), 172, 4),
+    "hidden, bfloat16": (hidden_states, 107, 1),
+    "hidden, float32": (functools.partial(hidden_states, torch.float32), 131, 3),
+    "hidden, bias, entropy bonus": (functools.partial(hidden_states, bias=True, entropy_bonus=0.01), 120, 1),
+    "hidden, frozen head": (functools.partial(hidden_states, frozen=True), 64, 1),
+    "hidden, packed": (functools.partial(hidden_states, is_packed=True), 117, 1),
+    "hidden, 4 chunks": (functools.partial(hidden_states, rows=16, **LENGTHS), 257, 4),
     "hidden, packed, 4 chunks": (
-        functools.partial(hidden_states, rows=16, is_packed=True, **LENGTHS), 179, 4,
+        functools.partial(hidden_states, rows=16, is_packed=True, **LENGTHS), 264, 4,
     ),
     "hidden, half of it masked, 2 chunks": (
-        functools.partial(hidden_states, rows=16, **lengths(16, 0, 9, 7)), 112, 2,
+        functools.partial(hidden_states, rows=16, **lengths(16, 0, 9, 7)), 159, 2,
     ),
     "hidden, by sequence, 2 chunks": (
-        functools.partial(hidden_states, rows=32, objective=SEQUENCES, **LENGTHS), 115, 6,
+        functools.partial(hidden_states, rows=32, objective=SEQUENCES, **LENGTHS), 162, 6,
     ),
     "hidden, packed, by sequence, 2 chunks": (
-        functools.partial(hidden_states, rows=32, is_packed=True, objective=SEQUENCES, **LENGTHS), 124, 6,
+        functools.partial(hidden_states, rows=32, is_packed=True, objective=SEQUENCES, **LENGTHS), 171, 6,
     ),
     "logps": (given_logps, 32, 2),
     "logps, by sequence": (functools.partial(given_logps, objective=SEQUENCES), 32, 2),
     "token_logps": (logps_of_logits, 27, 2),
-    "linear_token_logps": (logps_of_hidden, 90, 2),
-    "linear_token_logps, 4 chunks": (functools.partial(logps_of_hidden, rows=16, **LENGTHS), 216, 8),
+    "linear_token_logps": (logps_of_hidden, 119, 2),
+    "linear_token_logps, 4 chunks": (functools.partial(logps_of_hidden, rows=16, **LENGTHS), 302, 8),
     "group_advantages": (functools.partial(advantages, "group"), 13, 0),
     "group_advantages, batch": (functools.partial(advantages, "batch"), 13, 0),
     "akl_beta": (beta, 13, 0),
@@ -269,13 +269,13 @@ PLANTED_READS = {
 
 @pytest.mark.parametrize("name", PLANTED_READS)
 def test_a_read_planted_in_an_op_is_reported(name, monkeypatch):
-    from expo_kernels._triton import launch
+    from expo_kernels._triton import backend
 
-    def make_tokens(inputs, ids, original=launch.make_tokens):
+    def make_tokens(inputs, ids, original=backend.make_tokens):
         PLANTED_READS[name](inputs.completion_mask)
         return original(inputs, ids)
 
-    monkeypatch.setattr(launch, "make_tokens", make_tokens)
+    monkeypatch.setattr(backend, "make_tokens", make_tokens)
     with pytest.raises(HostWaitError):
         calls_of(hidden_states)
 
@@ -283,14 +283,14 @@ def test_a_read_planted_in_an_op_is_reported(name, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 @pytest.mark.parametrize("of_a_launch", [False, True])
 def test_a_tensor_planted_on_another_device_is_reported(device, of_a_launch, monkeypatch):
-    from expo_kernels._triton import launch
+    from expo_kernels._triton import backend
 
-    def make_sums(where, original=launch.make_sums):
+    def make_sums(where, original=backend.make_sums):
         sums = original(where)
         planted = torch.zeros(8, device=device)
         return sums._replace(metrics=planted if of_a_launch else sums.metrics + planted)
 
-    monkeypatch.setattr(launch, "make_sums", make_sums)
+    monkeypatch.setattr(backend, "make_sums", make_sums)
     with pytest.raises(MixedDevicesError):
         calls_of(hidden_states)
 
@@ -309,11 +309,11 @@ def test_a_check_of_values_is_a_read():
 
 
 def test_one_call_more_exceeds_a_budget(monkeypatch):
-    from expo_kernels._triton import launch
+    from expo_kernels._triton import backend
 
-    def make_sums(where, original=launch.make_sums):
+    def make_sums(where, original=backend.make_sums):
         return original(where)._replace(counter=torch.zeros(1, dtype=torch.int32, device=where))
 
-    monkeypatch.setattr(launch, "make_sums", make_sums)
+    monkeypatch.setattr(backend, "make_sums", make_sums)
     with pytest.raises(AssertionError):
         test_a_call_never_waits_and_stays_within_its_budget("hidden, bfloat16")
