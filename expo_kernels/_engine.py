@@ -190,7 +190,7 @@ class DevicePlan:
                 rows = slice(first, min(first + step, self._num_rows))
                 yield Span(rows, self._order, range(self._num_sequences) if step >= self._num_rows else None)
 
-        return Spans(min(step, self._num_rows), spans())
+        return Spans(step, spans())
 
     def whole_sequences(self) -> Spans | None:
         """Padded input: the first chunk takes as many sequences as fit at full length, later chunks as many as fit at
