@@ -93,7 +93,7 @@ def chunk_rows(num_tokens: int, most: int, multiple: int = 1) -> int:
     of `multiple`."""
     num_chunks = max(1, -(-num_tokens // most))
     num_rows = max(1, -(-num_tokens // num_chunks))
-    return min(-(-num_rows // multiple) * multiple, most)
+    return min(-(-num_rows // multiple) * multiple, most, max(num_tokens, 1))
 
 
 def rows_in_cache(rows: torch.Tensor) -> int:

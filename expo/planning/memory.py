@@ -16,7 +16,7 @@ import torch
 from expo.config import RunConfig
 from expo.learner.deepspeed import BUCKET_ELEMENTS
 from expo.learner.flops import ModelShape
-from expo_kernels._launch import chunk_rows, most_rows
+from expo_kernels._launch import chunk_rows, most_rows, row_multiple
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
@@ -129,22 +129,24 @@ class Footprint:
         expo_kernels chooses the rows of a chunk; each has V elements, rounded up to a multiple of 16.
         """
         tokens, hidden, vocab = self.micro_batch_tokens(), self.shape.hidden_size, self.shape.vocab_size
+        device = torch.device("cpu" if self.config.run.device == "cpu" else "cuda")
         most = most_rows(
             vocab,
             itemsize=4,
             buffers=1,
             budget_mb=self.config.policy.logits_budget_mb,
-            device=torch.device("cpu" if self.config.run.device == "cpu" else "cuda"),
+            device=device,
             hidden_size=hidden,
+            is_split=self.itemsize == FLOAT32,
         )
-        rows = chunk_rows(tokens, most)
+        rows = chunk_rows(tokens, most, row_multiple(device))
         return float(4 * rows * (-(-vocab // 16) * 16) + tokens * hidden * self.itemsize)
 
     def loss_bytes(self) -> float:
         """The linear loss: the memory of the log-probs, and the gradients that it computes in its forward pass.
 
-        These are the gradients of the hidden states, N * H, and of the head, V * H unless LoRA freezes it: each in
-        float32 and, at the end, in policy.dtype.
+        These are the gradients of the hidden states, N * H, in float32 and, at the end, in policy.dtype, and of the
+        head, V * H unless LoRA freezes it, in float32 beside a copy of the head in policy.dtype.
         """
         of_hidden = self.micro_batch_tokens() * self.shape.hidden_size
         of_head = 0 if self.config.policy.lora_rank else self.shape.embedding_parameters

@@ -41,7 +41,7 @@ def test_an_explicit_budget_is_obeyed_on_a_gpu():
 @pytest.mark.parametrize("num_tokens", [1, 255, 1000, 1024, 1100, 8192, 8200, 20_000])
 def test_every_chunk_but_the_last_fills_its_tiles(num_tokens):
     step = _launch.chunk_rows(num_tokens, 1024, _launch.row_multiple(GPU))
-    assert step % 256 == 0
+    assert step % 256 == 0 or step == num_tokens < 1024
     assert step <= 1024
     # no more tiles of 128 rows than one chunk of all rows would have
     sizes = [min(step, num_tokens - start) for start in range(0, num_tokens, step)]
