@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from expo.config import EvalConfig
-from expo.data import QuestionSet, load_questions, only_gradable, render_whole_set
+from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
 from expo.errors import CheckpointError, ConfigError
 from expo.evaluation.agreement import AnswerComparer
@@ -119,16 +119,16 @@ def _load_sets(config: EvalConfig, display: Display) -> dict[str, QuestionSet]:
     check_model_path(config.model)
     if config.rollout.engine == "vllm":
         check_vllm()
-    skip_bad_answers = config.data.skip_bad_answers
-    return {name: _load_set(name, source, skip_bad_answers, display) for name, source in config.evaluation.sets.items()}
+    options = ReadOptions.of(config.data, needs_columns=False)
+    return {name: _load_set(name, source, options, display) for name, source in config.evaluation.sets.items()}
 
 
-def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) -> QuestionSet:
+def _load_set(name: str, source: str, options: ReadOptions, display: Display) -> QuestionSet:
     """Loads a set, and shows its size and what was left out.
 
     Raises: ConfigError if the file repeats every question: an AIME file of 960 rows has 30 questions, each in 32 rows.
     """
-    loaded = load_questions(source)
+    loaded = load_questions(source, options)
     if loaded.fewest_rows > 1:
         num_distinct = loaded.num_rows - loaded.num_duplicates
         raise ConfigError(
@@ -137,7 +137,7 @@ def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) 
             f"file with one row per question (for AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} for as "
             f"many replies"
         )
-    loaded = only_gradable(loaded, skip_bad_answers)
+    loaded = only_gradable(loaded, options.skip_bad_answers)
     for line in set_lines(loaded):
         display.line(f"{name}: {line}")
     return loaded

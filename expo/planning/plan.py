@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from expo.config import RECIPES, ModelSection, RunConfig
-from expo.data import count_questions
+from expo.data import ReadOptions, count_questions
 from expo.errors import ConfigError
 from expo.learner.flops import ModelShape
 from expo.learner.model import check_model_path
@@ -276,7 +276,7 @@ def _step_rows(footprint: Footprint) -> _Rows:
 
 def _epochs(config: RunConfig) -> tuple[str, str]:
     source, drawn = config.data.train, config.run.steps * config.rollout.questions_per_step
-    num_questions = count_questions(source)
+    num_questions = count_questions(source, ReadOptions.of(config.data))
     if num_questions is None:
         return "?", f"{drawn:,} questions drawn; {source} cannot be counted without a download"
     return f"{drawn / num_questions:.1f}", f"{drawn:,} questions drawn from {num_questions:,}"

@@ -6,6 +6,7 @@ from expo.config import RunConfig
 from expo.data import (
     Overlap,
     QuestionSet,
+    ReadOptions,
     find_overlap,
     load_questions,
     only_gradable,
@@ -54,8 +55,11 @@ def load_inputs(config: RunConfig) -> Inputs:
     if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
         check_vllm()
     skip = config.data.skip_bad_answers
-    train = only_gradable(load_questions(config.data.train), skip)
-    evaluation = {name: only_gradable(load_questions(source), skip) for name, source in config.evaluation.sets.items()}
+    train = only_gradable(load_questions(config.data.train, ReadOptions.of(config.data)), skip)
+    options = ReadOptions.of(config.data, needs_columns=False)
+    evaluation = {
+        name: only_gradable(load_questions(source, options), skip) for name, source in config.evaluation.sets.items()
+    }
     overlap = find_overlap(train, evaluation)
     train = overlap.drop_from(train, config.data.drop_overlap)
     tokenizer = load_tokenizer(config.model)
