@@ -90,7 +90,8 @@ def _yaml(field: str, text: str) -> Any:
 
 
 def _tokenizer(path: str) -> Any:
-    from expo.learner.model import load_tokenizer  # imports transformers, which a check without --model does not need
+    # imports transformers, which a check without --model does not need
+    from expo.learner.model_files import load_tokenizer
 
     return load_tokenizer(ModelSection(path=path))
 

@@ -18,7 +18,8 @@ from expo.evaluation.config import EvalArguments
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
 from expo.evaluation.replies import REPLIES, resume_replies
-from expo.learner.model import check_model_path
+from expo.learner.model_checks import check_context, check_token_ids
+from expo.learner.model_files import check_model_files, load_model_config
 from expo.rewards.verifier import Verifier
 from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
@@ -116,7 +117,8 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
 
 
 def _load_sets(config: EvalConfig, display: Display) -> dict[str, QuestionSet]:
-    check_model_path(config.model)
+    check_model_files(config.model)
+    check_context(load_model_config(config.model), config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     if config.rollout.engine == "vllm":
         check_vllm()
     options = ReadOptions.of(config.data, needs_columns=False)
@@ -155,7 +157,10 @@ def _find_checkpoint(run: Path | None, step: int | None, ranks: Ranks) -> Path |
 
 
 def _render_sets(config: EvalConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
-    return {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
+    rendered = {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
+    prompts = (prompt.prompt_ids for group in rendered.values() for prompt in group)
+    check_token_ids(load_model_config(config.model), tokenizer, prompts)
+    return rendered
 
 
 def _metadata(
