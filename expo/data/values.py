@@ -9,7 +9,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from expo.data.prompts import PROMPTS
-from expo.rewards.answers import extract_answer, normalise_gold
+from expo.rewards.answers import normalise_gold, stated_gold
 
 Golds = tuple[str, ...]
 """Gold answers, any of which is right; () for an unreadable value."""
@@ -86,7 +86,8 @@ def ground_truth(value: Any) -> Golds:
 def boxed_gold(value: Any) -> Golds:
     """The last boxed answer of a worked solution."""
     solution = text(value)
-    return single_gold(extract_answer(solution)) if "box" in solution else ()
+    stated = stated_gold(solution)
+    return single_gold(stated) if stated != solution else ()
 
 
 def any_gold(value: Any) -> Golds:
