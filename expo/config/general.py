@@ -80,7 +80,7 @@ class DataSection(Section):
     nearly the same text, none: they are only reported, so that the training set is the paper's and does not depend on
     the evaluation."""
     skip_bad_answers: bool = False
-    """Drop and count questions whose gold answer the verifier cannot parse; false: refuse a set that has any."""
+    """Drop and count questions whose gold answer is missing or cannot be parsed; false: refuse a set that has any."""
     prompt: Literal["plain", "boxed", "dapo"] = "dapo"
     """Template around a question; plain: the question alone, boxed: asks for \\boxed{}, dapo: asks for Answer:."""
     template: str | None = None
