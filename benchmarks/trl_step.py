@@ -22,7 +22,7 @@ import expo.train
 from benchmarks.step_settings import BETA, BETAS, CLIP, GROUP_SIZE, LR, MAX_NEW_TOKENS, QUESTIONS, step_config
 from expo.config import ModelSection
 from expo.data import PROMPTS, load_questions
-from expo.learner.model import check_model_path
+from expo.learner.model_files import check_model_path
 from expo.rewards.verifier import Verifier
 from expo.run.setup import RunBookkeeping, open_run
 from expo.runtime.logging_filters import errors_only

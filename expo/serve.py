@@ -19,7 +19,7 @@ import torch
 
 from expo.config import RunConfig, parse_command_line
 from expo.errors import ConfigError
-from expo.learner.model import check_model_path
+from expo.learner.model_files import check_model_path, hub_options
 from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
 from expo.rollout.vllm.supervisor import fork_guarded
 from expo.rollout.vllm.transfer.group import BACKEND
@@ -34,6 +34,7 @@ def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -
     """The command line of vLLM's HTTP server for a run."""
     settings = {
         "model": check_model_path(config.model),
+        **hub_options(config.model),
         "host": host,
         "port": port,
         "tokens_only": True,

@@ -23,7 +23,7 @@ from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import current_position, random_states
 from expo.run.lifecycle import evaluate_if_due, finish, resume_run, save_checkpoint
-from expo.run.metrics import curriculum_row, progress_note, step_row
+from expo.run.metrics import curriculum_row, progress_note, step_advice, step_row
 from expo.run.schedule import is_due, is_over
 from expo.run.setup import RunRollout, open_run
 from expo.runtime.cli import fail
@@ -98,6 +98,9 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                         row.update(books.throughput.row(sampled, mini_batches, timer))
                         books.record_step(step, sampled, row, curriculum_row(step, data.curriculum))
                     bar.advance(note=progress_note(row))
+                    advice = step_advice(row, config)
+                    if advice is not None:
+                        books.display.line(advice)
                     score = evaluate_if_due(run, position)
                     position = replace(position, random=random_states())  # an evaluation may draw random numbers
                     if is_due(step, config.run.checkpoint_every) or is_over(config.run, position):

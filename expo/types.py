@@ -11,13 +11,21 @@ VerdictKind = Literal["correct", "wrong", "unparsed", "timeout"]
 class Question:
     """A question with a checkable answer.
 
-    id: stable, unique in its set; text: its wording; answer: the gold answer; level: name of its difficulty, or "".
+    id: stable, unique in its set; text: its wording; answer: the gold answer; level: name of its difficulty, or "";
+    alternatives: further gold answers, any of which is right too; system: the system message of its prompt, or "".
     """
 
     id: str
     text: str
     answer: str
     level: str = ""
+    alternatives: tuple[str, ...] = ()
+    system: str = ""
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """Every gold answer; a reply that states one of them is correct."""
+        return (self.answer, *self.alternatives)
 
 
 @dataclass(frozen=True)

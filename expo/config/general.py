@@ -1,9 +1,13 @@
 """General sections: the run's folder and length, the model, the questions, and the deadlines."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
 
 from expo.config.section import Count, Index, Positive, Section
+
+Column = Literal["question", "answer", "accepted", "context", "choices", "id", "level"]
 
 
 class RunSection(Section):
@@ -49,6 +53,16 @@ class ModelSection(Section):
     """Folder or hub id of a transformers causal language model with its tokenizer; "ledger": the embedded model."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation of transformers; auto: the one that transformers chooses."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hugging Face hub. If unset: its main branch."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model, where transformers has no class for it. Set it only for code that
+    you have read."""
+
+    @field_validator("revision", mode="before")
+    @classmethod
+    def _digits_are_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value  # as YAML reads a commit
 
 
 class DataSection(Section):
@@ -58,19 +72,54 @@ class DataSection(Section):
     """Source of the training questions: a JSON-lines or Parquet file or a folder of them,
     "owner/name[/configuration][:split][@revision]" on the Hugging Face hub, a named set such as dapo-17k,
     "reasoning-gym:FAMILY?level=1&size=500&seed=0", or a built-in set such as "ledger:train" (docs/data.md)."""
+    columns: dict[Column, str | None] = {}
+    """Columns of the questions, for a table whose columns are not known (docs/data.md): {question: Q, answer: A}, with
+    accepted in place of answer for a list of which any member is right; context, choices, id and level where there are
+    such columns, null to leave one out. An evaluation set without these columns is read by the known ones."""
     drop_overlap: Literal["none", "exact", "near"] = "none"
     """Training questions to drop because evaluation.sets contain them; exact: with the same text, near: also with
     nearly the same text, none: they are only reported, so that the training set is the paper's and does not depend on
     the evaluation."""
     skip_bad_answers: bool = False
-    """Drop and count questions whose gold answer the verifier cannot parse; false: refuse a set that has any."""
+    """Drop and count questions whose gold answer is missing or cannot be parsed; false: refuse a set that has any."""
     prompt: Literal["plain", "boxed", "dapo"] = "dapo"
     """Template around a question; plain: the question alone, boxed: asks for \\boxed{}, dapo: asks for Answer:."""
+    template: str | None = None
+    """Template of your own in place of data.prompt: a text with {question} where the question belongs. If unset:
+    data.prompt."""
     chat_template: bool = True
     """Wrap the prompt as one user message in the tokenizer's chat template."""
+    system: str | None = None
+    """System message before the user message, for a chat template. If unset: that of the question's row, if it has one;
+    "": none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further arguments of the tokenizer's chat template, such as {enable_thinking: false} of Qwen3."""
     max_prompt_tokens: Count = 1024
     """Longest prompt in tokens (paper: 1,024). Training questions with a longer prompt are dropped and counted; an
     evaluation set that has any is refused."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_a_question(cls, value: str | None) -> str | None:
+        if value is not None and value.count("{question}") != 1:
+            raise ValueError("it must contain {question} once, where the question belongs")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_go_together(cls, value: dict[Column, str | None]) -> dict[Column, str | None]:
+        has_question = value.get("question") is not None
+        num_answers = sum(value.get(name) is not None for name in ("answer", "accepted"))
+        if num_answers != has_question:
+            raise ValueError("give question with either answer or accepted, as in {question: Q, answer: A}")
+        return value
+
+    @model_validator(mode="after")
+    def _chat_settings_are_used(self) -> "DataSection":
+        given = [name for name in ("system", "chat_template_kwargs") if getattr(self, name)]
+        if given and not self.chat_template:
+            raise ValueError(f"data.{given[0]} is for a chat template; set data.chat_template to true, or remove it")
+        return self
 
 
 class DeadlineSection(Section):

@@ -29,6 +29,9 @@ class RolloutSection(Section):
     """Only null, 0 and -1 are accepted: no top-k sampling."""
     max_new_tokens: Count = 3072
     """Longest reply in tokens (paper: 3,072). A reply cut there counts as truncated and is graded as it is."""
+    stop_tokens: list[str] = []
+    """Tokens that end a reply, beside the end-of-sequence tokens of the tokenizer and of the model's generation config;
+    such as "<|im_end|>" for a base model with a chat template."""
     batch_size: Count = 256
     """Replies generated at once. Memory grows with it; results depend on it by rounding at most, and not at all in
     float32 on a CPU (tested)."""

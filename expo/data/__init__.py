@@ -1,6 +1,7 @@
 """Questions with checkable answers, from files, the Hugging Face hub or a generator, and their prompts."""
 
 from expo.data.gradable import bad_questions, only_gradable
+from expo.data.layouts import ReadOptions
 from expo.data.overlap import Overlap, find_overlap
 from expo.data.prompts import PROMPTS, render_prompt, render_prompts, render_whole_set
 from expo.data.questions import QuestionSet, question_id
@@ -11,6 +12,7 @@ __all__ = [
     "PROMPTS",
     "Overlap",
     "QuestionSet",
+    "ReadOptions",
     "bad_questions",
     "count_questions",
     "find_overlap",

@@ -3,11 +3,16 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import yaml
+from pydantic import ValidationError
 
 from expo.config import DataSection, ModelSection
 from expo.data import sources
 from expo.data.gradable import bad_questions
+from expo.data.layouts import ReadOptions
 from expo.data.overlap import find_overlap
 from expo.data.prompts import PROMPTS, render_prompt
 from expo.data.questions import QuestionSet
@@ -18,11 +23,12 @@ from expo.runtime.cli import fail
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
+YAML_FLAGS = ("columns", "template", "system", "chat_template_kwargs")
 
 
 def show(arguments: argparse.Namespace) -> int:
     """Prints some prompts exactly as the model gets them, with special tokens, and their gold answers."""
-    loaded = sources.load_questions(arguments.source)
+    loaded = sources.load_questions(arguments.source, ReadOptions.of(_section(arguments)))
     section, tokenizer = _section(arguments), _tokenizer(arguments.model)
     for number, question in enumerate(loaded.questions[: arguments.n], 1):
         prompt_ids = render_prompt(question, section, tokenizer)
@@ -30,18 +36,22 @@ def show(arguments: argparse.Namespace) -> int:
         level = f", level {question.level}" if question.level else ""
         print(f"question {number} of {len(loaded.questions)}: id {question.id}{level}, {len(prompt_ids)} tokens")
         print("-" * 80, text, "-" * 80, sep="\n")
-        print(f"gold answer: {question.answer}    graded as: {normalise_gold(question.answer)}\n")
+        for gold in question.golds:
+            print(f"gold answer: {gold}    graded as: {normalise_gold(gold)}")
+        print()
     return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Prints rows, duplicates, ungradable answers, longest prompts and overlaps; 1 if answers are ungradable."""
-    loaded = sources.load_questions(arguments.source)
+    options = ReadOptions.of(_section(arguments))
+    loaded = sources.load_questions(arguments.source, options)
     print(f"{loaded.num_rows:,} rows")
     print(*set_lines(loaded), sep="\n")
     _print_longest(loaded, arguments)
     for against in arguments.against:
-        lines = find_overlap(loaded, {against: sources.load_questions(against)}).lines()
+        other = sources.load_questions(against, replace(options, needs_columns=False))
+        lines = find_overlap(loaded, {against: other}).lines()
         print(*(lines or [f"overlap: none with {against}"]), sep="\n")
     bad = bad_questions(loaded)
     print(f"{len(bad):,} gold answers cannot be graded" + (":" if bad else ""))
@@ -62,11 +72,26 @@ def _print_longest(loaded: QuestionSet, arguments: argparse.Namespace) -> None:
 
 
 def _section(arguments: argparse.Namespace) -> DataSection:
-    return DataSection(train=arguments.source, prompt=arguments.prompt, chat_template=arguments.chat_template)
+    given = vars(arguments)
+    fields = [field for field in ("prompt", "chat_template", *YAML_FLAGS) if given[field] is not None]
+    values = {field: _yaml(field, given[field]) if field in YAML_FLAGS else given[field] for field in fields}
+    try:
+        return DataSection(train=arguments.source, **values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"these settings do not work: {problems}") from error
+
+
+def _yaml(field: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{field}={text} is not a YAML value: {' '.join(str(error).split())}") from error
 
 
 def _tokenizer(path: str) -> Any:
-    from expo.learner.model import load_tokenizer  # imports transformers, which a check without --model does not need
+    # imports transformers, which a check without --model does not need
+    from expo.learner.model_files import load_tokenizer
 
     return load_tokenizer(ModelSection(path=path))
 
@@ -88,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--chat-template", action=argparse.BooleanOptionalAction, default=True, help="as data.chat_template"
         )
+        for field in YAML_FLAGS:
+            flag = f"--{field.replace('_', '-')}"
+            command.add_argument(flag, dest=field, metavar="VALUE", help=f"as data.{field}")
     commands.choices["show"].add_argument("-n", type=int, default=3, metavar="N", help="how many (default: 3)")
     commands.choices["check"].add_argument(
         "--against", nargs="+", default=[], metavar="SOURCE", help="evaluation sets to search for the same questions"

@@ -7,11 +7,13 @@ from expo.errors import ConfigError
 from expo.rewards.verifier import ungradable_answers
 from expo.types import Question
 
+MOST_SHOWN = 80  # characters of a gold answer in a message
+
 
 def bad_questions(loaded: QuestionSet) -> list[Question]:
-    r"""The questions whose gold answer cannot be parsed, or does not verify when a reply boxes it."""
-    bad = set(ungradable_answers([question.answer for question in loaded.questions]))
-    return [question for question in loaded.questions if question.answer in bad]
+    r"""The questions with a gold answer that cannot be parsed, or does not verify when a reply boxes it."""
+    bad = set(ungradable_answers([gold for question in loaded.questions for gold in question.golds]))
+    return [question for question in loaded.questions if not bad.isdisjoint(question.golds)]
 
 
 def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
@@ -22,7 +24,7 @@ def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
     bad = bad_questions(loaded)
     if not bad:
         return loaded
-    named = name_some([f"{question.id} ({question.answer!r})" for question in bad])
+    named = name_some([f"{question.id} ({', '.join(map(repr, question.golds))[:MOST_SHOWN]})" for question in bad])
     if not skip_bad_answers:
         raise ConfigError(
             f"{loaded.source}: {len(bad)} gold answers cannot be parsed: {named}; correct these rows, or drop "
@@ -34,6 +36,6 @@ def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
     return replace(
         loaded,
         questions=tuple(question for question in loaded.questions if question.id not in left_out),
-        num_bad_answers=len(bad),
+        num_bad_answers=loaded.num_bad_answers + len(bad),
         notes=(*loaded.notes, f"{len(bad)} questions with gold answers that cannot be parsed are left out: {named}"),
     )

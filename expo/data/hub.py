@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expo.data.layouts import Table, columns_to_read
+from expo.data.files import python_rows
+from expo.data.layouts import DEFAULT_OPTIONS, ReadOptions, Table, columns_to_read
 from expo.errors import ConfigError
 
 ROWS_PER_BATCH = 10_000
@@ -74,16 +75,17 @@ def find_named(source: str) -> NamedSet | None:
     return replace(named, source=replace(named.source, revision=revision)) if named and revision else named
 
 
-def hub_table(source: HubSource) -> Table:
+def hub_table(source: HubSource, options: ReadOptions = DEFAULT_OPTIONS) -> Table:
     """The rows of a split, downloaded or from the cache of the hub's library, with only the columns that are used.
 
     Raises: ConfigError if the split cannot be loaded, the source has several splits and names none, or no layout fits
         its columns.
     """
     split = _load_split(source)
-    wanted = split.select_columns(columns_to_read(str(source), split.column_names))
-    batches = wanted.with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
-    return Table(str(source), enumerate((record for batch in batches for record in batch.to_pylist()), 1))
+    wanted = columns_to_read(str(source), split.column_names, options)
+    batches = split.select_columns(wanted).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
+    unread = tuple(column for column in split.column_names if column not in wanted)
+    return Table(str(source), enumerate((row for batch in batches for row in python_rows(batch)), 1), unread=unread)
 
 
 def _load_split(source: HubSource) -> Any:

@@ -1,120 +1,216 @@
 """The columns in which published data sets keep their questions and answers.
 
-The columns of a table's first row choose its layout. Column names and pitfalls come from the data sets' pages on the
-Hugging Face hub; `hub.NAMED` lists the sets.
+The columns of a table's first row choose its layout, unless data.columns names them. Column names and pitfalls come
+from the data sets' pages on the Hugging Face hub; `hub.NAMED` lists the sets. `values.py` reads the values.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from expo.data.prompts import PROMPTS
+from expo.config import DataSection
+from expo.data import values
 from expo.data.questions import Row
 from expo.errors import ConfigError
-from expo.rewards.answers import normalise_gold
 
 Record = Mapping[str, Any]
+Columns = Mapping[Any, str | None]  # data.columns: what a column holds, and its name
+
+CONTEXTS = ("context", "passage", "body", "Body")  # SQuAD's kind; ASDiv and SVAMP: the story before the question
+CHOICES = ("choices", "options")  # MMLU, ARC; MMLU-Pro, AQuA-RAT
+# what a text model cannot be shown; such a column may be empty
+_MEDIA = re.compile(r"(?:decoded_)?images?(?:_?\d+)?|audio|video", re.IGNORECASE)
+COLUMNS_HINT = "--data.columns='{question: COLUMN, answer: COLUMN}'"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns; name: the file or set, for error messages; records: each with its row number."""
+    """Rows with the same columns.
+
+    name: the file or set, for error messages; records: each with its row number; keeps_ids: whether the column `id` is
+    the question's id, which otherwise is a hash of its text; unread: columns left out before the records were made.
+    """
 
     name: str
     records: Iterable[tuple[int, Record]]
     keeps_ids: bool = False
-    """Whether the column `id` is the question's id; otherwise the id is a hash of its text."""
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the rows of a source are read.
+
+    columns: data.columns; needs_columns: whether a table without these columns is refused, otherwise the known layouts
+    are tried; skip_bad_answers: whether a row without a usable answer is left out and counted, otherwise it is refused.
+    """
+
+    columns: Columns = field(default_factory=dict)
+    needs_columns: bool = True
+    skip_bad_answers: bool = False
+
+    @classmethod
+    def of(cls, section: DataSection, *, needs_columns: bool = True) -> "ReadOptions":
+        """Those of a configuration."""
+        return cls(dict(section.columns), needs_columns, section.skip_bad_answers)
+
+
+DEFAULT_OPTIONS = ReadOptions()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of question and answer, and the functions that read their values; "" is an unreadable value."""
+    """The columns of a table, None where it has no such column, and the function that reads the answer's value."""
 
     question: str
     answer: str
-    read_question: Callable[[Any], str]
-    read_answer: Callable[[Any], str]
+    read_answer: Callable[[Any], values.Golds] = values.single_gold
+    context: str | None = None
+    choices: str | None = None
+    id: str | None = None
+    level: str | None = None
 
-
-def _text(value: Any) -> str:
-    return value.strip() if isinstance(value, str) else ""
-
-
-def _question_of_prompt(value: Any) -> str:
-    """The question in a text or a single user message, without DAPO's instructions: prompt templates add their own."""
-    if not isinstance(value, str):
-        messages = value if isinstance(value, list) else []
-        roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
-        value = messages[0].get("content") if roles == ["user"] else None
-    before, after = PROMPTS["dapo"].split("{question}")
-    return _text(value).removeprefix(before.strip()).removesuffix(after.strip()).strip()
-
-
-def _answer(value: Any) -> str:
-    """A gold answer that `\\boxed{}` can hold: 142.0 as "142.0"; a list, also one written as text, joined by commas."""
-    if isinstance(value, list):
-        members = [_answer(member) for member in value]
-        return ", ".join(members) if all(members) else ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return ""
-    text = str(value).strip()
-    return normalise_gold(text) if text.startswith("[") else text
-
-
-def _ground_truth(value: Any) -> str:
-    return _answer(value.get("ground_truth")) if isinstance(value, Mapping) else ""
+    def columns(self) -> list[str]:
+        """The columns that are read."""
+        named = (self.question, self.answer, self.context, self.choices, self.id, self.level)
+        return [column for column in named if column is not None]
 
 
 LAYOUTS = (
-    Layout("prompt", "reward_model", _question_of_prompt, _ground_truth),  # DAPO-17K as published; verl's format
-    Layout("prompt", "solution", _question_of_prompt, _answer),  # open-r1's copy of it: `solution` is the bare answer
-    Layout("question", "final_answer", _text, _answer),  # OlympiadBench: a list
-    Layout("question", "answer", _text, _answer),  # the format of expo; Minerva, AMC 2023
-    Layout("problem", "answer", _text, _answer),  # AIME, MATH-500; AMC of AIMO has 142.0 for 142
-    Layout("Problem", "Answer", _text, _answer),  # Maxwell-Jia/AIME_2024
+    Layout("prompt", "reward_model", values.ground_truth),  # DAPO-17K as published; verl's format
+    Layout("prompt", "solution"),  # open-r1's copy of it: `solution` is the bare answer
+    Layout("question", "final_answer"),  # OlympiadBench: a list
+    Layout("question", "answer"),  # the format of expo; GSM8K, Minerva, AMC 2023, MMLU
+    Layout("problem", "answer"),  # AIME, MATH-500; AMC of AIMO has 142.0 for 142
+    Layout("Problem", "Answer"),  # Maxwell-Jia/AIME_2024
+    Layout("Question", "Answer"),  # SVAMP
+    Layout("question", "answerKey"),  # ARC, CommonsenseQA
+    Layout("problem", "solution", values.boxed_gold),  # MATH: a worked solution
 )
 """Tried in this order: a table with `final_answer` or `answer` may also have a `solution`, a worked one."""
 
 
-def choose_layout(name: str, columns: Iterable[str]) -> Layout:
-    """The first layout whose columns are present.
+def choose_layout(name: str, columns: Iterable[str], options: ReadOptions) -> Layout:
+    """The layout that data.columns names, or the first known one whose columns are present.
+
+    Raises: ConfigError, which names the columns, if no layout fits.
+    """
+    present, chosen = list(columns), options.columns
+    missing = [column for column in chosen.values() if column is not None and column not in present]
+    if missing and options.needs_columns:
+        raise ConfigError(
+            f"data.columns names {', '.join(missing)}, but {name} has the columns {', '.join(present) or '(none)'}"
+        )
+    if missing:
+        chosen = {}
+    layout = _mapped_layout(chosen) or next(
+        (known for known in LAYOUTS if known.question in present and known.answer in present), None
+    )
+    if layout is None:
+        known = ", ".join(f"{layout.question} + {layout.answer}" for layout in LAYOUTS)
+        raise ConfigError(
+            f"{name} has the columns {', '.join(present) or '(none)'}; expected one of: {known}; or name the columns: "
+            f"{COLUMNS_HINT}"
+        )
+    used = layout.columns()
+
+    def optional(kind: str, known: tuple[str, ...]) -> str | None:
+        if kind in chosen:
+            return chosen[kind]
+        return next((column for column in known if column in present and column not in used), None)
+
+    return replace(
+        layout,
+        context=optional("context", CONTEXTS),
+        choices=optional("choices", CHOICES),
+        id=optional("id", ("id",)),
+        level=optional("level", ("level",)),
+    )
+
+
+def _mapped_layout(columns: Columns) -> Layout | None:
+    """The layout that data.columns names; None if it names no question."""
+    question = columns.get("question")
+    if question is None:
+        return None
+    accepted = columns.get("accepted")
+    if accepted is not None:
+        return Layout(question, accepted, values.accepted_golds)
+    return Layout(question, str(columns["answer"]), values.any_gold)
+
+
+def columns_to_read(name: str, columns: Iterable[str], options: ReadOptions) -> list[str]:
+    """The columns of a table that `TableReader` uses.
 
     Raises: ConfigError, which names the columns, if no layout fits.
     """
     present = list(columns)
-    for layout in LAYOUTS:
-        if layout.question in present and layout.answer in present:
-            return layout
-    known = ", ".join(f"{layout.question} + {layout.answer}" for layout in LAYOUTS)
-    raise ConfigError(f"{name} has the columns {', '.join(present) or '(none)'}; expected one of: {known}")
+    layout = choose_layout(name, present, options)
+    read = set(layout.columns())
+    return [column for column in present if column in read or _MEDIA.fullmatch(column)]
 
 
-def columns_to_read(name: str, columns: Iterable[str]) -> list[str]:
-    """The columns of a table that `read_table` uses.
+class TableReader:
+    """Reads the rows of tables, and remembers the columns that it did not read."""
 
-    Raises: ConfigError, which names the columns, if no layout fits.
-    """
-    present = list(columns)
-    layout = choose_layout(name, present)
-    return [column for column in (layout.question, layout.answer, "id", "level") if column in present]
+    def __init__(self, options: ReadOptions) -> None:
+        self._options = options
+        self.unread: dict[str, None] = {}  # an ordered set
+
+    def rows(self, table: Table) -> Iterator[Row]:
+        """The rows of a table; with skip_bad_answers, a row without a usable answer has the answer "".
+
+        Raises: ConfigError if no layout fits its first record, or if a record, which it names, has no question or
+            answer, or a picture.
+        """
+        self.unread.update(dict.fromkeys(table.unread))
+        layout = None
+        for number, record in table.records:
+            layout = layout or choose_layout(f"{table.name}:{number}", record, self._options)
+            if len(record) > 2:
+                self._note_unread(f"{table.name}:{number}", record, layout)
+            yield self._row(table, number, record, layout)
+
+    def _note_unread(self, where: str, record: Record, layout: Layout) -> None:
+        read = layout.columns()
+        for column, value in record.items():
+            if column in read or value in (None, "", [], {}):
+                continue
+            if _MEDIA.fullmatch(column):
+                raise ConfigError(
+                    f"{where} has `{column}`, which a text model cannot be shown; leave out the rows that need it, or "
+                    f"remove the column"
+                )
+            self.unread.setdefault(column)
+
+    def _row(self, table: Table, number: int, record: Record, layout: Layout) -> Row:
+        where = f"{table.name}:{number}"
+        system, question = values.read_question(record.get(layout.question))
+        if not question:
+            raise _unusable(where, layout.question, record, "correct or drop it")
+        context = values.text(record.get(layout.context)) if layout.context else ""
+        value = record.get(layout.answer)
+        golds = layout.read_answer(value)
+        if layout.choices and record.get(layout.choices) is not None:
+            choices = values.Choices.read(record[layout.choices])
+            golds = choices.golds(value, golds)
+            question = f"{question}\n{choices.text}"
+        if not golds and not self._options.skip_bad_answers:
+            raise _unusable(where, layout.answer, record, "correct or drop it, or set --data.skip_bad_answers=true")
+        text = f"{context}\n\n{question}" if context else question
+        given_id = record.get(layout.id) if table.keeps_ids and layout.id else None
+        level = record.get(layout.level) if layout.level else None
+        return Row(
+            where,
+            text,
+            golds[0] if golds else "",
+            None if given_id is None else str(given_id),
+            "" if level is None else str(level),
+            golds[1:],
+            system,
+        )
 
 
-def read_table(table: Table) -> Iterator[Row]:
-    """The rows of a table.
-
-    Raises: ConfigError if no layout fits its first record, or if a record, which it names, has no question or answer.
-    """
-    layout = None
-    for number, record in table.records:
-        layout = layout or choose_layout(f"{table.name}:{number}", record)
-        yield _read_record(table, number, record, layout)
-
-
-def _read_record(table: Table, number: int, record: Record, layout: Layout) -> Row:
-    where = f"{table.name}:{number}"
-    text, answer = layout.read_question(record.get(layout.question)), layout.read_answer(record.get(layout.answer))
-    for column, value in ((layout.question, text), (layout.answer, answer)):
-        if not value:
-            raise ConfigError(f"{where} has no usable `{column}`: {str(record.get(column))[:80]!r}; correct or drop it")
-    given_id, level = record.get("id") if table.keeps_ids else None, record.get("level")
-    return Row(where, text, answer, None if given_id is None else str(given_id), "" if level is None else str(level))
+def _unusable(where: str, column: str, record: Record, advice: str) -> ConfigError:
+    return ConfigError(f"{where} has no usable `{column}`: {str(record.get(column))[:80]!r}; {advice}")

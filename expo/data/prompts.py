@@ -22,19 +22,47 @@ PROMPTS = {
 def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> list[int]:
     """Token ids of a question's prompt, up to the first token of the reply.
 
-    Raises: ConfigError if data.chat_template is true and the tokenizer has no chat template.
+    Raises: ConfigError if data.chat_template is true and the tokenizer has no chat template or its template fails, or
+        if the question has a system message that could not be shown.
     """
-    text = PROMPTS[config.prompt].format(question=question.text)
+    if config.template is not None:
+        text = config.template.replace("{question}", question.text)
+    else:
+        text = PROMPTS[config.prompt].format(question=question.text)
+    system = question.system if config.system is None else config.system
     if not config.chat_template:
-        return list(tokenizer(text)["input_ids"])
+        if system:
+            raise ConfigError(
+                f"question {question.id} has a system message, which only a chat template can show; set "
+                f"--data.chat_template=true, or leave it out: --data.system='\"\"'"
+            )
+        return _without_end(list(tokenizer(text)["input_ids"]), text, tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "data.chat_template is true, but the tokenizer has none; turn it off: --data.chat_template=false, or of "
             "python -m expo.data --no-chat-template"
         )
-    message = [{"role": "user", "content": text}]
-    encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **config.chat_template_kwargs
+        )
+    except Exception as error:  # a template is a program: it raises its own errors and those of its expressions
+        problem = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the tokenizer's chat template fails on question {question.id}: {type(error).__name__}: {problem}; change "
+            f"data.system or data.chat_template_kwargs, or set --data.chat_template=false"
+        ) from error
     return list(encoded["input_ids"])
+
+
+def _without_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """The ids without the special tokens that some tokenizers append: a reply cannot follow an end of sequence."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    while len(ids) > 1 and ids[-1] in special and not text.endswith(tokenizer.decode(ids[-1:])):
+        ids.pop()
+    return ids
 
 
 def render_prompts(questions: Sequence[Question], config: DataSection, tokenizer: Any) -> list[Prompt]:

@@ -31,9 +31,11 @@ class QuestionSet:
     num_conflicts: int = 0
     """Questions left out because their rows disagree on the answer."""
     num_bad_answers: int = 0
-    """Questions left out because their gold answer cannot be graded."""
+    """Questions left out because their gold answer cannot be graded, and rows without an answer."""
     num_overlapping: int = 0
     """Training questions left out because an evaluation set contains them."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns of the source that hold something and are not used."""
     notes: tuple[str, ...] = ()
     """Messages for the user, one line each."""
 
@@ -48,19 +50,28 @@ class QuestionSet:
         """SHA-256 over all ids, texts and answers in order; equal for equal sets from different sources."""
         hashed = hashlib.sha256()
         for question in self.questions:
-            hashed.update(repr((question.id, question.text, question.answer)).encode())
+            parts = (question.id, question.text, question.answer)
+            # only where there are some, so that other sets keep the digest that earlier runs recorded
+            more = (question.alternatives, question.system) if question.alternatives or question.system else ()
+            hashed.update(repr(parts + more).encode())
         return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source; where: file or set and row number, for error messages."""
+    """One row of a source.
+
+    where: file or set and row number, for error messages; answer: "" if it has none that can be used; alternatives,
+    system: as of a `Question`.
+    """
 
     where: str
     text: str
     answer: str
     given_id: str | None = None
     level: str = ""
+    alternatives: tuple[str, ...] = ()
+    system: str = ""
 
 
 @dataclass
@@ -72,8 +83,12 @@ class _Merger:
     normal_texts: dict[str, str] = field(default_factory=dict)  # cache by original text, which mostly repeats exactly
     texts_of_ids: dict[str, str] = field(default_factory=dict)
     conflicts: dict[str, None] = field(default_factory=dict)  # normalised texts, as an ordered set
+    without_answer: list[str] = field(default_factory=list)  # where these rows are
 
     def add(self, row: Row) -> None:
+        if not row.answer:
+            self.without_answer.append(row.where)
+            return
         self.num_rows += 1
         normal = self.normal_texts.get(row.text)
         if normal is None:
@@ -82,9 +97,14 @@ class _Merger:
         key = row.given_id or (self.questions[normal].id if normal in self.questions else _digest(normal))
         if self.texts_of_ids.setdefault(key, normal) != normal:
             raise ConfigError(f"{row.where}: the id {key} belongs to another question already; make ids unique")
-        seen = self.questions.setdefault(normal, Question(key, row.text, row.answer, row.level))
-        if seen.answer != row.answer and normalise_gold(seen.answer) != normalise_gold(row.answer):
+        question = Question(key, row.text, row.answer, row.level, row.alternatives, row.system)
+        seen = self.questions.setdefault(normal, question)
+        if seen.golds != question.golds and _normal_golds(seen) != _normal_golds(question):
             self.conflicts[normal] = None
+
+
+def _normal_golds(question: Question) -> set[str]:
+    return {normalise_gold(gold) for gold in question.golds}
 
 
 def merge_rows(source: str, rows: Iterable[Row]) -> QuestionSet:
@@ -101,6 +121,8 @@ def merge_rows(source: str, rows: Iterable[Row]) -> QuestionSet:
             f"every question of {source} comes with different answers, none of which can be trusted: "
             f"{_conflicting(merger)}; give each question one answer"
         )
+    if not questions and merger.without_answer:
+        raise ConfigError(f"no row of {source} has a usable answer; give another source")
     if not questions:
         raise ConfigError(f"{source} holds no questions; give a source that has some")
     num_distinct = len(merger.questions)
@@ -110,7 +132,8 @@ def merge_rows(source: str, rows: Iterable[Row]) -> QuestionSet:
         num_duplicates=merger.num_rows - num_distinct,
         fewest_rows=min(merger.num_rows_of.values()),
         num_conflicts=len(merger.conflicts),
-        notes=(*_repeats_note(merger.num_rows, num_distinct), *_conflicts_note(merger)),
+        num_bad_answers=len(merger.without_answer),
+        notes=(*_repeats_note(merger.num_rows, num_distinct), *_conflicts_note(merger), *_no_answer_note(merger)),
     )
 
 
@@ -129,6 +152,13 @@ def _conflicts_note(merger: _Merger) -> list[str]:
         return []
     count = len(merger.conflicts)
     return [f"{count:,} questions come with different answers and are left out: {_conflicting(merger)}"]
+
+
+def _no_answer_note(merger: _Merger) -> list[str]:
+    if not merger.without_answer:
+        return []
+    count = len(merger.without_answer)
+    return [f"{count:,} rows without a usable answer are left out: {name_some(merger.without_answer)}"]
 
 
 def _conflicting(merger: _Merger) -> str:

@@ -29,7 +29,8 @@ def set_lines(loaded: QuestionSet, num_long: int = 0) -> list[str]:
     parts = [f"{count:,} {reason}" for reason, count in left_out(loaded, num_long).items() if count]
     reasons = f"; left out: {', '.join(parts)}" if parts else ""
     size = f"{loaded.source}: {len(loaded.questions) - num_long:,} questions{reasons}"
-    return [size, *(f"{loaded.source}: {note}" for note in loaded.notes)]
+    unread = [f"the columns {', '.join(loaded.unread_columns)} are not used"] if loaded.unread_columns else []
+    return [size, *(f"{loaded.source}: {note}" for note in [*loaded.notes, *unread])]
 
 
 def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
         "questions": len(loaded.questions) - num_long,
         "digest": loaded.digest,
         "left_out": left_out(loaded, num_long),
+        "columns_not_used": list(loaded.unread_columns),
         "notes": list(loaded.notes),
     }
 

@@ -10,16 +10,17 @@
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from expo import ledger
 from expo.data import arithmetic
 from expo.data.files import SUFFIXES, local_tables
 from expo.data.hub import NAMED, NamedSet, find_named, hub_table, parse_hub_source
-from expo.data.layouts import Table, read_table
+from expo.data.layouts import DEFAULT_OPTIONS, ReadOptions, TableReader
 from expo.data.questions import QuestionSet, Row, merge_rows
 from expo.data.reasoning import PREFIX, reasoning_rows
 from expo.errors import ConfigError
@@ -34,30 +35,34 @@ BUILT_IN: dict[str, Callable[[], list[ledger.LedgerQuestion]]] = {
 """Built-in question sets by name."""
 
 
-def load_questions(source: str) -> QuestionSet:
-    """The distinct questions of a source.
+def load_questions(source: str, options: ReadOptions = DEFAULT_OPTIONS) -> QuestionSet:
+    """The distinct questions of a source; `options` say how the rows of tables are read.
 
     Raises: ConfigError if the source does not exist, cannot be read or is empty, if a row (which it names) is not a
         question, or if a named set does not have the expected number of rows.
     """
     named = find_named(source)
+    reader = TableReader(options)
     if named is not None:
-        return _load_named(source, named)
-    return merge_rows(source, _rows_of(source))
+        loaded = _load_named(source, named, reader, options)
+    else:
+        loaded = merge_rows(source, _rows_of(source, reader, options))
+    return replace(loaded, unread_columns=tuple(reader.unread))
 
 
-def count_questions(source: str) -> int | None:
+def count_questions(source: str, options: ReadOptions = DEFAULT_OPTIONS) -> int | None:
     """The number of questions of a source, or None if it is unknown without a download."""
     named = find_named(source)
     if named is not None:
         return named.num_distinct
     if source in BUILT_IN or source.startswith(PREFIX) or Path(source).exists():
-        return len(load_questions(source).questions)
+        return len(load_questions(source, options).questions)
     return None
 
 
-def _load_named(source: str, named: NamedSet) -> QuestionSet:
-    loaded = merge_rows(source, read_table(hub_table(named.source)))
+def _load_named(source: str, named: NamedSet, reader: TableReader, options: ReadOptions) -> QuestionSet:
+    options = replace(options, needs_columns=False)  # their layouts are known
+    loaded = merge_rows(source, reader.rows(hub_table(named.source, options)))
     if loaded.num_rows != named.num_rows:
         raise ConfigError(
             f"{source} is {named.source} with {named.num_rows:,} rows, but {loaded.num_rows:,} were found: the "
@@ -70,24 +75,19 @@ def _load_named(source: str, named: NamedSet) -> QuestionSet:
     return replace(loaded, notes=(*loaded.notes, note))
 
 
-def _rows_of(source: str) -> Iterator[Row]:
+def _rows_of(source: str, reader: TableReader, options: ReadOptions) -> Iterator[Row]:
     if source in BUILT_IN:
         return (Row(source, q.question, q.answer, level=q.level) for q in BUILT_IN[source]())
     if source.startswith(PREFIX):
         return reasoning_rows(source)
     if Path(source).exists() or source.endswith(SUFFIXES):
-        return _rows_of_tables(local_tables(Path(source)))
+        return chain.from_iterable(map(reader.rows, local_tables(Path(source), options)))
     on_hub = parse_hub_source(source)
     if on_hub is not None:
-        return read_table(hub_table(on_hub))
+        return reader.rows(hub_table(on_hub, options))
     names = [*BUILT_IN, *NAMED]
     near = difflib.get_close_matches(source, names, n=1)
     raise ConfigError(
         f"there is no file or folder {source}{f'; did you mean {near[0]}?' if near else ''}; give JSON lines or "
         f"Parquet, a folder of them, a hub id, {PREFIX}FAMILY, or one of {', '.join(names)}"
     )
-
-
-def _rows_of_tables(tables: Iterable[Table]) -> Iterator[Row]:
-    for table in tables:
-        yield from read_table(table)

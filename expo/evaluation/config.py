@@ -124,7 +124,7 @@ def resolve(model: str, step: int | None, overrides: Overrides) -> EvalArguments
     if not config.evaluation.sets:
         raise ConfigError("no questions; give --sets [NAME=]SOURCE ...")
     if run is not None and step is None and (run / EXPORT / "config.json").is_file():
-        exported = config.model.model_copy(update={"path": str(run / EXPORT)})
+        exported = config.model.model_copy(update={"path": str(run / EXPORT), "revision": None})
         return EvalArguments(model, config.model_copy(update={"model": exported}))
     return EvalArguments(model, config, run, step)
 

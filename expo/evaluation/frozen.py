@@ -10,7 +10,8 @@ from torch import Tensor
 from expo.config import ModelSection, PolicySection
 from expo.evaluation.saved_weights import load_checkpoint_weights
 from expo.learner.batch import Batch
-from expo.learner.model import PolicyModule, load_model, logit_softcap
+from expo.learner.model import PolicyModule, load_model, logit_softcap, require_own_logits
+from expo.learner.model_checks import check_finite
 from expo_kernels import Objective
 
 
@@ -38,6 +39,8 @@ class FrozenPolicy:
         if checkpoint is not None:
             load_checkpoint_weights(self.model, policy, checkpoint / "policy")
         self.model.eval().requires_grad_(False)
+        check_finite(model.path, self.model)
+        require_own_logits(self.model)
         objective = Objective(logit_softcap=logit_softcap(self.model))
         self._module = PolicyModule(self.model, objective, self.dtype, policy.logits_budget_mb)
 

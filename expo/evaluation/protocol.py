@@ -30,6 +30,11 @@ def evaluation_protocol(config: EvalConfig) -> dict[str, Any]:
         "dtype": config.policy.dtype,
         "attention": config.model.attention,
         "answer_timeout_s": config.reward.timeout_s,
+        # None if not set: an evaluation that was started before these settings existed can be resumed
+        "template": config.data.template,
+        "system": config.data.system,
+        "chat_template_kwargs": config.data.chat_template_kwargs or None,
+        "stop_tokens": config.rollout.stop_tokens or None,
     }
 
 

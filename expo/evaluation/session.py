@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from expo.config import EvalConfig
-from expo.data import QuestionSet, load_questions, only_gradable, render_whole_set
+from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, render_whole_set
 from expo.data.record import set_lines
 from expo.errors import CheckpointError, ConfigError
 from expo.evaluation.agreement import AnswerComparer
@@ -18,7 +18,8 @@ from expo.evaluation.config import EvalArguments
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
 from expo.evaluation.replies import REPLIES, resume_replies
-from expo.learner.model import check_model_path
+from expo.learner.model_checks import check_context, check_token_ids
+from expo.learner.model_files import check_model_files, load_model_config
 from expo.rewards.verifier import Verifier
 from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
@@ -116,19 +117,20 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
 
 
 def _load_sets(config: EvalConfig, display: Display) -> dict[str, QuestionSet]:
-    check_model_path(config.model)
+    check_model_files(config.model)
+    check_context(load_model_config(config.model), config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     if config.rollout.engine == "vllm":
         check_vllm()
-    skip_bad_answers = config.data.skip_bad_answers
-    return {name: _load_set(name, source, skip_bad_answers, display) for name, source in config.evaluation.sets.items()}
+    options = ReadOptions.of(config.data, needs_columns=False)
+    return {name: _load_set(name, source, options, display) for name, source in config.evaluation.sets.items()}
 
 
-def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) -> QuestionSet:
+def _load_set(name: str, source: str, options: ReadOptions, display: Display) -> QuestionSet:
     """Loads a set, and shows its size and what was left out.
 
     Raises: ConfigError if the file repeats every question: an AIME file of 960 rows has 30 questions, each in 32 rows.
     """
-    loaded = load_questions(source)
+    loaded = load_questions(source, options)
     if loaded.fewest_rows > 1:
         num_distinct = loaded.num_rows - loaded.num_duplicates
         raise ConfigError(
@@ -137,7 +139,7 @@ def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) 
             f"file with one row per question (for AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} for as "
             f"many replies"
         )
-    loaded = only_gradable(loaded, skip_bad_answers)
+    loaded = only_gradable(loaded, options.skip_bad_answers)
     for line in set_lines(loaded):
         display.line(f"{name}: {line}")
     return loaded
@@ -155,7 +157,10 @@ def _find_checkpoint(run: Path | None, step: int | None, ranks: Ranks) -> Path |
 
 
 def _render_sets(config: EvalConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
-    return {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
+    rendered = {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
+    prompts = (prompt.prompt_ids for group in rendered.values() for prompt in group)
+    check_token_ids(load_model_config(config.model), tokenizer, prompts)
+    return rendered
 
 
 def _metadata(

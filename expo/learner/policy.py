@@ -20,7 +20,8 @@ from expo.learner.batch import Batch, MicroBatch, MiniBatch, mini_batches
 from expo.learner.deepspeed import gathered_parameters, load_states, partitioned_loading, save_states, start_engine
 from expo.learner.lora import add_adapters, disabled_adapters, merge_adapters
 from expo.learner.mismatch import Mismatch
-from expo.learner.model import PolicyModule, load_model, logit_softcap
+from expo.learner.model import PolicyModule, check_dtype, load_model, logit_softcap, require_own_logits
+from expo.learner.model_checks import check_finite, check_packing
 from expo.runtime.distributed import Ranks
 from expo.types import Sample
 
@@ -70,6 +71,9 @@ class DeepSpeedPolicy:
             self.model, self.tokenizer = load_model(config.model, ranks.device)
             needs_reference = config.kl.beta > 0 and section.lora_rank == 0
             reference = load_model(config.model, ranks.device)[0] if needs_reference else None
+        ranks.raise_on_all_ranks(lambda: check_finite(config.model.path, self.model))
+        if self.is_unsharded:
+            require_own_logits(self.model)
         self._objective = dataclasses.replace(config.loss_objective(), logit_softcap=logit_softcap(self.model))
         self._entropy_bonus = config.objective.entropy_bonus
         if section.lora_rank:
@@ -81,6 +85,18 @@ class DeepSpeedPolicy:
             self._pad_id = self.tokenizer.eos_token_id
         self._engine = self._start_engine(self._policy_module(self.model).train(), self._adamw())
         self._reference_logps = self._build_reference(reference, config.kl.beta)
+        if section.packing:
+            self._require_separate_sequences()
+
+    def _require_separate_sequences(self) -> None:
+        """Raises: ConfigError, which names the family, if packed sequences depend on each other."""
+        module, dtype = self._engine.module, check_dtype(self.model)
+        hidden = self._no_grad(lambda batch: module(batch, returns_hidden=True))
+        module.dtype = dtype
+        try:
+            check_packing(self.model, hidden, dtype)
+        finally:
+            module.dtype = self.dtype
 
     def _policy_module(self, model: Any) -> PolicyModule:
         return PolicyModule(model, self._objective, self.dtype, self._section.logits_budget_mb)

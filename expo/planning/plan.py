@@ -16,10 +16,10 @@ import torch
 from transformers import AutoConfig
 
 from expo.config import RECIPES, ModelSection, RunConfig
-from expo.data import count_questions
+from expo.data import ReadOptions, count_questions
 from expo.errors import ConfigError
 from expo.learner.flops import ModelShape
-from expo.learner.model import check_model_path
+from expo.learner.model_files import check_model_path, hub_options, load_model_config
 from expo.planning.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.rollout.vllm.common import check_ranks
 from expo.runtime.cli import Invocation
@@ -110,8 +110,8 @@ def find_shape(config: ModelSection) -> tuple[ModelShape, str]:
         return ModelShape.from_config(AutoConfig.for_model(**values)), f"expo/recipes/models/{shipped.name}"
     try:
         if Path(path).exists():
-            return ModelShape.from_config(AutoConfig.from_pretrained(path)), f"{path}/config.json"
-        return ModelShape.from_config(_from_hub(path)), "the hub's config.json"
+            return ModelShape.from_config(load_model_config(config)), f"{path}/config.json"
+        return ModelShape.from_config(_from_hub(config)), "the hub's config.json"
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the shape of model.path = {config.path} cannot be read ({str(error).splitlines()[0]}); "
@@ -119,12 +119,12 @@ def find_shape(config: ModelSection) -> tuple[ModelShape, str]:
         ) from error
 
 
-def _from_hub(path: str) -> Any:
+def _from_hub(config: ModelSection) -> Any:
     """The configuration from the hub's local cache, which needs no network, or else from the hub."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(config.path, local_files_only=True, **hub_options(config))
     except OSError:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(config.path, **hub_options(config))
 
 
 def check_batches(config: RunConfig, num_ranks: int) -> None:
@@ -276,7 +276,7 @@ def _step_rows(footprint: Footprint) -> _Rows:
 
 def _epochs(config: RunConfig) -> tuple[str, str]:
     source, drawn = config.data.train, config.run.steps * config.rollout.questions_per_step
-    num_questions = count_questions(source)
+    num_questions = count_questions(source, ReadOptions.of(config.data))
     if num_questions is None:
         return "?", f"{drawn:,} questions drawn; {source} cannot be counted without a download"
     return f"{drawn / num_questions:.1f}", f"{drawn:,} questions drawn from {num_questions:,}"

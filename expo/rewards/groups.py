@@ -136,11 +136,22 @@ def has_unequal_rewards(rewards: Tensor) -> Tensor:
 
 
 def grade(verifier: Grader, prompts: Sequence[Prompt], replies: Sequence[Sequence[Reply]]) -> GradedRollouts:
-    """Verdicts on all replies, in one call of the verifier."""
+    """Verdicts on all replies. A question with several accepted answers takes one call of the verifier for each."""
     texts = [reply.text for group in replies for reply in group]
-    answers = [prompt.question.answer for prompt, group in zip(prompts, replies, strict=True) for _ in group]
-    verdicts = iter(verifier.grade(texts, answers))
-    return GradedRollouts(prompts, replies, [[next(verdicts) for _ in group] for group in replies])
+    golds = [prompt.question.golds for prompt, group in zip(prompts, replies, strict=True) for _ in group]
+    verdicts = verifier.grade(texts, [accepted[0] for accepted in golds])
+    for number in range(1, max(map(len, golds), default=0)):
+        open_rows = [
+            row for row, accepted in enumerate(golds) if len(accepted) > number and verdicts[row].kind != "correct"
+        ]
+        if not open_rows:
+            continue  # on every rank: all of them have the same verdicts
+        again = verifier.grade([texts[row] for row in open_rows], [golds[row][number] for row in open_rows])
+        for row, verdict in zip(open_rows, again, strict=True):
+            if verdict.kind == "correct":
+                verdicts[row] = verdict
+    in_order = iter(verdicts)
+    return GradedRollouts(prompts, replies, [[next(in_order) for _ in group] for group in replies])
 
 
 def fractions(kinds: Sequence[str], is_truncated: Sequence[bool]) -> dict[str, float]:

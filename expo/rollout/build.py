@@ -4,7 +4,8 @@ from pathlib import Path
 
 from expo.config import EngineConfig
 from expo.evaluation.frozen import FrozenPolicy
-from expo.learner.model import check_model_path, empty_copy
+from expo.learner.model import empty_copy
+from expo.learner.model_files import check_model_path, hub_options
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.data_parallel import DataParallelEngine
@@ -33,7 +34,7 @@ def build_engine(
 def _build_rank_engine(
     config: EngineConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
 ) -> RolloutEngine:
-    stop_ids = end_ids(policy.model, policy.tokenizer)
+    stop_ids = end_ids(policy.model, policy.tokenizer, config.rollout.stop_tokens)
     if config.rollout.engine == "vllm-server":
         servers = ServerEngine(config, policy.tokenizer, stop_ids, ranks, folder)
         _warn_of_version(display, servers.version)
@@ -45,6 +46,7 @@ def _build_rank_engine(
             policy.tokenizer,
             stop_ids,
             config.vllm,
+            hub=hub_options(config.model),
             dtype=policy.dtype,
             device=ranks.device,
             num_replies=config.rollout.batch_size,
@@ -52,9 +54,17 @@ def _build_rank_engine(
             num_ranks=ranks.size,
         )
     model = policy.model if policy.is_unsharded else empty_copy(policy.model, policy.dtype, ranks.device)
-    return TransformersEngine(
-        model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=policy.is_unsharded
+    engine = TransformersEngine(
+        model,
+        policy.tokenizer,
+        config.rollout.batch_size,
+        policy.dtype,
+        is_shared=policy.is_unsharded,
+        stop_tokens=config.rollout.stop_tokens,
     )
+    if policy.is_unsharded:  # otherwise the copy has no weights yet, and is checked with the first ones
+        engine.check()
+    return engine
 
 
 def _warn_of_version(display: Display, vllm_version: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from expo.errors import ConfigError
 from expo.rollout.weight_samples import WeightDescription
 from expo.types import Reply
 
@@ -77,8 +78,26 @@ def request_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """All end-of-sequence token ids: the tokenizer's, and those of the model's generation config."""
+def end_ids(model: Any, tokenizer: Any, stop_tokens: Sequence[str] = ()) -> frozenset[int]:
+    """The ids of all tokens that end a reply: the tokenizer's end of sequence, those of the model's generation config,
+    and `stop_tokens`.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)
+    ids = [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer, stop_tokens)]
+    return frozenset(token for token in ids if token is not None)
+
+
+def stop_ids(tokenizer: Any, stop_tokens: Sequence[str]) -> list[int]:
+    """The ids of rollout.stop_tokens. Raises: ConfigError if one of them is not a single token."""
+    vocabulary = tokenizer.get_vocab() if stop_tokens else {}
+    ids: list[int] = []
+    for token in stop_tokens:
+        found = [vocabulary[token]] if token in vocabulary else tokenizer.encode(token, add_special_tokens=False)
+        if len(found) != 1:
+            raise ConfigError(
+                f"rollout.stop_tokens has {token!r}, which is {len(found)} tokens for this model's tokenizer; give "
+                f"single tokens, such as {tokenizer.eos_token!r}"
+            )
+        ids += found
+    return ids

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.learner.model import head_logits, run_transformer
+from expo.errors import ConfigError
+from expo.learner.model import check_dtype, head_logits, run_transformer, takes_input
+from expo.learner.model_checks import LENGTHS, token_ids
+from expo.learner.model_files import first_line
 from expo.rollout.engine import GenerationRequest, Sampling, end_ids
 from expo.rollout.weight_samples import WeightDescription, describe
 from expo.types import Reply
 from expo_kernels import token_logps
 
+CHECKED_TOKENS = 4
+LOGP_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3}  # nats, of logits whose rounding is a hundredth of it
 KEEP_ROWS_ABOVE = 0.75  # share of running rows; dropping the finished ones copies the cache, so it is done below
 
 
@@ -30,6 +35,7 @@ class TransformersEngine:
         batch_size: most replies generated at once.
         dtype: of the transformer's matrix products, as in the policy; logits are float32.
         is_shared: whether `model` is the policy's own, so that no weight sync is needed.
+        stop_tokens: tokens that end a reply, beside the end-of-sequence tokens.
     """
 
     def __init__(
@@ -40,13 +46,17 @@ class TransformersEngine:
         dtype: torch.dtype = torch.float32,
         *,
         is_shared: bool = True,
+        stop_tokens: Sequence[str] = (),
     ) -> None:
         self._model = model
         self._is_shared = is_shared
         self._dtype = dtype
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._end_ids = end_ids(model, tokenizer)
+        self._end_ids = end_ids(model, tokenizer, stop_tokens)
+        # Mamba's kind names its cache otherwise
+        self._cache_name = "past_key_values" if takes_input(model, "past_key_values") else "cache_params"
+        self._is_checked = is_shared
 
     @property
     def needs_weight_sync(self) -> bool:
@@ -81,12 +91,52 @@ class TransformersEngine:
         parameters = dict(self._model.named_parameters())
         for name, value in weights:
             parameters[name].copy_(value)
+        if not self._is_checked:
+            self._is_checked = True
+            self.check()
 
-    @torch.inference_mode()
+    def check(self) -> None:
+        """Checks that sampling with a cache, from prompts of unequal lengths, computes what a forward pass computes.
+
+        Some families keep other states than keys and values, or read the padding before a prompt.
+
+        Raises: ConfigError, which names the family.
+        """
+        family, dtype = self._model.config.model_type, self._dtype
+        prompts = [token_ids(self._model, length) for length in LENGTHS for _ in range(2)]
+        problem = "log-probs with and without its cache differ"
+        self._dtype = check_dtype(self._model)
+        try:
+            replies = self._generate_batch(
+                prompts[::2], [2] * len(LENGTHS), range(2 * len(LENGTHS)), Sampling(1.0, CHECKED_TOKENS)
+            )
+            scores = self._score(prompts, [reply.token_ids for reply in replies], 1.0)
+            differences = [
+                abs(logp - score)
+                for reply, scored in zip(replies, scores, strict=True)
+                for logp, score in zip(reply.logps, scored, strict=True)
+            ]
+            is_right = all(difference <= LOGP_TOLERANCE[self._dtype] for difference in differences)
+        except Exception as error:  # families raise many unrelated types
+            is_right, problem = False, f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self._dtype = dtype
+        if not is_right:
+            raise ConfigError(
+                f"rollout.engine = transformers cannot sample from models of the family {family} ({problem}); take "
+                f"rollout.engine = vllm, or choose another model"
+            )
+
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
         """Log-probability in nats of every token of given replies, by one forward pass for each reply."""
+        return self._score(prompts, replies, temperature)
+
+    @torch.inference_mode()
+    def _score(
+        self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
         found = []
         for prompt, reply in zip(prompts, replies, strict=True):
             ids = torch.tensor([[*prompt, *reply]], device=self._model.device)
@@ -172,8 +222,8 @@ class TransformersEngine:
         )
         logits = head_logits(self._model, output.last_hidden_state[:, -1], self._dtype)
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(device)
-        cache = output.past_key_values
-        cache.batch_select_indices(group)
+        cache = getattr(output, self._cache_name)
+        cache.reorder_cache(group)
         return _State(cache, mask.to(device)[group], positions.to(device)[group, -1:], logits[group])
 
     def _advance(self, state: "_State", drawn: Tensor) -> None:
@@ -185,8 +235,8 @@ class TransformersEngine:
             input_ids=drawn[:, None],
             attention_mask=state.mask,
             position_ids=state.position,
-            past_key_values=state.cache,
             use_cache=True,
+            **{self._cache_name: state.cache},
         )
         state.logits = head_logits(self._model, output.last_hidden_state[:, -1], self._dtype)
 
@@ -214,7 +264,7 @@ class _State:
 
     def select(self, rows: Tensor) -> None:
         """Keeps only `rows`."""
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
 
 

@@ -1,6 +1,7 @@
 """The folder of a run: opening it, and writing and reading its files."""
 
 import fcntl
+import hashlib
 import json
 import math
 import time
@@ -33,6 +34,16 @@ MAY_CHANGE_ON_RESUME = (
     "vllm.weights_folder",
     "vllm.patience_s",
 )
+ADDED_LATER = (
+    "model.revision",
+    "model.trust_remote_code",
+    "data.columns",
+    "data.template",
+    "data.system",
+    "data.chat_template_kwargs",
+    "rollout.stop_tokens",
+)
+"""Settings that checkpoints of earlier versions do not know: the digest of settings holds them only if they are set."""
 
 
 class RunFolder:
@@ -191,3 +202,9 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
         for name, value in config.settings.items()
         if not name.startswith("deadline.") and name not in MAY_CHANGE_ON_RESUME
     }
+
+
+def settings_digest(config: RunConfig) -> str:
+    """SHA-256 of the settings that may not change on resume; the checkpoints and cached replies of a run carry it."""
+    settings = {name: value for name, value in fixed_settings(config).items() if value or name not in ADDED_LATER}
+    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()

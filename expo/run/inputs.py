@@ -6,6 +6,7 @@ from expo.config import RunConfig
 from expo.data import (
     Overlap,
     QuestionSet,
+    ReadOptions,
     find_overlap,
     load_questions,
     only_gradable,
@@ -14,8 +15,10 @@ from expo.data import (
 )
 from expo.data.record import set_lines, set_record
 from expo.errors import ConfigError
-from expo.learner.model import check_model_path, load_tokenizer
+from expo.learner.model_checks import check_context, check_token_ids
+from expo.learner.model_files import check_model_files, load_model_config, load_tokenizer
 from expo.rewards.compose import RewardFunction, load_reward_functions
+from expo.rollout.engine import stop_ids
 from expo.rollout.vllm.common import check_vllm
 from expo.run.folder import RunFolder
 from expo.run.trackers import check_trackers
@@ -49,22 +52,30 @@ def load_inputs(config: RunConfig) -> Inputs:
 
     Raises: ConfigError naming the model folder, file, line, answer, prompts or function that is wrong.
     """
-    check_model_path(config.model)
+    check_model_files(config.model)
+    model_config = load_model_config(config.model)
+    check_context(model_config, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     check_trackers(config.run.trackers)
     if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
         check_vllm()
     skip = config.data.skip_bad_answers
-    train = only_gradable(load_questions(config.data.train), skip)
-    evaluation = {name: only_gradable(load_questions(source), skip) for name, source in config.evaluation.sets.items()}
+    train = only_gradable(load_questions(config.data.train, ReadOptions.of(config.data)), skip)
+    options = ReadOptions.of(config.data, needs_columns=False)
+    evaluation = {
+        name: only_gradable(load_questions(source, options), skip) for name, source in config.evaluation.sets.items()
+    }
     overlap = find_overlap(train, evaluation)
     train = overlap.drop_from(train, config.data.drop_overlap)
     tokenizer = load_tokenizer(config.model)
+    stop_ids(tokenizer, config.rollout.stop_tokens)
     prompts = render_prompts(train.questions, config.data, tokenizer)
     _require_enough_questions(config, len(prompts))
     evaluation_prompts = {
         name: render_whole_set(f"evaluation.sets.{name}", loaded.questions, config.data, tokenizer)
         for name, loaded in evaluation.items()
     }
+    all_prompts = [prompts, *evaluation_prompts.values()]
+    check_token_ids(model_config, tokenizer, (prompt.prompt_ids for group in all_prompts for prompt in group))
     reward_functions = load_reward_functions(config.reward.functions)
     return Inputs(train, evaluation, prompts, evaluation_prompts, overlap, reward_functions)
 

@@ -3,7 +3,6 @@
 Every error that can be found without loading a model is raised before one loads.
 """
 
-import hashlib
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import Checkpoints
-from expo.run.folder import RunFolder, fixed_settings, open_folder
+from expo.run.folder import RunFolder, open_folder, settings_digest
 from expo.run.inputs import Inputs, load_inputs, record_data
 from expo.run.throughput import Throughput
 from expo.run.trackers import Tracker, open_trackers
@@ -178,7 +177,7 @@ def _build_run(
     display = Display(is_shown=ranks.is_rank0)
     policy = DeepSpeedPolicy(config, ranks)
     record_data(inputs, folder, display)
-    settings_hash = hashlib.sha256(repr(sorted(fixed_settings(config).items())).encode()).hexdigest()
+    settings_hash = settings_digest(config)
     engine = build_engine(config, policy, ranks, switch, display, folder.path)
     rollout = _build_rollout(config, inputs, engine, policy, ranks, folder, display, settings_hash)
     trackers = open_trackers(config.run.trackers, folder.path, config, resume) if ranks.is_rank0 else []

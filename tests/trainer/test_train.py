@@ -273,7 +273,7 @@ def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
         ({"data.train": "odd.jsonl"}, "odd.jsonl"),
         ({"run.device": "warp"}, "run.device = warp"),
         ({"run.dir": "odd.jsonl/run"}, "the folder odd.jsonl/run cannot be written"),
-        ({"model.path": "./torn"}, "model.path = ./torn does not load"),
+        ({"model.path": "./torn"}, "model.path = ./torn: model.safetensors is truncated"),
     ],
 )
 def test_runs_that_cannot_start_exit_2_with_one_line(tmp_path, monkeypatch, capsys, override, expected):
@@ -296,3 +296,35 @@ def test_runs_that_cannot_start_exit_2_with_one_line(tmp_path, monkeypatch, caps
     text = capsys.readouterr().err
     assert expected in text
     assert text.count("\n") == 1
+
+
+def one_step(tmp_path, capsys, **overrides):
+    """The step's lines on the console."""
+    quick_run = {
+        "run__steps": 1,
+        "optimizer__warmup_steps": 0,
+        "evaluation__sets": {},
+        "rollout__questions_per_step": 2,
+        **overrides,
+    }
+    train(quick(tmp_path, **quick_run))
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("step ", "warning: "))]
+
+
+def test_a_step_whose_replies_are_all_truncated_says_what_to_change(tmp_path, capsys):
+    step, advice = one_step(tmp_path, capsys, rollout__max_new_tokens=1)
+    assert "ALL REPLIES TRUNCATED" in step
+    assert "was cut at rollout.max_new_tokens = 1; raise it" in advice
+
+
+def test_a_step_whose_replies_state_no_answer_says_what_to_change(tmp_path, capsys):
+    step, advice = one_step(tmp_path, capsys, rollout__stop_tokens=[str(digit) for digit in range(10)])
+    assert "ALL REPLIES UNPARSED" in step
+    assert "TRUNCATED" not in step
+    assert "no reply of step 1 states an answer that can be read" in advice
+    assert "data.prompt = plain does not ask for one: take boxed or dapo" in advice
+
+
+def test_an_ordinary_step_gives_no_advice(tmp_path, capsys):
+    (step,) = one_step(tmp_path, capsys)
+    assert "ALL REPLIES" not in step

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -50,6 +50,7 @@ class VllmEngine:
         max_tokens: most tokens of a prompt and its reply together.
         num_ranks: processes of the run; every `section.tensor_parallel` consecutive ranks form one engine and must get
             the same requests.
+        hub: revision and trust_remote_code of the model; None: vLLM's defaults.
 
     Raises: ConfigError if vLLM is not installed, lacks a function or refuses the model, or if tensor_parallel does not
         divide num_ranks.
@@ -67,6 +68,7 @@ class VllmEngine:
         num_replies: int,
         max_tokens: int,
         num_ranks: int = 1,
+        hub: Mapping[str, Any] | None = None,
     ) -> None:
         if section.sleep and device.type == "cpu":
             raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; turn it off")
@@ -83,6 +85,7 @@ class VllmEngine:
         settings = engine_settings(
             section, dtype=dtype, is_cpu=self._is_cpu, num_replies=num_replies, max_tokens=max_tokens
         )
+        settings |= dict(hub or {})
         if num_ranks > 1:
             settings["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads

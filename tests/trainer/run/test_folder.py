@@ -1,10 +1,11 @@
-"""The folder of a run: incomplete lines, rewinding, starts of a resumed run, and a folder that is not writable."""
+"""The folder of a run: incomplete lines, rewinding, starts of a resumed run, unwritable folders, its digest."""
 
 import pytest
 
+from expo.config import load_config
 from expo.errors import ConfigError, FolderError
 from expo.run.environment import ENVIRONMENT
-from expo.run.folder import RunFolder
+from expo.run.folder import ADDED_LATER, RunFolder, settings_digest
 
 
 def test_an_incomplete_line_is_left_out(tmp_path):
@@ -45,3 +46,10 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
     (folder.path / "metrics.jsonl").mkdir()
     with pytest.raises(FolderError, match="cannot be written"):
         folder.append("metrics", {"step": 1})
+
+
+def test_the_digest_of_settings_is_that_of_checkpoints_of_earlier_versions():
+    config = load_config(None)
+    assert settings_digest(config) == "e423406f09d01ce57d8aa56bd2d97bf48abae219476799e369c82d8d9511122b"
+    assert set(ADDED_LATER) <= set(config.settings)
+    assert settings_digest(load_config(None, [("rollout.stop_tokens", ["a"])])) != settings_digest(config)

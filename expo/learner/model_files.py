@@ -1,0 +1,121 @@
+"""The files of a model, before its weights are loaded: every file that cannot be used is one line that names it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from expo import ledger
+from expo.config import ModelSection
+from expo.errors import ConfigError
+
+WEIGHTS = (".safetensors", ".bin")
+LFS_POINTER = b"version https://git-lfs"
+CODE_HINT = "trust_remote_code"
+
+
+def check_model_path(config: ModelSection) -> str:
+    """The folder of the model, or its hub id.
+
+    Raises: ConfigError if model.path is neither a hub id nor a folder that holds a model.
+    """
+    path = str(ledger.MODEL_PATH) if config.path == "ledger" else config.path
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if (Path(path) / "config.json").is_file() or (is_hub_id and not Path(path).exists()):
+        return path
+    problem = "has no config.json" if Path(path).is_dir() else "does not exist"
+    raise ConfigError(f'model.path = {config.path} {problem}; give a transformers folder, a hub id, or "ledger"')
+
+
+def check_model_files(config: ModelSection) -> None:
+    """Checks the files of a local folder without loading weights; a hub id is checked by its download.
+
+    Raises: ConfigError, which names the file, if weights are missing, truncated, or pointers of Git LFS.
+    """
+    folder = Path(check_model_path(config))
+    if not folder.is_dir():
+        return
+    where = f"model.path = {config.path}"
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    for file in files:
+        with file.open("rb") as content:
+            start = content.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise ConfigError(f"{where}: {file.name} is a pointer of Git LFS, not the file; run git lfs pull there")
+        if file.suffix in (*WEIGHTS, ".json") and not start:
+            raise ConfigError(f"{where}: {file.name} is empty; download it again")
+        if file.suffix == ".safetensors":
+            _check_safetensors(where, file)
+        if file.name.endswith(".index.json"):
+            _check_index(where, file)
+    if not any(file.suffix in WEIGHTS for file in files):
+        raise ConfigError(f"{where} holds no weights, neither *.safetensors nor *.bin; download them")
+
+
+def _check_safetensors(where: str, file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):  # reads the header, and compares its end with the size of the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{where}: {file.name} is truncated or no safetensors file ({first_line(error)}); download it again"
+        ) from error
+
+
+def _check_index(where: str, file: Path) -> None:
+    try:
+        shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: {file.name} is no index of weights; download it again") from error
+    missing = sorted(shard for shard in shards if not (file.parent / str(shard)).is_file())
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]}, which {file.name} names, is missing; download it")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that is not empty, or the name of its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def hub_options(config: ModelSection) -> dict[str, Any]:
+    """The arguments of transformers' `from_pretrained` for model.revision and model.trust_remote_code."""
+    # False, not unset: transformers would ask on the terminal
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    return options if config.revision is None else {**options, "revision": config.revision}
+
+
+def load_error(config: ModelSection, what: str, error: Exception) -> ConfigError:
+    """The error for a part of the model that does not load."""
+    if CODE_HINT in str(error):
+        return ConfigError(
+            f"{what} of model.path = {config.path} is Python code that comes with the model; read that code, then set "
+            f"--model.trust_remote_code=true, or choose another model"
+        )
+    return ConfigError(f"{what} of model.path = {config.path} does not load: {first_line(error)}")
+
+
+def load_model_config(config: ModelSection) -> Any:
+    """The configuration of the model, without its weights.
+
+    Raises: ConfigError if it does not load.
+    """
+    path = check_model_path(config)
+    try:
+        return AutoConfig.from_pretrained(path, **hub_options(config))
+    except Exception as error:  # a damaged config.json raises many unrelated types
+        raise load_error(config, "the configuration", error) from error
+
+
+def load_tokenizer(config: ModelSection) -> Any:
+    """Loads the tokenizer of `model.path`.
+
+    Raises: ConfigError if it does not load.
+    """
+    path = check_model_path(config)
+    try:
+        return AutoTokenizer.from_pretrained(path, **hub_options(config))
+    except Exception as error:  # a damaged tokenizer.json raises many unrelated types
+        raise load_error(config, "the tokenizer", error) from error
