@@ -6,8 +6,8 @@ number go first, until they meet again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from tests.ptx.report import DIVERGENT, MISALIGNED, OUT_OF_BOUNDS, UNINITIALISED
 if TYPE_CHECKING:
     from tests.ptx.launch import ThreadBlock
 
+Lanes: TypeAlias = np.ndarray  # one entry per lane, or per lane that executes an instruction
+Mask: TypeAlias = np.ndarray | None  # the lanes that execute an instruction; None: all
 _ALL_LANES = U4(0xFFFFFFFF)
 _REDUCTIONS = {
     **{"add": np.add, "min": np.minimum, "max": np.maximum},
@@ -27,7 +29,7 @@ _REDUCTIONS = {
 _GARBAGE = 0x7FBADBAD7FBADBAD  # registers before they are written
 
 
-def _uninitialised(num_lanes: int, dtype: type) -> np.ndarray:
+def _uninitialised(num_lanes: int, dtype: type) -> Lanes:
     if dtype is np.bool_:
         return np.zeros(num_lanes, bool)
     return np.full(num_lanes, _GARBAGE & ((1 << 8 * np.dtype(dtype).itemsize) - 1), dtype)
@@ -114,7 +116,7 @@ class LaneGroup:
 
     # --- instructions of a whole warp
 
-    def converge(self, mask: np.ndarray | None, instruction: int) -> None:
+    def converge(self, mask: Mask, instruction: int) -> None:
         """All lanes of each warp that executes this must execute it; earlier accesses happen before later ones."""
         warps = self.warp[::WARP]
         if mask is not None:
@@ -126,7 +128,9 @@ class LaneGroup:
             self.launch.clocks.converged[warps] += 1
             self.converged = self.launch.clocks.converged[self.warp]
 
-    def shuffle(self, mode, values, by, clamp, members, mask, instruction):
+    def shuffle(
+        self, mode: str, values: Lanes, by: Lanes, clamp: Lanes, members: Lanes, mask: Mask, instruction: int
+    ) -> Lanes:
         """`shfl.sync`."""
         self._converge_all(members, mask, instruction)
         lane = np.arange(WARP)
@@ -139,7 +143,7 @@ class LaneGroup:
         source = np.where(source >= bound if mode == "up" else source <= bound, source, lane)
         return np.take_along_axis(values.reshape(-1, WARP), source, axis=1).ravel()
 
-    def reduce_warp(self, operation, values, members, mask, instruction):
+    def reduce_warp(self, operation: str, values: Lanes, members: Lanes, mask: Mask, instruction: int) -> Lanes:
         """`redux.sync`: every lane receives the reduction of its warp."""
         self._converge_all(members, mask, instruction)
         name, *modifiers = operation.split(".")
@@ -152,18 +156,18 @@ class LaneGroup:
             out = {"min": np.fmin, "max": np.fmax}[name].reduce(of_warps, axis=1)
         return np.repeat(out, WARP)
 
-    def _converge_all(self, members, mask, instruction) -> None:
+    def _converge_all(self, members: Lanes, mask: Mask, instruction: int) -> None:
         self.converge(mask, instruction)
         if (members[:1] != _ALL_LANES).any():
             raise EmulatorError("a warp instruction of only some lanes is not implemented")
 
     # --- memory
 
-    def parameter(self, index: int, dtype: type) -> np.ndarray:
+    def parameter(self, index: int, dtype: type) -> Lanes:
         """A kernel argument."""
         return np.full(self.launch.lanes_per_group, self.launch.arguments[index], dtype)
 
-    def load(self, space, address, size, count, mask, instruction):
+    def load(self, space: str, address: Lanes, size: int, count: int, mask: Mask, instruction: int) -> list[Lanes]:
         """`count` arrays of unsigned integers of `size` bytes; 0 in lanes that do not load."""
         mask = None if mask is not None and mask.all() else mask
         out = [np.zeros(self.launch.lanes_per_group, UNSIGNED[size]) for _ in range(count)]
@@ -177,7 +181,9 @@ class LaneGroup:
             whole[active] = loaded
         return out
 
-    def store(self, space, address, size, values, mask, instruction):
+    def store(
+        self, space: str, address: Lanes, size: int, values: Sequence[Lanes], mask: Mask, instruction: int
+    ) -> None:
         """Store arrays of `size` bytes side by side."""
         mask = None if mask is not None and mask.all() else mask
         if mask is not None and not mask.any():
@@ -191,7 +197,7 @@ class LaneGroup:
             else:
                 words[index + part] = stored
 
-    def atomic_add(self, address, values, is_ordered, mask, instruction):
+    def atomic_add(self, address: Lanes, values: Lanes, is_ordered: bool, mask: Mask, instruction: int) -> Lanes:
         """`atom.add` of 32 bits: what each lane's memory held; with acquire-release order if `is_ordered`."""
         out = np.zeros(self.launch.lanes_per_group, U4)
         for lane in range(out.size) if mask is None else np.flatnonzero(mask):
@@ -208,7 +214,9 @@ class LaneGroup:
                 self.refresh_clocks()
         return out
 
-    def _access(self, space, address, size, count, mask, instruction, kind):
+    def _access(
+        self, space: str, address: Lanes, size: int, count: int, mask: Mask, instruction: int, kind: int
+    ) -> tuple[Lanes, Lanes, Lanes]:
         """Check the accesses of active lanes; index of the first word of the valid ones, which are valid, and the
         memory as words."""
         launch, num_bytes = self.launch, size * count
@@ -233,7 +241,9 @@ class LaneGroup:
             launch.accesses.append(access)
         return as_index((address[valid] - U8(span.base)) // U8(size)), valid, span.words[size]
 
-    def _access_shared(self, address, size, num_bytes, mask, instruction, kind):
+    def _access_shared(
+        self, address: Lanes, size: int, num_bytes: int, mask: Mask, instruction: int, kind: int
+    ) -> tuple[Lanes, Lanes, Lanes]:
         launch, shared = self.launch, self.block.shared
         valid = shared.contains(address, num_bytes)
         if not valid.all():

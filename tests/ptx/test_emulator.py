@@ -11,7 +11,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
+from expo_kernels._triton import launch as kernels
+from tests.kernels import compiling
 from tests.ptx import arithmetic, report
+from tests.ptx.emulator import emulated_launches
 from tests.ptx.launch import LOCKSTEP, REVERSED, Launch, Schedule, TranslatedKernel
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.program import EmulatorError
@@ -173,6 +176,19 @@ def test_shuffles(mode, operand, expected):
 def test_what_is_not_implemented_is_refused(line):
     with pytest.raises(EmulatorError, match="is not implemented"):
         execute([line, "ret;"])
+
+
+def test_kernels_without_machine_code_are_cached_apart(monkeypatch, tmp_path):
+    def scale():
+        kernels.launch_scale(torch.ones(32), torch.tensor(2.0))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with emulated_launches() as found:
+        scale()
+    assert found.launches == {"scale_kernel": 1}
+    with compiling.launches(compiling.TARGETS["sm_90"]) as launched:
+        scale()
+    assert launched.kernels[0].asm["cubin"]
 
 
 # --- arithmetic
