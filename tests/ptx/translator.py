@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx import arithmetic
 from tests.ptx.instructions import ArithmeticInstructions, UnknownInstructionError
 from tests.ptx.operands import name_of, size_of
-from tests.ptx.program import AT_BARRIER, EXIT, SIGNED, TYPES, U4, U8, UNSIGNED, EmulatorError, Instruction
+from tests.ptx.program import AT_BARRIER, EXIT, TYPES, U4, U8, UNSIGNED, EmulatorError, Instruction
 
 # cache hints and the default scope change neither results nor order
 _MEMORY_MODIFIERS = {
@@ -33,7 +33,7 @@ class Translator(ArithmeticInstructions):
                     lines += [f"    {line}" for line in self._translate(instruction, number, masked)]
                 if not lines[-1].lstrip().startswith("return"):
                     lines.append(f"    return {self.program.block_after(number)}")
-        dtypes = {name_of(dtype): dtype for dtype in (*SIGNED.values(), *UNSIGNED.values(), *map(TYPES.get, _FLOATS))}
+        dtypes = {name_of(dtype): dtype for dtype in TYPES.values()}
         scope = {**vars(arithmetic), **dtypes, **self.constants, "np": np, "where": np.where}
         exec(compile("\n".join(lines), f"<{self.program.name}>", "exec"), scope)
         numbers = range(len(self.program.blocks))
@@ -97,13 +97,11 @@ class Translator(ArithmeticInstructions):
         what, *modifiers, kind = parts
         args, dtype = self.instruction.args, TYPES[kind]
         space = "shared" if modifiers[0].startswith("shared") else "global"
-        if set(modifiers) - _MEMORY_MODIFIERS or (
-            what == "atom" and (space, dtype in (U4, SIGNED[4])) != ("global", True)
-        ):
-            raise UnknownInstructionError
         pointer = U8 if space == "global" else U4
+        if set(modifiers) - _MEMORY_MODIFIERS:
+            raise UnknownInstructionError
         if what == "atom":
-            if "add" not in modifiers:
+            if space != "global" or "add" not in modifiers or kind not in ("u32", "s32"):
                 raise UnknownInstructionError
             operands = f"{self.address(args[1], pointer)}, {self.read(args[2], U4)}, {'acq_rel' in modifiers}"
             return [f"t = g.atomic_add({operands}, {self._site()})", *self.write(args[0], "t", U4)]
@@ -117,6 +115,3 @@ class Translator(ArithmeticInstructions):
         for index, register in enumerate(args[0].strip("{} ").split(",")):
             lines += self.write_extended(register, f"t[{index}].view({name_of(dtype)})", dtype)
         return lines
-
-
-_FLOATS = ("f16", "f32", "f64")
