@@ -31,6 +31,17 @@ def _no_running_processes():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _triton_cache(tmp_path_factory):
+    """A run compiles into a folder of its own: a run that is killed leaves no incomplete binaries for later ones."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers of a run share what they compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _nan_filled_memory():
     """An output left unwritten shows itself."""

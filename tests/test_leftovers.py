@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,8 @@ def test_new_files_in_the_repository_are_found(tmp_path, monkeypatch):
     (tmp_path / "stray.txt").touch()
     (tmp_path / "__pycache__").mkdir()
     assert leftovers.repository_files() - before == {"runs/20260101", "stray.txt"}
+
+
+def test_a_run_compiles_kernels_into_its_own_folder(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    assert Path(os.environ["TRITON_CACHE_DIR"]).parent in (base, base.parent)

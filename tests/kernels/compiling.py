@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,26 @@ class Launched:
         return list(self.compiled.values())
 
 
-class _AbsentDevice:
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+class AbsentDevice:
+    """What Triton asks a driver for, so that it compiles for a GPU that is not present."""
+
+    def __init__(self, target: GPUTarget, name: str = "absent") -> None:
+        self.target, self.name = target, name
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
         # Triton caches kernels by device, so each target has a device name of its own
-        return f"absent {self.target}"
+        return f"{self.name} {self.target}"
 
     def get_current_stream(self, _device: str) -> int:
         return 0
+
+
+def active_device(device: AbsentDevice) -> AbstractContextManager[Any]:
+    """A context in which Triton compiles for this device."""
+    return mock.patch.object(driver, _ACTIVE, device)
 
 
 @contextmanager
@@ -75,7 +82,7 @@ def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(driver, _ACTIVE, _AbsentDevice(target)),
+        active_device(AbsentDevice(target)),
         mock.patch.object(_launch, "limits_registers", return_value=target.backend == "cuda"),
     ):
         yield launched

@@ -29,6 +29,7 @@ class Batch:
     beta: float = 0.04
     normalizer: float | None = None
     advantages: torch.Tensor | None = None  # [B, T]
+    entropy_bonus: float = 0.0
 
     @property
     def shape(self):
@@ -40,14 +41,14 @@ class Batch:
         return max(int(self.mask.sum()), 1) if objective.aggregation == "token" else self.shape[0]
 
 
-def make_batch(B=4, T=3, V=17, dtype=torch.float32, *, seed=0, spread=2.0, objective=None, **changes):
+def make_batch(B=4, T=3, V=17, dtype=torch.float32, *, seed=0, spread=2.0, objective=None, logits=None, **changes):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
     objective = objective or Objective()
-    logits = (normal(B, T, V) * spread).to(dtype)
+    logits = (normal(B, T, V) * spread).to(dtype) if logits is None else logits
     ids = torch.randint(0, V, (B, T), generator=generator)
     mask = torch.rand(B, T, generator=generator) < 0.75
     mask.view(-1)[0] = True
@@ -106,6 +107,7 @@ def tokens_of(batch, objective):
         lengths=batch.mask.sum(1) if objective.aggregation == "sequence" else None,
         beta=torch.tensor(batch.beta),
         normalizer=torch.tensor(float(batch.normalizer_of(objective))),
+        entropy_bonus=torch.tensor(batch.entropy_bonus) if batch.entropy_bonus else None,
     )
 
 
@@ -145,10 +147,13 @@ def expected(batch, objective):
     )
     normalizer = torch.tensor(float(batch.normalizer_of(objective))).double()
     weights = reference.token_weights(sequence_index, B, normalizer, logps[batch.mask], objective)
-    loss = (weights * terms.losses).sum()
+    entropies = reference.token_entropies(logits, objective.temperature, objective.logit_softcap)
+    losses = terms.losses
+    if batch.entropy_bonus:  # else autograd would multiply gradients of entropies, which may be NaN, by 0
+        losses = losses - batch.entropy_bonus * entropies[batch.mask]
+    loss = (weights * losses).sum()
     (grad,) = torch.autograd.grad(loss, logits)
     count = max(int(batch.mask.sum()), 1)
-    entropies = reference.token_entropies(logits, objective.temperature, objective.logit_softcap)
     metrics = {
         "kl": terms.penalties.sum() / count,
         "ratio_mean": terms.ratios.sum() / count,
@@ -158,7 +163,7 @@ def expected(batch, objective):
         "tokens": batch.mask.sum(),
         "entropy": entropies[batch.mask].sum() / count,
     }
-    size = (weights * terms.losses.abs()).sum().detach()
+    size = (weights * losses.abs()).sum().detach()
     return Outcome(loss.detach(), metrics, torch.where(batch.mask, logps, 0).detach(), grad, size)
 
 
