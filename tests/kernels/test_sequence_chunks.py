@@ -174,6 +174,16 @@ def test_known_lengths_change_nothing_but_the_chunks(monkeypatch, objective, is_
     assert sum(made[:3]) == 15  # no chunk holds a masked position
 
 
+@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence")])
+def test_known_lengths_of_zero_make_a_connected_zero(objective):
+    batch = make(ragged=False)
+    batch.completion_mask[:] = False
+    out, grads = run(batch, objective, 7, completion_lengths=torch.zeros(5, dtype=torch.int64))
+    assert out.loss == 0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+    assert {name: float(value) for name, value in out.metrics.items()} == dict.fromkeys(out.metrics, 0.0)
+
+
 def test_padding_costs_nothing_after_the_first_chunk(monkeypatch):
     batch = make(ragged=True)  # 6, 0, 1, 3 and 5 tokens
     made = count_rows(monkeypatch)
