@@ -8,10 +8,11 @@ import dataclasses
 import pytest
 import torch
 
-from expo_kernels import _launch
+from expo_kernels import _launch, _narrowing, linear_expo_loss, linear_token_logps
 from expo_kernels._triton import launch as kernels
 from expo_kernels._triton.rows import scale_kernel
 from expo_kernels.objective import Objective
+from tests import numerics
 from tests.kernels.chunks import make_chunk
 from tests.kernels.interpreter.batches import (
     CPU,
@@ -105,3 +106,46 @@ def test_values_beyond_2_to_the_31_are_scaled():
     values, num_values = torch.ones(tile.block), 2**31 + 16
     scale_kernel[(1,)](values, torch.tensor(3.0), num_values // 16, ALIGNMENT=16, BLOCK=tile.block)
     assert values.eq(3.0).all()
+
+
+def narrow_gradients(loss_of, batch, **options):
+    """Gradients of bfloat16 hidden states and weight, for a third of the loss."""
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in (batch.hidden, batch.weight))
+    (loss_of(hidden, weight) / 3).backward(**options)
+    return hidden.grad, weight.grad
+
+
+def test_a_weight_gradient_that_is_narrowed_in_place_is_the_same_kept_or_compiled():
+    batch = numerics.make_batch(2, 5, 16, 257, dtype=torch.bfloat16)
+    assert len(_narrowing.part_shapes(batch.weight)) == 2
+
+    def loss_of(hidden, weight):
+        inputs = batch.loss_inputs(Objective())
+        return linear_expo_loss(hidden, weight, batch.completion_ids, batch.completion_mask, **inputs).loss
+
+    made = narrow_gradients(loss_of, batch)
+    kept = narrow_gradients(loss_of, batch, retain_graph=True)
+    compiled = narrow_gradients(torch.compile(loss_of, fullgraph=True, backend="aot_eager"), batch)
+    for one, same, another in zip(made, kept, compiled, strict=True):
+        assert torch.equal(one, same)
+        assert torch.equal(one, another)
+    # half of the rows in float32, rounded up to a multiple of 64
+    assert made[1].untyped_storage().nbytes() == 192 * 16 * 4
+
+
+def test_the_backward_pass_of_log_probs_narrows_a_weight_gradient_in_place():
+    batch = numerics.make_batch(2, 5, 16, 257, dtype=torch.bfloat16)
+
+    def sum_of_logps(hidden, weight):
+        return linear_token_logps(hidden, weight, batch.completion_ids, mask=batch.completion_mask).sum()
+
+    def exact(hidden, weight):
+        logps = torch.log_softmax(hidden @ weight.T, dim=-1)
+        ids = batch.completion_ids.clamp(0, 256).unsqueeze(-1)
+        return (logps.gather(-1, ids).squeeze(-1) * batch.completion_mask).sum()
+
+    made = narrow_gradients(sum_of_logps, batch)
+    wide = dataclasses.replace(batch, hidden=batch.hidden.double(), weight=batch.weight.double())
+    for gradient, truth in zip(made, narrow_gradients(exact, wide), strict=True):
+        assert relative_error(gradient, truth) <= GRAD_ERROR[torch.bfloat16]
+    assert made[1].untyped_storage().nbytes() == 192 * 16 * 4
