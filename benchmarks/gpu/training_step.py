@@ -1,5 +1,6 @@
 """Training steps with random weights: one update by hand, replies sampled by vLLM, and this project's trainer."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -113,10 +114,8 @@ def check_vllm(place: Place) -> Measures:
     prompts = torch.randint(TINY_VOCAB_SIZE, (4, 8)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        limits = {"gpu_memory_utilization": 0.2} if place.device.type == "cuda" else {}
-        engine = LLM(
-            folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=64, enforce_eager=True, seed=0, **limits
-        )
+        limits = {"gpu_memory_utilization": 0.2, "max_model_len": 64, "max_num_seqs": 4}
+        engine = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, seed=0, **limits)
         sampling = SamplingParams(temperature=1.0, max_tokens=16, logprobs=0, detokenize=False, ignore_eos=True)
         replies = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
     ids = torch.tensor([[*p, *r.outputs[0].token_ids] for p, r in zip(prompts, replies, strict=True)])
@@ -136,16 +135,19 @@ def check_trainer(place: Place) -> Measures:
     """Two steps of `python -m expo.train` with its embedded model."""
     for package in ("deepspeed", "pydantic", "transformers", "datasets", "math_verify"):
         require_package(package)
+    small = {"rollout.questions_per_step": 4, "rollout.group_size": 4, "evaluation.num_samples": 1}
     with tempfile.TemporaryDirectory() as folder:
-        options = [
-            "--run.steps=2",
-            "--optimizer.warmup_steps=0",
-            f"--run.dir={Path(folder) / 'run'}",
-            f"--run.device={place.device.type}",
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "expo.train", *options], capture_output=True, text=True, check=False
-        )
+        settings = {
+            "run.steps": 2,
+            "run.dir": Path(folder) / "run",
+            "run.device": place.device.type,
+            "optimizer.warmup_steps": 0,
+            **place.size({}, small),
+        }
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "expo.train", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-2000:], flush=True)
     yield Measure("exit code of two steps", float(done.returncode), 0.0)
