@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from expo.config import load_config
+from expo.config import ModelSection, load_config
 from expo.errors import ConfigError
+from expo.learner.model_files import load_tokenizer
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout import GenerationRequest, Sampling
 from expo.rollout.transformers import TransformersEngine
@@ -83,6 +84,23 @@ def test_a_family_trains_on_its_own_logits_or_is_refused_by_name(tmp_path, famil
             policy._require_separate_sequences()
     else:
         policy._require_separate_sequences()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_that_packs_is_refused_at_its_start(tmp_path, stage):
+    config = load_config(None, [("model.path", str(tmp_path)), ("policy.packing", True), ("policy.zero_stage", stage)])
+    save_model(tmp_path, "opt")
+    with pytest.raises(ConfigError, match=r"policy\.packing = true does not work for the family opt"):
+        DeepSpeedPolicy(config, join_ranks("cpu", 60))
+    save_model(tmp_path, "qwen3")
+    DeepSpeedPolicy(config, join_ranks("cpu", 60))
+
+
+def test_a_copy_is_checked_with_its_first_weights(tmp_path):
+    model = save_model(tmp_path, "mamba")
+    engine = TransformersEngine(model, load_tokenizer(ModelSection(path=str(tmp_path))), batch_size=4, is_shared=False)
+    with pytest.raises(ConfigError, match="cannot sample from models of the family mamba"):
+        engine.load_weights(model.named_parameters())
 
 
 def test_the_table_of_the_docs_is_what_is_tested():
