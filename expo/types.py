@@ -55,11 +55,13 @@ class Verdict:
     """The result of grading one reply.
 
     kind: "correct"; "wrong"; "unparsed" if the reply states no answer; "timeout" if its answer could not be graded
-    within the limits on time and memory. answer: the answer as the reply states it, None if unparsed.
+    within the limits on time and memory. answer: the answer as the reply states it, None if unparsed. is_unevaluated:
+    whether it has the right value, but is an operation still to be computed (`12 \\times 12` for 144).
     """
 
     kind: VerdictKind
     answer: str | None
+    is_unevaluated: bool = False
 
     @property
     def reward(self) -> float:

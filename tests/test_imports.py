@@ -26,12 +26,13 @@ ONLY_IN = {
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/learner/_compat_deepspeed.py", "expo/evaluation/saved_weights.py"},
     "jinja2": {"expo/reporting/templates.py"},
-    "math_verify": {"expo/rewards/worker.py"},
+    "math_verify": {"expo/rewards/maths/algebra.py"},
     "matplotlib": {
         f"expo/reporting/figures/{name}.py" for name in ("curriculum", "drawing", "evaluations", "run", "steps")
     },
     "pyarrow": {"expo/data/files.py"},
-    "reasoning_gym": {"expo/data/reasoning.py"},
+    "reasoning_gym": {"expo/data/reasoning.py", "expo/rewards/families.py"},
+    "sympy": {"expo/rewards/maths/algebra.py"},
     "trackio": {"expo/run/trackers.py"},
     "wandb": {"expo/run/trackers.py"},
 }

@@ -61,13 +61,15 @@ class _Worker:
 class _Template:
     """The process that forks the workers, and the socket that controls it."""
 
-    def __init__(self, memory_bytes: int, alarm_s: int) -> None:
+    def __init__(self, memory_bytes: int, alarm_s: int, method: str) -> None:
         self._control, remote = socket.socketpair()
         package_root = str(Path(__file__).resolve().parents[2])
-        search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # a user's verifier may lie in the folder where the run starts
+        folders = [str(Path.cwd())] if ":" in method else []
+        search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")]), *folders]
         with remote, _blocked_stop_signals():
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", WORKER, str(remote.fileno()), str(memory_bytes), str(alarm_s)],
+                [sys.executable, "-P", "-m", WORKER, str(remote.fileno()), str(memory_bytes), str(alarm_s), method],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[remote.fileno()],
@@ -136,10 +138,11 @@ def _blocked_stop_signals() -> Iterator[None]:
 class WorkerPool:
     """The worker processes of one verifier. Not thread-safe: its verifier holds a lock."""
 
-    def __init__(self, num_workers: int, timeout_s: float, memory_bytes: int) -> None:
+    def __init__(self, num_workers: int, timeout_s: float, memory_bytes: int, method: str = "math") -> None:
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
+        self._method = method
         self._owner = os.getpid()
         self._template: _Template | None = None
         self._workers: list[_Worker] = []
@@ -166,7 +169,7 @@ class WorkerPool:
             if self._template is None:
                 self._owner = os.getpid()
                 # a worker's own alarm is later than the timeout here: it is for the case that this process has died
-                self._template = _Template(self._memory_bytes, int(self._timeout_s) + 2)
+                self._template = _Template(self._memory_bytes, int(self._timeout_s) + 2, self._method)
             for worker in list(self._workers):
                 if worker.connection.poll():  # end of file: it was killed while idle
                     self._end(worker)

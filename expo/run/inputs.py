@@ -17,6 +17,7 @@ from expo.data.record import set_lines, set_record
 from expo.errors import ConfigError
 from expo.learner.model_checks import check_context, check_token_ids
 from expo.learner.model_files import check_model_files, load_model_config, load_tokenizer
+from expo.rewards.build import check_verifier
 from expo.rewards.compose import RewardFunction, load_reward_functions
 from expo.rollout.engine import stop_ids
 from expo.rollout.vllm.common import check_vllm
@@ -58,11 +59,13 @@ def load_inputs(config: RunConfig) -> Inputs:
     check_trackers(config.run.trackers)
     if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
         check_vllm()
-    skip = config.data.skip_bad_answers
-    train = only_gradable(load_questions(config.data.train, ReadOptions.of(config.data)), skip)
+    check_verifier(config.reward.verifier)
+    skip, verifier = config.data.skip_bad_answers, config.reward.verifier
+    train = only_gradable(load_questions(config.data.train, ReadOptions.of(config.data)), skip, verifier)
     options = ReadOptions.of(config.data, needs_columns=False)
     evaluation = {
-        name: only_gradable(load_questions(source, options), skip) for name, source in config.evaluation.sets.items()
+        name: only_gradable(load_questions(source, options), skip, verifier)
+        for name, source in config.evaluation.sets.items()
     }
     overlap = find_overlap(train, evaluation)
     train = overlap.drop_from(train, config.data.drop_overlap)

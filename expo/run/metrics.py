@@ -42,6 +42,7 @@ STEP_METRICS = {
     "by up to 4,096 elements of each; null if they share their weights",
     "unparsed_fraction": "share of replies that state no answer",
     "timeout_fraction": "share of replies that could not be graded within the limits on time and memory",
+    "unevaluated_fraction": "share of replies of the right value that are still to be computed (12 * 12 for 144)",
     "truncated_fraction": "share of replies that max_new_tokens ended",
     "groups_sampled": "groups of replies sampled in the step, one for each question, over all rounds",
     "groups_dropped": "of these, the groups not trained on, since their rewards are all equal",
