@@ -50,7 +50,7 @@ class NarrowProducts(KernelProducts):
     """
 
     def grad_memory(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The front of each row, and memory for the rounding residuals."""
+        """The front of each row, and memory for `rounding_residual` [n]."""
         num_rows, vocab_size = logits.shape
         front = logits.view(torch.bfloat16)[:, :vocab_size]
         return front, torch.empty(num_rows, dtype=torch.float32, device=logits.device)
