@@ -8,7 +8,6 @@ from torch import Tensor
 from expo_kernels import Objective
 from expo_kernels._head import Chunk, Span
 from expo_kernels._inputs import Tokens
-from expo_kernels._triton import launch as kernels
 
 BETA = 0.02
 # relative; a bfloat16 has 8 significant bits, and one column holds most of a row's gradient
@@ -21,6 +20,8 @@ def row_loss(memory: Tensor, grad_dtype: torch.dtype) -> tuple[Callable[[], None
 
     A narrower gradient is stored in the front of each row. Later calls read a gradient as logits: the same work.
     """
+    from expo_kernels._triton import launch as kernels  # not on every machine is there a Triton
+
     num_rows, vocab_size = memory.shape
     device = memory.device
     is_narrower = grad_dtype != memory.dtype

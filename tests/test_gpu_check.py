@@ -15,6 +15,7 @@ from benchmarks.gpu.worker import CHECKS
 from tests import ROOT
 from tests.planted_checks import PLANTED
 from tests.ranks.running import environment_of_no_rank
+from tests.stand_in_cuda import GPUPlace, stand_in_cuda
 
 pytestmark = pytest.mark.medium
 
@@ -52,6 +53,17 @@ def test_the_command_fails_without_a_gpu(capsys):
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         assert gpu_check.main([]) == 2
     assert "no GPU found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["waits", "compilations", "graph", "loss-speed", "training-step-0.5B"])
+def test_the_code_that_only_a_gpu_reaches_has_no_errors(name):
+    with stand_in_cuda():
+        measures = list(CHECKS[name].run(GPUPlace(torch.device("cpu"))))
+    assert measures
+    assert any(measure.bound is not None for measure in measures)
+    if name == "waits":  # no function waits for a CPU, and a planted wait is counted
+        assert [measure.value for measure in measures if measure.name.endswith(": waits")] == [0.0] * 14
+        assert next(measure.value for measure in measures if measure.name.startswith("planted")) == 1
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ from expo_kernels import (
 )
 
 WARM_UP_STEPS = 10
-HELD_MS = 300.0  # the device is kept busy for this long before a call that must not wait for it
+HELD_MS = 300.0  # the device is kept busy for about this long before a call that must not wait for it
+CYCLES_PER_MS = 2_000_000  # a clock of 2 GHz; a slower one keeps the device busy for longer
 
 
 def check_compilations(place: Place) -> Measures:
@@ -115,24 +116,12 @@ def _other_calls(inputs: dict[str, Any], budget: float) -> Iterator[tuple[str, C
 def host_ms_while_busy(run: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds of the host in `run` while the device is busy for HELD_MS: about HELD_MS if `run` waits for it."""
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(int(_cycles_per_ms(device) * HELD_MS))
+    torch.cuda._sleep(int(CYCLES_PER_MS * HELD_MS))
     started = time.perf_counter()
     run()
     took = 1e3 * (time.perf_counter() - started)
     torch.cuda.synchronize(device)
     return took
-
-
-def _cycles_per_ms(device: torch.device) -> float:
-    """Clock cycles that the device counts in a millisecond."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cycles = 20_000_000
-    torch.cuda._sleep(cycles)  # wakes the device up
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize(device)
-    return cycles / float(start.elapsed_time(end))
 
 
 def check_waits(place: Place) -> Measures:

@@ -48,6 +48,8 @@ def _check_step(place: Place, name: str) -> Measures:
     require_package("transformers")
     size, vocab_size = place.size((SIZES[name], VOCAB_SIZE), (TINY_SIZE, TINY_VOCAB_SIZE))
     length, prompt_length = place.size((1024, 256), (16, 4))
+    if place.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place.device)
     model = make_model(size, vocab_size, place.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(vocab_size, (REPLIES, length), device=place.device)
