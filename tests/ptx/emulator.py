@@ -26,22 +26,14 @@ from tests.ptx.report import ORDER_DEPENDENT, Report
 
 
 @contextmanager
-def emulated_launches(
-    target: str = "sm_90",
-    *,
-    schedules: Sequence[Schedule] = (LOCKSTEP,),
-    checks_races: bool = True,
-    report: Report | None = None,
-) -> Iterator[Report]:
+def emulated_launches(target: str = "sm_90", *, schedules: Sequence[Schedule] = (LOCKSTEP,)) -> Iterator[Report]:
     """Execute every launch inside the block once for each schedule; the results of the last one stay.
 
     Args:
         target: a key of `compiling.TARGETS`.
         schedules: orders of warps and thread blocks; the results must be equal bit for bit.
-        checks_races: whether to search for races; memory is always checked.
-        report: receives the findings; None: a new one.
     """
-    report = Report() if report is None else report
+    report = Report()
     original = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -62,7 +54,7 @@ def emulated_launches(
             arguments = _arguments(translated, list(passed.values()))
 
             def launch(schedule: Schedule) -> None:
-                Launch(translated, arguments, grid[0], memory, schedule, report, checks_races=checks_races).run()
+                Launch(translated, arguments, grid[0], memory, schedule, report).run()
 
             _run_schedules(schedules, launch, memory, report, translated.program.name)
             report.launches[translated.program.name] += 1

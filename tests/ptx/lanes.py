@@ -124,9 +124,8 @@ class LaneGroup:
             if (of_warps.any(1) != of_warps.all(1)).any():
                 self.launch.note(DIVERGENT, instruction, "some lanes of a warp do not execute it")
             warps = warps[of_warps.any(1)]
-        if self.launch.checks_races:
-            self.launch.clocks.converged[warps] += 1
-            self.converged = self.launch.clocks.converged[self.warp]
+        self.launch.clocks.converged[warps] += 1
+        self.converged = self.launch.clocks.converged[self.warp]
 
     def shuffle(
         self, mode: str, values: Lanes, by: Lanes, clamp: Lanes, members: Lanes, mask: Mask, instruction: int
@@ -209,7 +208,7 @@ class LaneGroup:
             out[lane] = words[index[0]]
             words[index[0]] += values[lane]
             self.launch.executed["atomics"] += 1
-            if self.launch.checks_races and is_ordered:
+            if is_ordered:
                 self.launch.clocks.atomic(int(self.warp[lane]), int(address[lane]))
                 self.refresh_clocks()
         return out
@@ -235,10 +234,8 @@ class LaneGroup:
             return np.zeros(0, I8), valid, np.zeros(0, UNSIGNED[size])
         if not ((address[valid] >= U8(span.base)) & (address[valid] < U8(span.top))).all():
             raise EmulatorError("one instruction that accesses two tensors is not implemented")
-        if launch.checks_races:
-            of_lanes = (array if mask is None else array[mask] for array in (self.thread, self.time, self.converged))
-            access = Access(span.number, kind, instruction, num_bytes, address, *of_lanes)
-            launch.accesses.append(access)
+        of_lanes = (array if mask is None else array[mask] for array in (self.thread, self.time, self.converged))
+        launch.accesses.append(Access(span.number, kind, instruction, num_bytes, address, *of_lanes))
         return as_index((address[valid] - U8(span.base)) // U8(size)), valid, span.words[size]
 
     def _access_shared(

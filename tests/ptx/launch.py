@@ -77,11 +77,9 @@ class Launch:
         memory: GlobalMemory,
         schedule: Schedule,
         report: Report,
-        *,
-        checks_races: bool = True,
     ) -> None:
         self.kernel, self.arguments, self.grid, self.memory = kernel, arguments, grid, memory
-        self.schedule, self.report, self.checks_races = schedule, report, checks_races
+        self.schedule, self.report = schedule, report
         self.lanes_per_group = WARP * kernel.num_warps if schedule.in_lockstep else WARP
         self.code = kernel.code(self.lanes_per_group)
         self.clocks = Clocks(grid * kernel.num_warps)
@@ -157,18 +155,16 @@ class ThreadBlock:
 
     def _check_shared_memory(self) -> None:
         """Report the races since the last barrier."""
-        if self.launch.checks_races:
-            for are_equal, byte, count, first, second in self.shared.races():
-                kind = EQUAL_STORES if are_equal else SHARED_RACE
-                self.launch.note(kind, first, f"{count} bytes from byte {byte} on", second)
+        for are_equal, byte, count, first, second in self.shared.races():
+            kind = EQUAL_STORES if are_equal else SHARED_RACE
+            self.launch.note(kind, first, f"{count} bytes from byte {byte} on", second)
         self.shared.start_epoch()
 
     def _pass_barrier(self, rng: random.Random) -> None:
         if len(self._waiting) < len(self.groups):
             self.note_missed_barrier()
         self.launch.executed["barriers"] += 1
-        if self.launch.checks_races:
-            self.launch.clocks.barrier(self.warps)
+        self.launch.clocks.barrier(self.warps)
         self.launch.clocks.converged[self.warps] += 1
         for group in self.groups:
             group.refresh_clocks()
