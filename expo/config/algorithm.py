@@ -9,8 +9,16 @@ from expo_kernels.objective import RolloutCorrection
 
 
 class RewardSection(Section):
-    """The verifier (math-verify in worker processes, with a timeout), and the other terms of the reward."""
+    """The verifier, its worker processes and their timeout, and the other terms of the reward."""
 
+    verifier: Annotated[str, Field(pattern=r"^(math|exact|choice|reasoning-gym|[\w.]+:\w+)$")] = "math"
+    """What gives the verdicts: math, exact, choice, reasoning-gym, or your own function as package.module:function;
+    docs/verifier.md describes them."""
+    unevaluated: Literal["refuse", "accept"] = "refuse"
+    """Verdict on an operation that is still to be computed where the gold answer is a value, such as 12 * 12 for 144;
+    refuse: wrong, and counted in the metric unevaluated_fraction; accept: correct."""
+    think_tags: dict[str, str] = {"<think>": "</think>"}
+    """Tags around the model's thinking, as {opening: closing}: only what follows the last closing tag is read."""
     workers: Count = 2
     """Worker processes; they start at the first answer that needs computer algebra."""
     timeout_s: Positive = 5.0

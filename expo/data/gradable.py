@@ -1,25 +1,51 @@
 """Finds questions whose gold answers the verifier cannot grade against."""
 
+import sys
+import time
 from dataclasses import replace
+from typing import Final
 
 from expo.data.questions import QuestionSet, name_some
 from expo.errors import ConfigError
+from expo.rewards.families import is_entry
 from expo.rewards.verifier import ungradable_answers
 from expo.types import Question
 
+_SECONDS_BETWEEN_REPORTS: Final = 5.0
 
-def bad_questions(loaded: QuestionSet) -> list[Question]:
-    r"""The questions whose gold answer cannot be parsed, or does not verify when a reply boxes it."""
-    bad = set(ungradable_answers([question.answer for question in loaded.questions]))
+
+def bad_questions(loaded: QuestionSet, verifier: str = "math") -> list[Question]:
+    r"""The questions whose gold answer cannot be parsed, or does not verify when a reply boxes it.
+
+    verifier: what gives the verdicts, as `reward.verifier`. Slow checks report their progress on stderr.
+    """
+    answers = [question.answer for question in loaded.questions]
+    bad = set(ungradable_answers(answers, method=verifier, on_progress=_Progress(loaded.source)))
     return [question for question in loaded.questions if question.answer in bad]
 
 
-def only_gradable(loaded: QuestionSet, skip_bad_answers: bool) -> QuestionSet:
+class _Progress:
+    """Reports how many gold answers have been checked, every few seconds."""
+
+    def __init__(self, source: str) -> None:
+        self._source, self._last = source, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and time.monotonic() - self._last > _SECONDS_BETWEEN_REPORTS:
+            self._last = time.monotonic()
+            print(f"{self._source}: {done:,} of {total:,} gold answers checked", file=sys.stderr, flush=True)
+
+
+def only_gradable(loaded: QuestionSet, skip_bad_answers: bool, verifier: str = "math") -> QuestionSet:
     """The set without the questions that cannot be graded.
 
     Raises: ConfigError, which names these questions, if there are any and not skip_bad_answers, or if no other is left.
     """
-    bad = bad_questions(loaded)
+    if verifier == "math" and any(is_entry(question.answer) for question in loaded.questions[:1]):
+        raise ConfigError(
+            f"{loaded.source}: the answers of this family need its own scorer; set --reward.verifier=reasoning-gym"
+        )
+    bad = bad_questions(loaded, verifier)
     if not bad:
         return loaded
     named = name_some([f"{question.id} ({question.answer!r})" for question in bad])

@@ -29,6 +29,9 @@ def evaluation_protocol(config: EvalConfig) -> dict[str, Any]:
         "engine": config.rollout.engine,
         "dtype": config.policy.dtype,
         "attention": config.model.attention,
+        "verifier": config.reward.verifier,
+        "unevaluated": config.reward.unevaluated,
+        "think_tags": config.reward.think_tags,
         "answer_timeout_s": config.reward.timeout_s,
     }
 

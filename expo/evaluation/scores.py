@@ -73,7 +73,11 @@ def score_set(rows: Sequence[Row], n: int, ks: Sequence[int], level_ks: Sequence
     levels = {level: _pass_at(correct, n, level_ks) for level, correct in sorted(counts_by_level.items()) if level}
     return {
         **_pass_at(counts, n, ks),
-        **fractions([row["verdict"] for row in rows], [row["truncated"] for row in rows]),
+        **fractions(
+            [row["verdict"] for row in rows],
+            [row["truncated"] for row in rows],
+            [row.get("unevaluated", False) for row in rows],
+        ),
         "by_level": levels,
     }
 

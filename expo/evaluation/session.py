@@ -19,7 +19,7 @@ from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
 from expo.evaluation.replies import REPLIES, resume_replies
 from expo.learner.model import check_model_path
-from expo.rewards.verifier import Verifier
+from expo.rewards.build import build_verifier
 from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.vllm.common import check_vllm
@@ -98,7 +98,8 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
             stack.callback(folder.release)
             ranks.raise_on_all_ranks(folder.lock)
             num_done = ranks.run_on_rank0(lambda: _resume(folder, metadata))
-            verifier = stack.enter_context(Verifier(config.reward.workers, config.reward.timeout_s))
+            some_prompt = policy.tokenizer.decode(next(iter(sets.values()))[0].prompt_ids)
+            verifier = stack.enter_context(build_verifier(config.reward, some_prompt))
         yield Evaluation(
             config=config,
             ranks=ranks,
@@ -119,11 +120,14 @@ def _load_sets(config: EvalConfig, display: Display) -> dict[str, QuestionSet]:
     check_model_path(config.model)
     if config.rollout.engine == "vllm":
         check_vllm()
-    skip_bad_answers = config.data.skip_bad_answers
-    return {name: _load_set(name, source, skip_bad_answers, display) for name, source in config.evaluation.sets.items()}
+    skip_bad_answers, verifier = config.data.skip_bad_answers, config.reward.verifier
+    return {
+        name: _load_set(name, source, skip_bad_answers, verifier, display)
+        for name, source in config.evaluation.sets.items()
+    }
 
 
-def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) -> QuestionSet:
+def _load_set(name: str, source: str, skip_bad_answers: bool, verifier: str, display: Display) -> QuestionSet:
     """Loads a set, and shows its size and what was left out.
 
     Raises: ConfigError if the file repeats every question: an AIME file of 960 rows has 30 questions, each in 32 rows.
@@ -137,7 +141,7 @@ def _load_set(name: str, source: str, skip_bad_answers: bool, display: Display) 
             f"file with one row per question (for AIME 2024: aime-2024), and --num-samples={loaded.fewest_rows} for as "
             f"many replies"
         )
-    loaded = only_gradable(loaded, skip_bad_answers)
+    loaded = only_gradable(loaded, skip_bad_answers, verifier)
     for line in set_lines(loaded):
         display.line(f"{name}: {line}")
     return loaded

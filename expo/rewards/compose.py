@@ -8,6 +8,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +31,22 @@ def load_reward_functions(names: Iterable[str]) -> dict[str, RewardFunction]:
 
     Raises: ConfigError if a module cannot be imported or has no such function.
     """
-    return {name: _load(name) for name in names}
+    return {name: load_function("reward.functions", name) for name in names}
 
 
-def _load(name: str) -> RewardFunction:
+def load_function(setting: str, name: str) -> Callable[..., Any]:
+    """Imports the function that a setting names as "package.module:function". Raises: ConfigError."""
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing a user's module may raise anything
         raise ConfigError(
-            f"reward.functions: {name} cannot be imported ({_one_line(error)}); install its "
+            f"{setting}: {name} cannot be imported ({_one_line(error)}); install its "
             f"module, or put it into the folder where the run is started"
         ) from error
     if not callable(found):
-        raise ConfigError(f"reward.functions: {name} is a {type(found).__name__}; give the name of a function")
-    function: RewardFunction = found
+        raise ConfigError(f"{setting}: {name} is a {type(found).__name__}; give the name of a function")
+    function: Callable[..., Any] = found
     return function
 
 

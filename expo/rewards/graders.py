@@ -2,11 +2,10 @@
 
 import functools
 import importlib
-import json
 from collections.abc import Callable
 from typing import Any, Final
 
-from expo.rewards import messages
+from expo.rewards import families, messages
 from expo.rewards.maths.compare import Outcome, judge
 
 Grader = Callable[[str | None, str], bytes]
@@ -40,9 +39,9 @@ def load_grader(method: str) -> Grader:
     Raises: ImportError or AttributeError if a library, or the function of "module:function", is missing.
     """
     if method == "reasoning-gym":
-        from expo.rewards.families import score_entry
+        import reasoning_gym  # noqa: F401 (imported once, before the workers are forked)
 
-        return functools.partial(_grade_by_score, score_entry)
+        return functools.partial(_grade_by_score, _mathematics())
     if ":" in method:
         module, _, name = method.partition(":")
         return functools.partial(_grade_by_function, getattr(importlib.import_module(module), name))
@@ -75,10 +74,11 @@ def _mathematics() -> Grader:
     return grade
 
 
-def _grade_by_score(score_entry: Callable[[str, str, Any], float], answer: str | None, gold: str) -> bytes:
+def _grade_by_score(mathematics: Grader, answer: str | None, gold: str) -> bytes:
+    if not families.is_entry(gold):
+        return mathematics(answer, gold)
     try:
-        content = json.loads(gold)
-        score = score_entry(content["family"], answer or "", content["entry"])
+        score = families.score(answer or "", gold)
     except MemoryError:
         raise
     except Exception:  # a family's scorer may raise anything over an answer of another form

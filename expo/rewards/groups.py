@@ -68,9 +68,13 @@ class GradedRollouts:
         return int(self.lengths.sum())
 
     def fractions(self) -> dict[str, float]:
-        """Shares of all replies that state no answer, that timed out in grading, and that were truncated."""
-        kinds = [verdict.kind for group in self.verdicts for verdict in group]
-        return fractions(kinds, [reply.is_truncated for group in self.replies for reply in group])
+        """Shares of all replies; see the function `fractions`."""
+        verdicts = [verdict for group in self.verdicts for verdict in group]
+        return fractions(
+            [verdict.kind for verdict in verdicts],
+            [reply.is_truncated for group in self.replies for reply in group],
+            [verdict.is_unevaluated for verdict in verdicts],
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of completions.jsonl for each reply, question after question."""
@@ -83,6 +87,7 @@ class GradedRollouts:
                 "reply": reply.text,
                 "stated": verdict.answer,
                 "verdict": verdict.kind,
+                "unevaluated": verdict.is_unevaluated,
                 "reward": verdict.reward,
                 "shaped_reward": reward,
                 "num_tokens": len(reply.token_ids),
@@ -143,11 +148,12 @@ def grade(verifier: Grader, prompts: Sequence[Prompt], replies: Sequence[Sequenc
     return GradedRollouts(prompts, replies, [[next(verdicts) for _ in group] for group in replies])
 
 
-def fractions(kinds: Sequence[str], is_truncated: Sequence[bool]) -> dict[str, float]:
-    """Shares of replies that state no answer, that timed out in grading, and that were truncated."""
+def fractions(kinds: Sequence[str], is_truncated: Sequence[bool], is_unevaluated: Sequence[bool]) -> dict[str, float]:
+    """Shares of replies that state no answer, timed out in grading, state an unevaluated value, and were truncated."""
     return {
         "unparsed_fraction": kinds.count("unparsed") / len(kinds),
         "timeout_fraction": kinds.count("timeout") / len(kinds),
+        "unevaluated_fraction": is_unevaluated.count(True) / len(is_unevaluated),
         "truncated_fraction": is_truncated.count(True) / len(is_truncated),
     }
 

@@ -6,17 +6,17 @@ worker processes, where `worker.py` has the counterpart of each name:
 - "math": mathematics, as `docs/verifier.md` says.
 - "exact": the stated answer, without dressing and white space, equals the gold answer's text.
 - "choice": the stated letter of a choice equals the gold letter.
-- "reasoning-gym": the scorer of the question's family; the gold answer is an entry of the family as JSON.
+- "reasoning-gym": the scorer of the question's family if the gold answer is an entry (`families.py`), else "math".
 - "module:function": your own function(reply, answer), which returns True, False, or a verdict's name.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from expo.rewards.answers import is_missing, normalise_gold, stated_gold
 from expo.rewards.extract import THINK_TAGS, after_thinking, extract_answer
+from expo.rewards.families import is_entry, own_answer
 from expo.rewards.maths.compare import Outcome, RationalAlgebra, is_opaque, judge
 from expo.rewards.maths.dressing import undress
 
@@ -118,43 +118,51 @@ class ChoiceMethod(ExactMethod):
         return rf"\boxed{{{letter}}}" if letter else None
 
 
-class ReasoningGymMethod:
-    """The scorer of a question's family, in the workers."""
-
-    def read(self, reply: str, reading: Reading) -> str | None:
-        """The answer as stated."""
-        return reading.answer(reply)
+class ReasoningGymMethod(MathMethod):
+    """The scorer of a question's family, in the workers; mathematics for gold answers that are no entries."""
 
     def pair(self, stated: str, gold: str) -> tuple[str, str]:
-        """Both as given."""
-        return stated.strip(), gold
+        """Both as given, if the gold answer is an entry."""
+        return (stated.strip(), gold) if is_entry(gold) else super().pair(stated, gold)
 
-    def decide(self, stated: str, gold: str) -> Outcome:  # noqa: ARG002
-        """By a worker."""
-        return Outcome.UNKNOWN
+    def decide(self, stated: str, gold: str) -> Outcome:
+        """By a worker, if the gold answer is an entry."""
+        return Outcome.UNKNOWN if is_entry(gold) else super().decide(stated, gold)
 
     def statement(self, gold: str) -> str | None:
-        """The entry's own answer in a box."""
-        try:
-            return rf"\boxed{{{json.loads(gold)['entry']['answer']}}}"
-        except (ValueError, LookupError, TypeError):
-            return None
+        """The entry's own answer in a box; nothing that is read if it is one of many."""
+        if not is_entry(gold):
+            return super().statement(gold)
+        answer = own_answer(gold)
+        return "" if answer is None else rf"\boxed{{{answer}}}"
 
-    def needs_check(self, gold: str) -> bool:  # noqa: ARG002
-        """No: stating it shows that it can be scored."""
-        return False
+    def needs_check(self, gold: str) -> bool:
+        """Not for entries: stating one shows that it can be scored."""
+        return not is_entry(gold) and super().needs_check(gold)
 
 
-class OwnMethod(ReasoningGymMethod):
+class OwnMethod:
     """A function of the user, in the workers."""
 
     def read(self, reply: str, reading: Reading) -> str | None:
         """The reply without its thinking."""
         return reading.text(reply)
 
+    def pair(self, stated: str, gold: str) -> tuple[str, str]:
+        """Both as given."""
+        return stated, gold
+
+    def decide(self, stated: str, gold: str) -> Outcome:  # noqa: ARG002
+        """By a worker."""
+        return Outcome.UNKNOWN
+
     def statement(self, gold: str) -> str | None:  # noqa: ARG002
         """Nothing that is read: only the function knows what states its gold answers."""
         return ""
+
+    def needs_check(self, gold: str) -> bool:  # noqa: ARG002
+        """No."""
+        return False
 
 
 def find_method(name: str) -> Method:

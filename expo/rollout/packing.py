@@ -120,13 +120,16 @@ def all_gather_verdicts(verdicts: Sequence[Verdict], ranks: Ranks) -> list[list[
         return [list(verdicts)]
     kinds = torch.tensor([KINDS.index(verdict.kind) for verdict in verdicts], dtype=torch.uint8)
     has_answer = torch.tensor([verdict.answer is not None for verdict in verdicts], dtype=torch.bool)
+    is_unevaluated = torch.tensor([verdict.is_unevaluated for verdict in verdicts], dtype=torch.bool)
     texts = _encode([verdict.answer or "" for verdict in verdicts])
     return [
         [
-            Verdict(KINDS[code], answer if is_stated else None)
-            for code, is_stated, answer in zip(codes.tolist(), stated.tolist(), _decode(*answers), strict=True)
+            Verdict(KINDS[code], answer if is_stated else None, is_open)
+            for code, is_stated, is_open, answer in zip(
+                codes.tolist(), stated.tolist(), unevaluated.tolist(), _decode(*answers), strict=True
+            )
         ]
-        for codes, stated, *answers in _all_gather([kinds, has_answer, *texts], ranks)
+        for codes, stated, unevaluated, *answers in _all_gather([kinds, has_answer, is_unevaluated, *texts], ranks)
     ]
 
 

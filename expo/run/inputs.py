@@ -15,6 +15,7 @@ from expo.data import (
 from expo.data.record import set_lines, set_record
 from expo.errors import ConfigError
 from expo.learner.model import check_model_path, load_tokenizer
+from expo.rewards.build import check_verifier
 from expo.rewards.compose import RewardFunction, load_reward_functions
 from expo.rollout.vllm.common import check_vllm
 from expo.run.folder import RunFolder
@@ -53,9 +54,12 @@ def load_inputs(config: RunConfig) -> Inputs:
     check_trackers(config.run.trackers)
     if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
         check_vllm()
-    skip = config.data.skip_bad_answers
-    train = only_gradable(load_questions(config.data.train), skip)
-    evaluation = {name: only_gradable(load_questions(source), skip) for name, source in config.evaluation.sets.items()}
+    check_verifier(config.reward.verifier)
+    skip, verifier = config.data.skip_bad_answers, config.reward.verifier
+    train = only_gradable(load_questions(config.data.train), skip, verifier)
+    evaluation = {
+        name: only_gradable(load_questions(source), skip, verifier) for name, source in config.evaluation.sets.items()
+    }
     overlap = find_overlap(train, evaluation)
     train = overlap.drop_from(train, config.data.drop_overlap)
     tokenizer = load_tokenizer(config.model)

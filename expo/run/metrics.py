@@ -41,6 +41,7 @@ STEP_METRICS = {
     "by up to 4,096 elements of each; null if they share their weights",
     "unparsed_fraction": "share of replies that state no answer",
     "timeout_fraction": "share of replies that could not be graded within the limits on time and memory",
+    "unevaluated_fraction": "share of replies of the right value that are still to be computed (12 * 12 for 144)",
     "truncated_fraction": "share of replies that max_new_tokens ended",
     "groups_sampled": "groups of replies sampled in the step, one for each question, over all rounds",
     "groups_dropped": "of these, the groups not trained on, since their rewards are all equal",
@@ -102,8 +103,16 @@ def curriculum_row(step: int, curriculum: CurriculumTable) -> dict[str, Any]:
 
 
 def progress_note(row: Mapping[str, Any]) -> str:
-    """The metrics of a step that the progress bar shows."""
+    """The metrics of a step that the progress bar shows, and what to change if no reply can be correct."""
     return (
         f"accuracy {row['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  "
-        f"length {row['completion_length']:.1f}  {row['tokens_per_second']:.0f} tokens/s"
+        f"length {row['completion_length']:.1f}  {row['tokens_per_second']:.0f} tokens/s{_advice(row)}"
     )
+
+
+def _advice(row: Mapping[str, Any]) -> str:
+    if row["truncated_fraction"] == 1.0:
+        return "  every reply was truncated: raise rollout.max_new_tokens"
+    if row["unparsed_fraction"] == 1.0:
+        return "  no reply states an answer: ask for \\boxed{} or Answer: (data.prompt), or check reward.think_tags"
+    return ""

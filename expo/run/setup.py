@@ -18,9 +18,9 @@ from expo.config import RunConfig
 from expo.data.record import require_same_questions
 from expo.errors import StopRequested
 from expo.learner.policy import DeepSpeedPolicy, Policy
+from expo.rewards.build import build_verifier
 from expo.rewards.compose import RewardComposer
 from expo.rewards.groups import GradedRollouts
-from expo.rewards.verifier import Verifier
 from expo.rollout import request_seed
 from expo.rollout.build import build_engine
 from expo.rollout.cache import ReplyCache
@@ -219,6 +219,7 @@ def _build_rollout(
 ) -> RunRollout:
     probe = make_probe([prompt.prompt_ids for prompt in inputs.train_set], config.max_tokens)
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
+    some_prompt = policy.tokenizer.decode(inputs.train_set[0].prompt_ids)
     cache = ReplyCache(
         folder.path / "rollouts",
         ranks,
@@ -231,7 +232,7 @@ def _build_rollout(
         engine=engine,
         sync=sync,
         cache=cache,
-        verifier=DataParallelVerifier(Verifier(config.reward.workers, config.reward.timeout_s), ranks),
+        verifier=DataParallelVerifier(build_verifier(config.reward, some_prompt), ranks),
         reward_composer=RewardComposer(config.reward, config.rollout.max_new_tokens, inputs.reward_functions, ranks),
     )
 

@@ -31,8 +31,8 @@ def is_value(node: Node) -> bool:
         return is_value(args[0]) and (is_value(args[1]) or _is_mixed_sum(args[1]))
     if op == "div":
         quotient = rational(node)
-        is_whole = quotient is not None and quotient.denominator == 1
-        return node.name == "/" and not is_whole and all(is_value(arg) for arg in args)
+        is_integer = quotient is not None and quotient.denominator == 1
+        return node.name == "/" and not is_integer and all(is_value(arg) for arg in args)
     if op == "pow":
         return _is_power_value(args[0], args[1])
     if op == "root":

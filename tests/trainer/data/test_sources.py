@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from expo.config import DataSection
-from expo.data import count_questions, load_questions, question_id, render_prompt
+from expo.data import count_questions, load_questions, only_gradable, question_id, render_prompt
 from expo.data.__main__ import main
 from expo.data.hub import NAMED, HubSource, hub_table, parse_hub_source
 from expo.data.reasoning import FAMILIES
@@ -208,7 +208,6 @@ def test_the_verifier_agrees_with_the_familys_own_scorer(family):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("reasoning-gym:countdown", "no family 'countdown' whose answers are integers"),
         ("reasoning-gym:gcd?levle=1", "expected level, size and seed"),
         ("reasoning-gym:gcd?size=few", "expected level, size and seed"),
         ("reasoning-gym:gcd?size=0", "expected level, size and seed"),
@@ -217,6 +216,20 @@ def test_the_verifier_agrees_with_the_familys_own_scorer(family):
 def test_wrong_reasoning_gym_sources_are_refused(source, expected):
     with pytest.raises(ConfigError, match=expected):
         load_questions(source)
+
+
+def test_an_unknown_family_is_named_with_the_nearest_one():
+    pytest.importorskip("reasoning_gym", reason="needs expo-rl[reasoning]")
+    with pytest.raises(ConfigError, match="no family 'countdwn'; did you mean countdown"):
+        load_questions("reasoning-gym:countdwn")
+
+
+def test_a_family_that_needs_its_scorer_says_so():
+    pytest.importorskip("reasoning_gym", reason="needs expo-rl[reasoning]")
+    loaded = load_questions("reasoning-gym:countdown?size=3")
+    with pytest.raises(ConfigError, match="set --reward.verifier=reasoning-gym"):
+        only_gradable(loaded, skip_bad_answers=True)
+    assert only_gradable(loaded, skip_bad_answers=False, verifier="reasoning-gym") is loaded
 
 
 def test_a_family_without_levels_says_so():

@@ -25,6 +25,7 @@ GROUPS = [
 VERDICTS = [
     Verdict("correct", "4"),
     Verdict("wrong", ""),
+    Verdict("wrong", "12*12", is_unevaluated=True),
     Verdict("unparsed", None),
     Verdict("timeout", "9^{9^{9}} \ud800 é"),
 ]
