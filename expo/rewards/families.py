@@ -7,6 +7,11 @@ from typing import Any, Final
 _START: Final = '{"reasoning_gym": '
 
 
+def load_library() -> None:
+    """Imports reasoning-gym, once, before workers are forked."""
+    import reasoning_gym  # noqa: F401
+
+
 def entry_gold(family: str, entry: dict[str, Any]) -> str:
     """The gold answer that states a family and its entry: question, answer and metadata."""
     return json.dumps({"reasoning_gym": family, "entry": entry}, default=str)

@@ -39,8 +39,7 @@ def load_grader(method: str) -> Grader:
     Raises: ImportError or AttributeError if a library, or the function of "module:function", is missing.
     """
     if method == "reasoning-gym":
-        import reasoning_gym  # noqa: F401 (imported once, before the workers are forked)
-
+        families.load_library()
         return functools.partial(_grade_by_score, _mathematics())
     if ":" in method:
         module, _, name = method.partition(":")

@@ -80,10 +80,10 @@ def judge(stated: str, gold: str, algebra: Algebra) -> Outcome:
     if stated == gold:
         return Outcome.CORRECT
     if stated.isdigit() and gold.isdigit() and stated.isascii() and gold.isascii():
-        return Outcome.WRONG
+        return Outcome.CORRECT if stated.lstrip("0") == gold.lstrip("0") else Outcome.WRONG
     comparison = _Comparison(algebra)
     outcomes = [
-        comparison.compare(meant, answer)
+        comparison.compare(*_unwrapped(meant, answer))
         for meant in readings(gold, is_gold=True)
         for answer in readings(stated, is_gold=False)
     ]
@@ -112,7 +112,7 @@ def _decided(is_equal: bool | None) -> Outcome:
 
 
 _UNORDERED_LIMIT = 100  # members of a list whose order does not matter; each is compared with each
-_SQUASHED = re.compile(r"\\text|[{}\s]")
+_SQUASHED = re.compile(r"\\text|[{}]|(?<!\w)\s+|\s+(?!\w)")
 
 
 class _Comparison:
@@ -370,10 +370,17 @@ def _as_same_kind(gold: Answer, stated: Answer) -> tuple[Answer, Answer]:
     return _as_scalar(gold, stated), _as_scalar(stated, gold)
 
 
+def _unwrapped(gold: Answer, stated: Answer) -> tuple[Answer, Answer]:
+    """Two answers; one of them without its braces if it is a set of one member and the other is no list."""
+    if isinstance(gold, Collection) and len(gold.members) == 1 and not isinstance(stated, Collection):
+        return gold.members[0], stated
+    if isinstance(stated, Collection) and len(stated.members) == 1 and not isinstance(gold, Collection):
+        return gold, stated.members[0]
+    return gold, stated
+
+
 def _as_scalar(answer: Answer, other: Answer) -> Answer:
-    """A set of one member, a ratio of two numbers, or a row or column as what the other answer is."""
-    if isinstance(answer, Collection) and len(answer.members) == 1 and not isinstance(other, Collection):
-        return answer.members[0]
+    """A ratio of two numbers, or a row or column, as what the other answer is."""
     if isinstance(answer, Ratio) and isinstance(other, Scalar) and len(answer.parts) == 2:
         nodes = [part.node for part in answer.parts if isinstance(part, Scalar) and rational(part.node) != Fraction(0)]
         return Scalar("", Node("frac", tuple(nodes))) if len(nodes) == 2 else answer

@@ -82,9 +82,12 @@ _SPELLINGS = {
 _SYMBOLS = re.compile(r"<>|[<>|*:\[\]()i]|\^\\circ")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|thinspace|medspace|enspace|hspace\{[^{}]*\}|hfill)(?![A-Za-z]))|~")
+_LAST_EXPONENT = re.compile(r"\^\{(-?\d)\}(?=\s*\})")
 _GROUP_MARK = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ )(?=\d{3}(?!\d))")
 _LINE_BREAK = re.compile(r"\\\\(?:\[[^\]]*\])?\s*\Z")
 _FINAL_STOP = re.compile(r"(?<!\\)[.,;\s]+\Z")
+# "{1, 2}", as some data sets write it; the braces that a colour or font command leaves behind are no set
+_BARE_SET = re.compile(r"[\s$]*\{[^{\\]")
 _PLAIN_GROUP = re.compile(r"(?<![A-Za-z}\]^_\\])\{\s*([+-]?[\w.]*)\s*\}")
 _WRAPPERS = (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _REPEATING = re.compile(r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
@@ -106,10 +109,12 @@ def undress(text: str) -> str:
     """The answer in one spelling, without dressing; "" if nothing is left."""
     if text.isascii() and text.isdigit():
         return text.lstrip("0") or "0"
+    is_bare_set = _BARE_SET.match(text) is not None
     if not text.isascii():
         text = _without_unicode(text)
     text = text.replace(r"\$", r"\USD ").replace("$", "")
-    text = _GROUP_MARK.sub("", text).replace(r"\!", "")
+    text = _GROUP_MARK.sub("", text).replace(r"\!", "").replace("{:}", ":")
+    text = _LAST_EXPONENT.sub(r"^\1", text)
     text = _COLOUR.sub("", text)
     text = _FONT.sub("", text)
     text = _TEXT.sub(r"\\text", text)
@@ -127,7 +132,7 @@ def undress(text: str) -> str:
             if shorter == text:
                 break
             text = shorter
-        text = _without_outer_group(text)
+        text = _without_outer_group(text, is_bare_set)
     return re.sub(r"\s+", " ", _without_ends(text))
 
 
@@ -155,8 +160,8 @@ def _without_ends(text: str) -> str:
     return text.replace(r"\(", "").replace(r"\)", "") if r"\(" in text else text
 
 
-def _without_outer_group(text: str) -> str:
-    """The text without the braces around the whole of it; a list in braces keeps them, being a set."""
+def _without_outer_group(text: str, is_bare_set: bool) -> str:
+    """The text without the braces around the whole of it; a list that is written in bare braces becomes a set."""
     while text.startswith("{") and text.endswith("}") and not text.endswith("\\}"):
         depth = 0
         for index, char in enumerate(text):
@@ -167,7 +172,7 @@ def _without_outer_group(text: str) -> str:
         if index < len(text) - 1:
             return text
         inner = text[1:-1].strip()
-        if re.search(r",", inner) and not inner.startswith("{"):
+        if is_bare_set and "," in inner:
             return rf"\{{{inner}\}}"
         text = inner
     return text

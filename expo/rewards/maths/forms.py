@@ -81,9 +81,11 @@ def _combine(first: Node, second: Node) -> bool:
     one, other = monomial(first), monomial(second)
     if one is None or other is None:
         return first == second
+    if not (one.sign and other.sign):
+        return True
     if (one.pi, one.e, one.i) != (other.pi, other.e, other.i):
         return False
-    return not (one.sign and other.sign) or root(one.square * other.square, Fraction(2)) is not None
+    return root(one.square * other.square, Fraction(2)) is not None
 
 
 def _is_call_value(node: Node) -> bool:

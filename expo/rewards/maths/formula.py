@@ -49,6 +49,8 @@ class Node(NamedTuple):
 
 
 TWO: Final = Node("num", name="2")
+_MINUS_ONE: Final = Node("neg", (Node("num", name="1"),))
+_INVERSES: Final = ("sin", "cos", "tan")  # \sin^{-1} is arcsin, not a power
 
 
 class _ParseError(Exception):
@@ -275,6 +277,8 @@ class _Parser:
             self._expect(_CLOSING[token])
         else:
             args = [self._bare_argument()]
+        if exponent == _MINUS_ONE and name in _INVERSES:
+            name, exponent = f"arc{name}", None
         node = Node("call", (*args, *([base] if base else [])), name)
         return Node("pow", (node, exponent)) if exponent else node
 

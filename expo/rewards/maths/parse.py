@@ -6,6 +6,7 @@ list is written with spaces; a reply may have meant either, and the gold answer 
 
 import functools
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from expo.rewards.maths.dressing import CACHE_SIZE
@@ -83,10 +84,11 @@ def _parse(text: str, depth: int) -> Answer:
             return _join(parts, ",", depth)
     if relation_operator(text):
         return parse_relation(text, lambda part: _parse(part, depth + 1))
-    if r"\pm" in text or r"\mp" in text:
+    found = _parse_set(text, depth) or _parse_bracketed(text, depth)
+    if found is None and (r"\pm" in text or r"\mp" in text):
         signs = [text.replace(r"\pm", a).replace(r"\mp", b) for a, b in (("+", "-"), ("-", "+"))]
         return Collection(tuple(_parse(part, depth + 1) for part in signs))
-    return _parse_set(text, depth) or _parse_bracketed(text, depth) or parse_scalar(text)
+    return found or parse_scalar(text)
 
 
 def _bare_word(connective: re.Match[str]) -> str:
@@ -94,16 +96,11 @@ def _bare_word(connective: re.Match[str]) -> str:
 
 
 def _join(parts: list[str], mark: str, depth: int) -> Answer:
-    members = [_parse(part, depth + 1) for part in parts if part.strip()]
-    flat: list[Answer] = []
-    for member in members:
-        # "1, 2 and 3" is one list; so is "\pm 1, 2"
-        is_list = isinstance(member, Collection) and not member.is_set
-        flat += member.members if isinstance(member, Collection) and is_list else [member]
+    flat = _flat(_parse(part, depth + 1) for part in parts if part.strip())
     if flat and all(isinstance(member, Region) for member in flat):
         region = combined([member for member in flat if isinstance(member, Region)], mark)
         return Opaque(mark.join(parts)) if region is None else region
-    return flat[0] if len(flat) == 1 else Collection(tuple(flat))
+    return flat[0] if len(flat) == 1 else Collection(flat)
 
 
 def split_top(text: str, mark: str) -> list[str]:
@@ -204,6 +201,15 @@ def _braced(inner: str, depth: int) -> Answer | None:
         variable = builder[1].split(r"\in")[0].strip()
         return found if isinstance(found, Region) and found.variable == variable else None
     parts = split_top(inner, ",") if ";" not in inner else split_top(inner, ";")
-    members = tuple(_parse(part, depth + 1) for part in parts)
+    members = _flat(_parse(part, depth + 1) for part in parts)
     is_named = all(isinstance(member, Assignment) for member in members)
     return Collection(members, is_set=not is_named)
+
+
+def _flat(members: Iterable[Answer]) -> tuple[Answer, ...]:
+    """The members with those of lists among them: "1, 2 and 3" is one list; so is "\\pm 1, 2"."""
+    flat: list[Answer] = []
+    for member in members:
+        is_list = isinstance(member, Collection) and not member.is_set
+        flat += member.members if isinstance(member, Collection) and is_list else [member]
+    return tuple(flat)

@@ -63,7 +63,7 @@ def _letters(text: str) -> Answer:
 
 def _marked_number(plain: str, text: str) -> Answer | None:
     """A numeral in a base, a time, or a ratio."""
-    numeral = _NUMERAL.fullmatch(text)
+    numeral = _NUMERAL.fullmatch(plain)
     if numeral:
         base = _BASE_NAMES.get(numeral[2], numeral[2])
         if base.isdigit() and base != "10":

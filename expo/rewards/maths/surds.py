@@ -108,7 +108,11 @@ def equal(first: Node, second: Node) -> bool | None:
         sums = monomials(first), monomials(second)
         if sums[0] is None or sums[1] is None:
             return None
-        return _is_zero([*sums[0], *(term._replace(sign=-term.sign) for term in sums[1])]) or _is_rounded(first, second)
+        if _is_zero([*sums[0], *(term._replace(sign=-term.sign) for term in sums[1])]) or _is_rounded(first, second):
+            return True
+        # whether a long decimal rounds an irrational number is for the workers
+        is_open = max(decimal_places(first), decimal_places(second)) >= MIN_PLACES
+        return None if is_open and None in (rational(first), rational(second)) else False
     outcomes = [_equal_at(first, second, names, number) for number in range(_NUM_POINTS)]
     if False in outcomes:
         return False
