@@ -14,14 +14,21 @@ from expo.types import Question
 _SECONDS_BETWEEN_REPORTS: Final = 5.0
 
 
-def bad_questions(loaded: QuestionSet, verifier: str = "math") -> list[Question]:
+def bad_questions(loaded: QuestionSet, verifier: str | None = None) -> list[Question]:
     r"""The questions whose gold answer cannot be parsed, or does not verify when a reply boxes it.
 
-    verifier: what gives the verdicts, as `reward.verifier`. Slow checks report their progress on stderr.
+    verifier: what gives the verdicts, as `reward.verifier`; None for the one that the gold answers are made for. Slow
+    checks report their progress on stderr.
     """
+    if verifier is None:
+        verifier = "reasoning-gym" if _has_entries(loaded) else "math"
     answers = [question.answer for question in loaded.questions]
     bad = set(ungradable_answers(answers, method=verifier, on_progress=_Progress(loaded.source)))
     return [question for question in loaded.questions if question.answer in bad]
+
+
+def _has_entries(loaded: QuestionSet) -> bool:
+    return any(is_entry(question.answer) for question in loaded.questions[:1])
 
 
 class _Progress:
@@ -41,7 +48,7 @@ def only_gradable(loaded: QuestionSet, skip_bad_answers: bool, verifier: str = "
 
     Raises: ConfigError, which names these questions, if there are any and not skip_bad_answers, or if no other is left.
     """
-    if verifier == "math" and any(is_entry(question.answer) for question in loaded.questions[:1]):
+    if verifier == "math" and _has_entries(loaded):
         raise ConfigError(
             f"{loaded.source}: the answers of this family need its own scorer; set --reward.verifier=reasoning-gym"
         )
