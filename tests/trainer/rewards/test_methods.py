@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from expo.config import RewardSection
+from expo.config import EvalConfig, RewardSection
 from expo.errors import ConfigError, GraderError
+from expo.evaluation.protocol import evaluation_protocol
 from expo.rewards.answers import extract_answer
 from expo.rewards.build import build_verifier, check_verifier
 from expo.rewards.families import entry_gold
+from expo.rewards.groups import fractions
 from expo.rewards.methods import Reading, find_method
 from expo.rewards.verifier import Verifier, ungradable_answers
 from expo.run.metrics import progress_note
@@ -91,6 +93,25 @@ def test_the_setting_says_which_rule_holds():
     reply, gold = [r"\boxed{12 \times 12}"], ["144"]
     assert kinds(build_verifier(RewardSection(), ""), reply, gold) == ["wrong"]
     assert kinds(build_verifier(RewardSection(unevaluated="accept"), ""), reply, gold) == ["correct"]
+
+
+def test_an_evaluation_writes_its_rule_into_the_protocol():
+    config = EvalConfig(model={"path": "m"}, reward={"unevaluated": "accept", "verifier": "choice"})
+    protocol = evaluation_protocol(config)
+    assert (protocol["unevaluated"], protocol["verifier"]) == ("accept", "choice")
+    assert protocol["think_tags"] == {"<think>": "</think>"}
+
+
+def test_unevaluated_replies_are_counted():
+    kinds, is_unevaluated = ["wrong", "wrong", "correct", "unparsed"], [True, False, False, False]
+    assert fractions(kinds, [False] * 4, is_unevaluated)["unevaluated_fraction"] == 0.25
+
+
+def test_checking_gold_answers_reports_its_progress():
+    reports = []
+    golds = [str(number) for number in range(1200)]
+    assert ungradable_answers(golds, on_progress=lambda done, total: reports.append((done, total))) == []
+    assert reports == [(500, 1200), (1000, 1200), (1200, 1200)]
 
 
 # ---- verifiers
