@@ -1,6 +1,7 @@
 """Replies graded per second: our verifier with its worker processes, and TRL's accuracy_reward in the calling process.
 
-Both use math-verify. Ours compares plain numbers without it, and can kill a worker that hangs on an answer.
+TRL's uses math-verify. Ours compares most answers by rational arithmetic in the calling process, the others by sympy in
+workers, and can kill a worker that hangs on an answer.
 """
 
 import importlib.util

@@ -15,14 +15,21 @@ MOST_SHOWN: Final = 80  # characters of a gold answer in a message
 _SECONDS_BETWEEN_REPORTS: Final = 5.0
 
 
-def bad_questions(loaded: QuestionSet, verifier: str = "math") -> list[Question]:
+def bad_questions(loaded: QuestionSet, verifier: str | None = None) -> list[Question]:
     r"""The questions with a gold answer that cannot be parsed, or does not verify when a reply boxes it.
 
-    verifier: what gives the verdicts, as `reward.verifier`. Slow checks report their progress on stderr.
+    verifier: what gives the verdicts, as `reward.verifier`; None for the one that the gold answers are made for. Slow
+    checks report their progress on stderr.
     """
+    if verifier is None:
+        verifier = "reasoning-gym" if _has_entries(loaded) else "math"
     answers = [gold for question in loaded.questions for gold in question.golds]
     bad = set(ungradable_answers(answers, method=verifier, on_progress=_Progress(loaded.source)))
     return [question for question in loaded.questions if not bad.isdisjoint(question.golds)]
+
+
+def _has_entries(loaded: QuestionSet) -> bool:
+    return any(is_entry(question.answer) for question in loaded.questions[:1])
 
 
 class _Progress:
@@ -42,7 +49,7 @@ def only_gradable(loaded: QuestionSet, skip_bad_answers: bool, verifier: str = "
 
     Raises: ConfigError, which names these questions, if there are any and not skip_bad_answers, or if no other is left.
     """
-    if verifier == "math" and any(is_entry(question.answer) for question in loaded.questions[:1]):
+    if verifier == "math" and _has_entries(loaded):
         raise ConfigError(
             f"{loaded.source}: the answers of this family need its own scorer; set --reward.verifier=reasoning-gym"
         )

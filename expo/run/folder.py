@@ -41,9 +41,12 @@ ADDED_LATER = (
     "data.template",
     "data.system",
     "data.chat_template_kwargs",
+    "reward.verifier",
+    "reward.unevaluated",
+    "reward.think_tags",
     "rollout.stop_tokens",
 )
-"""Settings that checkpoints of earlier versions do not know: the digest of settings holds them only if they are set."""
+"""Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
 
 class RunFolder:
@@ -206,5 +209,10 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 def settings_digest(config: RunConfig) -> str:
     """SHA-256 of the settings that may not change on resume; the checkpoints and cached replies of a run carry it."""
-    settings = {name: value for name, value in fixed_settings(config).items() if value or name not in ADDED_LATER}
+    defaults = RunConfig().settings
+    settings = {
+        name: value
+        for name, value in fixed_settings(config).items()
+        if name not in ADDED_LATER or value != defaults[name]
+    }
     return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()

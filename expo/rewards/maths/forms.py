@@ -61,7 +61,10 @@ def _is_mixed_sum(node: Node) -> bool:
 def _is_power_value(base: Node, exponent: Node) -> bool:
     if base.op == "const":
         return is_value(exponent)
-    return _is_literal(base) and _is_literal(exponent) and rational(exponent) not in (0, 1)
+    power = rational(exponent)
+    if not (_is_literal(base) and _is_literal(exponent)) or power is None or power in (0, 1):
+        return False
+    return power.denominator == 1 or rational(Node("pow", (base, exponent))) is None
 
 
 def _is_product_value(factors: tuple[Node, ...]) -> bool:

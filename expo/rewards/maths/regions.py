@@ -14,6 +14,11 @@ def region_of_bracket(answer: Answer) -> Region | None:
         return answer
     if isinstance(answer, Collection) and answer.is_set:
         return Region(tuple(Interval(point, True, point, True) for point in answer.members))
+    if isinstance(answer, Collection):
+        # intervals joined by commas or "and" are a union
+        parts = [region_of_bracket(member) for member in answer.members]
+        known = [part for part in parts if part is not None]
+        return combined(known, "or") if len(known) == len(parts) else None
     if isinstance(answer, Empty):
         return Region(())
     if not isinstance(answer, Bracketed) or len(answer.members) != 2:

@@ -102,6 +102,7 @@ _TOKEN = re.compile(rf"[A-Za-zΩ¢]+(?:-[A-Za-z]+)*\.?|[{_CJK}]+|\^\{{?\s*(-?\d)
 _CJK_POWER = re.compile(r"(平方|立方)(?=\S)")
 _TEXT_GROUP = re.compile(r"\\text\{([^{}]*)\}")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?:\\text\{\s*([CF])\s*\}|([CF])\b)?\s*\Z")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _PERCENT = re.compile(r"\s*\\%\s*\Z")
 _CURRENCY = re.compile(r"\A([+-]?)\s*\\(USD|EUR|GBP|CNY)\s*([^\\].*|\\frac.*)\Z", re.DOTALL)
 _CURRENCY_AFTER = re.compile(r"\A(.*\S)\s*\\(USD|EUR|GBP|CNY)\s*\Z", re.DOTALL)
@@ -142,7 +143,7 @@ def split_unit(text: str) -> Tail | None:
     if percent:
         return Tail(text[: percent.start()], "%", 1)
     degree = _DEGREE.search(text)
-    if degree and degree.start():
+    if degree and degree.start() and not _TRIGONOMETRIC.search(text):
         scale = degree[1] or degree[2]
         return Tail(text[: degree.start()], f"degree {scale}" if scale else "degree", 1)
     tail = _TEXT_TAIL.match(text) or _CJK_TAIL.match(text)

@@ -6,14 +6,15 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from expo.config import RewardSection
+from expo.config import EvalConfig, RewardSection
 from expo.errors import ConfigError, GraderError
+from expo.evaluation.protocol import evaluation_protocol
 from expo.rewards.answers import extract_answer
 from expo.rewards.build import build_verifier, check_verifier
 from expo.rewards.families import entry_gold
+from expo.rewards.groups import fractions
 from expo.rewards.methods import Reading, find_method
 from expo.rewards.verifier import Verifier, ungradable_answers
-from expo.run.metrics import progress_note
 
 pytestmark = pytest.mark.medium
 
@@ -93,6 +94,25 @@ def test_the_setting_says_which_rule_holds():
     assert kinds(build_verifier(RewardSection(unevaluated="accept"), ""), reply, gold) == ["correct"]
 
 
+def test_an_evaluation_writes_its_rule_into_the_protocol():
+    config = EvalConfig(model={"path": "m"}, reward={"unevaluated": "accept", "verifier": "choice"})
+    protocol = evaluation_protocol(config)
+    assert (protocol["unevaluated"], protocol["verifier"]) == ("accept", "choice")
+    assert protocol["think_tags"] == {"<think>": "</think>"}
+
+
+def test_unevaluated_replies_are_counted():
+    kinds, is_unevaluated = ["wrong", "wrong", "correct", "unparsed"], [True, False, False, False]
+    assert fractions(kinds, [False] * 4, is_unevaluated)["unevaluated_fraction"] == 0.25
+
+
+def test_checking_gold_answers_reports_its_progress():
+    reports = []
+    golds = [str(number) for number in range(1200)]
+    assert ungradable_answers(golds, on_progress=lambda done, total: reports.append((done, total))) == []
+    assert reports == [(500, 1200), (1000, 1200), (1200, 1200)]
+
+
 # ---- verifiers
 
 
@@ -156,23 +176,6 @@ def test_reasoning_gyms_scorer_grades_entries_and_mathematics_the_rest():
     replies = [rf"\boxed{{{item['answer']}}}", rf"\boxed{{{item['metadata']['target']}}}", r"\boxed{\sqrt{8}}"]
     verifier = Verifier(method="reasoning-gym")
     assert kinds(verifier, replies, [gold, gold, r"2\sqrt2"]) == ["correct", "wrong", "correct"]
-
-
-# ---- what a run shows
-
-
-@pytest.mark.parametrize(
-    ("shares", "expected"),
-    [
-        ({"unparsed_fraction": 1.0}, "no reply states an answer"),
-        ({"unparsed_fraction": 1.0, "truncated_fraction": 1.0}, "raise rollout.max_new_tokens"),
-        ({"unparsed_fraction": 0.9}, None),
-    ],
-)
-def test_a_step_without_any_answer_says_what_to_change(shares, expected):
-    row = dict.fromkeys(("accuracy", "kl", "entropy", "completion_length", "tokens_per_second"), 0.0)
-    note = progress_note({**row, "unparsed_fraction": 0.0, "truncated_fraction": 0.0, **shares})
-    assert note.endswith("tokens/s") if expected is None else expected in note
 
 
 def test_the_default_reading_knows_no_open_thinking():
