@@ -147,6 +147,7 @@ MOST_PROGRAMS = 1024  # maximum of one launch, on any device
 # where an H100 needs 20 KiB for its memory bandwidth at a latency of 0.8 microseconds.
 ROW_TILE_BYTES = 2**13
 BYTES_PER_WARP = 2**10
+BYTES_PER_WAVE = 2**11  # AMD's warps have 64 lanes
 LEAST_COLUMNS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 3
 REGISTERS_PER_MULTIPROCESSOR = 2**16
@@ -182,7 +183,7 @@ def row_tile(vocab_size: int, itemsize: int) -> Tile:
     """The tile for rows of logits of `itemsize` bytes; the block counts columns."""
     columns = max(1 << (max(vocab_size, 1) - 1).bit_length(), LEAST_COLUMNS)
     block = min(columns, ROW_TILE_BYTES // itemsize)
-    return Tile(block, max(1, block * itemsize // BYTES_PER_WARP))
+    return Tile(block, max(1, block * itemsize // (BYTES_PER_WAVE if is_amd() else BYTES_PER_WARP)))
 
 
 def most_registers(programs: int) -> int:
@@ -190,9 +191,9 @@ def most_registers(programs: int) -> int:
     return REGISTERS_PER_MULTIPROCESSOR // (programs * THREADS_PER_PROGRAM) // 8 * 8
 
 
-def limits_registers() -> bool:
-    """Whether the compiler accepts a maximum number of registers; AMD's does not."""
-    return torch.version.hip is None
+def is_amd() -> bool:
+    """Whether this build of PyTorch is for AMD's GPUs."""
+    return torch.version.hip is not None
 
 
 def sequence_tile() -> Tile:

@@ -207,12 +207,16 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _default(config: RunConfig, name: str) -> Any:
+    section, field = name.split(".")
+    return type(getattr(config, section)).model_fields[field].get_default(call_default_factory=True)
+
+
 def settings_digest(config: RunConfig) -> str:
     """SHA-256 of the settings that may not change on resume; the checkpoints and cached replies of a run carry it."""
-    defaults = RunConfig().settings
     settings = {
         name: value
         for name, value in fixed_settings(config).items()
-        if name not in ADDED_LATER or value != defaults[name]
+        if name not in ADDED_LATER or value != _default(config, name)
     }
     return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()

@@ -297,7 +297,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "num_warps": tile.num_warps,
         **_FP,
     }
-    if _launch.limits_registers():
+    if not _launch.is_amd():  # whose compiler has no such option
         made["maxnreg"] = _launch.most_registers(_programs(chunk, tokens))
     if with_grad:
         made["grad_batch_stride"] = grad_shape.batch_stride // alignment

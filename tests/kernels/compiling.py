@@ -83,7 +83,7 @@ def launches(target: GPUTarget, *, compiles: bool = True) -> Iterator[Launched]:
     with (
         mock.patch.object(JITFunction, "run", run),
         active_device(AbsentDevice(target)),
-        mock.patch.object(_launch, "limits_registers", return_value=target.backend == "cuda"),
+        mock.patch.object(_launch, "is_amd", return_value=target.backend == "hip"),
     ):
         yield launched
 

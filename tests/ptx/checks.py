@@ -142,6 +142,7 @@ def check_linear_loss(
     entropy_bonus: float = 0.0,
     rows_per_chunk: int = 5,
     has_bias: bool = False,
+    vocab_group: Any = None,
 ) -> None:
     """`linear_expo_loss` in several chunks: gradients of hidden states, weight and bias."""
     objective = objective or Objective()
@@ -164,6 +165,7 @@ def check_linear_loss(
         spoilt.ids,
         spoilt.mask,
         bias=bias if has_bias else None,
+        vocab_group=vocab_group,
         logits_budget_mb=rows_per_chunk * V * 4 / 2**20,
         **loss_arguments(spoilt, objective, advantages),
     )

@@ -53,6 +53,11 @@ PLANTED = {
         ["bfloat16 head"],
         {RACE, ORDER_DEPENDENT},
     ),
+    "no barrier before the chosen column is stored again": (
+        Edit("def write_grad_logits", "tl.debug_barrier()  # another", "pass  # another"),
+        ["loss", "in place"],
+        {RACE},
+    ),
     "a gradient is written one column beyond its row": (
         Edit("def write_grad_logits", "    temperature =", "    vocab_size += 1\n    temperature ="),
         ["loss", "gradient"],
