@@ -2,7 +2,7 @@
 
 `python -m benchmarks.compile_grid` compiles the cases of `tests/kernels/test_compile_budgets.py` for all targets down
 to machine code and writes registers, spills and shared memory to `benchmarks/results/compile-triton-<version>.json`,
-after each target. `python -m benchmarks.compile_grid --table` writes the tables of docs/kernels.md from these files.
+after each target. `python -m benchmarks.compile_grid --table` writes the tables of docs/gpu.md from these files.
 """
 
 import argparse
@@ -21,7 +21,7 @@ VOCAB_SIZE = 151_936
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = {"gfx942": 64, "gfx950": 64, "gfx1100": 32}  # threads of a warp
 TARGETS = (*NVIDIA, *AMD)
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- compile grid: made by python -m benchmarks.compile_grid --table -->", "<!-- /compile grid -->"
 LLD_VERSIONS = (20, 19, 18)  # of LLVM's linker, which Triton 3.4 needs for AMD's GPUs: Debian's package lld-19
 MOST_REGISTERS = 128  # the budget of tests/kernels/test_compile_budgets.py
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--cases", nargs="+", default=(), help="only kernels with one of these texts in their names")
     parser.add_argument("--out", type=Path, help="the JSON file (default: in benchmarks/results/)")
-    parser.add_argument("--table", action="store_true", help="write the tables of docs/kernels.md and compile nothing")
+    parser.add_argument("--table", action="store_true", help="write the tables of docs/gpu.md and compile nothing")
     options = parser.parse_args()
     if options.table:
         write_table(RESULTS, PAGE)

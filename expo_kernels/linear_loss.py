@@ -82,7 +82,7 @@ def linear_expo_loss(
         cu_seqlens: [B + 1] int32, cumulative lengths of the packed sequences; required with packed input, else None.
         completion_lengths: [B] integers on the CPU, the number of valid tokens of each sequence. On a GPU the host
             then plans the chunks without waiting for the mask (None: with several chunks it waits once, see
-            docs/kernels.md). They must be those of the mask: checked on a CPU and by `debug_checks`; their sum is
+            docs/gpu.md). They must be those of the mask: checked on a CPU and by `debug_checks`; their sum is
             checked on the device. Ignored under graph capture.
         return_entropy: also compute `metrics["entropy"]`, without gradient.
 
