@@ -50,11 +50,12 @@ def check_compilations(place: Place) -> Measures:
 
 
 def _calls(place: Place) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every public function, forward and backward, with as many chunks as a real batch has."""
+    """Every public function, forward and backward, with several chunks, whose lengths the host knows."""
     B, T, H, V = place.size((8, 256, 256, 32_000), (2, 5, 64, 512))
     inputs = make_inputs((B, T, H, V), torch.bfloat16, place.device)
     budget = place.size(64.0, 0.01)  # MiB: four chunks on a GPU
     beta = torch.full((), 0.03, device=place.device)
+    inputs["completion_lengths"] = inputs["completion_mask"].sum(-1).cpu()
 
     def loss(**options: Any) -> Callable[[], None]:
         def run() -> None:
@@ -78,6 +79,7 @@ def _packed(inputs: dict[str, Any], budget: float) -> Callable[[], None]:
     rewards, group_size = inputs["rewards"], inputs["group_size"]
     cu_seqlens = torch.arange(0, B * T + 1, T, device=hidden.device, dtype=torch.int32)
     packed = {"weight": inputs["weight"], "cu_seqlens": cu_seqlens, "rewards": rewards, "group_size": group_size}
+    packed["completion_lengths"] = inputs["completion_lengths"]
 
     def run() -> None:
         output = linear_expo_loss(hidden, **flat, **packed, logits_budget_mb=budget)
@@ -92,7 +94,14 @@ def _other_calls(inputs: dict[str, Any], budget: float) -> Iterator[tuple[str, C
 
     def logps() -> None:
         head = inputs["hidden"], inputs["weight"]
-        values, entropies = linear_token_logps(*head, ids, mask=mask, return_entropy=True, logits_budget_mb=budget)
+        values, entropies = linear_token_logps(
+            *head,
+            ids,
+            mask=mask,
+            return_entropy=True,
+            logits_budget_mb=budget,
+            completion_lengths=inputs["completion_lengths"],
+        )
         torch.autograd.grad((values + entropies).sum(), head)
 
     logits = torch.randn(*mask.shape, inputs["weight"].shape[0], device=device).requires_grad_()
