@@ -323,11 +323,17 @@ OPCHECKS = {
     ),
     "ready logits": lambda call: (
         OPS.policy_loss,
-        (call["logits"], None, None, [True, False, False], call["completion_ids"], *op_inputs(call), None, False, None),
+        (
+            *(call["logits"], None, None, [True, False, False], call["completion_ids"], *op_inputs(call)),
+            *(None, False, None, None),
+        ),
     ),
     "without gradients": lambda call: (
         OPS.policy_loss,
-        (call["logits"].detach(), None, None, [False] * 3, call["completion_ids"], *op_inputs(call), None, False, None),
+        (
+            *(call["logits"].detach(), None, None, [False] * 3, call["completion_ids"], *op_inputs(call)),
+            *(None, False, None, None),
+        ),
     ),
     "in place": lambda call: (
         OPS.policy_loss_, (call["logits"].detach(), call["completion_ids"], *op_inputs(call), False)
