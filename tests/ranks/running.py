@@ -48,14 +48,13 @@ def write_questions(path, answers):
     return path
 
 
-def argv(folder, name, resume=False, fractions=False, **overrides):
-    """The command line of the run in folder/name; with `fractions`, the verifier's processes grade every answer."""
+def argv(folder, name, resume=False, by_workers=False, **overrides):
+    """The command line of the run in folder/name; with `by_workers`, the verifier's processes grade every answer."""
     evaluation = write_questions(folder / "few.jsonl", [4, 5, 6, 7])
     values = {**QUICK, "run.dir": folder / name, "evaluation.sets": f"{{few: {evaluation}}}"}
-    if fractions:
-        values["data.train"] = write_questions(
-            folder / "fractions.jsonl", [f"\\frac{{{n}}}{{7}}" for n in range(28, 64, 7)]
-        )
+    if by_workers:
+        # a number never equals these functions, but only algebra can say so
+        values["data.train"] = write_questions(folder / "functions.jsonl", [rf"\sin x+{n}" for n in range(4, 10)])
     values.update({key.replace("__", "."): value for key, value in overrides.items()})
     return [f"--{key}={value}" for key, value in values.items()] + (["--resume"] if resume else [])
 

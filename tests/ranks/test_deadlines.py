@@ -25,7 +25,7 @@ WAITED_IN = {"record": "save"}  # the phase in which the other ranks wait
 def ended(folder, fault, ranks=2):
     """Seconds from the fault to the end of torchrun, its exit code, its stderr, and the processes that remain."""
     mark, phase = folder / "injected", WAITED_IN.get(fault["phase"], fault["phase"])
-    command = argv(folder, "run", fractions=True, run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
+    command = argv(folder, "run", by_workers=True, run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
     process = start(folder, [launch("run", command, ranks, {**fault, "mark": str(mark)}, in_process=True)], ranks)
     try:
         while not mark.exists():

@@ -25,7 +25,7 @@ def ended(tmp_path_factory):
     (folder / "model").symlink_to(ROOT / "expo" / "ledger" / "model")
     plan = [launch(name, argv(folder, name, **values), fault=fault) for name, (values, fault, _) in CASES.items()]
     bad_gold = {"phase": "grading", "do": "bad gold", "on_ranks": [1]}
-    plan.append(launch("gold", argv(folder, "gold", fractions=True), fault=bad_gold))
+    plan.append(launch("gold", argv(folder, "gold", by_workers=True), fault=bad_gold))
     plan.append(launch("reward", argv(folder, "reward", reward__functions="{os.path:join: 1}")))
     return folder, run_launches(folder, plan)
 

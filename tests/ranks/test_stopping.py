@@ -64,7 +64,7 @@ def test_a_signal_to_one_rank_or_the_time_limit_stops_all(tmp_path):
 
 
 def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path):
-    quick = {"run__checkpoint_every": 0, "run__steps": 3, "fractions": True}
+    quick = {"run__checkpoint_every": 0, "run__steps": 3, "by_workers": True}
     mark = tmp_path / "mark"
     # torchrun signals the process group of each rank, the verifier's processes too, while they grade
     fault = {"phase": "grading", "do": "mark", "path": str(mark), "wait": 3}
