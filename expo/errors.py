@@ -68,3 +68,9 @@ class AblationError(ExpoError):
 
 class StopRequested(ExpoError):  # noqa: N818  # not a failure: training saves a checkpoint and ends
     """A signal, or run.save_by_minutes, asks the run to save a checkpoint and end."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that is not empty, at most 300 characters; its type if it has no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [repr(error)])[0][:300]

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from expo.data.layouts import ReadOptions, Record, Table, columns_to_read
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 
 SUFFIXES = (".jsonl", ".parquet")
 ROWS_PER_BATCH = 10_000  # of a Parquet file: about 10 MB of questions
@@ -77,7 +77,7 @@ def _parquet_table(path: Path, options: ReadOptions) -> Table:
         raise ConfigError(f"{path} needs pyarrow; install expo-rl[train]") from error
 
     def refuse(error: Exception) -> NoReturn:
-        raise ConfigError(f"cannot read the question file {path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot read the question file {path}: {first_line(error)}") from error
 
     def records(wanted: list[str]) -> Iterator[tuple[int, Record]]:
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 from expo.learner._compat_deepspeed import (
     collect_write_errors,
     load_deepspeed,
@@ -115,7 +115,7 @@ def save_states(engine: Any, folder: Path, state: Mapping[str, Any]) -> None:
     with errors_only(), collect_write_errors(engine) as errors:
         engine.save_checkpoint(str(folder), tag=TAG, client_state=dict(state), save_latest=False)
     if errors:
-        raise OSError(str(errors[0]).splitlines()[0]) from errors[0]
+        raise OSError(first_line(errors[0])) from errors[0]
 
 
 def load_states(engine: Any, folder: Path, ranks: Ranks, *, converts: bool) -> dict[str, Any]:

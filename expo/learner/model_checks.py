@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 from expo.learner.batch import Batch, collate, pack
-from expo.learner.model_files import first_line
 
 MOST_NAMED = 3  # tensors in a message
 LENGTHS = (3, 7, 5)  # tokens of the sequences that the computations are compared on

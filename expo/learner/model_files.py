@@ -1,6 +1,7 @@
 """The files of a model, before its weights are loaded: every file that cannot be used is one line that names it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from expo import ledger
 from expo.config import ModelSection
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 
 WEIGHTS = (".safetensors", ".bin")
 LFS_POINTER = b"version https://git-lfs"
@@ -74,12 +75,6 @@ def _check_index(where: str, file: Path) -> None:
         raise ConfigError(f"{where}: {missing[0]}, which {file.name} names, is missing; download it")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, or the name of its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def hub_options(config: ModelSection) -> dict[str, Any]:
     """The arguments of transformers' `from_pretrained` for model.revision and model.trust_remote_code."""
     # False, not unset: transformers would ask on the terminal
@@ -102,11 +97,7 @@ def load_model_config(config: ModelSection) -> Any:
 
     Raises: ConfigError if it does not load.
     """
-    path = check_model_path(config)
-    try:
-        return AutoConfig.from_pretrained(path, **hub_options(config))
-    except Exception as error:  # a damaged config.json raises many unrelated types
-        raise load_error(config, "the configuration", error) from error
+    return _load(config, "the configuration", AutoConfig.from_pretrained)
 
 
 def load_tokenizer(config: ModelSection) -> Any:
@@ -114,8 +105,12 @@ def load_tokenizer(config: ModelSection) -> Any:
 
     Raises: ConfigError if it does not load.
     """
+    return _load(config, "the tokenizer", AutoTokenizer.from_pretrained)
+
+
+def _load(config: ModelSection, what: str, load: Callable[..., Any]) -> Any:
     path = check_model_path(config)
     try:
-        return AutoTokenizer.from_pretrained(path, **hub_options(config))
-    except Exception as error:  # a damaged tokenizer.json raises many unrelated types
-        raise load_error(config, "the tokenizer", error) from error
+        return load(path, **hub_options(config))
+    except Exception as error:  # damaged JSON files raise many unrelated types
+        raise load_error(config, what, error) from error

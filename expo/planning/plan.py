@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from expo.config import RECIPES, ModelSection, RunConfig
 from expo.data import ReadOptions, count_questions
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 from expo.learner.flops import ModelShape
 from expo.learner.model_files import check_model_path, hub_options, load_model_config
 from expo.planning.memory import GIB, RUNTIME_BYTES, Footprint, Part
@@ -114,7 +114,7 @@ def find_shape(config: ModelSection) -> tuple[ModelShape, str]:
         return ModelShape.from_config(_from_hub(config)), "the hub's config.json"
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the shape of model.path = {config.path} cannot be read ({str(error).splitlines()[0]}); "
+            f"the shape of model.path = {config.path} cannot be read ({first_line(error)}); "
             f"give a folder with its config.json"
         ) from error
 

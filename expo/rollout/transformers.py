@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 from expo.learner.model import check_dtype, head_logits, run_transformer, takes_input
 from expo.learner.model_checks import LENGTHS, token_ids
-from expo.learner.model_files import first_line
 from expo.rollout.engine import GenerationRequest, Sampling, end_ids
 from expo.rollout.weight_samples import WeightDescription, describe
 from expo.types import Reply

@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from expo.errors import CheckpointError
+from expo.errors import CheckpointError, first_line
 from expo.learner.policy import Policy
 from expo.runtime.atomic_io import flush, remove_leftovers, write_bytes_whole
 from expo.runtime.distributed import Ranks
@@ -107,7 +107,7 @@ class Checkpoints:
         try:
             result = function()
         except OSError as error:
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
         gathered = self._ranks.gather((problem, result))
         for rank, (problem, _) in enumerate(gathered):
             if problem is not None:
@@ -286,7 +286,7 @@ def _save(value: Any, path: Path) -> None:
         torch.save(value, path)
     except RuntimeError as error:
         # on a full disk its message is only that the archive failed
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(first_line(error)) from error
 
 
 def _crc(path: Path) -> int:

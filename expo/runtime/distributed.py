@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expo.errors import ConfigError, ExpoError
+from expo.errors import ConfigError, ExpoError, first_line
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ def join_ranks(device_name: str, timeout_s: float) -> Ranks:
                 dist.init_process_group(backend, timeout=timeout)
             except ValueError as error:
                 raise ConfigError(
-                    f"WORLD_SIZE is set, but the ranks cannot be joined ({str(error).splitlines()[0]}); start with "
+                    f"WORLD_SIZE is set, but the ranks cannot be joined ({first_line(error)}); start with "
                     f"torchrun or deepspeed, or unset it"
                 ) from error
         else:
@@ -194,7 +194,7 @@ def _device(name: str) -> torch.device:
             os.environ["LOCAL_RANK"] = str(index)
         return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device = {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"run.device = {name} cannot be used here: {first_line(error)}") from error
 
 
 def _refuse_shared_gpu(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from expo.errors import first_line
 from expo.runtime._compat import new_process_group
 
 POLL_S = 0.001
@@ -47,7 +48,7 @@ class Group:
             timeout = timedelta(seconds=timeout_s)
             self._group: Any = new_process_group(backend, store, rank, size, address, timeout)
         except RuntimeError as error:
-            raise GroupError(f"the {backend} group cannot be made: {_first_line(error)}") from error
+            raise GroupError(f"the {backend} group cannot be made: {first_line(error)}") from error
 
     def start_broadcast(self, data: Tensor) -> None:
         """Begins to send, on rank 0, or to receive. Raises: GroupError."""
@@ -55,7 +56,7 @@ class Group:
         try:
             self._work = self._group.broadcast(data, ROOT)
         except RuntimeError as error:
-            raise GroupError(_first_line(error)) from error
+            raise GroupError(first_line(error)) from error
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
         """Waits for the broadcast; `check` may raise to end the wait. Raises: GroupError."""
@@ -70,21 +71,21 @@ class Group:
         try:
             work.wait()
         except RuntimeError as error:
-            raise GroupError(_first_line(error)) from error
+            raise GroupError(first_line(error)) from error
 
     def post_message(self, key: str, text: str) -> None:
         """Puts a message for the workers into the store. Raises: GroupError."""
         try:
             self.store.set(key, text)
         except RuntimeError as error:
-            raise GroupError(_first_line(error)) from error
+            raise GroupError(first_line(error)) from error
 
     def read_message(self, key: str) -> str:
         """A message from the store; waits until it is there. Raises: GroupError."""
         try:
             return str(self.store.get(key).decode())
         except RuntimeError as error:
-            raise GroupError(f"nothing came from rank 0: {_first_line(error)}") from error
+            raise GroupError(f"nothing came from rank 0: {first_line(error)}") from error
 
     def delete_messages(self, keys: Iterable[str]) -> None:
         """Deletes messages that all workers have read."""
@@ -114,7 +115,7 @@ def new_store(address: str, size: int, timeout_s: float) -> Any:
     try:
         return _store(address, 0, size, timeout_s, is_master=True)
     except RuntimeError as error:
-        raise GroupError(f"cannot listen at {address}: {_first_line(error)}") from error
+        raise GroupError(f"cannot listen at {address}: {first_line(error)}") from error
 
 
 def _store(host: str, port: int, size: int, timeout_s: float, *, is_master: bool) -> Any:
@@ -130,7 +131,7 @@ def join(host: str, port: int, rank: int, size: int, backend: str, timeout_s: fl
         store.set(_joined(rank), "")
         address = address_toward(host, port)
     except (RuntimeError, OSError) as error:
-        raise GroupError(f"cannot reach rank 0 at {host}:{port}: {_first_line(error)}") from error
+        raise GroupError(f"cannot reach rank 0 at {host}:{port}: {first_line(error)}") from error
     return Group(store, rank, size, backend, address, timeout_s)
 
 
@@ -155,7 +156,3 @@ def _keep_until_done(work: Any, group: Any) -> None:
     while not work.is_completed():
         time.sleep(1)
     del group
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0][:300]
