@@ -33,6 +33,10 @@ class PolicySection(Section):
     """Log-probs of the policy that sampled; recompute: by the trainer, rollout: as the rollout engine returned them."""
     logits_budget_mb: Positive | None = None
     """Memory for one chunk of logits in MiB. If unset: chosen by expo_kernels."""
+    gradient_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest relative error of the gradients of the output head and of the hidden states that enter it; 0: none but
+    rounding. Above 0, their products leave out columns of the vocabulary whose probabilities are too small to matter:
+    faster on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_rank: Index = 0

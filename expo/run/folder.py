@@ -45,6 +45,7 @@ ADDED_LATER = (
     "reward.unevaluated",
     "reward.think_tags",
     "rollout.stop_tokens",
+    "policy.gradient_tolerance",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
