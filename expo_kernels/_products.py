@@ -3,8 +3,9 @@
 On a CPU they use the faster of PyTorch's two libraries.
 
 PyTorch computes float32 products with MKL, which uses AVX2 only on processors that are not Intel's. On these, oneDNN,
-part of the same build, uses AVX-512 and is twice as fast. Its operator allocates the result and copies operands that
-are not dense, so it is called for one block of the vocabulary at a time, small enough to keep these in the cache.
+part of the same build, uses AVX-512 for logits and dHidden; dWeight stays with MKL, because oneDNN's would need a
+transposed copy (docs/kernels.md has the times). oneDNN's operator allocates the result and copies operands that are not
+dense, so it is called for one block of the vocabulary at a time, small enough to keep these in the cache.
 
 Letters: n rows of a chunk, V vocabulary, H hidden.
 """
@@ -24,7 +25,6 @@ BLOCK_BYTES = 2**21
 # 128 reduces the error of log-probs and gradients by a quarter and costs a few percent of the time
 TERMS_AT_ONCE = 128
 LEAST_COLUMNS = 128  # the gain of a narrower product is less than the cost of the copies
-LEAST_ROWS = 32  # for dWeight: with fewer, transposing and adding cost more than the product
 MOST_ROWS_WITH_GRADIENT = 7 / 8  # of a chunk: moving more costs as much as the products of the others
 LEAST_MOVED = 2**22  # logits of a chunk: products of fewer are fast enough
 ROWS_MOVED_AT_ONCE = 64
@@ -102,19 +102,10 @@ def add_to_hidden(total: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
 
 def add_to_weight(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
     """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
-    if not _goes_through_onednn(grad_logits) or grad_logits.shape[0] < LEAST_ROWS:
-        if is_first:
-            torch.mm(grad_logits.T, hidden, out=total)
-        else:
-            total.addmm_(grad_logits.T, hidden)
-        return
-    hidden_columns = hidden.T.contiguous()
-    for block in _blocks(grad_logits, max(hidden.shape)):
-        part = onednn_linear(grad_logits[:, block].T, hidden_columns)
-        if is_first:
-            total[block] = part
-        else:
-            total[block] += part
+    if is_first:
+        torch.mm(grad_logits.T, hidden, out=total)
+    else:
+        total.addmm_(grad_logits.T, hidden)
 
 
 def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
