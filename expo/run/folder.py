@@ -217,11 +217,13 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
 def _choose_folder(config: RunConfig, resume: bool) -> Path:
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
-    if not resume and (saved.exists() or any(path.glob("checkpoints/step-*"))):
+    with _folder_errors(path, ConfigError):  # exists() raises an error for names that are too long
+        is_run, holds_checkpoints = saved.exists(), any(path.glob("checkpoints/step-*"))
+    if not resume and (is_run or holds_checkpoints):
         raise ConfigError(
             f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
         )
-    if saved.exists():
+    if is_run:
         _require_same_run(config, saved)
     return path
 

@@ -134,6 +134,13 @@ def test_a_folder_without_its_configuration_is_not_overwritten(tmp_path):
         open_folder(config, False, join_ranks("cpu", 60))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_name_that_is_too_long_is_one_error(tmp_path, resume):
+    config = load_config(None, [("run.dir", str(tmp_path / ("x" * 300)))])
+    with pytest.raises(ConfigError, match="File name too long"):
+        open_folder(config, resume, join_ranks("cpu", 60))
+
+
 def test_an_empty_folder_name_is_refused():
     with pytest.raises(ConfigError, match=r"run\.dir = '': expected the name of a folder"):
         load_config(None, [("run.dir", "")])
