@@ -45,6 +45,13 @@ class RunSection(Section):
     """Torch device of the policy; cuda: GPU number LOCAL_RANK of each rank; auto: the same, or the CPU if there is no
     GPU; cuda:1: that GPU, for a run of one rank."""
 
+    @field_validator("dir", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if value == "":  # a path would read it as the current folder
+            raise ValueError("expected the name of a folder; leave it out for a new one, or give . for this folder")
+        return value
+
 
 class ModelSection(Section):
     """The initial policy, which is also the frozen reference policy (paper: the base model)."""

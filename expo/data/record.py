@@ -46,11 +46,17 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
 
 
 def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None:
-    """Raises: ConfigError if `saved`, the data.json of a run, exists and records other questions."""
+    """Raises: ConfigError if `saved`, the data.json of a run, exists and is damaged or records other questions."""
     if not saved.exists():
         return
-    before = json.loads(saved.read_text(encoding="utf-8"))["sets"]
-    differing = [name for name, loaded in sets.items() if loaded.digest != before[name]["digest"]]
+    try:
+        before = {name: entry["digest"] for name, entry in json.loads(saved.read_bytes())["sets"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{saved} is damaged ({type(error).__name__}), so the questions cannot be compared with those that the run "
+            f"started with; restore it, or delete it if you are sure that they are the same"
+        ) from error
+    differing = [name for name, loaded in sets.items() if loaded.digest != before.get(name)]
     if differing:
         raise ConfigError(
             f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} "

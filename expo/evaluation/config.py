@@ -5,7 +5,7 @@ If MODEL is a run, settings that are not given are those of the run; otherwise t
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,4 +157,25 @@ def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalCon
     values: dict[str, Any] = {"model": {"path": model}}
     if run is not None or model == "ledger":
         values = evaluation_values(load_config(run and run / "config.yaml"))
+    if run is not None:
+        _require_given_code(run, values, [name for name, _ in overrides])
     return filled(EvalConfig, values, overrides)
+
+
+def _require_given_code(run: Path, values: Mapping[str, Mapping[str, Any]], given: Collection[str]) -> None:
+    """A run's folder is data and may come from anybody: code that its configuration names runs only if the command line
+    names it too.
+
+    Raises: ConfigError that says what to give.
+    """
+    verifier, remote = values["reward"]["verifier"], values["model"]["trust_remote_code"]
+    code = {
+        "reward.verifier": verifier if ":" in verifier else None,  # module:function
+        "model.trust_remote_code": "true" if remote else None,
+    }
+    for name, value in code.items():
+        if value is not None and name not in given:
+            raise ConfigError(
+                f"{run / 'config.yaml'} names code: {name} = {value}; if you trust it, give --{name}={value}, "
+                f"otherwise another value"
+            )

@@ -1,10 +1,9 @@
 """Reads the files of a run folder: what `report.py` shows.
 
-A run may still be in progress or may have crashed: missing files and values are left empty, and truncated lines are
-counted and skipped.
+A run may still be in progress or may have crashed, and its files may be damaged or somebody else's: missing files and
+values are left empty, and lines that are no rows are counted and skipped.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ from typing import Any
 
 import yaml
 
-from expo.errors import NotARunError
+from expo.errors import NotARunError, first_line
+from expo.reporting import clean
 from expo.reporting.comparison import Scores
+from expo.run.logs import parse_object
 
 Record = dict[str, Any]  # one line of a .jsonl file
 
@@ -52,9 +53,9 @@ class RunRecords:
 
 
 def series(records: Iterable[Record], key: str) -> list[float]:
-    """The records' values of `key`, NaN where a record has none."""
-    values = [record.get(key) for record in records]
-    return [float(value) if isinstance(value, int | float) else math.nan for value in values]
+    """The records' values of `key`, NaN where a record has no number."""
+    values = [clean.number(record.get(key)) for record in records]
+    return [math.nan if value is None else value for value in values]
 
 
 def steps_of(records: Iterable[Record]) -> list[int]:
@@ -64,18 +65,19 @@ def steps_of(records: Iterable[Record]) -> list[int]:
 
 def is_correct(reply: Record) -> bool:
     """Whether a recorded reply earned a reward."""
-    return bool((reply.get("reward") or 0) > 0)
+    return (clean.number(reply.get("reward")) or 0) > 0
 
 
 def starts_of(environment: Record) -> list[Record]:
     """Every start of a run, in order, from its environment.json; older files record only the last one."""
-    starts: list[Record] = environment.get("starts") or ([environment] if environment else [])
-    return starts
+    starts = environment.get("starts") or ([environment] if environment else [])
+    return [start for start in clean.listing(starts) if isinstance(start, dict)]
 
 
 def commits_of(environment: Record) -> list[str | None]:
     """The commits of the code that ran, without repeats, in order; None where it was not a git checkout."""
-    return list(dict.fromkeys(start.get("commit") for start in starts_of(environment)))
+    commits = [start.get("commit") for start in starts_of(environment)]
+    return list(dict.fromkeys(commit for commit in commits if commit is None or isinstance(commit, str)))
 
 
 def read_run(run_dir: Path) -> RunRecords:
@@ -90,7 +92,9 @@ def read_run(run_dir: Path) -> RunRecords:
         _by_step(_read_lines(run_dir / f"{name}.jsonl", unreadable))
         for name in ("metrics", "curriculum", "evaluations")
     )
-    evaluations = [evaluation for evaluation in evaluations if evaluation.get("sets")]
+    evaluations = [{**evaluation, "sets": clean.scores(evaluation.get("sets"))} for evaluation in evaluations]
+    evaluations = [evaluation for evaluation in evaluations if evaluation["sets"]]
+    curriculum = [{**row, "histogram": clean.histogram(row.get("histogram"))} for row in curriculum]
     summary = _read_json(run_dir / "summary.json", unreadable)
     before, after = _before_and_after(summary, evaluations)
     history = TrainingHistory(config, metrics, curriculum, evaluations, before, after)
@@ -109,8 +113,9 @@ def _read_config(run_dir: Path) -> tuple[str, Record]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise NotARunError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # beside its own errors, PyYAML raises those of dates, numbers and deep nesting
+        reason = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else first_line(error)
+        raise NotARunError(f"{path} is not YAML: {reason}") from error
     if not isinstance(config, dict):
         raise NotARunError(f"{path} contains {type(config).__name__}, but a run's configuration has named sections")
     return text, config
@@ -123,25 +128,17 @@ def _read_lines(path: Path, unreadable: dict[str, int]) -> Iterator[Record]:
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            record = _parse_object(line)
-            if isinstance(record.get("step"), int):
+            record = parse_object(line)
+            if clean.is_step(record.get("step")):
                 yield record
             elif line.strip():
                 unreadable[path.name] += 1
 
 
-def _parse_object(text: str) -> Record:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _read_json(path: Path, unreadable: dict[str, int]) -> Record:
     if not path.is_file():
         return {}
-    value = _parse_object(path.read_text(encoding="utf-8", errors="replace"))
+    value = parse_object(path.read_text(encoding="utf-8", errors="replace"))
     unreadable[path.name] = 0 if value else 1
     return value
 
@@ -153,9 +150,10 @@ def _by_step(records: Iterator[Record]) -> list[Record]:
 
 
 def _before_and_after(summary: Record, evaluations: list[Record]) -> tuple[Scores, Scores]:
-    before = evaluations[0]["sets"] if evaluations else {}
-    after = evaluations[-1]["sets"] if len(evaluations) > 1 else {}
-    return summary.get("before") or before, summary.get("after") or after
+    initial = [evaluation["sets"] for evaluation in evaluations if evaluation["step"] == 0]
+    later = [evaluation["sets"] for evaluation in evaluations if evaluation["step"] > 0]
+    before, after = initial[0] if initial else {}, later[-1] if later else {}
+    return clean.scores(summary.get("before")) or before, clean.scores(summary.get("after")) or after
 
 
 def _read_replies(path: Path, unreadable: dict[str, int]) -> dict[int, list[Record]]:
@@ -174,7 +172,7 @@ def _read_replies(path: Path, unreadable: dict[str, int]) -> dict[int, list[Reco
 
 def _select_replies(replies: list[Record]) -> list[Record]:
     """At most one reply per question, half of them correct and half incorrect if there are enough of both."""
-    first_by_question = {reply.get("question_id"): reply for reply in reversed(replies)}
+    first_by_question = {str(reply.get("question_id")): reply for reply in reversed(replies)}
     candidates = list(reversed(first_by_question.values()))
     correct = [reply for reply in candidates if is_correct(reply)]
     incorrect = [reply for reply in candidates if not is_correct(reply)]

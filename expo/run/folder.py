@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from expo.config import RunConfig, changed_settings, load_config
-from expo.errors import ConfigError, ExpoError, FolderError
+from expo.errors import ConfigError, ExpoError, FolderError, first_line
 from expo.reporting.reader import starts_of
 from expo.run.environment import ENVIRONMENT, describe_environment
-from expo.runtime.atomic_io import write_bytes_whole
+from expo.run.logs import LOGS, LogState, cut, parse_object, parse_row
+from expo.runtime.atomic_io import flush, write_bytes_whole
 from expo.runtime.distributed import Ranks
 
 RUNS = Path("runs")
@@ -51,7 +52,7 @@ ADDED_LATER = (
 
 
 class RunFolder:
-    """The files of a run. Every line is flushed after it is written; every other file is written atomically.
+    """The files of a run. Lines are appended to its logs; every other file is written atomically.
 
     Args:
         path: the folder, created if it does not exist.
@@ -63,6 +64,7 @@ class RunFolder:
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path, self._is_writer = path, is_writer
         self._lock: IO[str] | None = None
+        self._logs: dict[str, LogState] = {}  # as this process wrote them, whatever is in the files
         if is_writer:
             with _folder_errors(path, ConfigError):
                 path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ class RunFolder:
         if not self._is_writer:
             return
         with _folder_errors(self.path, ConfigError):
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a")  # "w" would empty a file that a link here names
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -92,8 +94,10 @@ class RunFolder:
         """Appends rows to `<name>.jsonl`. Raises: FolderError if they cannot be written."""
         if not self._is_writer:
             return
-        with _folder_errors(self.path), (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json_lines(rows))
+        content = _json_lines(rows).encode("utf-8")
+        with _folder_errors(self.path), (self.path / f"{name}.jsonl").open("ab") as file:
+            file.write(content)
+        self._logs[name] = self._logs.get(name, LogState()).extended(content)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one file atomically. Raises: FolderError if it cannot be written."""
@@ -105,31 +109,72 @@ class RunFolder:
         """Writes one JSON file atomically. Raises: FolderError if it cannot be written."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a file that `write_json` wrote."""
-        value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        return value
+    def record_start(self, first_step: int, num_ranks: int) -> list[str]:
+        """Appends to environment.json the environment in which the run starts or resumes, and its first step.
 
-    def record_start(self, first_step: int, num_ranks: int) -> None:
-        """Appends to environment.json the environment in which the run starts or resumes, and its first step."""
+        Returns: a message if the file was damaged, so that the earlier starts are lost.
+        """
         if not self._is_writer:
-            return
-        path = self.path / ENVIRONMENT
-        earlier = starts_of(self.read_json(ENVIRONMENT)) if path.exists() else []
+            return []
+        before = self.read_object(ENVIRONMENT)
+        is_lost = (self.path / ENVIRONMENT).exists() and not before
         start = {**describe_environment(), "ranks": num_ranks, "first_step": first_step}
-        self.write_json(ENVIRONMENT, {"starts": [*earlier, start]})
+        self.write_json(ENVIRONMENT, {"starts": [*starts_of(before), start]})
+        message = f"warning: {ENVIRONMENT} was damaged; the earlier starts of the run are lost from it"
+        return [message] if is_lost else []
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; empty if the file is missing or damaged."""
+        try:
+            return parse_object((self.path / name).read_bytes())
+        except OSError:
+            return {}
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of `<name>.jsonl`; an incomplete last line is left out."""
+        """The rows of `<name>.jsonl`; what is not a whole row is left out."""
         path = self.path / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        return [row for row in map(parse_row, lines) if row]
 
-    def rewind(self, step: int) -> None:
-        """Removes all rows of later steps: a resumed run writes them again."""
-        for path in self.path.glob("*.jsonl"):
-            rows = [row for row in self.read_rows(path.stem) if row["step"] <= step]
-            self.write_text(path.name, _json_lines(rows))
+    def rewind(self, step: int, saved: Mapping[str, LogState] | None = None) -> list[str]:
+        """Cuts every log of the run after `step`: a resumed run writes the later lines again.
+
+        Args:
+            step: of the checkpoint; 0 without one, -1 to start all logs anew.
+            saved: the states of the logs at the checkpoint, None if it recorded none.
+
+        Returns: a message for each log that lost lines, or whose lines were changed.
+
+        Raises: FolderError if a log cannot be read or written.
+        """
+        messages: list[str] = []
+        if not self._is_writer:
+            return messages
+        for name in LOGS:
+            path = self.path / f"{name}.jsonl"
+            with _folder_errors(self.path):
+                content = self._read_log(path)
+                kept, message = cut(name, content, step, saved.get(name) if saved else None)
+                # also a link is replaced by a file: what it names is not this run's to write
+                if kept != content or path.is_symlink():
+                    write_bytes_whole(path, kept)
+            self._logs[name] = LogState().extended(kept)
+            messages += [message] if message else []
+        return messages
+
+    @staticmethod
+    def _read_log(path: Path) -> bytes:
+        if path.exists() and not path.is_file():
+            raise FolderError(f"{path} is no file; move it away, then resume: the run goes on without those lines")
+        return path.read_bytes() if path.exists() else b""
+
+    def flush_logs(self) -> dict[str, LogState]:
+        """Flushes the logs to disk, and returns their states. Raises: OSError if that fails."""
+        if self._is_writer:
+            for path in [self.path / f"{name}.jsonl" for name in LOGS]:
+                if path.exists():  # one that somebody removed is reported on resume
+                    flush(path)
+        return {name: self._logs.get(name, LogState()) for name in LOGS}
 
 
 @contextmanager
@@ -173,11 +218,13 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
 def _choose_folder(config: RunConfig, resume: bool) -> Path:
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
-    if saved.exists():
-        if not resume:
-            raise ConfigError(
-                f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
-            )
+    with _folder_errors(path, ConfigError):  # exists() raises an error for names that are too long
+        is_run, holds_checkpoints = saved.exists(), any(path.glob("checkpoints/step-*"))
+    if not resume and (is_run or holds_checkpoints):
+        raise ConfigError(
+            f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
+        )
+    if is_run:
         _require_same_run(config, saved)
     return path
 
@@ -192,7 +239,14 @@ def _newest_run() -> Path | None:
 
 
 def _require_same_run(config: RunConfig, saved: Path) -> None:
-    differing = changed_settings(fixed_settings(load_config(saved)), fixed_settings(config))
+    try:
+        before = load_config(saved)
+    except ExpoError as error:
+        raise ConfigError(
+            f"{first_line(error)}; this file of the run is damaged: remove it, and --resume writes it again if the "
+            f"settings are those of the checkpoints"
+        ) from error
+    differing = changed_settings(fixed_settings(before), fixed_settings(config))
     if differing:
         raise ConfigError(
             f"--resume would change the run in {saved.parent}: {', '.join(differing)}; use the values it started with"

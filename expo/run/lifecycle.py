@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from expo.errors import CheckpointError, FolderError
+from expo.errors import CheckpointError, FolderError, first_line
 from expo.evaluate import evaluate
 from expo.report import write_report
 from expo.reporting.comparison import results_table
@@ -26,15 +26,31 @@ def resume_run(run: Run, resume: bool) -> Position:
         checkpoint = books.checkpoints.newest_whole() if resume else None
         if checkpoint is not None:
             position = books.checkpoints.load(checkpoint, run.learner.policy)
-            data.curriculum.load_state_dict(dict(position.curriculum))
-            data.generator.set_state(position.generator)
+            _restore_draws(run, position, checkpoint)
             books.display.line(f"resuming after step {position.step} of {run.config.run.steps} in {books.folder.path}")
-        books.folder.rewind(position.step)
+        elif resume:
+            books.display.line(f"no checkpoint in {books.checkpoints.folder}: the run starts with step 1")
+        logs = None if checkpoint is None else books.checkpoints.logs_at(checkpoint)
+        messages = run.ranks.raise_on_all_ranks(lambda: books.folder.rewind(position.step if resume else -1, logs))
         run.rollout.cache.drop(position.step)
-        books.folder.record_start(position.step + 1, run.ranks.size)
+        messages += books.folder.record_start(position.step + 1, run.ranks.size)
+        for message in messages:
+            books.display.line(message)
     with run.guard("sync"):
         run.rollout.sync.run()
     return position
+
+
+def _restore_draws(run: Run, position: Position, checkpoint: Path) -> None:
+    """Restores what draws the questions. Raises: CheckpointError if the checkpoint is not of these questions."""
+    try:
+        run.data.curriculum.load_state_dict(dict(position.curriculum))
+        run.data.generator.set_state(position.generator)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} does not fit this run ({first_line(error)}); restore its questions, or the "
+            f"checkpoint"
+        ) from error
 
 
 def evaluate_if_due(run: Run, position: Position) -> float | None:
@@ -49,7 +65,7 @@ def evaluate_if_due(run: Run, position: Position) -> float | None:
         return None
     with run.guard("sync"):
         is_recorded = run.ranks.run_on_rank0(
-            lambda: step in [row["step"] for row in books.folder.read_rows("evaluations")]
+            lambda: step in [row["step"] for row in books.folder.read_rows("evaluations") if row.get("sets")]
         )
     if is_recorded:
         return None
@@ -97,20 +113,28 @@ def finish(run: Run, position: Position) -> None:
         export(run)
     if not run.ranks.is_rank0:
         return
-    evaluations = folder.read_rows("evaluations")
+    evaluations = [row for row in folder.read_rows("evaluations") if isinstance(row.get("sets"), dict)]
+    timed = folder.read_rows("metrics") + evaluations
     summary = {
         "seed": config.run.seed,
         "steps": position.step,
         "reply_tokens": position.reply_tokens,
-        "commits": commits_of(folder.read_json(ENVIRONMENT)),
-        "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + evaluations),
-        "before": evaluations[0]["sets"] if evaluations else {},
+        "commits": commits_of(folder.read_object(ENVIRONMENT)),
+        "seconds": sum(row["seconds"] for row in timed if isinstance(row.get("seconds"), int | float)),
+        "before": next((row["sets"] for row in evaluations if row["step"] == 0), {}),
         "after": evaluations[-1]["sets"] if evaluations else {},
     }
     folder.write_json("summary.json", summary)
     if evaluations:
         display.line(results_table(summary["before"], summary["after"]))
-    display.line(f"run:    {folder.path}\nreport: {write_report(folder.path)}")
+    try:
+        report = write_report(folder.path)
+    except OSError as error:
+        raise FolderError(
+            f"the report in {folder.path} cannot be written ({error}); the run is complete, so mend that and call "
+            f"python -m expo.report {folder.path}"
+        ) from error
+    display.line(f"run:    {folder.path}\nreport: {report}")
 
 
 def export(run: Run) -> None:
@@ -123,6 +147,9 @@ def export(run: Run) -> None:
     def write(temporary: Path) -> None:
         policy.export(temporary)
         run.learner.tokenizer.save_pretrained(temporary)
+        mode = (temporary / "config.json").stat().st_mode  # as the umask of this process has it
+        for path in temporary.glob("*.safetensors"):  # which safetensors makes readable for its owner alone
+            path.chmod(mode)
 
     if not run.ranks.is_rank0:
         policy.export(path)

@@ -196,7 +196,7 @@ def _build_run(
         learner=RunLearner(policy, policy.tokenizer),
         bookkeeping=RunBookkeeping(
             folder=folder,
-            checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings_hash),
+            checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings_hash, folder.flush_logs),
             bad_updates=BadUpdates(folder.path, ranks, display, config.run.max_bad_updates),
             display=display,
             trackers=trackers,
