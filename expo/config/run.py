@@ -98,7 +98,7 @@ class RunConfig(Config):
         section, engine = self.vllm, self.rollout.engine
         if section.sleep and engine != "vllm":
             raise ValueError(f"vllm.sleep is for rollout.engine = vllm, not {engine}; turn it off or take that engine")
-        for name in ("servers", "gpus", "weights_folder"):
+        for name in ("servers", "key_file", "gpus", "weights_folder"):
             if getattr(section, name) and engine != "vllm-server":
                 raise ValueError(f"vllm.{name} is for rollout.engine = vllm-server, not {engine}; remove it")
         if section.transfer != "files" and engine != "vllm-server":

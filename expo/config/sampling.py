@@ -71,12 +71,15 @@ class VllmSection(Section):
     servers: list[str] = []
     """With vllm-server: addresses [http://host:port, ...] of servers started by `python -m expo.serve`. If empty: the
     run starts its own."""
+    key_file: Path | None = None
+    """With vllm.servers: file with the key that they require, readable by you alone. If unset: the key is in the
+    environment variable VLLM_API_KEY. Servers that the run starts get a new key."""
     num_servers: Count = 1
     """With vllm-server: number of servers that the run starts beside rank 0; the ranks are spread over them."""
     gpus: list[Index] = []
     """With vllm-server: CUDA devices of the servers that the run starts, tensor_parallel of them per server."""
     transfer: Literal["files", "broadcast"] = "files"
-    """With vllm-server: how weights reach the servers; files: through files, broadcast: by NCCL between GPUs or gloo
+    """With vllm-server: how weights reach the servers; files: through files, broadcast: by NCCL between GPUs or TCP
     between CPUs."""
     weights_folder: Path | None = None
     """With transfer = files: folder of the weight files, visible to all servers. If unset: /dev/shm."""

@@ -29,6 +29,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.trackers",
     "rollout.keep_replies",
     "vllm.servers",
+    "vllm.key_file",
     "vllm.gpus",
     "vllm.transfer",
     "vllm.weights_folder",
@@ -45,6 +46,7 @@ ADDED_LATER = (
     "reward.unevaluated",
     "reward.think_tags",
     "rollout.stop_tokens",
+    "vllm.key_file",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 

@@ -194,9 +194,17 @@ def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
         raise ConfigError(problems) from error
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of command lines that reports a wrong one as one line, without its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        fail(self.prog, ConfigError(f"{message}; --help lists what it takes"))
+
+
 def flag_parser(prog: str, usage: str, description: str) -> argparse.ArgumentParser:
     """A parser to which a program adds its flags; flags cannot be abbreviated."""
-    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     # DeepSpeed's launcher passes it to every rank; LOCAL_RANK in the environment has the same value
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser

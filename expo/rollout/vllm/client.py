@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
+from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ import httpx2
 
 from expo.config import VllmSection
 from expo.errors import EngineError
+from expo.rollout.vllm.key import VARIABLE, authorization
 
 T = TypeVar("T")
 PATIENCE_S: float = VllmSection().patience_s
@@ -70,10 +72,11 @@ class Server:
     Args:
         url: http://host:port.
         patience_s: seconds without any answer from the server after which a call fails.
+        key: sent with every call; empty: none.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
-        self.url, self._patience_s = url, patience_s
+    def __init__(self, url: str, patience_s: float = PATIENCE_S, key: str = "") -> None:
+        self.url, self.key, self._patience_s = url, key, patience_s
         parts = urlsplit(url)
         self.address = str(parts.hostname), int(parts.port or 80)
         self._last_answer = -math.inf
@@ -102,7 +105,8 @@ class Server:
             limits=httpx2.Limits(max_connections=1, keepalive_expiry=KEEPALIVE_EXPIRY_S),
             socket_options=KEEPALIVE_OPTIONS,
         )
-        return httpx2.AsyncClient(base_url=self.url, transport=transport, trust_env=False)
+        headers = {"Authorization": authorization(self.key)} if self.key else {}
+        return httpx2.AsyncClient(base_url=self.url, transport=transport, trust_env=False, headers=headers)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self.submit(work)
@@ -137,6 +141,11 @@ class Server:
         if status >= 500:
             raise ServerUnavailable(f"{path}: {status} {_shortened(answer)}")
         self._last_answer = time.monotonic()
+        if status == HTTPStatus.UNAUTHORIZED:
+            raise EngineError(
+                f"the vLLM server {self.url} has another key than the run; give the key of python -m expo.serve in "
+                f"vllm.key_file or {VARIABLE}"
+            )
         if status >= 400:
             raise EngineError(f"the vLLM server {self.url} refuses {path}: {status} {_shortened(answer)}")
         return json.loads(answer) if answer else None

@@ -19,6 +19,7 @@ from expo.errors import ConfigError, EngineError
 from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
 from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
+from expo.rollout.vllm.key import new_key, read_key
 from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.files import WeightFiles
@@ -54,21 +55,22 @@ class ServerEngine:
         self._version: str | None = None
         if not config.vllm.servers:
             _require_startable(config.vllm, ranks)
-        urls, self.version = ranks.run_on_rank0(lambda: self._open(folder))
+        urls, key, self.version = ranks.run_on_rank0(lambda: self._open(folder))
         own = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
         chosen = own or [urls[ranks.rank % len(urls)]]  # with fewer servers than ranks, some ranks share one
-        self._servers = [Server(url, config.vllm.patience_s) for url in chosen]
+        self._servers = [Server(url, config.vllm.patience_s, key) for url in chosen]
 
-    def _open(self, folder: Path) -> tuple[list[str], str]:
-        """Starts the run's own servers; returns the URLs of all, once ready, and the last one's vLLM version."""
+    def _open(self, folder: Path) -> tuple[list[str], str, str]:
+        """Starts the run's own servers; returns all URLs, once ready, their key, and the last one's vLLM version."""
         section = self._section
+        key = read_key(section.key_file) if section.servers else new_key()
         files = WeightFiles(section.weights_folder) if section.transfer == "files" else None
         processes: list[ServerProcess | None] = [None] * len(section.servers)
         urls = list(section.servers)
         if not urls:
-            started = [self._process(folder, number, files) for number in range(section.num_servers)]
+            started = [self._process(folder, number, files, key) for number in range(section.num_servers)]
             urls, processes = [process.url for process in started], [*started]
-        servers = [Server(url, section.patience_s) for url in urls]
+        servers = [Server(url, section.patience_s, key) for url in urls]
         weights: WeightFiles | WeightBroadcast = files or WeightBroadcast(
             servers, section.tensor_parallel, self._ranks.device, section.patience_s
         )
@@ -80,18 +82,19 @@ class ServerEngine:
                 supervisor.start()
             for supervisor in self._supervisors:
                 supervisor.wait_until_ready()
+                _require_guard(supervisor.server, section.patience_s)
                 version = require_settings(self._config, supervisor.server, on_gpu=self._ranks.device.type == "cuda")
         except BaseException:
             self.close()
             raise
-        return urls, version
+        return urls, key, version
 
-    def _process(self, folder: Path, number: int, files: WeightFiles | None) -> ServerProcess:
+    def _process(self, folder: Path, number: int, files: WeightFiles | None, key: str) -> ServerProcess:
         width = self._section.tensor_parallel
         gpus = self._section.gpus[number * width : (number + 1) * width]
         log = folder / f"vllm-server-{number}.log"
         weights = None if files is None else files.folder
-        return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads)
+        return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads, key)
 
     @property
     def needs_weight_sync(self) -> bool:
@@ -200,8 +203,26 @@ def _logp_of(choice: Any, token: int) -> float:
     return next(float(at["logprob"]) for at in position["top_logprobs"] if at["token_id"] == token)
 
 
+def _require_guard(server: Server, patience_s: float) -> None:
+    """Raises: ConfigError if a server also takes calls without its key."""
+    stranger = Server(server.url, patience_s)
+    try:
+        retry(stranger, patience_s, lambda: None, lambda: stranger.get("/server_info?config_format=json"))
+    except EngineError:
+        return
+    raise ConfigError(
+        f"the vLLM server {server.url} takes calls without a key, so anyone who reaches it can change its weights; "
+        f"start it with python -m expo.serve"
+    )
+
+
 def _require_startable(section: VllmSection, ranks: Ranks) -> None:
     """Raises: ConfigError if the run cannot start servers for these ranks."""
+    if section.key_file is not None:
+        raise ConfigError(
+            "vllm.key_file is for servers that others start, but vllm.servers is empty: the run gives a new key to the "
+            "servers that it starts; remove vllm.key_file, or set vllm.servers"
+        )
     if ranks.device.type == "cuda" and not section.gpus:
         raise ConfigError(
             "rollout.engine = vllm-server needs GPUs of its own: name GPUs in vllm.gpus that no rank uses, or take "
