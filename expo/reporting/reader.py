@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from expo.errors import NotARunError
 from expo.reporting.comparison import Scores
+from expo.runtime.bounded_yaml import YamlError, load_yaml
 
 Record = dict[str, Any]  # one line of a .jsonl file
 
@@ -108,9 +107,9 @@ def _read_config(run_dir: Path) -> tuple[str, Record]:
         raise NotARunError(f"{run_dir} is not a run: it has no config.yaml; give the folder that the trainer wrote")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise NotARunError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        config = load_yaml(text)
+    except YamlError as error:
+        raise NotARunError(f"{path} is not YAML as expected: {error}") from error
     if not isinstance(config, dict):
         raise NotARunError(f"{path} contains {type(config).__name__}, but a run's configuration has named sections")
     return text, config
