@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_cpu and config.vllm.tensor_parallel > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker needs a NUMA node
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # adds the routes that change weights
+    # the processes of a server are on one machine; by default gloo listens where the machine's name leads to
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if own.guarded:
