@@ -6,10 +6,11 @@ whose server died.
 """
 
 import functools
+import math
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +25,14 @@ from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.vllm.transfer.group import BACKEND
+from expo.rollout.vllm.transfer.interface import weight_version
 from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
 from expo.types import Reply
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
+T = TypeVar("T")
+MOST_IDS = 2**31  # no vocabulary has more
 STALE_WEIGHTS = "it does not have the current weights"
 
 
@@ -111,15 +115,19 @@ class ServerEngine:
 
         Raises: EngineError if a server is unavailable for too long, or dies too often.
         """
-        done = iter(self._run(reply_jobs(requests, sampling, self._end_ids), on_progress))
-        return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
+        jobs = reply_jobs(requests, sampling, self._end_ids)
+        read = functools.partial(_sampled, most_tokens=sampling.max_new_tokens)
+        done = iter(self._run(jobs, read, on_progress))
+        return [
+            [make_reply(self._tokenizer, self._end_ids, *next(done)) for _ in request.seeds] for request in requests
+        ]
 
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
         """Log-probability in nats of every token of given replies. Raises: as `generate`."""
-        choices = iter(self._run(score_jobs(prompts, replies, temperature), None))
-        return [[_logp_of(next(choices), token) for token in reply] for reply in replies]
+        found = iter(self._run(score_jobs(prompts, replies, temperature), _scored, None))
+        return [[next(found)[token] for token in reply] for reply in replies]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sends the policy's weights from rank 0 to every server; all ranks iterate over them together.
@@ -151,11 +159,21 @@ class ServerEngine:
         return found
 
     def _describe(self, server: Server) -> list[dict[str, WeightDescription]]:
-        if server.get("/weight_info")["weight_version"] != self._version:
+        if weight_version(server) != self._version:
             raise ServerUnavailable(STALE_WEIGHTS)
         answer = server.post("/collective_rpc", {"method": "describe_weights"})
-        found: list[dict[str, WeightDescription]] = answer["results"]
-        return found
+        with server.understand("/collective_rpc"):
+            return [
+                {
+                    str(name): WeightDescription(
+                        shape=[int(size) for size in found["shape"]],
+                        dtype=str(found["dtype"]),
+                        digest=str(found["digest"]),
+                    )
+                    for name, found in worker.items()
+                }
+                for worker in answer["results"]
+            ]
 
     def sleep(self) -> None:
         """Does nothing: the servers have GPUs of their own."""
@@ -168,12 +186,15 @@ class ServerEngine:
             self._weights.close()
 
     def _run(
-        self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
-    ) -> list[Any]:
-        """The servers' choices, in order."""
+        self,
+        jobs: Sequence[tuple[Sequence[int], dict[str, Any]]],
+        read: Callable[[Any], T],
+        on_progress: Callable[[int], None] | None,
+    ) -> list[T]:
+        """What `read` makes of the servers' choices, in order."""
         pool = RequestPool(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
         bodies = [{"token_ids": list(prompt), "sampling_params": options} for prompt, options in jobs]
-        return pool.run(GENERATE, bodies, self._choice, on_progress or _ignore)
+        return pool.run(GENERATE, bodies, lambda answer: read(self._choice(answer)), on_progress or _ignore)
 
     def _check(self) -> None:
         for supervisor in self._supervisors:
@@ -189,18 +210,27 @@ class ServerEngine:
             raise ServerUnavailable(STALE_WEIGHTS)
         return choice
 
-    def _reply(self, choice: Any) -> Reply:
-        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
-        return make_reply(self._tokenizer, self._end_ids, choice["token_ids"], logps)
+
+def _sampled(choice: Any, most_tokens: int) -> tuple[list[int], list[float]]:
+    """Token ids and log-probs of a sampled reply. Raises: ValueError, LookupError, TypeError if it has another form."""
+    token_ids, logps = choice["token_ids"], [float(token["logprob"]) for token in choice["logprobs"]["content"]]
+    if not 0 < len(token_ids) == len(logps) <= most_tokens:
+        raise ValueError(f"{len(token_ids)} tokens with {len(logps)} log-probs; at most {most_tokens} were wanted")
+    if not all(type(token) is int and 0 <= token < MOST_IDS for token in token_ids):
+        raise ValueError("token ids that are none")
+    if not all(math.isfinite(logp) for logp in logps):
+        raise ValueError("log-probs that are not finite")
+    return token_ids, logps
+
+
+def _scored(choice: Any) -> dict[int, float]:
+    """The log-probs of the only position of a reply, by token. Raises: as `_sampled`."""
+    (position,) = choice["logprobs"]["content"]
+    return {int(at["token_id"]): float(at["logprob"]) for at in position["top_logprobs"]}
 
 
 def _ignore(_count: int) -> None:
     """Does nothing."""
-
-
-def _logp_of(choice: Any, token: int) -> float:
-    (position,) = choice["logprobs"]["content"]
-    return next(float(at["logprob"]) for at in position["top_logprobs"] if at["token_id"] == token)
 
 
 def _require_guard(server: Server, patience_s: float) -> None:
@@ -243,10 +273,19 @@ def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> s
         return retry(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
 
     try:
-        info, version = ask("/server_info?config_format=json"), str(ask("/version")["version"])
+        info, version = ask("/server_info?config_format=json"), ask("/version")
     except EngineError as error:
         raise ConfigError(f"{error}; start it with python -m expo.serve, which sets what the run needs") from error
-    parts = [part for part in info["vllm_config"].values() if isinstance(part, dict)]
+    try:
+        with server.understand("/server_info"):
+            _require_settings(config, server, info["vllm_config"], on_gpu=on_gpu)
+            return str(version["version"])
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _require_settings(config: EngineConfig, server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:
+    parts = [part for part in settings.values() if isinstance(part, dict)]
     found = {name: value for part in parts for name, value in part.items()}
     dtype, max_tokens = getattr(torch, config.policy.dtype), config.max_tokens
     needed = engine_settings(config.vllm, dtype=dtype, is_cpu=False, num_replies=1, max_tokens=max_tokens)
@@ -262,8 +301,7 @@ def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> s
             f"{max_tokens}; start it with python -m expo.serve and the run's configuration"
         )
     if config.vllm.transfer == "broadcast":
-        _require_broadcast(server, info["vllm_config"], on_gpu=on_gpu)
-    return version
+        _require_broadcast(server, settings, on_gpu=on_gpu)
 
 
 def _require_broadcast(server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:

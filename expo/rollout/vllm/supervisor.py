@@ -20,7 +20,7 @@ from pathlib import Path
 from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import HEALTH, Server, ServerUnavailable, retry
 from expo.rollout.vllm.key import VARIABLE
-from expo.rollout.vllm.transfer.interface import WeightTransfer
+from expo.rollout.vllm.transfer.interface import WeightTransfer, weight_version
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
 CHECK_INTERVAL_S = 0.5
@@ -155,7 +155,7 @@ class Supervisor:
         """Sends the current weights, unless the server has them."""
         with self._send_lock:
             version = self._weights.version
-            if version is not None and self.server.get("/weight_info")["weight_version"] != version:
+            if version is not None and weight_version(self.server) != version:
                 self._weights.send(self.server, version)
 
     def _watch(self) -> None:
