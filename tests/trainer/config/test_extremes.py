@@ -20,7 +20,7 @@ UPPER = {
     "reward.correct_weight": 1e6, "kl.beta": 1e6, "objective.clip_high": 1e6, "objective.dual_clip": 1e6,
     "objective.entropy_bonus": 1e6, "rollout.temperature": 1000, "rollout.sync_tolerance": 1e6, "curriculum.std": 1000,
     "optimizer.lr": 1e30, "optimizer.weight_decay": 1e6, "optimizer.max_grad_norm": 1e30,
-    "policy.logits_budget_mb": 1e6, "policy.micro_batch_tokens": 2**31 - 1, "rollout.batch_size": 2**20, "rollout.max_resamples": 0,
+    "policy.logits_budget_mb": 1e6, "policy.micro_batch_tokens": 2**31 - 1, "rollout.batch_size": 2**20,
     **{f"deadline.{phase}": YEAR_S for phase in ("start", "rollout", "reward", "reference", "update", "sync", "save")},
 }  # fmt: skip
 LOWER = {
