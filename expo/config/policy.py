@@ -35,7 +35,7 @@ class PolicySection(Section):
     """Memory for one chunk of logits in MiB. If unset: chosen by expo_kernels."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    lora_rank: Annotated[int, Field(ge=0, le=2**16)] = 0
+    lora_rank: Annotated[int, Field(ge=0, le=2**12)] = 0
     """Rank of LoRA adapters on every linear layer except the head; 0: no adapters, all parameters are trained."""
     lora_alpha: Annotated[int, Field(ge=1, le=2**20)] = 32
     """LoRA's alpha: the output of the adapters is scaled by lora_alpha / lora_rank."""
