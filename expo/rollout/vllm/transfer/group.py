@@ -11,20 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 
-from expo.errors import first_line
 from expo.rollout.vllm.transfer.connection import HANDSHAKE_S, Connection, GroupError, Listener, connect
+from expo.rollout.vllm.transfer.nccl import POLL_S, ROOT, NcclGroup
 from expo.rollout.vllm.transfer.store import RemoteStore, new_store, serve_store
-from expo.runtime._compat import new_nccl_group
 
-POLL_S = 0.001
 BACKEND = "expo"  # the name under which vLLM knows the receiving side; see `worker.py`
 END_OF_UPDATE = json.dumps(None)  # sent in place of a further manifest
-ROOT = 0  # rank 0 of the run; the workers of the server have the ranks from 1
 
 
 class Sender:
@@ -36,10 +32,9 @@ class Sender:
         timeout_s: deadline of every wait, in seconds.
     """
 
-    def __init__(self, connections: Sequence[Connection], nccl: Any, timeout_s: float) -> None:
+    def __init__(self, connections: Sequence[Connection], nccl: NcclGroup | None, timeout_s: float) -> None:
         self._connections, self._nccl, self._timeout_s = connections, nccl, timeout_s
         self._sending: list[Future[None]] = []
-        self._work: Any = None
 
     def start(self, message: str, data: Tensor | None = None) -> None:
         """Begins to send a message to every worker, and after it a bucket's data. Raises: GroupError."""
@@ -49,7 +44,7 @@ class Sender:
             parts.append(data.numpy())
         self._sending = [_start_sending(connection, parts) for connection in self._connections]
         if data is not None and self._nccl is not None:
-            self._work = _broadcast(self._nccl, data)
+            self._nccl.start(data)
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
         """Waits until all workers have it; `check` may raise to end the wait. Raises: GroupError."""
@@ -59,20 +54,19 @@ class Sender:
                 raise GroupError(f"a broadcast took more than {self._timeout_s:g} s")
             check()
             time.sleep(POLL_S)
-        work, self._work, self._sending = self._work, None, []
-        if work is not None:
-            _finish(work)
+        self._sending = []
+        if self._nccl is not None:
+            self._nccl.finish()
 
     def _is_sent(self) -> bool:
         done = [sending for sending in self._sending if sending.done()]
         for sending in done:
             sending.result()  # raises what it failed with
-        return len(done) == len(self._sending) and (self._work is None or self._work.is_completed())
+        return len(done) == len(self._sending) and (self._nccl is None or self._nccl.is_done)
 
     def close(self) -> None:
         """Leaves the group and abandons a broadcast under way; the workers notice at their next wait."""
         _close(self._connections, self._nccl)
-        self._work = self._nccl = None
 
 
 class Receiver:
@@ -81,11 +75,10 @@ class Receiver:
     Args:
         connections: the one for weights, and others to close with it.
         nccl: as for `Sender`.
-        timeout_s: deadline of every wait, in seconds.
     """
 
-    def __init__(self, connections: Sequence[Connection], nccl: Any, timeout_s: float) -> None:
-        self._connections, self._nccl, self._timeout_s = connections, nccl, timeout_s
+    def __init__(self, connections: Sequence[Connection], nccl: NcclGroup | None) -> None:
+        self._connections, self._nccl = connections, nccl
 
     def read_message(self) -> str:
         """The next message. Raises: GroupError."""
@@ -96,17 +89,12 @@ class Receiver:
         if self._nccl is None:
             self._connections[0].receive_into(data.numpy())
             return
-        work, deadline = _broadcast(self._nccl, data), time.monotonic() + self._timeout_s
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                raise GroupError(f"a broadcast took more than {self._timeout_s:g} s")
-            time.sleep(POLL_S)
-        _finish(work)
+        self._nccl.start(data)
+        self._nccl.wait()
 
     def close(self) -> None:
         """Leaves the group; rank 0 and the other workers notice at their next wait."""
         _close(self._connections, self._nccl)
-        self._nccl = None
 
 
 def _start_sending(connection: Connection, parts: Sequence[Any]) -> "Future[None]":
@@ -126,25 +114,11 @@ def _start_sending(connection: Connection, parts: Sequence[Any]) -> "Future[None
     return future
 
 
-def _broadcast(nccl: Any, data: Tensor) -> Any:
-    try:
-        return nccl.broadcast(data, ROOT)
-    except RuntimeError as error:
-        raise GroupError(first_line(error)) from error
-
-
-def _finish(work: Any) -> None:
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise GroupError(first_line(error)) from error
-
-
-def _close(connections: Sequence[Connection], nccl: Any) -> None:
+def _close(connections: Sequence[Connection], nccl: NcclGroup | None) -> None:
     for connection in connections:
         connection.close()
     if nccl is not None:
-        nccl.abort()
+        nccl.close()
 
 
 # --- joining
@@ -179,7 +153,8 @@ def gather_workers(
         connections.append(_wait_for(listener, f"weights/{rank}", deadline, timeout_s, check))
         if backend == "nccl":
             serve_store(store, _wait_for(listener, f"store/{rank}", deadline, timeout_s, check))
-    return Sender(connections, _nccl_group(store, ROOT, size, backend, timeout_s), timeout_s)
+    nccl = NcclGroup(store, ROOT, size, timeout_s) if backend == "nccl" else None
+    return Sender(connections, nccl, timeout_s)
 
 
 def _wait_for(
@@ -199,19 +174,9 @@ def _wait_for(
 def join(address: tuple[str, int], key: str, rank: int, size: int, backend: str, timeout_s: float) -> Receiver:
     """A worker's side of a group, whose listener is at `address` and knows the key. Raises: GroupError."""
     connections = [connect(address, key, f"weights/{rank}", timeout_s)]
-    store = None
+    nccl = None
     if backend == "nccl":
         # rank 0 answers a wait that took too long; the connection itself waits longer for that answer
         connections.append(connect(address, key, f"store/{rank}", timeout_s + HANDSHAKE_S))
-        store = RemoteStore(connections[1], timeout_s)
-    return Receiver(connections, _nccl_group(store, rank, size, backend, timeout_s), timeout_s)
-
-
-def _nccl_group(store: Any, rank: int, size: int, backend: str, timeout_s: float) -> Any:
-    """A process group for "nccl", None for "tcp". Raises: GroupError."""
-    if backend == "tcp":
-        return None
-    try:
-        return new_nccl_group(store, rank, size, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise GroupError(f"the NCCL group cannot be made: {first_line(error)}") from error
+        nccl = NcclGroup(RemoteStore(connections[1], timeout_s), rank, size, timeout_s)
+    return Receiver(connections, nccl)
