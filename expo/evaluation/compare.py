@@ -4,7 +4,6 @@ The interval of a difference B - A is a percentile bootstrap of the paired diffe
 the questions' difficulty does not widen it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from expo.reporting.figures import RenderedFigure, draw_curves
 from expo.reporting.templates import comparison_table
 from expo.reporting.templates import render as render_template
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import fail
+from expo.runtime.cli import OneLineParser, fail
 
 PROGRAM = "python -m expo.evaluate compare"
 
@@ -166,7 +165,7 @@ def render(a: Results, b: Results, lines: Sequence[Comparison], figures: Sequenc
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes the page. Exit codes: 0, or 2 if A and B cannot be compared."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM, description="Paired differences B - A with 95 % intervals, and a page with pass@k curves."
     )
     parser.add_argument("a", metavar="A", type=Path, help="folder of results")

@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step_number(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"--step = {text!r}; expected the number of a checkpoint's step, such as 50")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(f"--step = {text[:80]!r}; expected the number of a checkpoint's step, such as 50")
     return int(text)
 
 
@@ -132,7 +132,7 @@ def resolve(model: str, step: int | None, overrides: Overrides) -> EvalArguments
 def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
     """The run folder that MODEL is or lies in (None if there is none), and the step of the checkpoint to evaluate."""
     path = Path(model)
-    checkpoint = re.fullmatch(r"step-(\d+)", path.name)
+    checkpoint = re.fullmatch(r"step-([0-9]{1,9})", path.name)
     if checkpoint and _is_run(path.parent.parent):
         if step not in (None, int(checkpoint[1])):
             raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
@@ -150,7 +150,10 @@ def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file()
+    try:
+        return (path / "config.yaml").is_file()
+    except OSError:  # the name is too long, or a folder cannot be read
+        return False
 
 
 def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalConfig:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from expo.errors import NotARunError, first_line
+from expo.errors import NotARunError
 from expo.reporting import clean
 from expo.reporting.comparison import Scores
 from expo.run.logs import parse_object
+from expo.runtime.bounded_yaml import YamlError, load_yaml
 
 Record = dict[str, Any]  # one line of a .jsonl file
 
@@ -112,10 +111,9 @@ def _read_config(run_dir: Path) -> tuple[str, Record]:
         raise NotARunError(f"{run_dir} is not a run: it has no config.yaml; give the folder that the trainer wrote")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except Exception as error:  # beside its own errors, PyYAML raises those of dates, numbers and deep nesting
-        reason = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else first_line(error)
-        raise NotARunError(f"{path} is not YAML: {reason}") from error
+        config = load_yaml(text)
+    except YamlError as error:
+        raise NotARunError(f"{path} is not YAML as expected: {error}") from error
     if not isinstance(config, dict):
         raise NotARunError(f"{path} contains {type(config).__name__}, but a run's configuration has named sections")
     return text, config

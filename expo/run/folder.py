@@ -30,6 +30,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.trackers",
     "rollout.keep_replies",
     "vllm.servers",
+    "vllm.key_file",
     "vllm.gpus",
     "vllm.transfer",
     "vllm.weights_folder",
@@ -47,6 +48,7 @@ ADDED_LATER = (
     "reward.think_tags",
     "rollout.stop_tokens",
     "policy.gradient_tolerance",
+    "vllm.key_file",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
