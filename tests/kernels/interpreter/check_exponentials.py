@@ -13,7 +13,7 @@ from expo_kernels._head import Chunk, Exponentials, Span
 from expo_kernels._inputs import Tokens
 from expo_kernels._triton import backend
 from expo_kernels._triton import launch_exponentials as kernels
-from tests.kernels.interpreter.batches import GRAD_ERROR, SEQUENCE_LEVEL, TOKEN_LEVEL, relative_error
+from tests.kernels.interpreter.batches import SEQUENCE_LEVEL, TOKEN_LEVEL, relative_error
 from tests.ptx.checks import check_linear_logps, check_linear_loss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -84,7 +84,10 @@ def rows_of(logits, ids, grad_logps, *, grad_entropies=None, **options):
     return logps, entropies, grad
 
 
-def assert_rows_match(logits, ids=None, *, temperature=1.0, softcap=None, with_entropies=False, bias=None):
+def assert_rows_match(
+    logits, ids=None, *, temperature=1.0, softcap=None, with_entropies=False, bias=None, grad_error=2**-8
+):
+    """`grad_error`: of the columns that are rounded to bfloat16, relative in the norm; by default the unit roundoff."""
     num_rows, vocab_size = logits.shape
     exact = logits.double() if bias is None else logits.double() + bias.double()
     scaled = reference.scaled_logits(exact, temperature, softcap)
@@ -110,12 +113,13 @@ def assert_rows_match(logits, ids=None, *, temperature=1.0, softcap=None, with_e
     rows = torch.arange(num_rows)
     assert float((given[0] - logps[rows, ids]).abs().max()) <= 2e-5
     assert float((given[1] - entropies).abs().max()) <= 2e-5
-    assert relative_error(given[2], grads) <= GRAD_ERROR[BF16]
     # the chosen column and the most probable other one are not rounded to bfloat16
     size = (grad_logps.abs() + grad_entropies.abs() * with_entropies).double() / temperature
     others = exact.scatter(1, ids[:, None], -math.inf).argmax(dim=1)
     for columns in (ids, others):
         assert float(((given[2] - grads)[rows, columns].abs() / size).max()) <= 2e-5
+        given[2][rows, columns] = grads[rows, columns] = 0.0
+    assert relative_error(given[2], grads) <= grad_error
 
 
 @pytest.mark.parametrize("with_entropies", [False, True])
@@ -123,7 +127,10 @@ def assert_rows_match(logits, ids=None, *, temperature=1.0, softcap=None, with_e
 @pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])
 def test_rows_of_any_spread_and_offset(spread, offset, with_entropies):
     # float32 logits of 1e4 have steps of 1e-3, but they are exact as given
-    assert_rows_match(spread * normal(6, 9000) + offset, with_entropies=with_entropies, temperature=0.8)
+    logits = spread * normal(6, 9000) + offset
+    # where many columns count, the error is that of rounding them to bfloat16: 1.65e-3
+    options = {"grad_error": 1.8e-3} if spread == 1.0 else {}
+    assert_rows_match(logits, with_entropies=with_entropies, temperature=0.8, **options)
 
 
 @pytest.mark.parametrize("with_entropies", [False, True])
