@@ -221,7 +221,7 @@ class LinearHead:
         wants_hidden, wants_weight, wants_bias = self._wants_grad
         positions = chunk.span.positions(grad_logits.device)
         columns = self._float32_columns(chunk, positions)
-        if scale is not None and not columns:
+        if scale is not None and not columns:  # kernels, which have such columns, do not read the scale on the host
             rows = rows_with_gradient(scale, grad_logits.shape[1])
             if rows is not None:
                 grad_logits = compact_rows(grad_logits, rows)
