@@ -10,7 +10,7 @@ sequences. If a sequence exceeds a chunk, a separate pass computes the log-probs
 Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, B sequences.
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from expo_kernels import _launch, _vocab_group
 from expo_kernels import _validate as validate
 from expo_kernels._backend_torch import TorchLogps, TorchLoss, gather_tokens, spread, valid_index
+from expo_kernels._exponentials import ExponentialHead
 from expo_kernels._head import (
     Chunk,
     Gradients,
@@ -35,6 +36,9 @@ from expo_kernels._products import WideProducts
 from expo_kernels._products_gpu import make_products, splits
 from expo_kernels._ready_logits import CopiedLogits, ReadyLogits
 from expo_kernels._vocab_group import VocabShard
+
+if TYPE_CHECKING:
+    from expo_kernels._triton.backend import TritonLogps
 
 
 class LossResult(NamedTuple):
@@ -188,23 +192,26 @@ def _rows_for_torch(
     return head, plan
 
 
-def _rows_for_kernels(
-    call: HeadCall, mask: Tensor | None, ids: Tensor, shard: VocabShard | None, num_sequences: int = 0
-) -> tuple[Head, Plan]:
-    """Head and plan of all positions; `mask` [M]: the valid ones; `ids` [M]: the chosen columns of this head."""
+def _rows_for_kernels(call: HeadCall, kernels: "TritonLogps", num_sequences: int = 0) -> tuple[Head, Plan]:
+    """Head and plan of all positions."""
     hidden_or_logits, weight, _ = call.tensors
-    num_rows = call.completion_ids.numel()
+    num_rows, mask, shard = call.completion_ids.numel(), kernels.mask, kernels.shard
     if weight is None:
         plan = DevicePlan(num_rows, max(num_rows, 1), num_sequences)
         return ReadyLogits(hidden_or_logits, wants_grad=call.wants_grad[0], inplace=call.inplace), plan
     length = hidden_or_logits.shape[1] if hidden_or_logits.dim() == 3 else None
-    most_rows = _most_rows(call) if shard is None else shard.most_rows
+    if kernels.keeps_exponentials:
+        most_rows = _launch.most_exponential_rows(*weight.shape, budget_mb=call.budget_mb, device=weight.device)
+    else:
+        most_rows = _most_rows(call) if shard is None else shard.most_rows
     row_multiple = _launch.row_multiple(hidden_or_logits.device)
     plan = DevicePlan(num_rows, most_rows, num_sequences, length, mask, call.completion_lengths, row_multiple)
     tensors = call.product_tensors()
     assert tensors.weight is not None
     products = make_products(hidden_or_logits, tensors.weight)
-    head = LinearHead(tensors, ids, call.wants_grad, products, mask=mask, shard=shard, grad_dtype=weight.dtype)
+    make_head = ExponentialHead if kernels.keeps_exponentials else LinearHead
+    ids = kernels.tokens.ids  # the chosen columns of this head
+    head = make_head(tensors, ids, call.wants_grad, products, mask=mask, shard=shard, grad_dtype=weight.dtype)
     return head, plan
 
 
@@ -219,7 +226,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             from expo_kernels._triton.backend import TritonLoss
 
             kernels = TritonLoss(call, inputs, shard, return_entropy=return_entropy)
-            head, plan = _rows_for_kernels(call, kernels.mask, kernels.tokens.ids, shard, inputs.num_sequences)
+            head, plan = _rows_for_kernels(call, kernels, inputs.num_sequences)
             run_loss(head, plan, kernels, wants_grad=wants_grad)
             result = LossResult(*kernels.result(), kernels.token_logps.view(call.completion_ids.shape))
         else:
@@ -263,7 +270,7 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
             from expo_kernels._triton.backend import TritonLogps
 
             kernels = TritonLogps.reading(call, shard, return_entropy=return_entropy, keeps_rows=keeps_rows)
-            head, plan = _rows_for_kernels(call, kernels.mask, kernels.tokens.ids, shard)
+            head, plan = _rows_for_kernels(call, kernels)
             run_logps(head, plan, kernels)
             # each empty tensor is a new one: the outputs of an op must not alias each other
             entropies, row_max, sum_exp = (
@@ -296,7 +303,7 @@ def token_logps_backward(
             from expo_kernels._triton.backend import TritonLogps
 
             kernels = TritonLogps.differentiating(call, shard, kept_rows, grad_logps, grad_entropies)
-            head, plan = _rows_for_kernels(call, kernels.mask, kernels.tokens.ids, shard)
+            head, plan = _rows_for_kernels(call, kernels)
             run_grads(head, plan, kernels)
         else:
             order = valid_index(call.mask, call.completion_ids)

@@ -88,6 +88,19 @@ class Spans(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
+class Exponentials:
+    """What a chunk keeps in place of float32 logits of the whole vocabulary (see `_exponentials.py`)."""
+
+    memory: Tensor | None  # [n, V rounded up to a multiple of 16] bfloat16; None: no gradient is wanted
+    logits_by_tile: Iterator[Tensor]  # [n, columns] float32, without the bias; each overwrites the one before
+    vocab_size: int
+    bias: Tensor | None  # [V]
+    # made when the logits are read:
+    tiles: Tensor | None = None  # numbers of each (tile, row)
+    chosen: Tensor | None = None  # [n]: the chosen logits
+
+
+@dataclass(slots=True, eq=False)
 class Chunk:
     """Rows of logits, and the memory for their gradient."""
 
@@ -96,9 +109,12 @@ class Chunk:
     grad_logits: Tensor | None  # dL/dlogits up to the row scale; often in the logits' own memory
     row_scale: Tensor | None = None  # [n]: dL/dlogits = row_scale[:, None] * grad_logits
     rounding_residual: Tensor | None = None  # [n]: rounding error of the gradient of the chosen column
+    other_ids: Tensor | None = None  # [n] int64: another column whose gradient is not in `grad_logits`
+    other_grad: Tensor | None = None  # [n]: dL/dlogit of that column
     hidden: Tensor | None = None  # [n, H], 0 where masked
     is_signed: bool = True  # whether grad_logits may be < 0 in other columns than the chosen ones
     sums_to_zero: bool = False  # whether each row of grad_logits does, but for rounding
+    exponentials: Exponentials | None = None  # `logits` are then those of one tile
 
     @property
     def rows(self) -> slice:
@@ -199,20 +215,19 @@ class LinearHead:
         The row scale is applied on the [n, H] side of each product, which saves a pass over [n, V].
         """
         grad_logits, hidden = chunk.grad_logits, chunk.hidden
-        scale, residual = chunk.row_scale, chunk.rounding_residual
+        scale = chunk.row_scale
         assert grad_logits is not None
         assert hidden is not None
         wants_hidden, wants_weight, wants_bias = self._wants_grad
         positions = chunk.span.positions(grad_logits.device)
-        if scale is not None:
+        columns = self._float32_columns(chunk, positions)
+        if scale is not None and not columns:  # kernels, which have such columns, do not read the scale on the host
             rows = rows_with_gradient(scale, grad_logits.shape[1])
             if rows is not None:
                 grad_logits = compact_rows(grad_logits, rows)
                 hidden, scale, positions = (tensor.index_select(0, rows) for tensor in (hidden, scale, positions))
-        # masked rows have a gradient and a residual of 0
-        chosen_ids = None if residual is None else self._chosen_ids(positions)
         if wants_bias:
-            self._add_grad_bias(grad_logits, scale, residual, chosen_ids)
+            self._add_grad_bias(grad_logits, scale, columns)
         if self._tolerance > 0.0 and scale is not None:
             grads = ChunkGrads(grad_logits, scale, hidden, self._chosen_ids(positions), chunk.is_signed)
             if self._accumulate_kept(grads, positions, sums_to_zero=chunk.sums_to_zero):
@@ -222,8 +237,8 @@ class LinearHead:
             part = self._products.grad_hidden(operand, self._weight)
             if scale is not None:
                 part.mul_(scale.unsqueeze(1))
-            if residual is not None:
-                part.addcmul_(self._weight[chosen_ids], residual.unsqueeze(1))
+            for ids, grad in columns:
+                part.addcmul_(self._weight[ids], grad.unsqueeze(1))
             if self._kept_columns is not None:
                 self._kept_columns.record(part)
             self._put_grad_hidden(positions, part)
@@ -232,9 +247,18 @@ class LinearHead:
             self._kept_columns.record(None, num_rows=len(hidden))
         if wants_weight:
             self._add_grad_weight(operand, hidden if scale is None else hidden * scale.unsqueeze(1))
-            if residual is not None:
-                assert chosen_ids is not None
-                self._add_to_chosen_rows(chosen_ids, hidden, residual)
+            for ids, grad in columns:
+                self._add_to_rows(ids, hidden, grad)
+
+    def _float32_columns(self, chunk: Chunk, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Columns [n] of a chunk, and what to add to dL/dlogits [n] there, in float32."""
+        made = []
+        if chunk.rounding_residual is not None:
+            # masked rows have a gradient and a residual of 0
+            made.append((self._chosen_ids(positions), chunk.rounding_residual))
+        if chunk.other_ids is not None and chunk.other_grad is not None:
+            made.append((chunk.other_ids, chunk.other_grad))
+        return made
 
     def _accumulate_kept(self, grads: ChunkGrads, positions: Tensor, *, sums_to_zero: bool) -> bool:
         """Add a chunk's gradients of hidden states and weight from the columns that matter; False, with nothing added,
@@ -298,32 +322,33 @@ class LinearHead:
             self._products.add_grad_weight(part, operand[..., columns], hidden, is_first=is_first)
             start = columns.stop
 
-    def _add_to_chosen_rows(self, chosen_ids: Tensor, hidden: Tensor, residual: Tensor) -> None:
-        """Add residual [n] * hidden [n, H] to the rows of dWeight of the chosen ids [n]."""
+    def _add_to_rows(self, ids: Tensor, hidden: Tensor, grad: Tensor) -> None:
+        """Add grad [n] * hidden [n, H] to the rows `ids` [n] of dWeight."""
         assert self._grad_weight is not None
         start = 0
         for part in self._grad_weight:
-            rows = chosen_ids - start
+            rows = ids - start
             is_here = (rows >= 0) & (rows < part.shape[0])
             # an id of another part adds 0; the remainder spreads these, because equal rows are added one by one
-            values = hidden * residual.masked_fill(~is_here, 0.0).unsqueeze(1)
+            values = hidden * grad.masked_fill(~is_here, 0.0).unsqueeze(1)
             # sorts by row first, unlike index_add_, so that every run gives equal bits
             part.index_put_((rows % part.shape[0],), values, accumulate=True)
             start += part.shape[0]
 
-    def _add_grad_bias(
-        self, grad_logits: Tensor, scale: Tensor | None, residual: Tensor | None, chosen_ids: Tensor | None
-    ) -> None:
+    def _add_grad_bias(self, grad_logits: Tensor, scale: Tensor | None, columns: list[tuple[Tensor, Tensor]]) -> None:
         """Add the sum of a chunk's dL/dlogits over its rows to dBias."""
         if self._grad_bias is None:
             self._grad_bias = torch.zeros(self._weight.shape[0], dtype=self._products.dtype, device=grad_logits.device)
         if scale is None:
             self._grad_bias.add_(grad_logits.sum(dim=0, dtype=torch.float32))
         else:
-            self._grad_bias.addmv_(grad_logits.T, scale)
-        if residual is not None:
-            assert chosen_ids is not None
-            self._grad_bias.index_put_((chosen_ids,), residual, accumulate=True)
+            self._add_scaled_rows(self._grad_bias, grad_logits, scale)
+        for ids, grad in columns:
+            self._grad_bias.index_put_((ids,), grad, accumulate=True)
+
+    def _add_scaled_rows(self, grad_bias: Tensor, grad_logits: Tensor, scale: Tensor) -> None:
+        """grad_bias [V] += grad_logits [n, V].T @ scale [n]."""
+        grad_bias.addmv_(grad_logits.T, scale)
 
     def gradients(self) -> Gradients:
         """Gradients of hidden, weight and bias (None where not wanted), not yet in the inputs' dtypes.

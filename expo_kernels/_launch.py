@@ -33,6 +33,10 @@ WIDEN_BYTES = 16 * 2**20  # float32 bytes of head weight cast at once if it is s
 # 1,024 rows at V = 151,936 takes 594 MiB. Products compute tiles of 128 or 256 rows, so a multiple wastes none of them.
 ACCELERATOR_MEMORY_MB = 640.0
 ACCELERATOR_ROW_MULTIPLE = 256
+# With exponentials a product has 4,096 columns. 1,024 rows give 128 tiles of 128 x 256, for the 132 multiprocessors of
+# an H100; 2,048 rows of float32 logits are 32 MiB, which stay in its L2 cache of 50 MB.
+EXPONENTIAL_COLUMNS = 4096
+EXPONENTIAL_ROW_MULTIPLE, EXPONENTIAL_MOST_ROWS = 1024, 2048
 # bytes per feature of each row of hidden states: bfloat16 rows and a float32 product; with split products, halves too
 BYTES_PER_FEATURE, SPLIT_BYTES_PER_FEATURE = 8, 16
 SPLIT_BYTES = 32 * 2**20  # float32 bytes of a weight or of logits that are split into 16-bit halves at once
@@ -70,6 +74,20 @@ def most_rows(
     most = max(least, int(budget_mb * 2**20) // max(bytes_per_row, 1))
     multiple = row_multiple(device)
     return most // multiple * multiple if most > multiple else most
+
+
+def most_exponential_rows(vocab_size: int, hidden_size: int, *, budget_mb: float | None, device: torch.device) -> int:
+    """Maximum number of rows of a chunk of bfloat16 exponentials, >= 1, with float32 logits of one tile beside them."""
+    most = most_rows(
+        vocab_size + 2 * exponential_tile(vocab_size).block,
+        itemsize=2,
+        buffers=1,
+        budget_mb=budget_mb,
+        device=device,
+        hidden_size=hidden_size,
+    )
+    step = EXPONENTIAL_ROW_MULTIPLE
+    return min(most // step * step if most > step else most, EXPONENTIAL_MOST_ROWS)
 
 
 def row_multiple(device: torch.device) -> int:
@@ -174,6 +192,12 @@ def use_kernels(*tensors: torch.Tensor | None) -> bool:
     return all(tensor.device.type == "cuda" or _switch.kernels_on_cpu for tensor in given)
 
 
+def keeps_exponentials() -> bool:
+    """Whether bfloat16 heads on a GPU keep bfloat16 exponentials of their logits: EXPO_KERNELS_EXPONENTIALS=1 in the
+    environment."""
+    return os.environ.get("EXPO_KERNELS_EXPONENTIALS", "0") not in ("", "0")
+
+
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -194,6 +218,13 @@ def most_registers(programs: int) -> int:
 def is_amd() -> bool:
     """Whether this build of PyTorch is for AMD's GPUs."""
     return torch.version.hip is not None
+
+
+def exponential_tile(vocab_size: int) -> Tile:
+    """The tile of exponentials: columns of one product, of which a program has one row; 16 per thread."""
+    columns = max(1 << (max(vocab_size, 1) - 1).bit_length(), LEAST_COLUMNS)
+    block = min(columns, EXPONENTIAL_COLUMNS)
+    return Tile(block, max(1, block // (1024 if is_amd() else 512)))
 
 
 def sequence_tile() -> Tile:

@@ -150,18 +150,33 @@ class SplitProducts(KernelProducts):
 
 def make_products(hidden: Tensor, weight: Tensor) -> KernelProducts:
     """The products for hidden states and a weight of these dtypes on this device."""
+    if are_narrow(hidden.dtype, weight.dtype, weight):
+        return NarrowProducts()
     dtypes = [torch.bfloat16, torch.float16] if splits(hidden.dtype, weight.dtype) else [torch.bfloat16]
     is_tiny = weight.shape[0] < LEAST_NARROW_COLUMNS
     if is_tiny or not all(has_float32_results(weight.device, dtype) for dtype in dtypes):
         return KernelProducts()
-    if not splits(hidden.dtype, weight.dtype):
-        return NarrowProducts()
     return SplitProducts(weight, is_half=hidden.dtype == weight.dtype == torch.float16)
+
+
+def are_narrow(hidden_dtype: torch.dtype, weight_dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether `NarrowProducts` are for hidden states and a weight [V, H] that is rounded to `weight_dtype`."""
+    if splits(hidden_dtype, weight_dtype) or weight.shape[0] < LEAST_NARROW_COLUMNS:
+        return False
+    return has_float32_results(weight.device, torch.bfloat16)
 
 
 def splits(hidden: torch.dtype, weight: torch.dtype) -> bool:
     """Whether `SplitProducts` are for these dtypes."""
     return not hidden == weight == torch.bfloat16
+
+
+def scaled_row_sum(rows: Tensor, scale: Tensor) -> Tensor:
+    """rows [n, V].T @ scale [n], bfloat16 times float32, as products with the two bfloat16 halves of the scale."""
+    upper = scale.bfloat16()
+    halves = torch.stack([upper, (scale - upper).bfloat16()], dim=1)
+    made = torch.empty(rows.shape[1], 2, dtype=torch.float32, device=rows.device)
+    return _product(made, rows.T, halves, is_first=True).sum(dim=1)
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> Tensor:

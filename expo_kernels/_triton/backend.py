@@ -2,7 +2,8 @@
 
 The ops of log-probs use `TritonLogps`; `TritonLoss` adds the objective. Both keep one number per position and launch
 one kernel per chunk. With a head that is sharded over the vocabulary, each rank reads its own columns, one all-gather
-exchanges a few numbers of each row, and each rank combines them: two launches in place of one.
+exchanges a few numbers of each row, and each rank combines them: two launches in place of one. A head that keeps
+exponentials has one launch per tile of the vocabulary, one that combines their numbers, and one for the gradient.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from expo_kernels._exponentials import uses_exponentials
 from expo_kernels._head import Chunk, HeadCall
 from expo_kernels._inputs import LossInputs, Tokens, make_tokens
 from expo_kernels._triton.launch import (
@@ -23,6 +25,12 @@ from expo_kernels._triton.launch import (
     launch_token_loss,
     make_sums,
 )
+from expo_kernels._triton.launch_exponentials import (
+    launch_combine_tiles,
+    launch_exponential_grads,
+    launch_exponentials,
+    launch_log_grads,
+)
 from expo_kernels._vocab_group import VocabShard
 from expo_kernels.advantages import advantages_of_rewards
 from expo_kernels.objective import Objective
@@ -31,9 +39,16 @@ from expo_kernels.objective import Objective
 class TritonLogps:
     """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies; one number per position."""
 
-    def __init__(self, tokens: Tokens, shard: VocabShard | None) -> None:
-        self.mask = tokens.mask
-        self.tokens, self._shard = tokens if shard is None else _on_shard(tokens, shard), shard
+    def __init__(self, call: HeadCall, tokens: Tokens, shard: VocabShard | None, *, has_entropy_grad: bool) -> None:
+        self.mask, self.shard = tokens.mask, shard
+        self.keeps_exponentials = uses_exponentials(call, shard, has_entropy_grad=has_entropy_grad)
+        self._is_one_launch = shard is None and not self.keeps_exponentials
+        if shard is not None:
+            tokens = _in_separate_launches(tokens, *shard.columns_of(tokens.ids), are_local=True)
+        elif self.keeps_exponentials:
+            exists = (tokens.ids >= 0) & (tokens.ids < call.tensors.vocab_size)
+            tokens = _in_separate_launches(tokens, tokens.ids, exists, are_local=False)
+        self.tokens = tokens
         self.token_logps = torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=tokens.ids.device)
         self.entropies: Tensor | None = None
         self.row_max: Tensor | None = None
@@ -44,7 +59,7 @@ class TritonLogps:
     @classmethod
     def reading(cls, call: HeadCall, shard: VocabShard | None, *, return_entropy: bool, keeps_rows: bool) -> Self:
         """A backend for log-probs, for entropies if wanted, and for the row values that `differentiating` takes."""
-        backend = cls(_logp_tokens(call), shard)
+        backend = cls(call, _logp_tokens(call), shard, has_entropy_grad=False)
         if return_entropy:
             backend.entropies = torch.zeros_like(backend.token_logps)
         if keeps_rows:
@@ -61,7 +76,7 @@ class TritonLogps:
         grad_entropies: Tensor | None,
     ) -> Self:
         """A backend for dL/dlogits; `kept_rows` are entropies, row maxima and sums of exponentials."""
-        backend = cls(_logp_tokens(call), shard)
+        backend = cls(call, _logp_tokens(call), shard, has_entropy_grad=grad_entropies is not None)
         backend.entropies, backend.row_max, backend.sum_exp = kept_rows
         backend.grad_logps = grad_logps.contiguous()
         backend.grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
@@ -70,44 +85,58 @@ class TritonLogps:
     def logps(self, chunk: Chunk) -> None:
         """Compute the log-probs of a chunk, and the row values that `grad_logits` needs."""
         row_values = {"entropies": self.entropies, "row_max": self.row_max, "sum_exp": self.sum_exp}
-        if self._shard is None:
+        if self.keeps_exponentials:
+            self._keep_exponentials(chunk, has_entropy=self.entropies is not None)
+            launch_combine_tiles(chunk, self.tokens, self.token_logps, **row_values)
+        elif self.shard is None:
             launch_logps(chunk, self.tokens, self.token_logps, **row_values)
-            return
-        parts = launch_read_shard(chunk, self.tokens, has_entropy=self.entropies is not None)
-        launch_combine_shards(chunk, self.tokens, self._shard.all_gather(parts), self.token_logps, **row_values)
+        else:
+            parts = launch_read_shard(chunk, self.tokens, has_entropy=self.entropies is not None)
+            launch_combine_shards(chunk, self.tokens, self.shard.all_gather(parts), self.token_logps, **row_values)
 
     def grad_logits(self, chunk: Chunk) -> None:
         """Write dL/dlogits of a chunk."""
         assert self.row_max is not None
         assert self.sum_exp is not None
         assert self.grad_logps is not None
-        launch_grad_logits(
-            chunk,
-            self.tokens,
-            row_max=self.row_max,
-            sum_exp=self.sum_exp,
-            grad_logps=self.grad_logps,
-            entropies=None if self.grad_entropies is None else self.entropies,
-            grad_entropies=self.grad_entropies,
-        )
+        rows = {"row_max": self.row_max, "sum_exp": self.sum_exp, "grad_logps": self.grad_logps}
+        of_entropies = None
+        if self.grad_entropies is not None:
+            assert self.entropies is not None
+            of_entropies = {"entropies": self.entropies, "grad_entropies": self.grad_entropies}
+        if not self.keeps_exponentials:
+            launch_grad_logits(chunk, self.tokens, **rows, **(of_entropies or {}))
+            return
+        assert chunk.exponentials is not None
+        if chunk.exponentials.tiles is None:  # the log-probs are from another pass
+            self._keep_exponentials(chunk, has_entropy=False)
+        if of_entropies is None:
+            launch_exponential_grads(chunk, self.tokens, **rows)
+        else:
+            launch_log_grads(chunk, self.tokens, **rows, **of_entropies)
+
+    def _keep_exponentials(self, chunk: Chunk, *, has_entropy: bool) -> None:
+        stores_logs = self.grad_entropies is not None
+        launch_exponentials(chunk, self.tokens, has_entropy=has_entropy, stores_logs=stores_logs)
 
 
 class TritonLoss(TritonLogps):
     """The policy loss and its metrics, without synchronisation."""
 
     def __init__(self, call: HeadCall, inputs: LossInputs, shard: VocabShard | None, *, return_entropy: bool) -> None:
-        super().__init__(make_tokens(inputs, call.completion_ids), shard)
+        tokens = make_tokens(inputs, call.completion_ids)
+        super().__init__(call, tokens, shard, has_entropy_grad=tokens.entropy_bonus is not None)
         self.needs_whole_sequences, self._wants_grad = self.tokens.needs_whole_sequences, any(call.wants_grad)
         self._sums, self._return_entropy = make_sums(self.token_logps.device), return_entropy
-        if self.needs_whole_sequences or shard is not None:
+        if self.needs_whole_sequences or not self._is_one_launch:
             self.row_max, self.sum_exp, self.grad_logps = (torch.zeros_like(self.token_logps) for _ in range(3))
             has_bonus = self.tokens.entropy_bonus is not None
             self.entropies = torch.zeros_like(self.token_logps) if return_entropy or has_bonus else None
             self.grad_entropies = torch.zeros_like(self.token_logps) if has_bonus else None
 
     def loss(self, chunk: Chunk) -> None:
-        """Compute log-probs, loss and, if wanted, dL/dlogits of a chunk, in one launch if the head is whole."""
-        if self._shard is None:
+        """Compute log-probs, loss and, if wanted, dL/dlogits of a chunk, in one launch if that is possible."""
+        if self._is_one_launch:
             launch_row_loss(chunk, self.tokens, self._sums, self.token_logps, return_entropy=self._return_entropy)
             return
         assert self.grad_logps is not None
@@ -150,17 +179,17 @@ def loss_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Te
     return sums.result(), grad_logps.view(logps.shape)
 
 
-def _on_shard(tokens: Tokens, shard: VocabShard) -> Tokens:
-    """The inputs of the kernels on a rank that holds some columns of the logits."""
-    columns, exists = shard.columns_of(tokens.ids)
+def _in_separate_launches(tokens: Tokens, ids: Tensor, exists: Tensor, *, are_local: bool) -> Tokens:
+    """The inputs of kernels that compute log-probs and their gradients in separate launches. `exists`: which ids are
+    columns of the whole head; `are_local`: they count this rank's columns."""
     advantages, meaning = tokens.advantages, tokens.advantages_are
     if advantages is not None and meaning == "rewards":
         advantages, meaning = advantages_of_rewards(advantages, tokens.group_size), "sequence"
     return dataclasses.replace(
         tokens,
-        ids=columns,
-        ids_are_local=True,
-        # as with a whole head, kernels do not read the rows whose id is no column of it
+        ids=ids,
+        ids_are_local=are_local,
+        # kernels do not read the rows whose id is no column of the head
         mask=exists if tokens.mask is None else tokens.mask & exists,
         advantages=advantages,
         advantages_are=meaning,

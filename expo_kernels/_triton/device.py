@@ -42,7 +42,7 @@ BLOCK_G = tl.constexpr(64)  # rewards read at once; larger groups take several i
 BLOCK_P = tl.constexpr(32)  # number of programs whose sums are added at once
 
 # Triton specialises a binary for the alignment of these pointers: aligned ones allow 128-bit accesses
-_WIDE = ("logits_ptr", "grad_ptr", "values_ptr")
+_WIDE = ("logits_ptr", "grad_ptr", "values_ptr", "exponentials_ptr")
 
 
 def kernel(function: Callable[..., None]) -> Any:

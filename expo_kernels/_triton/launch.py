@@ -18,7 +18,7 @@ from expo_kernels._triton import shards as shard_kernels
 
 # without fused multiply-adds, the same line gives equal bits in every kernel, so that old, reference and training
 # log-probs agree exactly
-_FP = {"enable_fp_fusion": False}
+FP = {"enable_fp_fusion": False}
 
 
 class MetricSums(NamedTuple):
@@ -145,7 +145,7 @@ def launch_sequence_loss(
             BLOCK_T=tile.block,
             num_warps=tile.num_warps,
             **_objective(tokens, sums),
-            **_FP,
+            **FP,
         )
 
 
@@ -187,7 +187,7 @@ def launch_combine_shards(
             sum_exp_ptr=sum_exp,
             hyper_ptr=tokens.hyper_parameters,
             num_shards=num_shards,
-            **_tokens(chunk, tokens, tile),
+            **token_arguments(chunk, tokens, tile),
         )
 
 
@@ -216,7 +216,7 @@ def launch_token_loss(
             lengths_ptr=tokens.lengths,
             hyper_ptr=tokens.hyper_parameters,
             **arguments,
-            **_tokens(chunk, tokens, tile),
+            **token_arguments(chunk, tokens, tile),
         )
 
 
@@ -235,7 +235,7 @@ def launch_scale(values: Tensor, factor: Tensor) -> None:
             ALIGNMENT=alignment,
             BLOCK=tile.block,
             num_warps=tile.num_warps,
-            **_FP,
+            **FP,
         )
 
 
@@ -260,7 +260,7 @@ def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
     }
 
 
-def _tokens(chunk: Chunk, tokens: Tokens, tile: _launch.Tile) -> dict[str, Any]:
+def token_arguments(chunk: Chunk, tokens: Tokens, tile: _launch.Tile) -> dict[str, Any]:
     """The arguments that kernels on a few numbers of each row share."""
     return {
         "order_ptr": chunk.span.order,
@@ -269,7 +269,7 @@ def _tokens(chunk: Chunk, tokens: Tokens, tile: _launch.Tile) -> dict[str, Any]:
         "num_rows": chunk.rows.stop - chunk.rows.start,
         "BLOCK_N": tile.block,
         "num_warps": tile.num_warps,
-        **_FP,
+        **FP,
     }
 
 
@@ -295,7 +295,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
         "ALIGNMENT": alignment,
         "BLOCK_V": tile.block,
         "num_warps": tile.num_warps,
-        **_FP,
+        **FP,
     }
     if not _launch.is_amd():  # whose compiler has no such option
         made["maxnreg"] = _launch.most_registers(_programs(chunk, tokens))

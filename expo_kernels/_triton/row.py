@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf
 
 
 @triton.jit
-def _capped(logits, softcap):
+def capped(logits, softcap):
     """softcap * tanh(logits / softcap), and its derivative."""
     # tanh is -1 in float32 long before the bound, which keeps exp2 finite
     power = tl.minimum(logits * (-2.0 * LOG2_E / softcap), 100.0, propagate_nan=tl.PropagateNan.ALL)
@@ -32,7 +32,7 @@ def _widened(tile, softcap, HAS_SOFTCAP: tl.constexpr):
     """Logits in float32 after the softcap."""
     logits = tile.to(tl.float32)
     if HAS_SOFTCAP:
-        logits, _ = _capped(logits, softcap)
+        logits, _ = capped(logits, softcap)
     return logits
 
 
@@ -116,7 +116,7 @@ def chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP: tl.constexpr)
     logit = tl.load(row_ptr + chosen_id, mask=keep & (chosen_id >= 0), other=0.0).to(tl.float32)
     cap_grad = 1.0
     if HAS_SOFTCAP:
-        logit, cap_grad = _capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
+        logit, cap_grad = capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
     return logit, cap_grad
 
 
@@ -137,7 +137,7 @@ def _grad_of_tile(
     """dL/dlogits of a tile, except for the chosen column."""
     logits = tile.to(tl.float32)
     if HAS_SOFTCAP:
-        logits, cap_grads = _capped(logits, softcap)
+        logits, cap_grads = capped(logits, softcap)
     e = tl.exp2((logits - row_max) * scale)
     grads = of_probs * e
     if HAS_ENTROPY:

@@ -26,6 +26,8 @@ COPY_SHARE = 0.92  # of the data sheet's bandwidth that a device copy reaches: a
 ROW_GAP = 6 * LATENCY  # per row, without loads of [n, V]: the token's numbers one after the other, the reductions
 LAUNCH = 5e-6  # seconds per launch
 THREADS = 256  # of a program
+L2_BANDWIDTH = 5.5e12  # bytes per second that an H100's L2 cache delivers: an assumption
+NEXT_LAUNCH = 2e-6  # seconds from the end of a launch to the start of the next: an assumption
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,24 @@ def passes(kernel: Any) -> list[Loop]:
             found.append(loop)
             inner_start = start
     return found
+
+
+def whole(kernel: Any) -> Loop:
+    """All of a compiled CUDA kernel without loops."""
+    return _count(_instructions(kernel))
+
+
+def seconds_of_a_tile(kernel: Any, gpu: Gpu, *, num_rows: int, columns: int) -> dict[str, float]:
+    """What a launch over one tile of float32 logits in the L2 cache takes, by cause; a program has one row of it."""
+    code, numbers = whole(kernel), num_rows * columns
+    programs = num_rows / gpu.multiprocessors
+    threads = columns // (code.loaded_bytes // 4)
+    return {
+        "cache": 4 * numbers / L2_BANDWIDTH,
+        "memory": numbers * code.stored_bytes / (code.loaded_bytes // 4) / (gpu.bandwidth * COPY_SHARE),
+        "issue": programs * code.instructions * threads / 32 / gpu.schedulers / gpu.clock,
+        "special": programs * code.exponentials * threads / gpu.special_per_clock / gpu.clock,
+    }
 
 
 def _instructions(kernel: Any) -> list[tuple[int, str, str]]:

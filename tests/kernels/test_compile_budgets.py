@@ -17,9 +17,10 @@ from expo_kernels import _launch
 from expo_kernels._inputs import Tokens
 from expo_kernels._triton import curriculum
 from expo_kernels._triton import launch as kernels
+from expo_kernels._triton import launch_exponentials as exponentials
 from expo_kernels.objective import Objective
 from tests.kernels import compiling
-from tests.kernels.chunks import make_chunk
+from tests.kernels.chunks import make_chunk, make_exponential_chunk
 
 pytestmark = pytest.mark.medium  # compiles kernels
 
@@ -40,6 +41,7 @@ NARROW = {
 EVERYTHING = Objective(
     dual_clip=3.0, logit_softcap=30.0, kl_importance_weighted=True, rollout_correction="token", temperature=0.9
 )
+SOFTCAP = Objective(logit_softcap=30.0)
 
 
 def make_tokens(objective, num_sequences=4, length=8, group_size=2, *, bonus=False, is_shard=False):
@@ -119,6 +121,30 @@ def run_token_loss(objective):
     kernels.launch_token_loss(chunk, tokens, sums, out, out, entropies=out, grad_entropies=out)
 
 
+def run_exponentials(vocab_size, *, objective=None, entropy=False, logs=False, has_memory=True):
+    chunk = make_exponential_chunk(vocab_size, order=torch.zeros(64, dtype=torch.int64), has_memory=has_memory)
+    tokens = make_tokens(objective or Objective())
+    exponentials.launch_exponentials(chunk, tokens, has_entropy=entropy, stores_logs=logs)
+
+
+def run_combine_tiles():
+    chunk, out = make_exponential_chunk(16, order=torch.zeros(64, dtype=torch.int64)), torch.zeros(64)
+    tokens = make_tokens(SOFTCAP)
+    exponentials.launch_combine_tiles(chunk, tokens, out, entropies=out, row_max=out, sum_exp=out)
+
+
+def run_exponential_grads(vocab_size):
+    chunk, out = make_exponential_chunk(vocab_size, order=torch.zeros(64, dtype=torch.int64)), torch.zeros(64)
+    rows = {"row_max": out, "sum_exp": out, "grad_logps": out}
+    exponentials.launch_exponential_grads(chunk, make_tokens(SOFTCAP), **rows)
+
+
+def run_log_grads(vocab_size):
+    chunk, out = make_exponential_chunk(vocab_size, order=torch.zeros(64, dtype=torch.int64)), torch.zeros(64)
+    rows = {"row_max": out, "sum_exp": out, "grad_logps": out, "entropies": out, "grad_entropies": out}
+    exponentials.launch_log_grads(chunk, make_tokens(Objective()), **rows)
+
+
 def run_scale(vocab_size, dtype):
     kernels.launch_scale(torch.empty(2, vocab_size, dtype=dtype), torch.ones(()))
 
@@ -172,6 +198,13 @@ CASES = {
         (32,),
         (16,),
     ),
+    "exponentials": (lambda V: run_exponentials(V), (32,), (16,)),
+    "exponentials, softcap, entropies": (lambda V: run_exponentials(V, objective=SOFTCAP, entropy=True), (32,), (16,)),
+    "logs of exponentials, entropies": (lambda V: run_exponentials(V, entropy=True, logs=True), (32,), (16,)),
+    "sums of exponentials": (lambda V: run_exponentials(V, has_memory=False), (32,), ()),
+    "tiles combined, entropies": (lambda _: run_combine_tiles(), (), ()),
+    "gradient of exponentials": (lambda V: run_exponential_grads(V), (16,), (16,)),
+    "gradient of logs": (lambda V: run_log_grads(V), (16,), (16,)),
     "scale, float32": (lambda V: run_scale(V, F32), (32,), (32,)),
     "scale, bfloat16": (lambda V: run_scale(V, BF16), (16,), (16,)),
     "curriculum update": (lambda _: run_curriculum_update(), (), ()),
@@ -185,6 +218,7 @@ CASES = {
     "sequences, gmpo, a bonus": (lambda _: run_sequences(Objective(surrogate="gmpo"), bonus=True), (), ()),
     "sequences, vespo": (lambda _: run_sequences(Objective(surrogate="vespo", rollout_correction="token")), (), ()),
 }
+OF_EXPONENTIALS = {name for name in CASES if "exponentials" in name or name == "gradient of logs"}
 
 
 def compile_one(launch, target):
@@ -229,6 +263,8 @@ def test_kernels_stay_within_budget(target):
         )
         with mock.patch.object(_launch, "is_amd", return_value=target.startswith("gfx")):
             tile = _launch.row_tile(151_936, max(reads, default=32) // 8)
+            if name in OF_EXPONENTIALS:
+                tile = _launch.exponential_tile(151_936)
         if name.startswith("scale"):
             tile = _launch.flat_tile()
         found = problems(kernel, target, reads, writes, tile)

@@ -31,6 +31,7 @@ FILES = (
     "interpreter/check_logps.py",
     "interpreter/check_memory.py",
     "interpreter/check_curriculum.py",
+    "interpreter/check_exponentials.py",
     "test_policy_loss.py",
     "test_linear_loss.py",
     "test_sequence_chunks.py",

@@ -162,6 +162,12 @@ def test_the_first_product_of_a_weight_gradient_overwrites_its_memory():
     assert not {"aten::zero_", "aten::fill_", "aten::addmm_", "aten::addmm"} & called.names
 
 
+def test_a_sum_of_scaled_bfloat16_rows_does_not_round_the_scale_to_bfloat16():
+    rows, scale = torch.randn(N, V).to(BF16), torch.randn(N) * 1e-6
+    made = _products_gpu.scaled_row_sum(rows, scale)
+    assert relative_error(made, rows.double().T @ scale.double()) <= 1e-5
+
+
 def test_a_build_without_float32_results_uses_float32_products_and_is_tried_once(monkeypatch):
     tried, original = [], torch.mm
 

@@ -13,7 +13,7 @@ from expo_kernels import _launch
 from expo_kernels._triton import launch as kernels
 from expo_kernels.objective import Objective
 from tests.kernels import compiling, row_model
-from tests.kernels.test_compile_budgets import chunk_with_gradient, compile_one, make_tokens, run_loss
+from tests.kernels.test_compile_budgets import chunk_with_gradient, compile_one, make_tokens, run_exponentials, run_loss
 
 pytestmark = pytest.mark.medium  # compiles kernels
 
@@ -46,6 +46,19 @@ def test_the_loss_kernel_reaches_85_percent_of_a_copy_on_an_h100_by_the_model(na
         if gpu_name in ("A100", "H100"):
             assert found.share_of_copy >= 0.85
             assert compiling.usage(kernel).registers <= _launch.most_registers(programs)
+
+
+def test_exponentials_of_all_tiles_take_less_time_than_the_row_kernel_by_the_model():
+    gpu, num_rows, columns = row_model.GPUS["H100"], 1024, _launch.EXPONENTIAL_COLUMNS
+    kernel = compile_one(lambda: run_exponentials(V), gpu.capability)
+    assert row_model.whole(kernel).loaded_bytes == 64  # 16 columns per thread
+    parts = row_model.seconds_of_a_tile(kernel, gpu, num_rows=num_rows, columns=columns)
+    num_launches = 8192 // num_rows * -(-V // columns)
+    total = num_launches * (max(parts.values()) + row_model.NEXT_LAUNCH)
+    print({name: f"{1e6 * seconds:.1f} us" for name, seconds in parts.items()}, f"{num_launches} launches")
+    print(f"{1e3 * total:.1f} ms", row_model.whole(kernel))
+    moved_by_the_row_kernel = 10 * 8192 * V
+    assert total < moved_by_the_row_kernel / (gpu.bandwidth * row_model.COPY_SHARE)
 
 
 def test_the_model_finds_a_kernel_with_too_few_loads_in_flight():

@@ -15,9 +15,10 @@ import triton.language as tl
 
 from expo_kernels._inputs import Tokens
 from expo_kernels._triton import launch as kernels
+from expo_kernels._triton import launch_exponentials as exponentials
 from expo_kernels.objective import Objective
 from tests.kernels import compiling
-from tests.kernels.chunks import make_chunk
+from tests.kernels.chunks import make_chunk, make_exponential_chunk
 
 pytestmark = pytest.mark.medium  # compiles kernels
 
@@ -60,6 +61,12 @@ def run_step(objective, num_sequences, length, group_size, num_rows, first_row, 
     kernels.launch_logps(chunk, tokens, out, entropies=out, row_max=out, sum_exp=out)
     kernels.launch_grad_logits(chunk, tokens, row_max=out, sum_exp=out, grad_logps=out)
     kernels.launch_sequence_loss(tokens, sums, out, out, entropies=out, grad_entropies=out)
+    rows = {"row_max": out, "sum_exp": out, "grad_logps": out}
+    kept = make_exponential_chunk(VOCAB_SIZE, num_rows, order=order)
+    exponentials.launch_exponentials(kept, tokens, has_entropy=True, stores_logs=False)
+    exponentials.launch_combine_tiles(kept, tokens, out, entropies=out, row_max=out, sum_exp=out)
+    exponentials.launch_exponential_grads(kept, tokens, **rows)
+    exponentials.launch_log_grads(kept, tokens, **rows, entropies=out, grad_entropies=out)
 
 
 def test_a_thousand_different_steps_have_one_compile_key_each():
@@ -76,8 +83,8 @@ def test_a_thousand_different_steps_have_one_compile_key_each():
         # every 7th of all combinations: about 2,200 steps, which contain each value of each setting
         for step in itertools.islice(steps, 0, None, 7):
             run_step(*step)
-    assert len(launched.keys) > 4 * 1000
-    assert len(set(launched.keys)) == 4
+    assert len(launched.keys) > 8 * 1000
+    assert len(set(launched.keys)) == 8
 
 
 def test_a_specialised_size_changes_the_key():

@@ -64,6 +64,12 @@ def test_the_backward_of_log_probs_exchanges_only_the_hidden_gradient(shared):
     assert shared.collectives == ["all_gather"] * 4 + ["all_reduce"]
 
 
+def test_a_sharded_head_takes_float32_logits_if_exponentials_are_switched_on(shared, monkeypatch):
+    monkeypatch.setenv("EXPO_KERNELS_EXPONENTIALS", "1")
+    calls = second_call(functools.partial(hidden_states, rows=16, **LENGTHS), shared)
+    assert calls.launches == {READ: 4, COMBINE: 4, LOSS: 4, GRAD: 4}
+
+
 def test_another_shape_exchanges_the_sizes_again(shared):
     second_call(hidden_states, shared)
     assert "sizes" not in shared.collectives

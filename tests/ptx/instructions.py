@@ -200,6 +200,8 @@ class ArithmeticInstructions(Operands):
     def _convert(self, parts: list[str]) -> list[str]:
         args = self.instruction.args
         *modifiers, to, source = parts[1:]
+        if modifiers == ["rpi", "ftz"] and to == source == "f32":
+            return self.write(args[0], f"np.ceil(flush_subnormals({self.read(args[1], F4)}))", F4)
         if set(modifiers) - {"rn"}:
             raise UnknownInstructionError
         if to in ("bf16x2", "f16x2") and source == "f32":

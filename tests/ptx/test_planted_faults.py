@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set: this process interprets kernels", allow_module_level=True)
 
-from expo_kernels import CurriculumTable
+from expo_kernels import CurriculumTable, linear_token_logps
 from tests.kernels.interpreter.batches import SEQUENCE_LEVEL
 from tests.ptx import emulator
 from tests.ptx.checks import IN_TWO_ORDERS, check_linear_loss, check_logps, check_loss, kernels_as_ptx
@@ -29,6 +29,22 @@ def update_a_small_table():
     CurriculumTable(5).update(ids, rates)
 
 
+def with_exponentials(check):
+    with mock.patch.dict(os.environ, {"EXPO_KERNELS_EXPONENTIALS": "1"}):
+        check()
+
+
+def differentiate_rising_rows():
+    """Log-probs of rows whose second tile exceeds the first one by so much that exponentials are scaled."""
+    hidden, weight = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 16), (5000, 16))
+    )
+    bias = torch.where(torch.arange(5000) == 4500, 100.0, 0.0)
+    ids = 500 + 1000 * torch.arange(4)  # of several warps
+    logps = linear_token_logps(hidden.bfloat16().requires_grad_(), weight.bfloat16(), ids, bias=bias)
+    logps.sum().backward()
+
+
 CASES = {
     "loss": lambda: check_loss(V=1000, advantages="token"),
     "in place": lambda: check_loss(T=2, V=4112, advantages="token", inplace=True),
@@ -36,6 +52,9 @@ CASES = {
     "in place, small": lambda: check_loss(V=1000, advantages="token", inplace=True),
     "float32 head": lambda: check_linear_loss(V=4112, T=2, dtype=torch.float32, advantages="sequence"),
     "bfloat16 head": lambda: check_linear_loss(V=33_000, T=2),
+    "exponentials": lambda: with_exponentials(lambda: check_linear_loss(V=5000, T=2)),
+    "rising exponentials": lambda: with_exponentials(differentiate_rising_rows),
+    "logs of exponentials": lambda: with_exponentials(lambda: check_linear_loss(V=5000, T=2, entropy_bonus=0.2)),
     "gradient": lambda: check_logps(V=1000, dtype=torch.float32),
     "sequences": lambda: check_loss(objective=SEQUENCE_LEVEL["gspo"]),
     "scale": lambda: check_loss(V=130, loss_scale=3.0),
@@ -66,6 +85,21 @@ PLANTED = {
     "a row is read one column beyond its end": (
         Edit("def read_row", "    scale =", "    vocab_size += 1\n    scale ="),
         ["loss"],
+        {OUT_OF_BOUNDS},
+    ),
+    "no barrier before two columns of scaled exponentials are set to 0": (
+        Edit("def exponential_grads_kernel", "tl.debug_barrier()", "pass"),
+        ["rising exponentials"],
+        {RACE},
+    ),
+    "no barrier before two columns of gradients are set to 0": (
+        Edit("def log_grads_kernel", "tl.debug_barrier()", "pass"),
+        ["logs of exponentials"],
+        {RACE},
+    ),
+    "exponentials are written beyond their row": (
+        Edit("def exponentials_kernel", "in_row = columns < num_columns", "in_row = columns < 1 + num_columns"),
+        ["exponentials"],
         {OUT_OF_BOUNDS},
     ),
     "the ids of other rows are read": (
