@@ -77,7 +77,7 @@ class DeepSpeedPolicy:
         self._objective = dataclasses.replace(config.loss_objective(), logit_softcap=logit_softcap(self.model))
         self._entropy_bonus = config.objective.entropy_bonus
         if section.lora_rank:
-            add_adapters(self.model, section.lora_rank, section.lora_alpha)
+            add_adapters(self.model, section.lora_rank, section.lora_alpha, config.run.seed)
         if section.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._pad_id = self.tokenizer.pad_token_id
