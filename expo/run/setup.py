@@ -4,11 +4,9 @@ Every error that can be found without loading a model is raised before one loads
 """
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,10 +133,10 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
     watchdog, switch = Watchdog(int(os.environ.get("RANK", "0"))), StopSwitch(config.run.save_by_minutes)
     with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
-            ranks = join_ranks(config.run.device, max(config.deadline.model_dump().values()))
+            timeout = max(config.deadline.model_dump().values())
+            ranks = join_ranks(config.run.device, timeout, watchdog.watch_ranks)
             # only now: before the ranks have joined there is nothing to save, and a signal should end the process
             stack.enter_context(switch.listening())
-            watchdog.siblings = _ranks_on_this_machine(ranks)
             inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
             folder = open_folder(config, resume, ranks)
             stack.callback(folder.release)
@@ -152,14 +150,6 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             run.rollout.verifier.close()
             for tracker in run.bookkeeping.trackers:
                 tracker.close()
-
-
-def _ranks_on_this_machine(ranks: Ranks) -> list[int]:
-    """Process ids of the ranks that this process can signal: those on its machine and in its container."""
-    here = [socket.gethostname()]
-    with suppress(OSError):  # only Linux has these; two containers may have the same host name
-        here += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
-    return [process for machine, process in ranks.gather((here, os.getpid())) if machine == here]
 
 
 def _build_run(

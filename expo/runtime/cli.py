@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from expo.errors import ConfigError, ExpoError
+from expo.errors import ConfigError, ExpoError, RankError
 
 Config = TypeVar("Config", bound=BaseModel)
 Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; the last one of a field wins
@@ -236,7 +236,10 @@ def _value(name: str, text: str) -> Any:
 
 
 def fail(prog: str, error: ExpoError) -> NoReturn:
-    """Exits with the error's exit code; rank 0 prints the error as one line on stderr."""
-    if os.environ.get("RANK", "0") == "0":
+    """Exits with the error's exit code; rank 0 prints the error as one line on stderr, and a RankError every rank."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, RankError):
+        sys.stderr.write(f"{prog}: error: rank {rank}: {error}\n")
+    elif rank == "0":
         sys.stderr.write(f"{prog}: error: {error}\n")
     raise SystemExit(error.exit_code) from None
