@@ -27,6 +27,7 @@ from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import Checkpoints
 from expo.run.folder import RunFolder, open_folder, settings_digest
 from expo.run.inputs import Inputs, load_inputs, record_data
+from expo.run.rank_inputs import require_same_inputs, require_same_settings
 from expo.run.throughput import Throughput
 from expo.run.trackers import Tracker, open_trackers
 from expo.runtime.console import Display
@@ -137,7 +138,9 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             ranks = join_ranks(config.run.device, timeout, watchdog.watch_ranks)
             # only now: before the ranks have joined there is nothing to save, and a signal should end the process
             stack.enter_context(switch.listening())
+            require_same_settings(config, ranks, resume=resume)
             inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
+            require_same_inputs(inputs.sets, inputs.prompts, inputs.model_files, ranks)
             folder = open_folder(config, resume, ranks)
             stack.callback(folder.release)
             watchdog.folder = folder.path
