@@ -9,9 +9,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -44,6 +47,7 @@ class Group:
 
     def __init__(self, store: Any, rank: int, size: int, backend: str, address: str, timeout_s: float) -> None:
         self.store, self._timeout_s, self._work = store, timeout_s, None
+        self._is_connected = backend != "nccl"
         try:
             timeout = timedelta(seconds=timeout_s)
             self._group: Any = new_process_group(backend, store, rank, size, address, timeout)
@@ -54,9 +58,32 @@ class Group:
         """Begins to send, on rank 0, or to receive. Raises: GroupError."""
         assert self._work is None, "one broadcast at a time"
         try:
-            self._work = self._group.broadcast(data, ROOT)
+            self._work = self._group.broadcast(data, ROOT) if self._is_connected else self._first_broadcast(data)
         except RuntimeError as error:
             raise GroupError(first_line(error)) from error
+
+    def _first_broadcast(self, data: Tensor) -> Any:
+        """Begins the first broadcast over NCCL, which connects the processes inside the call, without a deadline.
+
+        Raises: GroupError if they do not connect in time; RuntimeError.
+        """
+        stream = torch.cuda.current_stream(data.device) if data.is_cuda else None  # a new thread has its own
+        begun: Future[Any] = Future()
+
+        def begin() -> None:
+            try:
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    begun.set_result(self._group.broadcast(data, ROOT))
+            except Exception as error:
+                begun.set_exception(error)
+
+        threading.Thread(target=begin, daemon=True).start()
+        try:
+            work = begun.result(self._timeout_s)
+        except TimeoutError as error:
+            raise GroupError(f"the other processes did not connect over NCCL in {self._timeout_s:g} s") from error
+        self._is_connected = True
+        return work
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
         """Waits for the broadcast; `check` may raise to end the wait. Raises: GroupError."""
