@@ -32,6 +32,7 @@ from expo.run.throughput import Throughput
 from expo.run.trackers import Tracker, open_trackers
 from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
+from expo.runtime.extension_locks import remove_abandoned_locks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
 from expo.types import Prompt
@@ -138,6 +139,10 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             ranks = join_ranks(config.run.device, timeout, watchdog.watch_ranks)
             # only now: before the ranks have joined there is nothing to save, and a signal should end the process
             stack.enter_context(switch.listening())
+            if config.run.end_with_launcher:
+                switch.end_with_parent()
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the others go on once it has exchanged its settings
+                remove_abandoned_locks()
             require_same_settings(config, ranks, resume=resume)
             inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
             require_same_inputs(inputs.sets, inputs.prompts, inputs.model_files, ranks)
