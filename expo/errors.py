@@ -24,6 +24,10 @@ class ConfigError(ExpoError):
     exit_code = 2
 
 
+class RankError(ExpoError):
+    """An error that only this rank knows of; every rank prints its own."""
+
+
 class NotARunError(ExpoError, ValueError):
     """The folder is not the folder of a run."""
 

@@ -31,6 +31,9 @@ class RunSection(Section):
     save_by_minutes: Annotated[float, Field(gt=0, le=YEAR_S / 60)] | None = None
     """Minutes after its start at which the run saves a checkpoint and exits with code 0; --resume continues it. If
     unset: never."""
+    end_with_launcher: bool = False
+    """Save a checkpoint and exit with code 0 once the process that started this one, such as torchrun, has ended. If
+    false, the run goes on without it."""
     max_bad_updates: Count = 3
     """Consecutive updates with a loss or gradient that is not finite after which the run stops. Each of them is skipped
     and its batch is saved."""

@@ -18,8 +18,8 @@ from expo.evaluation.config import EvalArguments
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
 from expo.evaluation.replies import REPLIES, resume_replies
-from expo.learner.model_checks import check_context, check_token_ids
-from expo.learner.model_files import check_model_files, load_model_config
+from expo.learner.model_checks import check_context, check_same_weights, check_token_ids
+from expo.learner.model_files import check_model_files, file_digests, load_model_config
 from expo.rewards.build import build_verifier
 from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
@@ -28,6 +28,7 @@ from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.checkpoint import Checkpoints
 from expo.run.environment import describe_environment
 from expo.run.folder import RunFolder
+from expo.run.rank_inputs import require_same_inputs, require_same_settings
 from expo.runtime.atomic_io import remove_leftovers
 from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
@@ -83,17 +84,22 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
     watchdog, switch = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again"), StopSwitch()
     with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
-            ranks = join_ranks(config.run.device, max(config.deadline.start, config.deadline.evaluation))
+            timeout = max(config.deadline.start, config.deadline.evaluation)
+            ranks = join_ranks(config.run.device, timeout, watchdog.watch_ranks)
             stack.enter_context(switch.listening())
             if config.run.threads is not None:
                 torch.set_num_threads(config.run.threads)
             display = Display(is_shown=ranks.is_rank0)
+            require_same_settings(config, ranks)
             questions = ranks.raise_on_all_ranks(lambda: _load_sets(config, display))
             checkpoint = _find_checkpoint(arguments.run, arguments.step, ranks)
             # vLLM holds a copy of the weights, so the policy leaves the GPU's memory to it
             device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
             policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config.model, config.policy, device, checkpoint))
             sets = ranks.raise_on_all_ranks(lambda: _render_sets(config, questions, policy.tokenizer))
+            files = ranks.raise_on_all_ranks(lambda: file_digests(config.model, policy.model.config))
+            require_same_inputs(questions, sets, files, ranks)
+            check_same_weights(config.model.path, policy.model, ranks)
             metadata = ranks.run_on_rank0(lambda: _metadata(arguments, checkpoint, questions, sets, policy))
             folder = RunFolder(config.run.dir, is_writer=ranks.is_rank0)
             stack.callback(folder.release)

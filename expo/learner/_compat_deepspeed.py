@@ -75,6 +75,26 @@ def set_universal_loading(engine: Any, *, is_universal: bool) -> None:
     engine._config.load_universal_checkpoint = is_universal
 
 
+@contextmanager
+def keep_group_settings(engine: Any) -> Iterator[None]:
+    """While `engine` loads a checkpoint, its optimizer's parameter groups keep their settings; each parameter then has
+    a step of its own.
+
+    Loading a universal checkpoint with ZeRO 3 gives the first group's settings to all groups, so that norms would get
+    weight decay, and one step tensor to all parameters, which AdamW would then increase once for each of them.
+    """
+    optimizer = engine.basic_optimizer
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+    is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            # as AdamW keeps it: beside the parameter if it is fused, otherwise on the CPU
+            state["step"] = state["step"].to(parameter.device if is_on_device else "cpu", torch.float32, copy=True)
+
+
 def universal_conversion(source: Path, target: Path) -> list[str]:
     """The command line that converts an engine's checkpoint into a universal one, for any number of ranks."""
     command = [sys.executable, "-m", "expo.learner.universal", "--inject_missing_state"]

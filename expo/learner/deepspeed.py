@@ -14,6 +14,7 @@ from expo.config import PolicySection
 from expo.errors import ConfigError, first_line
 from expo.learner._compat_deepspeed import (
     collect_write_errors,
+    keep_group_settings,
     load_deepspeed,
     num_elements,
     set_universal_loading,
@@ -135,7 +136,7 @@ def load_states(engine: Any, folder: Path, ranks: Ranks, *, converts: bool) -> d
     if converts:
         folder = _convert_to_universal(folder, ranks)
     set_universal_loading(engine, is_universal=converts)
-    with errors_only(), weights_only_loading():
+    with errors_only(), weights_only_loading(), keep_group_settings(engine):
         path, loaded = engine.load_checkpoint(str(folder), tag=TAG)
     assert path is not None, f"{folder} holds no DeepSpeed checkpoint"
     if converts:

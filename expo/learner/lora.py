@@ -15,8 +15,11 @@ from expo.errors import ConfigError
 ADAPTER = "default"
 
 
-def add_adapters(model: Any, rank: int, alpha: int) -> None:
+def add_adapters(model: Any, rank: int, alpha: int, seed: int = 0) -> None:
     """Adds an adapter to every linear layer of `model` except its head, and freezes all other parameters.
+
+    The adapters are drawn from `seed`, so that every start of a run draws the same; PyTorch's own generators keep their
+    states.
 
     Raises: ConfigError if peft is not installed.
     """
@@ -29,7 +32,10 @@ def add_adapters(model: Any, rank: int, alpha: int) -> None:
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expo.errors import ConfigError, first_line
 from expo.learner.batch import Batch, collate, pack
+from expo.runtime.distributed import Ranks
 
 MOST_NAMED = 3  # tensors in a message
 LENGTHS = (3, 7, 5)  # tokens of the sequences that the computations are compared on
@@ -88,6 +89,20 @@ def check_finite(path: str, model: Any) -> None:
             f"model.path = {path} has NaN or infinite weights in {len(bad)} tensors: {_named(bad)}; download it again, "
             f"or choose another checkpoint"
         )
+
+
+def check_same_weights(path: str, model: Any, ranks: Ranks) -> None:
+    """Raises: ConfigError, on every rank, that names the rank and the tensor that differ; for unsharded weights.
+
+    DeepSpeed gives every rank the policy of rank 0, but the reference policy stays what each rank has loaded.
+    """
+    if ranks.size == 1:
+        return
+    values = dict(model.named_parameters())
+    # of their bits, so that the sum is exact and the same in any order
+    sums = torch.stack([value.detach().view(torch.int32).sum(dtype=torch.int64) for value in values.values()])
+    facts = {f"the weights {name}": f"sum {bits}" for name, bits in zip(values, sums.tolist(), strict=True)}
+    ranks.require_equal(facts, f"give every rank the same files of model.path = {path}")
 
 
 def _named(names: Sequence[str]) -> str:

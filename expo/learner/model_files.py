@@ -1,5 +1,6 @@
 """The files of a model, before its weights are loaded: every file that cannot be used is one line that names it."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from expo.config import ModelSection
 from expo.errors import ConfigError, first_line
 
 WEIGHTS = (".safetensors", ".bin")
+OF_A_MODEL = (*WEIGHTS, ".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
+WHOLE_BYTES = 2**22  # a larger file is hashed in parts, which takes milliseconds
+NUM_PARTS, PART_BYTES = 64, 2**16
 LFS_POINTER = b"version https://git-lfs"
 CODE_HINT = "trust_remote_code"
 
@@ -73,6 +77,28 @@ def _check_index(where: str, file: Path) -> None:
     missing = sorted(shard for shard in shards if not (file.parent / str(shard)).is_file())
     if missing:
         raise ConfigError(f"{where}: {missing[0]}, which {file.name} names, is missing; download it")
+
+
+def file_digests(config: ModelSection, model_config: Any) -> dict[str, str]:
+    """What identifies the model's files: of a folder, size and hash of each file by its name; of a hub id, its commit.
+
+    Of a large file, the beginning and evenly spaced parts up to its end are hashed.
+    """
+    folder = Path(check_model_path(config))
+    if not folder.is_dir():
+        return {"the commit": str(getattr(model_config, "_commit_hash", None))}
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in OF_A_MODEL]
+    return {file.name: _file_digest(file) for file in files}
+
+
+def _file_digest(file: Path) -> str:
+    size, hashed = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as content:
+        hashed.update(content.read(WHOLE_BYTES))
+        for part in range(NUM_PARTS if size > WHOLE_BYTES else 0):
+            content.seek((size - PART_BYTES) * (part + 1) // NUM_PARTS)
+            hashed.update(content.read(PART_BYTES))
+    return f"{size} bytes, sha256 {hashed.hexdigest()[:16]}"
 
 
 def hub_options(config: ModelSection) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from expo.learner.deepspeed import gathered_parameters, load_states, partitioned
 from expo.learner.lora import add_adapters, disabled_adapters, merge_adapters
 from expo.learner.mismatch import Mismatch
 from expo.learner.model import PolicyModule, check_dtype, load_model, logit_softcap, require_own_logits
-from expo.learner.model_checks import check_finite, check_packing
+from expo.learner.model_checks import check_finite, check_packing, check_same_weights
 from expo.runtime.distributed import Ranks
 from expo.types import Sample
 
@@ -73,11 +73,12 @@ class DeepSpeedPolicy:
             reference = load_model(config.model, ranks.device)[0] if needs_reference else None
         ranks.raise_on_all_ranks(lambda: check_finite(config.model.path, self.model))
         if self.is_unsharded:
+            check_same_weights(config.model.path, self.model, ranks)
             require_own_logits(self.model)
         self._objective = dataclasses.replace(config.loss_objective(), logit_softcap=logit_softcap(self.model))
         self._entropy_bonus = config.objective.entropy_bonus
         if section.lora_rank:
-            add_adapters(self.model, section.lora_rank, section.lora_alpha)
+            add_adapters(self.model, section.lora_rank, section.lora_alpha, config.run.seed)
         if section.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._pad_id = self.tokenizer.pad_token_id

@@ -40,7 +40,7 @@ class DataParallelEngine:
     ) -> list[list[Reply]]:
         """Replies to all requests, in order, on every rank.
 
-        Raises: StopRequested, on every rank.
+        Raises: StopRequested, on every rank; an error of one rank's engine, on every rank.
         """
         remaining = sum(len(request.seeds) for request in requests)
 
@@ -54,12 +54,17 @@ class DataParallelEngine:
             if self._width == 1:  # a rank of a tensor-parallel engine cannot stop without the others
                 self._switch.check()
 
-        local_replies: list[list[Reply]] = []
         stop_reason = None
-        try:
-            local_replies = self._engine.generate(self._ranks.shard(requests, self._width), sampling, report)
-        except StopRequested as request:
-            stop_reason = str(request)
+
+        def sample() -> list[list[Reply]]:
+            nonlocal stop_reason
+            try:
+                return self._engine.generate(self._ranks.shard(requests, self._width), sampling, report)
+            except StopRequested as request:
+                stop_reason = str(request)
+                return []
+
+        local_replies = self._ranks.raise_on_all_ranks(sample)
         for reason in self._ranks.gather(stop_reason):
             if reason is not None:
                 raise StopRequested(reason)
@@ -75,12 +80,15 @@ class DataParallelEngine:
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
-        """Log-probabilities of given replies by this rank's engine alone, since each has its own weights."""
-        return self._engine.score(prompts, replies, temperature)
+        """Log-probabilities of given replies by this rank's engine alone, since each has its own weights.
+
+        Raises: an error of one rank's engine, on every rank.
+        """
+        return self._ranks.raise_on_all_ranks(lambda: self._engine.score(prompts, replies, temperature))
 
     def describe_weights(self) -> list[dict[str, WeightDescription]]:
-        """The weights that this rank's engine holds."""
-        return self._engine.describe_weights()
+        """The weights that this rank's engine holds. Raises: an error of one rank's engine, on every rank."""
+        return self._ranks.raise_on_all_ranks(self._engine.describe_weights)
 
     def sleep(self) -> None:
         """Has every rank's engine free the memory that it can, until the next `load_weights`."""

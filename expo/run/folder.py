@@ -25,6 +25,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.keep_checkpoints",
     "run.keep_best",
     "run.save_by_minutes",
+    "run.end_with_launcher",
     "run.completions_per_step",
     "run.max_bad_updates",
     "run.trackers",
@@ -37,6 +38,7 @@ MAY_CHANGE_ON_RESUME = (
     "vllm.patience_s",
 )
 ADDED_LATER = (
+    "run.end_with_launcher",
     "model.revision",
     "model.trust_remote_code",
     "data.columns",

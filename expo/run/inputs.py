@@ -16,7 +16,7 @@ from expo.data import (
 from expo.data.record import set_lines, set_record
 from expo.errors import ConfigError
 from expo.learner.model_checks import check_context, check_token_ids
-from expo.learner.model_files import check_model_files, load_model_config, load_tokenizer
+from expo.learner.model_files import check_model_files, file_digests, load_model_config, load_tokenizer
 from expo.rewards.build import check_verifier
 from expo.rewards.compose import RewardFunction, load_reward_functions
 from expo.rollout.engine import stop_ids
@@ -32,7 +32,8 @@ class Inputs:
     """Questions, prompts and reward functions of a run.
 
     train, evaluation: the question sets; train_set, evaluation_sets: their prompts; overlap: the questions that
-    training and evaluation sets share; reward_functions: by their name in reward.functions.
+    training and evaluation sets share; reward_functions: by their name in reward.functions; model_files: digests of the
+    model's files, by name.
     """
 
     train: QuestionSet
@@ -41,11 +42,18 @@ class Inputs:
     evaluation_sets: dict[str, list[Prompt]]
     overlap: Overlap
     reward_functions: dict[str, RewardFunction]
+    model_files: dict[str, str]
 
     @property
     def sets(self) -> dict[str, QuestionSet]:
         """All question sets, by the config field that names them."""
         return {"data.train": self.train, **{f"evaluation.sets.{name}": q for name, q in self.evaluation.items()}}
+
+    @property
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """The prompts of all question sets, by the config field that names the set."""
+        evaluation = {f"evaluation.sets.{name}": prompts for name, prompts in self.evaluation_sets.items()}
+        return {"data.train": self.train_set, **evaluation}
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -80,7 +88,8 @@ def load_inputs(config: RunConfig) -> Inputs:
     all_prompts = [prompts, *evaluation_prompts.values()]
     check_token_ids(model_config, tokenizer, (prompt.prompt_ids for group in all_prompts for prompt in group))
     reward_functions = load_reward_functions(config.reward.functions)
-    return Inputs(train, evaluation, prompts, evaluation_prompts, overlap, reward_functions)
+    model_files = file_digests(config.model, model_config)
+    return Inputs(train, evaluation, prompts, evaluation_prompts, overlap, reward_functions, model_files)
 
 
 def _require_enough_questions(config: RunConfig, num_questions: int) -> None:
@@ -100,9 +109,8 @@ def _require_enough_questions(config: RunConfig, num_questions: int) -> None:
 def record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
     """Prints the size of each set and the number of questions left out, and writes them to data.json."""
     records = {}
-    prompts_of_sets = [inputs.train_set, *inputs.evaluation_sets.values()]
-    for (name, loaded), prompts in zip(inputs.sets.items(), prompts_of_sets, strict=True):
-        num_too_long = len(loaded.questions) - len(prompts)
+    for name, loaded in inputs.sets.items():
+        num_too_long = len(loaded.questions) - len(inputs.prompts[name])
         records[name] = set_record(loaded, num_too_long)
         for line in set_lines(loaded, num_too_long):
             display.line(line)

@@ -4,11 +4,9 @@ Every error that can be found without loading a model is raised before one loads
 """
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +27,12 @@ from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import Checkpoints
 from expo.run.folder import RunFolder, open_folder, settings_digest
 from expo.run.inputs import Inputs, load_inputs, record_data
+from expo.run.rank_inputs import require_same_inputs, require_same_settings
 from expo.run.throughput import Throughput
 from expo.run.trackers import Tracker, open_trackers
 from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
+from expo.runtime.extension_locks import remove_abandoned_locks
 from expo.runtime.signals import StopSwitch
 from expo.runtime.watchdog import Watchdog
 from expo.types import Prompt
@@ -135,11 +135,17 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
     watchdog, switch = Watchdog(int(os.environ.get("RANK", "0"))), StopSwitch(config.run.save_by_minutes)
     with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
-            ranks = join_ranks(config.run.device, max(config.deadline.model_dump().values()))
+            timeout = max(config.deadline.model_dump().values())
+            ranks = join_ranks(config.run.device, timeout, watchdog.watch_ranks)
             # only now: before the ranks have joined there is nothing to save, and a signal should end the process
             stack.enter_context(switch.listening())
-            watchdog.siblings = _ranks_on_this_machine(ranks)
+            if config.run.end_with_launcher:
+                switch.end_with_parent()
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the others go on once it has exchanged its settings
+                remove_abandoned_locks()
+            require_same_settings(config, ranks, resume=resume)
             inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
+            require_same_inputs(inputs.sets, inputs.prompts, inputs.model_files, ranks)
             folder = open_folder(config, resume, ranks)
             stack.callback(folder.release)
             watchdog.folder = folder.path
@@ -152,14 +158,6 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             run.rollout.verifier.close()
             for tracker in run.bookkeeping.trackers:
                 tracker.close()
-
-
-def _ranks_on_this_machine(ranks: Ranks) -> list[int]:
-    """Process ids of the ranks that this process can signal: those on its machine and in its container."""
-    here = [socket.gethostname()]
-    with suppress(OSError):  # only Linux has these; two containers may have the same host name
-        here += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
-    return [process for machine, process in ranks.gather((here, os.getpid())) if machine == here]
 
 
 def _build_run(

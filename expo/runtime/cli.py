@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from expo.errors import ConfigError, ExpoError
+from expo.errors import ConfigError, ExpoError, RankError
 from expo.runtime.bounded_yaml import YamlError, load_yaml, read_yaml
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -263,8 +263,10 @@ def _value(name: str, text: str) -> Any:
 
 
 def fail(prog: str, error: ExpoError) -> NoReturn:
-    """Exits with the error's exit code; rank 0 prints the error as one line on stderr."""
-    if os.environ.get("RANK", "0") == "0":
+    """Exits with the error's exit code; rank 0 prints the error as one line on stderr, and a RankError every rank."""
+    rank, names_rank = os.environ.get("RANK", "0"), isinstance(error, RankError)
+    if rank == "0" or names_rank:
         text = " ".join(str(error).splitlines())  # names of files may have line breaks
-        sys.stderr.write(f"{prog}: error: {text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}\n")
+        cut = f"{text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}"
+        sys.stderr.write(f"{prog}: error: {f'rank {rank}: ' if names_rank else ''}{cut}\n")
     raise SystemExit(error.exit_code) from None

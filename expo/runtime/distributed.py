@@ -4,8 +4,11 @@ Under `deepspeed` or `torchrun`, each rank reads its number from the environment
 Objects and CPU tensors are sent over gloo, tensors of the policy over NCCL where there are GPUs.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expo.errors import ConfigError, ExpoError, first_line
+from expo.runtime.rendezvous import MOST_NAMED, Meeting, ranks_named, reported_signals
 
 T = TypeVar("T")
+
+REPORT_AFTER_S = 2.0  # an error that waits longer for the other ranks is printed before they have come
 
 
 class Ranks:
@@ -109,17 +115,60 @@ class Ranks:
     def raise_on_all_ranks(self, function: Callable[[], T]) -> T:
         """Calls `function` on every rank and returns this rank's result.
 
-        Raises: on every rank, an ExpoError that one rank raised; of several, that of the lowest rank.
+        Raises: on every rank, an ExpoError that one rank raised; of several, that of the lowest rank. Any other error
+            is raised on its own rank as it is, and on the other ranks as an ExpoError that names rank and error.
         """
-        raised = None
+        raised: ExpoError | None = None
+        other: Exception | None = None
         try:
             result = function()
         except ExpoError as error:
             raised = error if self.is_rank0 else type(error)(f"rank {self.rank}: {error}")
-        errors = [error for error in self.gather(raised) if error is not None]
+        except Exception as error:
+            raised, other = ExpoError(f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}"), error
+        errors = [error for error in self._gather_errors(raised) if error is not None]
+        if other is not None:
+            raise other
         if errors:
             raise errors[0]
         return result
+
+    def _gather_errors(self, raised: ExpoError | None) -> list[ExpoError | None]:
+        """The errors of all ranks; one that has to wait for the other ranks is printed, since they may never come."""
+        report = threading.Timer(REPORT_AFTER_S, lambda: sys.stderr.write(f"rank {self.rank} waits to end: {raised}\n"))
+        report.daemon = True
+        if raised is not None and self.size > 1:
+            report.start()
+        try:
+            return self.gather(raised)
+        finally:
+            report.cancel()
+
+    def require_equal(self, facts: Mapping[str, str], remedy: str) -> None:
+        """Compares what each rank was given.
+
+        Args:
+            facts: by what they are called in the error.
+            remedy: what to do about a difference, for the error.
+
+        Raises: ConfigError, on every rank, that names what differs, and the ranks, those of the rarest value first.
+        """
+        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+        if len(set(self.gather(digest))) == 1:
+            return
+        gathered = self.gather(dict(facts))
+        names = dict.fromkeys(name for given in gathered for name in given)
+        values = {name: [given.get(name, "nothing") for given in gathered] for name in names}
+        differing = {name: found for name, found in values.items() if len(set(found)) > 1}
+        name, found = next(iter(differing.items()))
+        ranks_of: dict[str, list[int]] = {}
+        for rank, value in enumerate(found):
+            ranks_of.setdefault(value, []).append(rank)
+        # the rarest first: where one rank differs from all others, it is the one to look at
+        groups = sorted(ranks_of.items(), key=lambda group: (len(group[1]), -group[1][0]))
+        listed = ", ".join(f"{value} on {ranks_named(ranks)}" for value, ranks in groups[:MOST_NAMED])
+        more = f" and in {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise ConfigError(f"the ranks differ in {name}{more}: {listed}; {remedy}")
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the ranks."""
@@ -143,22 +192,33 @@ class Ranks:
         return result
 
 
-def join_ranks(device_name: str, timeout_s: float) -> Ranks:
+def join_ranks(
+    device_name: str, timeout_s: float, on_meeting: Callable[[Mapping[int, int]], None] | None = None
+) -> Ranks:
     """Joins the other processes of the run, if there are any; does nothing in a process that has joined already.
 
     Args:
         device_name: torch device of this rank's policy; "cuda": GPU number LOCAL_RANK; "auto": the same, or the CPU if
             there is no GPU.
         timeout_s: seconds that a collective waits for the other ranks before it fails.
+        on_meeting: called with the process ids of the ranks on this machine, by rank, before they connect.
 
-    Raises: ConfigError if the device cannot be used, or the environment does not give this process a rank.
+    Raises:
+        ConfigError: if the device cannot be used, or the environment does not give this process a rank.
+        RankError: if the other ranks do not come.
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and device_name != "cpu" else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if "WORLD_SIZE" in os.environ:
+            meeting = Meeting()
             try:
-                dist.init_process_group(backend, timeout=timeout)
+                with reported_signals(lambda: f"rank {os.environ.get('RANK')}, phase start: it waits for {meeting}"):
+                    store, rank, size = meeting.attend(timeout_s)
+                    if on_meeting is not None:
+                        on_meeting(meeting.local_processes)
+                    store = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
+                    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
             except ValueError as error:
                 raise ConfigError(
                     f"WORLD_SIZE is set, but the ranks cannot be joined ({first_line(error)}); start with "

@@ -1,5 +1,6 @@
 """Requests to stop: SIGTERM, SIGUSR1 or a time limit, which a run checks where it can save and be resumed."""
 
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,8 @@ class StopSwitch:
         save_by_minutes: time limit in minutes from now; None: none.
     """
 
+    _parent: int | None = None  # whose end is a request to stop
+
     def __init__(self, save_by_minutes: float | None = None) -> None:
         self._deadline = None if save_by_minutes is None else time.monotonic() + 60 * save_by_minutes
         self._signal: signal.Signals | None = None
@@ -30,7 +33,13 @@ class StopSwitch:
             return self._signal.name
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "run.save_by_minutes"
+        if self._parent is not None and os.getppid() != self._parent:
+            return "the end of its launcher"
         return None
+
+    def end_with_parent(self) -> None:
+        """Makes the end of the process that started this one a request to stop."""
+        self._parent = os.getppid()
 
     def check(self) -> None:
         """Raises StopRequested if this process has been asked to stop."""

@@ -1,5 +1,8 @@
 """Deadlines for phases that could hang: at expiry the stacks are dumped and all processes of the rank are killed.
 
+While a run starts, a rank on the same machine that has died ends this rank too, and is named: with NCCL this one would
+wait for it until the launcher kills it.
+
 A separate thread watches, so it also catches a collective that never returns, a generation that never ends and a disk
 that does not respond.
 """
@@ -10,13 +13,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from expo.errors import DEADLINE_EXIT_CODE
 
 SIBLING_GRACE_S = 3.0  # for the other ranks on this machine to dump their own stacks
+LOST_RANK_S = 10.0  # for an error of the collective that waits for it; torchrun kills the other ranks after 30 s
+CHECK_S = 0.5  # between looks for ranks that have died
+START = "start"  # the phase in which no rank ends before the others
 BACKSTOP_S = 8.0  # after the deadline; the watching thread needs at most twice SIBLING_GRACE_S
 
 
@@ -30,9 +36,10 @@ class Watchdog:
 
     def __init__(self, rank: int = 0, go_on: str = "continue with --resume") -> None:
         self.rank, self._go_on = rank, go_on
-        self.siblings: Sequence[int] = ()  # process ids of the ranks on this machine
+        self.siblings: Mapping[int, int] = {}  # process ids of the ranks on this machine, by rank
         self.folder: Path | None = None  # stacks are written there too, besides stderr
         self._phases: list[tuple[str, float, float]] = []  # name, seconds allowed, time of expiry
+        self._lost: tuple[int, float] | None = None  # a rank that has died, and when that was seen
         self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -62,34 +69,57 @@ class Watchdog:
             left = min(expiry for _, _, expiry in self._phases) - time.monotonic()
             faulthandler.dump_traceback_later(max(left, 0.0) + BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
 
+    def watch_ranks(self, processes: Mapping[int, int]) -> None:
+        """Sets the process ids of the ranks on this machine, by rank; those that die in phase start are named."""
+        with self._changed:
+            self.siblings = dict(processes)
+            self._changed.notify()
+
     def _watch(self) -> None:
         while True:
             with self._changed:
                 left = min((expiry for _, _, expiry in self._phases), default=float("inf")) - time.monotonic()
-                if left > 0:
-                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                is_starting = len(self.siblings) > 1 and any(name == START for name, _, _ in self._phases)
+                if left > 0 and not (is_starting and self._has_lost_a_rank()):
+                    self._changed.wait(min(left, CHECK_S if is_starting else threading.TIMEOUT_MAX))
                     continue
                 name, seconds, _ = min(self._phases, key=lambda phase: phase[2])
-            self._expire(name, seconds)
+            if left <= 0:
+                self._end(
+                    f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank is "
+                    f"ended. The stacks of all threads follow. If the phase was only slow, raise the deadline; then "
+                    f"{self._go_on}",
+                    DEADLINE_EXIT_CODE,
+                )
+            assert self._lost is not None
+            lost = self._lost[0]
+            self._end(
+                f"rank {self.rank}: rank {lost} (process {self.siblings[lost]}) has died in phase {START}; this rank "
+                f"is ended. The stacks of all threads follow. See the output of rank {lost}; then {self._go_on}",
+                1,
+            )
 
-    def _expire(self, name: str, seconds: float) -> None:
-        headline = (
-            f"rank {self.rank}: phase {name} took longer than deadline.{name} = {seconds:g} s; this rank is ended. "
-            f"The stacks of all threads follow. If the phase was only slow, raise the deadline; then {self._go_on}"
-        )
+    def _has_lost_a_rank(self) -> bool:
+        """Whether a rank on this machine has died, and this one had time to end by itself."""
+        if self._lost is None:
+            gone = [rank for rank, process in sorted(self.siblings.items()) if not is_running(process)]
+            self._lost = (gone[0], time.monotonic()) if gone else None
+        return self._lost is not None and time.monotonic() - self._lost[1] > LOST_RANK_S
+
+    def _end(self, headline: str, exit_code: int) -> None:
         # in a thread: writing to a closed stderr or to a disk that does not respond may block
         report = threading.Thread(target=self._report, args=(headline,), daemon=True)
         report.start()
         report.join(SIBLING_GRACE_S)
-        siblings = [process for process in self.siblings if process != os.getpid()]
+        siblings = [process for process in self.siblings.values() if process != os.getpid()]
         expiry = time.monotonic() + SIBLING_GRACE_S
-        while time.monotonic() < expiry and any(_is_alive(process) for process in siblings):
+        while time.monotonic() < expiry and any(is_running(process) for process in siblings):
             time.sleep(0.1)
         children = [child for process in [*siblings, os.getpid()] for child in _descendants(process)]
         for process in [*siblings, *children]:
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
-        os._exit(DEADLINE_EXIT_CODE)
+        os._exit(exit_code)
 
     def _report(self, headline: str) -> None:
         with suppress(OSError, ValueError):
@@ -103,9 +133,13 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether a process exists and has not ended; one that its parent has not waited for yet has ended."""
+    with suppress(OSError):
+        # "pid (name) state ...", where the name may contain any character
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # where the system has no /proc
     except ProcessLookupError:
         return False
     return True

@@ -1,7 +1,7 @@
 """Runs `expo.train` several times, each time in a process forked from this one, which has imported everything.
 
 `torchrun ... tests/ranks/launcher.py FOLDER`, or plain python for one rank, reads FOLDER/plan.json: a list of launches,
-each with its name, the command line of `expo.train`, its number of ranks, and a fault to inject. The output of a launch
+each with its name, the command line of `expo.train`, its number of ranks, and faults to inject. The output of a launch
 goes to FOLDER/<name>-<rank>.log, its exit code, negative for a signal, to FOLDER/<name>-<rank>.code. If the only launch
 of a plan is marked `in_process`, nothing is forked or redirected: torchrun runs it directly.
 """
@@ -34,6 +34,7 @@ from expo.learner.model import load_model
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
 from expo.rollout.data_parallel import DataParallelEngine
+from expo.rollout.transformers import TransformersEngine
 
 TIMEOUT_S = 300
 
@@ -69,7 +70,11 @@ def inject(fault):
 
 
 def install_fault(fault, rank):
-    """Injects `fault` into this rank when it enters the phase for the nth time."""
+    """Injects `fault` into this rank when it enters the phase for the nth time; of a list, every one."""
+    if isinstance(fault, list):
+        for one in fault:
+            install_fault(one, rank)
+        return
     if fault is None or rank not in fault.get("on_ranks", [rank]):
         return
     left = fault.get("nth", 1)
@@ -92,6 +97,10 @@ def install_fault(fault, rank):
     match fault["phase"]:
         case "join":
             before(expo.run.setup, "join_ranks")
+        case "connect":  # once every rank has announced itself
+            before(torch.distributed, "init_process_group")
+        case "sampling":
+            before(TransformersEngine, "generate")
         case "start":
             before(expo.run.setup, "_build_run")
         case "weights":
@@ -190,7 +199,7 @@ def run_launch(launch, rank):
             del os.environ[name]
     install_fault(launch["fault"], rank)
     expo.run.lifecycle.write_report = lambda _: "left out here"  # drawing takes seconds, and no rank waits for it
-    return expo.train.main(launch["argv"])
+    return expo.train.main([*launch["argv"], *launch.get("further", {}).get(str(rank), [])])
 
 
 def fork_launch(folder, launch, rank):

@@ -59,8 +59,11 @@ def argv(folder, name, resume=False, by_workers=False, **overrides):
     return [f"--{key}={value}" for key, value in values.items()] + (["--resume"] if resume else [])
 
 
-def launch(name, command, ranks=2, fault=None, copies=(), corruptions=(), in_process=False):
-    """One entry of a plan; before it starts, `copies` of folders are made and `corruptions` applied to checkpoints."""
+def launch(name, command, ranks=2, fault=None, copies=(), corruptions=(), in_process=False, further=None):
+    """One entry of a plan; before it starts, `copies` of folders are made and `corruptions` applied to checkpoints.
+
+    further: command line arguments of single ranks, by rank.
+    """
     return {
         "name": name,
         "argv": command,
@@ -69,6 +72,7 @@ def launch(name, command, ranks=2, fault=None, copies=(), corruptions=(), in_pro
         "copies": [[str(source), str(target)] for source, target in copies],
         "corruptions": [[str(path), damage] for path, damage in corruptions],
         "in_process": in_process,
+        "further": {str(rank): arguments for rank, arguments in (further or {}).items()},
     }
 
 

@@ -1,5 +1,6 @@
 """If a rank dies or hangs, the whole run ends within the deadline, and reports the phase."""
 
+import re
 import time
 
 import pytest
@@ -24,9 +25,16 @@ WAITED_IN = {"record": "save"}  # the phase in which the other ranks wait
 
 def ended(folder, fault, ranks=2):
     """Seconds from the fault to the end of torchrun, its exit code, its stderr, and the processes that remain."""
-    mark, phase = folder / "injected", WAITED_IN.get(fault["phase"], fault["phase"])
+    phase = WAITED_IN.get(fault["phase"], fault["phase"])
     command = argv(folder, "run", by_workers=True, run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
-    process = start(folder, [launch("run", command, ranks, {**fault, "mark": str(mark)}, in_process=True)], ranks)
+    return watched(folder, command, [fault], ranks)
+
+
+def watched(folder, command, faults, ranks=2):
+    """As `ended`, of a run with several faults, from the first of them."""
+    mark = folder / "injected"
+    faults = [{**faults[0], "mark": str(mark)}, *faults[1:]]
+    process = start(folder, [launch("run", command, ranks, faults, in_process=True)], ranks)
     try:
         while not mark.exists():
             assert process.poll() is None, process.communicate()
@@ -62,4 +70,42 @@ def test_code_that_never_releases_the_gil_is_ended_too(tmp_path):
     assert took < DEADLINE_S + GRACE_S, problems
     assert code != 0
     assert 'launcher.py", line' in problems
+    assert left == {}
+
+
+def test_an_error_in_sampling_is_named_while_another_rank_samples_for_ever(tmp_path):
+    faults = [
+        {"phase": "sampling", "do": "raise", "on_ranks": [1], "nth": 2},
+        {"phase": "sampling", "do": "sleep", "on_ranks": [0], "nth": 2},
+    ]
+    command = argv(tmp_path, "run", evaluation__every=0, deadline__rollout=DEADLINE_S)
+    took, code, problems, left = watched(tmp_path, command, faults)
+    assert took < DEADLINE_S + GRACE_S, problems
+    assert code != 0
+    assert "rank 1 waits to end: rank 1 failed: RuntimeError: injected" in problems
+    assert "phase rollout" in problems
+    assert left == {}
+
+
+TORCHRUN_KILLS_AFTER_S = 30  # from its SIGTERM; deadline.start is longer in these tests
+KILL = {"do": "kill", "on_ranks": [0]}
+DEATHS = {
+    "before the ranks connect": (
+        [{"phase": "connect", **KILL}],
+        "rank 1, phase start: it waits for its connections to the other ranks: ended by SIGTERM",
+    ),
+    "while the other ranks do not react": (
+        [{"phase": "start", **KILL}, {"phase": "start", "do": "sleep", "on_ranks": [1]}],
+        r"rank 1: rank 0 \(process \d+\) has died in phase start; this rank is ended",
+    ),
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_the_others_name_rank_0_that_dies_while_the_run_starts(tmp_path, when):
+    faults, line = DEATHS[when]
+    took, code, problems, left = watched(tmp_path, argv(tmp_path, "run", deadline__start=120), faults)
+    assert took < TORCHRUN_KILLS_AFTER_S - 5, problems
+    assert code != 0
+    assert re.search(line, problems), problems
     assert left == {}

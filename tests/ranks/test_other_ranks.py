@@ -1,11 +1,18 @@
 """Runs that are resumed with another number of ranks."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
-from tests.ranks.running import argv, launch, log_of, rows_of, run_launches
+from tests import ROOT
+from tests.ranks.running import argv, environment, launch, log_of, rows_of, run_launches
+from tests.ranks.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.slow
-STAGES = (0, 1, 2, 3)
+STAGES = (0, 3)
+SOME_CASES = ("2/4/1-2", "3/0/2-1")  # `python -m tests.ranks.other_ranks` has all
 
 
 def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
@@ -21,9 +28,9 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
                 [(tmp_path / moved / "checkpoints/step-000004", "gone")],
             )
             plan.append(launch(moved, command, ranks=after, copies=copies, corruptions=corruptions))
-    failing = argv(tmp_path, "failing", resume=True, policy__zero_stage=2, **quick)
+    failing = argv(tmp_path, "failing", resume=True, policy__zero_stage=3, **quick)
     fault = {"phase": "convert", "bytes": 100_000}
-    plan.append(launch("failing", failing, ranks=1, fault=fault, copies=[(tmp_path / "2-2", tmp_path / "failing")]))
+    plan.append(launch("failing", failing, ranks=1, fault=fault, copies=[(tmp_path / "2-3", tmp_path / "failing")]))
     codes = run_launches(tmp_path, plan)
     for stage in STAGES:
         for before, after in ((2, 1), (1, 2)):
@@ -41,3 +48,13 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
     (line,) = [line for line in log_of(tmp_path, "failing").splitlines() if "error" in line]
     assert "was saved by another number of ranks and could not be converted for 1" in line
     assert "resume with the number of ranks that saved it" in line
+
+
+def test_the_updates_after_a_change_of_ranks_are_those_of_a_run_without_one(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    command = [sys.executable, "-m", "tests.ranks.other_ranks", str(tmp_path), str(model), *SOME_CASES]
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "differences.json").read_text())
+    assert list(found) == list(SOME_CASES)
+    assert {case: parts for case, parts in found.items() if not max(parts) <= 1e-6} == {}

@@ -27,6 +27,8 @@ def ended(tmp_path_factory):
     bad_gold = {"phase": "grading", "do": "bad gold", "on_ranks": [1]}
     plan.append(launch("gold", argv(folder, "gold", by_workers=True), fault=bad_gold))
     plan.append(launch("reward", argv(folder, "reward", reward__functions="{os.path:join: 1}")))
+    sampling = {"phase": "sampling", "do": "raise", "on_ranks": [1], "nth": 2}
+    plan.append(launch("sampling", argv(folder, "sampling"), fault=sampling))
     return folder, run_launches(folder, plan)
 
 
@@ -51,3 +53,11 @@ def test_a_reward_function_that_fails_ends_all_ranks(ended):
     assert codes["reward"] == [1, 1]
     assert "error: reward function os.path:join raised TypeError" in log_of(folder, "reward").splitlines()[-1]
     assert "Traceback" not in log_of(folder, "reward") + log_of(folder, "reward", rank=1)
+
+
+def test_an_error_of_one_rank_in_sampling_ends_all_ranks_and_is_named(ended):
+    folder, codes = ended
+    assert codes["sampling"] == [1, 1]
+    assert log_of(folder, "sampling").splitlines()[-1].endswith("error: rank 1 failed: RuntimeError: injected")
+    assert "Traceback" not in log_of(folder, "sampling")
+    assert "RuntimeError: injected" in log_of(folder, "sampling", rank=1)

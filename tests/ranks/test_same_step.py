@@ -6,30 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from expo.runtime.distributed import join_ranks
 from tests.ranks.same_step import AGGREGATIONS, PACKING, STAGES, parameters_after_three_steps
+from tests.ranks.tiny_models import save_tiny_model
 
 ONE_MICRO_BATCH = 4096
 
 
 @pytest.fixture(scope="module")
-def models(ledger_model, tmp_path_factory):
-    """Folders of small models with the embedded tokenizer, with a tied and with an untied head."""
-    _, tokenizer = ledger_model
-    found = {}
-    for kind, tied in (("tied", True), ("untied", False)):
-        config = AutoConfig.for_model(
-            "qwen3", vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, tie_word_embeddings=tied, pad_token_id=0,
-        )  # fmt: skip
-        torch.manual_seed(3)
-        path = tmp_path_factory.mktemp(kind)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        found[kind] = str(path)
-    return found
+def models(tmp_path_factory):
+    """Folders of small models, with a tied and with an untied head."""
+    return {
+        kind: str(save_tiny_model(tmp_path_factory.mktemp(kind), tied))
+        for kind, tied in (("tied", True), ("untied", False))
+    }
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,17 @@ import time
 
 import pytest
 
-from tests.ranks.running import LAUNCHER, argv, launch, log_of, outcome_of, run_launches, start, start_process
+from tests.ranks.running import (
+    LAUNCHER,
+    argv,
+    launch,
+    log_of,
+    outcome_of,
+    processes_naming,
+    run_launches,
+    start,
+    start_process,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -89,15 +99,33 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others_to_join(tmp_path):
     ]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
         place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-        process = start_process(
-            tmp_path, [sys.executable, LAUNCHER, tmp_path], MASTER_PORT=str(nobody.getsockname()[1]), **place
-        )
+        process = start_process(tmp_path, [sys.executable, LAUNCHER, tmp_path], MASTER_PORT=str(port), **place)
         while not mark.exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         time.sleep(1)  # it is waiting for the others by now
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGTERM
+        _, problems = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"rank 1, phase start: it waits for rank 0 or its launcher at 127.0.0.1:{port}: ended by SIGTERM" in problems
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end_if_the_setting_says_so(tmp_path):
+    mark = tmp_path / "mark"
+    command = argv(tmp_path, "run", run__checkpoint_every=0, run__end_with_launcher="true", evaluation__every=0)
+    fault = {"phase": "update", "do": "mark", "path": str(mark), "nth": 2, "wait": 2}
+    process = start(tmp_path, [launch("run", command, fault=fault, in_process=True)])
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    out, problems = process.communicate(timeout=60)  # until the ranks have closed its output
+    assert "stopped by the end of its launcher after step 2; continue with --resume" in out, problems
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
+    expiry = time.monotonic() + 20
+    while left := processes_naming(str(tmp_path)):
+        assert time.monotonic() < expiry, left
+        time.sleep(0.1)

@@ -14,7 +14,7 @@ from expo.errors import ConfigError
 from expo.evaluation.frozen import FrozenPolicy
 from expo.learner.model import empty_copy, load_model
 from expo.learner.model_checks import context_length
-from expo.learner.model_files import check_model_files, load_model_config, load_tokenizer
+from expo.learner.model_files import check_model_files, file_digests, load_model_config, load_tokenizer
 from expo.learner.policy import DeepSpeedPolicy
 from expo.ledger import MODEL_PATH
 from expo.rollout.engine import end_ids
@@ -235,3 +235,28 @@ def test_stop_tokens_end_a_reply(ledger_model):
     assert end_ids(model, tokenizer, ["="]) == end_ids(model, tokenizer) | {tokenizer("=")["input_ids"][0]}
     with pytest.raises(ConfigError, match=r"rollout\.stop_tokens has '1\+1', which is 3 tokens"):
         inputs("ledger", ("rollout.stop_tokens", ["1+1"]))
+
+
+def test_digests_of_files_follow_their_content_in_large_files_too(folder):
+    config = ModelSection(path=str(folder))
+    large = folder / "model-2.safetensors"
+    large.write_bytes(bytes(2**23))
+    (folder / "README.md").touch()
+    before = file_digests(config, None)
+    assert "README.md" not in before
+    assert before["model-2.safetensors"].startswith(f"{2**23} bytes, sha256 ")
+    for place in (0, 2**22 - 1, -1):
+        content = bytearray(2**23)
+        content[place] = 1
+        large.write_bytes(content)
+        found = file_digests(config, None)
+        assert [name for name in before if found[name] != before[name]] == ["model-2.safetensors"], place
+    edit(folder / "config.json", more=1)
+    assert file_digests(config, None)["config.json"] != before["config.json"]
+
+
+def test_a_model_of_the_hub_is_identified_by_its_commit():
+    class Config:
+        _commit_hash = "0123abcd"
+
+    assert file_digests(ModelSection(path="owner/name"), Config()) == {"the commit": "0123abcd"}

@@ -331,6 +331,19 @@ class TestLora:
         step(other)
         assert torch.equal(weights(policy), weights(other))
 
+    def test_adapters_are_those_of_the_seed(self):
+        before = torch.get_rng_state()
+        one, again = make(policy__lora_rank=4), make(policy__lora_rank=4)
+        other = make(policy__lora_rank=4, run__seed=1)
+        assert torch.equal(torch.get_rng_state(), before), "a library that draws random numbers does not notice"
+        found = [
+            torch.cat([p.flatten() for n, p in policy.model.named_parameters() if "lora_A" in n])
+            for policy in (one, again, other)
+        ]
+        assert torch.equal(found[0], found[1])
+        assert (found[0] != found[2]).float().mean() > 0.9
+        assert 0 < found[0].std() < 1
+
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])

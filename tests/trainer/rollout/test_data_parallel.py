@@ -7,7 +7,7 @@ from tests.trainer.two_ranks import run_on_two_ranks
 pytestmark = pytest.mark.medium
 
 TWO_RANKS = """
-from expo.errors import GoldError, StopRequested
+from expo.errors import EngineError, ExpoError, GoldError, StopRequested
 from expo.rollout import GenerationRequest, Sampling
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.packing import broadcast_replies, pack_replies
@@ -43,6 +43,27 @@ try:
     raise AssertionError("it was not stopped")
 except StopRequested as reason:
     assert str(reason) == "SIGTERM"
+
+Engine.score = Engine.describe_weights = lambda self, *_: self.generate([], None, None)
+for problem, expected in [
+    (EngineError("no server"), ((EngineError, "rank 1: no server"), (EngineError, "rank 1: no server"))),
+    (OSError("pipe"), ((ExpoError, "rank 1 failed: OSError: pipe"), (OSError, "pipe"))),
+]:
+    Engine.problem = problem if ranks.rank == 1 else None
+    for call in (
+        lambda: engine.generate(requests, Sampling(1.0, 9)), lambda: engine.score([], [], 1.0), engine.describe_weights
+    ):
+        try:
+            call()
+            raise AssertionError("nothing was raised")
+        except Exception as error:
+            assert (type(error), str(error)) == expected[ranks.rank], (error, ranks.rank)
+Engine.problem = StopRequested("SIGTERM") if ranks.is_rank0 else EngineError("no server")
+try:
+    engine.generate(requests, Sampling(1.0, 9))
+    raise AssertionError("nothing was raised")
+except EngineError as error:
+    assert str(error) == "rank 1: no server"  # a run that was asked to stop could not be saved as sampled
 
 class Verifier:
     def grade(self, replies, answers):

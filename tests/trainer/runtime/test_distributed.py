@@ -51,6 +51,64 @@ def test_two_ranks_exchange_tensors_bit_for_bit(tmp_path):
     run_on_two_ranks(tmp_path, TENSORS_OF_TWO_RANKS)
 
 
+ERRORS_OF_TWO_RANKS = """
+import torch
+from expo.errors import ConfigError, ExpoError
+from expo.learner.model_checks import check_same_weights
+from expo.runtime.distributed import join_ranks, leave_ranks
+
+found = {}
+ranks = join_ranks("cpu", 60, found.update)
+assert sorted(found) == [0, 1] and found[0] != found[1]
+
+def raised(function):
+    try:
+        function()
+    except Exception as error:
+        return type(error), str(error)
+
+def fail_on(rank, error):
+    if ranks.rank == rank:
+        raise error
+    return "fine"
+
+assert ranks.raise_on_all_ranks(lambda: "fine") == "fine"
+found = raised(lambda: ranks.raise_on_all_ranks(lambda: fail_on(1, ConfigError("no file"))))
+assert found == (ConfigError, "rank 1: no file"), found
+found = raised(lambda: ranks.raise_on_all_ranks(lambda: fail_on(1, KeyError("a"))))
+assert found == ((KeyError, "'a'") if ranks.rank == 1 else (ExpoError, "rank 1 failed: KeyError: 'a'")), found
+
+same = {"model": "a", "lr": "1"}
+assert raised(lambda: ranks.require_equal(same, "repair it")) is None
+found = raised(lambda: ranks.require_equal({**same, "lr": str(ranks.rank)}, "repair it"))
+assert found == (ConfigError, "the ranks differ in lr: 1 on rank 1, 0 on rank 0; repair it"), found
+found = raised(lambda: ranks.require_equal({**same, "lr": "2", "file": "3"} if ranks.rank else same, "repair it"))
+assert found == (ConfigError, "the ranks differ in lr and in 1 more: 2 on rank 1, 1 on rank 0; repair it"), found
+
+model = torch.nn.Linear(3, 4)
+with torch.no_grad():
+    model.weight.fill_(0.5), model.bias.fill_(0.25)
+assert raised(lambda: check_same_weights("here", model, ranks)) is None
+with torch.no_grad():
+    model.bias[2] += ranks.rank * 1e-7
+kind, message = raised(lambda: check_same_weights("here", model, ranks))
+assert kind is ConfigError and message.startswith("the ranks differ in the weights bias: sum "), message
+leave_ranks()
+"""
+
+
+def test_two_ranks_raise_the_error_of_one_and_name_what_differs(tmp_path):
+    run_on_two_ranks(tmp_path, ERRORS_OF_TWO_RANKS)
+
+
+def test_of_many_ranks_the_few_that_differ_are_named(monkeypatch):
+    ranks = Ranks(torch.device("cpu"), 0, 5)
+    values = ["a", "b", "b", "a", "b"]
+    monkeypatch.setattr(ranks, "gather", lambda given: values if isinstance(given, str) else [{"x": v} for v in values])
+    with pytest.raises(ConfigError, match=r"the ranks differ in x: a on ranks 0, 3, b on ranks 1, 2, 4; look"):
+        ranks.require_equal({"x": "a"}, "look")
+
+
 def test_one_rank_has_its_own_tensors():
     ranks, values = Ranks(torch.device("cpu"), 0, 1), torch.arange(3)
     (gathered,) = ranks.all_gather_tensor(values)
