@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
@@ -16,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from expo.errors import ConfigError, ExpoError
+from expo.errors import ConfigError, ExpoError, Interrupted, OutputError
+from expo.runtime.console import write_stdout
 
 Config = TypeVar("Config", bound=BaseModel)
 Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; the last one of a field wins
@@ -152,7 +154,10 @@ def parse(
     except ConfigError as error:
         fail(prog, error)
     if print_config:
-        sys.stdout.write(as_yaml(invocation.config))
+        try:
+            write_stdout(as_yaml(invocation.config))
+        except OutputError as error:
+            fail(prog, error)
         raise SystemExit(0)
     return invocation
 
@@ -237,6 +242,8 @@ def _value(name: str, text: str) -> Any:
 
 def fail(prog: str, error: ExpoError) -> NoReturn:
     """Exits with the error's exit code; rank 0 prints the error as one line on stderr."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{prog}: error: {error}\n")
+    kind = "" if isinstance(error, Interrupted) else "error: "
+    if os.environ.get("RANK", "0") == "0" and sys.stderr is not None:
+        with suppress(OSError, ValueError):  # stderr may be closed, and its disk full
+            sys.stderr.write(f"{prog}: {kind}{error}\n")
     raise SystemExit(error.exit_code) from None
