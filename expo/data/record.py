@@ -8,6 +8,8 @@ from typing import Any
 from expo.data.questions import QuestionSet
 from expo.errors import ConfigError
 
+TRAINING = "data.train"  # name of the training set in data.json
+
 
 def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:
     """Counts of questions and rows left out, by reason.
@@ -46,13 +48,20 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
 
 
 def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None:
-    """Raises: ConfigError if `saved`, the data.json of a run, exists and records other questions."""
+    """Raises: ConfigError if `saved`, the data.json of a run, exists and records other questions of the same source."""
     if not saved.exists():
         return
     before = json.loads(saved.read_text(encoding="utf-8"))["sets"]
-    differing = [name for name, loaded in sets.items() if loaded.digest != before[name]["digest"]]
+    known = {
+        name: loaded
+        for name, loaded in sets.items()
+        # a resumed run may have other evaluation sets
+        if name == TRAINING or (name in before and before[name]["source"] == loaded.source)
+    }
+    differing = [name for name, loaded in known.items() if loaded.digest != before[name]["digest"]]
     if differing:
+        dropped = " (data.drop_overlap drops those of the evaluation sets)" if sets[TRAINING].num_overlapping else ""
         raise ConfigError(
             f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} "
-            f"started with; restore them, or start another run"
+            f"started with{dropped}; restore them, or start another run"
         )

@@ -75,6 +75,11 @@ def set_universal_loading(engine: Any, *, is_universal: bool) -> None:
     engine._config.load_universal_checkpoint = is_universal
 
 
+def set_gradient_clipping(engine: Any, max_norm: float) -> None:
+    """Sets the norm to which ZeRO clips gradients, which its checkpoints of stages 1 and 2 overwrite."""
+    engine.optimizer.clip_grad = max_norm
+
+
 def universal_conversion(source: Path, target: Path) -> list[str]:
     """The command line that converts an engine's checkpoint into a universal one, for any number of ranks."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]

@@ -43,15 +43,17 @@ class Position:
     generator: Tensor  # state of the generator that draws questions
     bad_updates: int = 0  # skipped updates in a row
     reply_tokens: int = 0  # sampled so far
+    good_step: int = 0  # the last step after which a whole step without a sign of divergence was taken
     random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: those at the time of saving
 
 
-def current_position(
-    step: int, curriculum: CurriculumTable, generator: torch.Generator, bad_updates: int = 0, reply_tokens: int = 0
-) -> Position:
-    """The position of a run after `step`, with the current states of its curriculum and random generators."""
-    state = curriculum.state_dict()
-    return Position(step, state, generator.get_state(), bad_updates, reply_tokens, random_states())
+def current_position(step: int, curriculum: CurriculumTable, generator: torch.Generator, **counts: int) -> Position:
+    """The position of a run after `step`, with the current states of its curriculum and random generators.
+
+    Args:
+        counts: the position's bad_updates, reply_tokens and good_step, where they are not 0.
+    """
+    return Position(step, curriculum.state_dict(), generator.get_state(), **counts, random=random_states())
 
 
 class Checkpoints:
@@ -62,10 +64,12 @@ class Checkpoints:
         ranks: the processes of the run; all of them call every method.
         config_hash: digest of the settings that may not change on resume; a checkpoint with another digest is refused.
             None: accept any, for reading only.
+        earlier_hash: the same, as earlier versions computed it; their checkpoints are accepted too.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, config_hash: str | None) -> None:
-        self.folder, self._ranks, self._config_hash = folder, ranks, config_hash
+    def __init__(self, folder: Path, ranks: Ranks, config_hash: str | None, earlier_hash: str | None = None) -> None:
+        self.folder, self._ranks = folder, ranks
+        self._config_hash, self._earlier_hash = config_hash, earlier_hash
 
     def save(self, position: Position, policy: Policy, score: float | None = None) -> Path:
         """Writes `step-NNNNNN` and returns its path; an existing checkpoint of that step is left as it is.
@@ -144,16 +148,24 @@ class Checkpoints:
         flush(temporary)
         temporary.rename(path)
         flush(path.parent)
-        write_bytes_whole(path.parent / LATEST, path.name.encode())
+        with suppress(OSError):  # for people; the checkpoint has its final name
+            write_bytes_whole(path.parent / LATEST, path.name.encode())
 
-    def retain(self, newest: int, *, best: bool) -> None:
-        """Deletes all but the `newest` last checkpoints and, with `best`, the one with the highest score."""
+    def retain(self, newest: int, *, best: bool, good_step: int = 0, scored_since: int = 0) -> None:
+        """Deletes checkpoints that are no longer needed.
+
+        Args:
+            newest: how many of the last checkpoints are kept.
+            best: whether the one with the highest score is kept, too.
+            good_step: the newest checkpoint up to this step is kept, too.
+            scored_since: scores of earlier steps do not count, since they are those of other evaluations.
+        """
         if not self._ranks.is_rank0:
             return
         paths = self.list()
-        kept = set(paths[-newest:])
+        kept = {*paths[-newest:], *self.list(good_step)[-1:]}
         scores = {path: _score(path) for path in paths}
-        scored = [path for path in paths if scores[path] is not None]
+        scored = [path for path in paths if scores[path] is not None and _step(path) >= scored_since]
         if best and scored:
             kept.add(max(scored, key=lambda path: (scores[path], path)))
         self._delete([path for path in paths if path not in kept])
@@ -170,24 +182,33 @@ class Checkpoints:
             except OSError as error:
                 sys.stderr.write(f"checkpoint {path} could not be deleted ({error}); delete it by hand\n")
 
-    def list(self) -> "list[Path]":
-        """Checkpoints with their final name, oldest first."""
+    def list(self, up_to: int | None = None) -> "list[Path]":
+        """Checkpoints with their final name, of steps up to `up_to`, oldest first."""
         paths = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-        return sorted(paths, key=_step)
+        return [path for path in sorted(paths, key=_step) if up_to is None or _step(path) <= up_to]
+
+    def newest_step(self, up_to: int) -> int:
+        """The step of the newest checkpoint up to a step; 0, the start of the run, if there is none."""
+        return max((_step(path) for path in self.list(up_to)), default=0)
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        if self._ranks.is_rank0:
+            self._delete([path for path in self.list() if _step(path) > step])
 
     def remove_leftovers(self) -> None:
         """Removes what interrupted processes left half written or half deleted."""
         if self._ranks.is_rank0:
             remove_leftovers(self.folder)
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint that matches its manifest; None if there are no checkpoints.
+    def newest_whole(self, up_to: int | None = None) -> Path | None:
+        """The newest checkpoint, of a step up to `up_to`, that matches its manifest; None if there are no checkpoints.
 
         A checkpoint that does not match is reported on stderr and skipped.
 
         Raises: CheckpointError if there are checkpoints, but none of them is whole.
         """
-        paths = self._ranks.broadcast_from_rank0(self.list())
+        paths = self._ranks.broadcast_from_rank0(self.list(up_to))
         for path in reversed(paths):
             problems = [problem for problem in self._ranks.gather(self._problem(path)) if problem]
             if not problems:
@@ -219,7 +240,7 @@ class Checkpoints:
         """Why the checkpoint cannot be loaded, as far as this rank's share of its files shows; None if it can."""
         try:
             manifest = _read_manifest(path)
-            if self._config_hash not in (None, manifest["config_hash"]):
+            if self._config_hash is not None and manifest["config_hash"] not in (self._config_hash, self._earlier_hash):
                 return "it belongs to a run with other settings"
             for name in self._ranks.shard(sorted(manifest["files"])):
                 size, crc = manifest["files"][name]
@@ -245,9 +266,8 @@ class Checkpoints:
         if self._ranks.size == saved_size:
             _set_random_states(torch.load(random_path, map_location="cpu", weights_only=True))
         self._ranks.barrier()
+        self.delete_after(_step(path))  # they are not whole or diverged, and the run will write them again
         if self._ranks.is_rank0:
-            # later ones are not whole, and the run will write them again
-            self._delete([later for later in self.list() if _step(later) > _step(path)])
             with suppress(OSError):
                 write_bytes_whole(self.folder / LATEST, path.name.encode())
         return position

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from expo.config import RunConfig, changed_settings, load_config
+from expo.config import RunConfig, load_config
 from expo.errors import ConfigError, ExpoError, FolderError
 from expo.reporting.reader import starts_of
+from expo.run.changes import changes, initial_settings, is_free, is_steering, require_allowed
 from expo.run.environment import ENVIRONMENT, describe_environment
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.distributed import Ranks
 
 RUNS = Path("runs")
-MAY_CHANGE_ON_RESUME = (
+NOT_IN_EARLIER_DIGESTS = (
     "run.dir",
     "run.checkpoint_every",
     "run.keep_checkpoints",
@@ -34,6 +35,7 @@ MAY_CHANGE_ON_RESUME = (
     "vllm.weights_folder",
     "vllm.patience_s",
 )
+"""Settings that the digest in checkpoints of earlier versions leaves out."""
 ADDED_LATER = (
     "model.revision",
     "model.trust_remote_code",
@@ -45,6 +47,9 @@ ADDED_LATER = (
     "reward.unevaluated",
     "reward.think_tags",
     "rollout.stop_tokens",
+    "run.collapse_kl",
+    "run.collapse_steps",
+    "run.end_on_collapse",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
@@ -109,14 +114,27 @@ class RunFolder:
         value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         return value
 
-    def record_start(self, first_step: int, num_ranks: int) -> None:
-        """Appends to environment.json the environment in which the run starts or resumes, and its first step."""
-        if not self._is_writer:
-            return
-        path = self.path / ENVIRONMENT
-        earlier = starts_of(self.read_json(ENVIRONMENT)) if path.exists() else []
-        start = {**describe_environment(), "ranks": num_ranks, "first_step": first_step}
-        self.write_json(ENVIRONMENT, {"starts": [*earlier, start]})
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start of the run in order, as environment.json records them."""
+        return starts_of(self.read_json(ENVIRONMENT)) if (self.path / ENVIRONMENT).exists() else []
+
+    def record_start(self, num_ranks: int, changed: Mapping[str, Any] | None = None) -> None:
+        """Appends to environment.json the environment in which the run starts or resumes, and the changed settings."""
+        if self._is_writer:
+            start = {**describe_environment(), "ranks": num_ranks, **({"changed": changed} if changed else {})}
+            self.write_json(ENVIRONMENT, {"starts": [*self.starts(), start]})
+
+    def record_first_step(self, step: int) -> None:
+        """Adds to the last start in environment.json the first step that it takes."""
+        if self._is_writer:
+            *earlier, last = self.starts()
+            self.write_json(ENVIRONMENT, {"starts": [*earlier, {**last, "first_step": step}]})
+
+    def remove(self, name: str) -> None:
+        """Removes a file if it exists. Raises: FolderError if it cannot be removed."""
+        if self._is_writer:
+            with _folder_errors(self.path):
+                (self.path / name).unlink(missing_ok=True)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of `<name>.jsonl`; an incomplete last line is left out."""
@@ -137,7 +155,10 @@ def _folder_errors(path: Path, kind: type[ExpoError] = FolderError) -> Iterator[
     try:
         yield
     except OSError as error:
-        raise kind(f"the folder {path} cannot be written ({error}); check its permissions and free space") from error
+        reason = error.strerror or error
+        raise kind(
+            f"the folder {path} cannot be written ({reason}); check its path, its permissions and the free space"
+        ) from error
 
 
 def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -154,31 +175,45 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 # --- opening
 
 
-def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
-    """Locks the run's folder and writes config.yaml; rank 0 chooses the folder for all ranks.
+def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> tuple[RunFolder, dict[str, list[Any]]]:
+    """Locks the run's folder, which rank 0 chooses for all ranks.
 
-    Raises:
-        ConfigError: if the folder holds a run and `resume` is not set, a run of another configuration, or a run that
-            another process is at work on, or cannot be created.
-        FolderError: if config.yaml cannot be written.
+    Returns: the folder, and [before, after] of the settings that have changed since the last start and on which the
+        further steps depend.
+
+    Raises: ConfigError if the folder holds a run and `resume` is not set, a run of another configuration, or a run that
+        another process is at work on, or cannot be created.
     """
-    path = ranks.run_on_rank0(lambda: _choose_folder(config, resume))
+    path, changed = ranks.run_on_rank0(lambda: _choose_folder(config, resume))
     folder = ranks.raise_on_all_ranks(lambda: RunFolder(path, is_writer=ranks.is_rank0))
     ranks.raise_on_all_ranks(folder.lock)
+    return folder, changed
+
+
+def record_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: Mapping[str, Any]) -> None:
+    """Records this start and the changed settings in environment.json, then writes config.yaml.
+
+    In this order, a run that dies in between has lost no change. Raises: FolderError if they cannot be written.
+    """
+    folder.record_start(num_ranks, changed)
     folder.write_text("config.yaml", config.to_yaml())
-    return folder
 
 
-def _choose_folder(config: RunConfig, resume: bool) -> Path:
+def _choose_folder(config: RunConfig, resume: bool) -> tuple[Path, dict[str, list[Any]]]:
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
-    if saved.exists():
-        if not resume:
-            raise ConfigError(
-                f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
-            )
-        _require_same_run(config, saved)
-    return path
+    with _folder_errors(path, ConfigError):
+        try:
+            saved.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return path, {}
+    if not resume:
+        raise ConfigError(
+            f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
+        )
+    changed = changes(load_config(saved).settings, config.settings)
+    require_allowed(changed, path)
+    return path, changed
 
 
 def _new_run(seed: int) -> Path:
@@ -190,33 +225,35 @@ def _newest_run() -> Path | None:
     return runs[-1].parent if runs else None
 
 
-def _require_same_run(config: RunConfig, saved: Path) -> None:
-    differing = changed_settings(fixed_settings(load_config(saved)), fixed_settings(config))
-    if differing:
-        raise ConfigError(
-            f"--resume would change the run in {saved.parent}: {', '.join(differing)}; use the values it started with"
-        )
+# --- digests
 
 
-def fixed_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting that may not change on resume, since the run's numbers depend on it, by its dotted name."""
-    return {
-        name: value
-        for name, value in config.settings.items()
-        if not name.startswith("deadline.") and name not in MAY_CHANGE_ON_RESUME
-    }
+def fixed_digest(config: RunConfig, also: Sequence[str] = ()) -> str:
+    """SHA-256 of the settings that may not change on resume, and of those named in `also`; the checkpoints and cached
+    replies of a run carry it.
+    """
+    kept = {n: v for n, v in config.settings.items() if not (is_free(n) or is_steering(n)) or n in also}
+    return _digest(config, kept)
+
+
+def settings_digest(config: RunConfig, starts: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The digest in checkpoints of earlier versions: of all settings with which the run started, but for a few.
+
+    Args:
+        config: the present one.
+        starts: every start of the run, as environment.json records them.
+    """
+    initial = initial_settings(config.settings, starts)
+    left_out = {n for n in initial if n in NOT_IN_EARLIER_DIGESTS or (n in ADDED_LATER and is_free(n))}
+    kept = {n: v for n, v in initial.items() if not n.startswith("deadline.") and n not in left_out}
+    return _digest(config, kept)
+
+
+def _digest(config: RunConfig, settings: Mapping[str, Any]) -> str:
+    kept = {n: v for n, v in settings.items() if n not in ADDED_LATER or v != _default(config, n)}
+    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
 
 
 def _default(config: RunConfig, name: str) -> Any:
     section, field = name.split(".")
     return type(getattr(config, section)).model_fields[field].get_default(call_default_factory=True)
-
-
-def settings_digest(config: RunConfig) -> str:
-    """SHA-256 of the settings that may not change on resume; the checkpoints and cached replies of a run carry it."""
-    settings = {
-        name: value
-        for name, value in fixed_settings(config).items()
-        if name not in ADDED_LATER or value != _default(config, name)
-    }
-    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
