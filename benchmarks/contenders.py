@@ -76,11 +76,14 @@ def our_linear_loss(
     beta: float | Tensor = BETA,
     function: Any = linear_expo_loss,
     logits_budget_mb: float | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> LossOutput:
     """Our loss from hidden states; `function` may be a compiled linear_expo_loss."""
     arguments = {**_loss_arguments(inputs), "beta": beta, "objective": _objective(inputs)}
     if logits_budget_mb is not None:
         arguments["logits_budget_mb"] = logits_budget_mb
+    if gradient_tolerance:
+        arguments["gradient_tolerance"] = gradient_tolerance
     return function(inputs.hidden, inputs.weight, inputs.ids, inputs.mask, **arguments)
 
 
@@ -336,9 +339,25 @@ def _with_budget(mib: int) -> Contender:
 CHUNKED = tuple(_with_budget(mib) for mib in CHUNK_BUDGETS)
 
 
+TOLERANCES = (2e-3, 1e-4)  # the first is the bound on gradients of bfloat16 inputs
+
+
+def _with_tolerance(tolerance: float) -> Contender:
+    return Contender(
+        f"{OURS}, tolerance {tolerance:g}",
+        f"linear_expo_loss(gradient_tolerance={tolerance:g}): the gradient products of the columns that matter",
+        lambda inputs: lambda: our_linear_loss(inputs, gradient_tolerance=tolerance).loss,
+        lambda inputs: our_linear_loss(inputs, gradient_tolerance=tolerance).logps,
+        formula_bound=tolerance,
+    )
+
+
+TOLERANT = {tolerance: _with_tolerance(tolerance) for tolerance in TOLERANCES}
+
+
 def contender(name: str) -> Contender:
     """The contender of that name."""
-    return next(candidate for candidate in (*CONTENDERS, *CHUNKED) if candidate.name == name)
+    return next(candidate for candidate in (*CONTENDERS, *CHUNKED, *TOLERANT.values()) if candidate.name == name)
 
 
 def logps_and_entropies(name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Case
+from benchmarks.shapes import TINY, Case
 
 BETA, CLIP = 0.02, 0.2
 LOGIT_STD = 2.0  # of the random logits
@@ -41,7 +41,11 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0, log_ratio_std: float = LOG_RATIO_STD) -> Inputs:
-    """Random inputs; equal for equal case, device and seed."""
+    """Random inputs, or a language model's if the case has a temperature; equal for equal case, device and seed."""
+    if case.temperature is not None and case.shape != TINY:
+        from benchmarks.sampled_inputs import sampled_inputs
+
+        return sampled_inputs(case, device)
     shape, dtype = case.shape, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(seed)
 

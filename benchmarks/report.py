@@ -29,6 +29,7 @@ from benchmarks.tables import (
     step_table,
     summary_table,
     timed_table,
+    tolerance_table,
     verifier_table,
 )
 from benchmarks.tables_of_rows import rows_table
@@ -51,6 +52,9 @@ norm), those of log-probs the largest in nats.
 """
 ABOUT = {
     "loss": "## {device}: the policy loss with its gradients",
+    "tolerance": "## {device}: the policy loss with a gradient tolerance\n\nInputs are samples of "
+    "SmolLM2-135M-Instruct at temperature T (`make smollm2`), H = 576, V = 49,152. The bound is what the loss reports "
+    "for the errors of dHidden and dWeight; columns is the share of the vocabulary in their products.",
     "logps": "## {device}: log-probs without gradients\n\nThe floor is the matrix product that computes the logits.",
     "rows": "## {device}: the loss on existing logits\n\nGB/s are for two reads and one write per logit.",
     "chunks": "## {device}: the size of a chunk\n\nTime and memory by `logits_budget_mb` in MiB.",
@@ -149,6 +153,12 @@ def loss_section(rows: list[Row]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def tolerance_section(rows: list[Row]) -> str:
+    """A table for every case."""
+    parts = [f"### {case}\n\n{tolerance_table(group)}" for case, group in by_case(measured(rows)).items()]
+    return "\n\n".join([*parts, notes(rows)]).rstrip()
+
+
 def logps_section(rows: list[Row]) -> str:
     """A table for log-probs, and one for log-probs with entropies."""
     return "\n\n".join(f"### {case}\n\n{timed_table(group)}" for case, group in by_case(rows).items())
@@ -161,6 +171,7 @@ def curriculum_section(rows: list[Row]) -> str:
 
 SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "loss": loss_section,
+    "tolerance": tolerance_section,
     "logps": logps_section,
     "rows": rows_table,
     "chunks": chunks_table,

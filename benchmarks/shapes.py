@@ -28,11 +28,18 @@ class Case:
     active_share: float = 1.0  # share of unmasked tokens
     frozen_head: bool = False
     ratio: Literal["token", "sequence"] = "token"
+    temperature: float | None = None  # of the samples of a language model, whose shape this is; None: random inputs
 
     def __str__(self) -> str:
         marks = [] if self.active_share == 1 else [f"{self.active_share:.0%} active"]
+        marks += [] if self.temperature is None else [f"T = {self.temperature}"]
         marks += ["frozen head"] * self.frozen_head + ["ratio per sequence"] * (self.ratio == "sequence")
         return ", ".join([self.shape.name, self.dtype, *marks])
+
+
+def smollm2(num_tokens: int) -> Shape:
+    """SmolLM2-135M-Instruct's head for about `num_tokens` sampled tokens, in sequences with masked ends."""
+    return Shape(f"SmolLM2, {num_tokens:,} tokens", 3 * num_tokens // 128, 64, hidden_size=576, vocab_size=49_152)
 
 
 TINY = Shape("tiny", num_sequences=4, length=16, hidden_size=32, vocab_size=512)

@@ -122,6 +122,23 @@ def loss_table(rows: Sequence[Row]) -> str:
     return f"{table}\n\n{len(ours['ms']['both'])} rounds; {gradients}."
 
 
+def tolerance_table(rows: Sequence[Row]) -> str:
+    """Time, memory, columns kept, errors and their bound of every contender in one case with a gradient tolerance."""
+    lines = [
+        [
+            row["contender"],
+            number(median(row["ms"]["both"])),
+            str(spread(floor_ratios(row))),
+            number(row["extra_peak_mib"]),
+            f"{100 * row['kept_columns']:.1f} %" if "kept_columns" in row else "",
+            error(row.get("gradient_error_bound")),
+            *(error(row["errors"].get(name)) for name in ("grad_hidden", "grad_weight", "logps")),
+        ]
+        for row in measured(rows)
+    ]
+    return markdown(["", "ms", "x floor", "MiB", "columns", "bound", "dHidden", "dWeight", "log-prob"], lines)
+
+
 def ratio_to(ours: Row, row: Row) -> str:
     """Our time / theirs as text; "" for our own row."""
     return "" if row is ours else str(time_ratio(ours, row))

@@ -1,6 +1,5 @@
 """The report of a run: `python -m expo.report RUN` writes `report.html` and `pictures/*.png` into the run folder."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from expo.reporting.figures import draw_figures
 from expo.reporting.page import render_page
 from expo.reporting.reader import read_run
 from expo.runtime.atomic_io import write_bytes_whole
+from expo.runtime.cli import OneLineParser
 
 
 def write_report(run_dir: Path) -> Path:
@@ -34,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 if the folder is not a run folder or cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m expo.report", description="Write RUN/report.html and pictures.")
+    parser = OneLineParser(prog="python -m expo.report", description="Write RUN/report.html and pictures.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder; the run may still be in progress")
     run_dir = parser.parse_args(arguments).run
     try:

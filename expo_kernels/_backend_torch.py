@@ -67,10 +67,11 @@ class TorchLogps:
         grad_logps = self.grad_logps[chunk.rows]
         if self.grad_entropies is None:
             read.probs.scatter_add_(1, read.columns, _where_here(read, -read.sum_exp))
-            chunk.row_scale = -grad_logps / (read.sum_exp * self._temperature)
+            chunk.row_scale, chunk.is_signed = -grad_logps / (read.sum_exp * self._temperature), False
         else:
             _grad_with_entropies(read, grad_logps, self.grad_entropies[chunk.rows])
             chunk.row_scale = torch.full_like(read.sum_exp, 1.0 / self._temperature)
+        chunk.sums_to_zero = read.softcap_grads is None
         if read.softcap_grads is not None:
             read.probs.mul_(read.softcap_grads)
         chunk.grad_logits = read.probs

@@ -20,13 +20,11 @@ from expo_kernels import _validate as validate
 from expo_kernels._backend_torch import TorchLogps, TorchLoss, gather_tokens, spread, valid_index
 from expo_kernels._head import (
     Chunk,
-    CopiedLogits,
     Gradients,
     Head,
     HeadCall,
     HeadTensors,
     LinearHead,
-    ReadyLogits,
     Spans,
 )
 from expo_kernels._inputs import LossInputs
@@ -35,6 +33,7 @@ from expo_kernels._plans import DevicePlan, HostPlan
 from expo_kernels._precision import full_precision
 from expo_kernels._products import WideProducts
 from expo_kernels._products_gpu import make_products, splits
+from expo_kernels._ready_logits import CopiedLogits, ReadyLogits
 from expo_kernels._vocab_group import VocabShard
 
 
@@ -42,7 +41,7 @@ class LossResult(NamedTuple):
     """The outputs of a loss op besides gradients."""
 
     loss: Tensor  # 0-dim
-    metrics: Tensor  # [len(METRIC_NAMES)]
+    metrics: Tensor  # [len(METRIC_NAMES)], and with a gradient tolerance GRADIENT_METRIC_NAMES after these
     num_tokens: Tensor  # 0-dim int64
     logps: Tensor  # like the mask
 
@@ -176,9 +175,15 @@ def _rows_for_torch(
         logits = call.tensors.hidden_or_logits
         return CopiedLogits(logits, dtype, wants_grad=wants_grad, inplace=call.inplace, scale=scale), plan
     ids, products = call.completion_ids.reshape(-1), WideProducts(dtype)
-    grad_dtype = call.tensors.weight.dtype
     head = LinearHead(
-        call.product_tensors(), ids, call.wants_grad, products, scale=scale, shard=shard, grad_dtype=grad_dtype
+        call.product_tensors(),
+        ids,
+        call.wants_grad,
+        products,
+        scale=scale,
+        shard=shard,
+        grad_dtype=call.tensors.weight.dtype,
+        gradient_tolerance=call.gradient_tolerance,
     )
     return head, plan
 
@@ -222,8 +227,14 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             backend = TorchLoss(call, tokens, shard, return_entropy=return_entropy)
             head, plan = _rows_for_torch(call, tokens.index, shard, tokens.sequence_index, tokens.num_sequences)
             run_loss(head, plan, backend, wants_grad=wants_grad)
+            if isinstance(head, LinearHead) and not head.tolerance_met():
+                run_grads(head, plan, backend)
             logps = spread(backend.token_logps, tokens.index, call.completion_ids.shape)
             result = LossResult(*backend.result(), logps)
+        if call.gradient_tolerance > 0.0:
+            assert isinstance(head, LinearHead)
+            report = result.metrics.new_tensor(head.gradient_report() if wants_grad else (0.0, 0.0))
+            result = result._replace(metrics=torch.cat([result.metrics, report]))
         return result, _made(head.gradients(), call) if wants_grad else []
 
 
@@ -295,6 +306,8 @@ def token_logps_backward(
                 backend.grad_entropies = grad_entropies.reshape(-1).index_select(0, order)
             head, plan = _rows_for_torch(call, order, shard)
             run_grads(head, plan, backend)
+            if isinstance(head, LinearHead) and not head.tolerance_met():
+                run_grads(head, plan, backend)
         return _made(head.gradients(), call, in_input_dtypes=True)
 
 

@@ -1,4 +1,4 @@
-"""Where rows of logits come from and where their gradients go: an output head, or logits that the caller computed.
+"""Where rows of logits come from and where their gradients go: an output head; `_ready_logits.py` has the caller's own.
 
 A chunk holds the logits of a `Span` of rows. A backend reads them and writes dL/dlogits into `grad_logits`;
 `accumulate_grads` then adds the gradients of the head's inputs. A chunk is valid until the next one is made.
@@ -6,15 +6,16 @@ A chunk holds the logits of a `Span` of rows. A backend reads them and writes dL
 Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, H hidden.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from expo_kernels._kept_columns import COLUMNS_AT_ONCE, ChunkGrads, KeptColumns
 from expo_kernels._narrowing import part_shapes
-from expo_kernels._products import empty_rows
+from expo_kernels._products import compact_rows, rows_with_gradient
 from expo_kernels._vocab_group import VocabShard
 
 # the gradients of hidden states or logits, weight and bias; each is one tensor, or its rows in several
@@ -55,6 +56,7 @@ class HeadCall:
     inplace: bool = False
     completion_lengths: Tensor | None = None  # on the CPU: the valid tokens of each sequence, if the caller knows them
     weight_dtype: torch.dtype | None = None  # to which the weight is rounded; its gradient has the weight's own dtype
+    gradient_tolerance: float = 0.0  # largest relative error of the gradients of hidden states and weight
 
     def product_tensors(self) -> HeadTensors:
         """The inputs of the products: the weight is rounded, if that is asked for."""
@@ -95,6 +97,8 @@ class Chunk:
     row_scale: Tensor | None = None  # [n]: dL/dlogits = row_scale[:, None] * grad_logits
     rounding_residual: Tensor | None = None  # [n]: rounding error of the gradient of the chosen column
     hidden: Tensor | None = None  # [n, H], 0 where masked
+    is_signed: bool = True  # whether grad_logits may be < 0 in other columns than the chosen ones
+    sums_to_zero: bool = False  # whether each row of grad_logits does, but for rounding
 
     @property
     def rows(self) -> slice:
@@ -157,15 +161,19 @@ class LinearHead:
         scale: float = 1.0,
         shard: VocabShard | None = None,
         grad_dtype: torch.dtype | None = None,
+        gradient_tolerance: float = 0.0,
     ) -> None:
         """Logits are multiplied by `scale`; rows that `mask` [M] excludes are read as 0 (None: all rows are valid);
-        dWeight will be rounded to `grad_dtype` (None: the weight's dtype)."""
+        dWeight will be rounded to `grad_dtype` (None: the weight's dtype); with a tolerance > 0, the gradient products
+        leave out columns (see `_kept_columns.py`)."""
         assert tensors.weight is not None
         self._grad_weight_shapes = part_shapes(tensors.weight, grad_dtype)
         self._hidden, self._weight = tensors.hidden_or_logits.detach(), tensors.weight.detach()
         self._bias = None if tensors.bias is None else products.operand(tensors.bias.detach())
         self._completion_ids, self._mask, self._wants_grad = completion_ids, mask, wants_grad
         self._products, self._scale, self._shard = products, scale, shard
+        self._tolerance, self._num_chunks = gradient_tolerance, 1
+        self._kept_columns: KeptColumns | None = None
         self._buffer: Tensor | None = None
         self._grad_hidden: Tensor | None = None
         self._grad_weight: tuple[Tensor, ...] | None = None  # its rows, in one or several tensors
@@ -173,6 +181,7 @@ class LinearHead:
 
     def chunks(self, spans: Spans) -> Iterator[Chunk]:
         """Rows of logits; each chunk overwrites the one before."""
+        self._num_chunks = len(spans.spans) if isinstance(spans.spans, Sized) else 1
         if self._buffer is None:
             self._buffer = self._products.empty_logits(spans.most_rows, self._weight.shape[0], self._hidden.device)
         for span in spans.spans:
@@ -195,13 +204,19 @@ class LinearHead:
         assert hidden is not None
         wants_hidden, wants_weight, wants_bias = self._wants_grad
         positions = chunk.span.positions(grad_logits.device)
-        if residual is not None:
-            # masked rows have a gradient and a residual of 0
-            chosen_ids = self._completion_ids[positions].clamp(0, self._weight.shape[0] - 1).long()
-        else:
-            chosen_ids = None
+        if scale is not None:
+            rows = rows_with_gradient(scale, grad_logits.shape[1])
+            if rows is not None:
+                grad_logits = compact_rows(grad_logits, rows)
+                hidden, scale, positions = (tensor.index_select(0, rows) for tensor in (hidden, scale, positions))
+        # masked rows have a gradient and a residual of 0
+        chosen_ids = None if residual is None else self._chosen_ids(positions)
         if wants_bias:
             self._add_grad_bias(grad_logits, scale, residual, chosen_ids)
+        if self._tolerance > 0.0 and scale is not None:
+            grads = ChunkGrads(grad_logits, scale, hidden, self._chosen_ids(positions), chunk.is_signed)
+            if self._accumulate_kept(grads, positions, sums_to_zero=chunk.sums_to_zero):
+                return
         operand = self._products.grad_operand(grad_logits) if wants_hidden or wants_weight else grad_logits
         if wants_hidden:
             part = self._products.grad_hidden(operand, self._weight)
@@ -209,16 +224,67 @@ class LinearHead:
                 part.mul_(scale.unsqueeze(1))
             if residual is not None:
                 part.addcmul_(self._weight[chosen_ids], residual.unsqueeze(1))
-            if self._grad_hidden is None:
-                # in the arithmetic's dtype until backward scales it, so that it is rounded once
-                self._grad_hidden = _zeros_like(self._hidden, part.dtype)
-            self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
+            if self._kept_columns is not None:
+                self._kept_columns.record(part)
+            self._put_grad_hidden(positions, part)
             del part  # the next products need the memory
+        elif self._kept_columns is not None:
+            self._kept_columns.record(None, num_rows=len(hidden))
         if wants_weight:
             self._add_grad_weight(operand, hidden if scale is None else hidden * scale.unsqueeze(1))
             if residual is not None:
                 assert chosen_ids is not None
                 self._add_to_chosen_rows(chosen_ids, hidden, residual)
+
+    def _accumulate_kept(self, grads: ChunkGrads, positions: Tensor, *, sums_to_zero: bool) -> bool:
+        """Add a chunk's gradients of hidden states and weight from the columns that matter; False, with nothing added,
+        if the dense products are faster."""
+        wants_hidden, wants_weight, _ = self._wants_grad
+        if self._kept_columns is None:
+            wants, dtype = (wants_hidden, wants_weight), self._products.dtype
+            self._kept_columns = KeptColumns(self._weight, dtype, self._tolerance, wants, self._num_chunks)
+        kept, scale = self._kept_columns, grads.scale
+        levels, level = kept.choose(grads)
+        if level is None:
+            return False
+        scaled_hidden, products, part = grads.hidden * scale.unsqueeze(1), torch.zeros_like(grads.hidden), None
+        dropped_sums = torch.zeros_like(scale) if sums_to_zero else grads.grad_logits.sum(dim=1).mul_(scale)
+        done = 0
+        while level > done:
+            for columns in torch.split(levels.columns(done, level), COLUMNS_AT_ONCE):
+                rows = grads.grad_logits.T.index_select(0, columns)  # [k, n]
+                if wants_hidden:
+                    products.addmm_(rows.T, self._products.operand(self._weight.index_select(0, columns)))
+                    dropped_sums.sub_(rows.sum(dim=0).mul_(scale))
+                if wants_weight:
+                    self._add_to_weight_rows(columns, rows, scaled_hidden)
+            done = level
+            if wants_hidden:
+                part = (products * scale.unsqueeze(1)).addr_(dropped_sums, kept.mean_row)
+                level = kept.level_for(levels, done, part)
+        kept.record(part, levels, done, len(scale))
+        if part is not None:
+            self._put_grad_hidden(positions, part)
+        return True
+
+    def _chosen_ids(self, positions: Tensor) -> Tensor:
+        """The chosen column of each row, [n] int64; any column where masked."""
+        return self._completion_ids[positions].clamp(0, self._weight.shape[0] - 1).long()
+
+    def _put_grad_hidden(self, positions: Tensor, part: Tensor) -> None:
+        """Write a chunk's rows of dHidden."""
+        if self._grad_hidden is None:
+            # in the arithmetic's dtype until backward scales it, so that it is rounded once
+            self._grad_hidden = zeros_like(self._hidden, part.dtype)
+        self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
+
+    def _add_to_weight_rows(self, columns: Tensor, rows: Tensor, hidden: Tensor) -> None:
+        """Add rows [k, n] @ hidden [n, H] to the rows `columns` [k] of dWeight."""
+        if self._grad_weight is None:
+            kind: dict[str, Any] = {"dtype": self._products.dtype, "device": rows.device}
+            self._grad_weight = tuple(torch.zeros(*shape, **kind) for shape in self._grad_weight_shapes)
+        (total,) = self._grad_weight
+        total.index_copy_(0, columns, total.index_select(0, columns).addmm_(rows, hidden))
 
     def _add_grad_weight(self, operand: Tensor, hidden: Tensor) -> None:
         """Add a chunk's products to dWeight; the first chunk's overwrite memory that holds nothing yet."""
@@ -268,12 +334,12 @@ class LinearHead:
         grad_hidden, grad_weight, grad_bias = self._grad_hidden, self._grad_weight, self._grad_bias
         wants_hidden, wants_weight, wants_bias = self._wants_grad
         if wants_hidden and grad_hidden is None:
-            grad_hidden = _zeros_like(self._hidden, self._products.dtype)
+            grad_hidden = zeros_like(self._hidden, self._products.dtype)
         if wants_weight and grad_weight is None:
             kind: dict[str, Any] = {"dtype": self._products.dtype, "device": self._weight.device}
             grad_weight = tuple(torch.zeros(*shape, **kind) for shape in self._grad_weight_shapes)
         if wants_bias and grad_bias is None and self._bias is not None:
-            grad_bias = _zeros_like(self._bias, self._products.dtype)
+            grad_bias = zeros_like(self._bias, self._products.dtype)
         if self._shard is not None and grad_hidden is not None:
             self._shard.all_reduce_sum(grad_hidden)
         return (
@@ -281,6 +347,22 @@ class LinearHead:
             grad_weight,
             None if grad_bias is None else (grad_bias,),
         )
+
+    def tolerance_met(self) -> bool:
+        """Whether the gradients are within the tolerance; if not, they are forgotten and the next pass is exact."""
+        if self._kept_columns is None or self._kept_columns.error_bound(self._only_grad_weight()) <= self._tolerance:
+            return True
+        self._grad_hidden = self._grad_weight = self._grad_bias = self._kept_columns = None
+        self._tolerance = 0.0
+        return False
+
+    def _only_grad_weight(self) -> Tensor | None:
+        return None if self._grad_weight is None else self._grad_weight[0]
+
+    def gradient_report(self) -> tuple[float, float]:
+        """The bound on the gradients' relative error, and the share of columns in their products."""
+        kept = self._kept_columns
+        return (0.0, 1.0) if kept is None else (kept.error_bound(self._only_grad_weight()), kept.kept_share)
 
     def _take(self, span: Span) -> Tensor:
         """Hidden states of these rows, [n, H]; 0 where masked, because masked positions may hold NaN."""
@@ -297,79 +379,6 @@ class LinearHead:
         return self._products.operand(hidden)
 
 
-class CopiedLogits:
-    """The caller's logits, copied into a float32 buffer one chunk at a time."""
-
-    def __init__(
-        self, logits: Tensor, dtype: torch.dtype, *, wants_grad: bool, inplace: bool = False, scale: float = 1.0
-    ) -> None:
-        self._logits, self._dtype, self._scale = logits.detach(), dtype, scale
-        self._wants_grad, self._inplace = wants_grad, inplace
-        self._buffer: Tensor | None = None
-        self._grad: Tensor | None = None
-        self._is_read: Tensor | None = None
-        if wants_grad:
-            self._grad = self._logits if inplace else _zeros_like(self._logits, logits.dtype)
-        if wants_grad and inplace:
-            self._is_read = torch.zeros(logits.shape[:-1].numel(), dtype=torch.bool, device=logits.device)
-
-    def chunks(self, spans: Spans) -> Iterator[Chunk]:
-        """Rows of logits times the scale; each chunk overwrites the one before."""
-        if self._buffer is None:
-            self._buffer = empty_rows(spans.most_rows, self._logits.shape[-1], self._dtype, self._logits.device)
-        for span in spans.spans:
-            logits = self._buffer[: span.rows.stop - span.rows.start]
-            logits.copy_(take_rows(self._logits, span.positions(logits.device)))
-            if self._scale != 1.0:
-                logits.mul_(self._scale)
-            yield Chunk(span, logits, logits if self._wants_grad else None)
-
-    def accumulate_grads(self, chunk: Chunk) -> None:
-        """Write the gradients of a chunk at their positions."""
-        grad, positions = self._grad, chunk.span.positions(self._logits.device)
-        assert grad is not None
-        assert chunk.grad_logits is not None
-        assert chunk.row_scale is not None
-        part = chunk.grad_logits.mul_(chunk.row_scale.unsqueeze(1)).to(grad.dtype)
-        if grad.dim() == 3:
-            grad[positions // grad.shape[1], positions % grad.shape[1]] = part
-        else:
-            grad.index_copy_(0, positions, part)
-        if self._is_read is not None:
-            self._is_read[positions] = True
-
-    def gradients(self) -> Gradients:
-        """The gradient of the logits."""
-        if self._grad is not None and self._is_read is not None:
-            self._grad.masked_fill_(~self._is_read.view(*self._grad.shape[:-1], 1), 0.0)
-        return None if self._grad is None else (self._grad,), None, None
-
-
-class ReadyLogits:
-    """The caller's logits, which kernels read in place, in one chunk; the gradient overwrites them or is separate."""
-
-    def __init__(self, logits: Tensor, *, wants_grad: bool, inplace: bool = False) -> None:
-        self._logits = logits if logits.stride(-1) == 1 and logits.dim() in (2, 3) else logits.contiguous()
-        self._grad: Tensor | None = None
-        if wants_grad:
-            is_own_memory = inplace and self._logits.data_ptr() == logits.data_ptr()
-            self._grad = (
-                self._logits if is_own_memory else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            )
-
-    def chunks(self, spans: Spans) -> Iterator[Chunk]:
-        """All rows."""
-        for span in spans.spans:
-            yield Chunk(span, self._logits, self._grad)
-
-    def accumulate_grads(self, chunk: Chunk) -> None:
-        """Nothing to do: the kernels wrote the gradient in place."""
-
-    def gradients(self) -> Gradients:
-        """The gradient of the logits."""
-        return None if self._grad is None else (self._grad,), None, None
-
-
 def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """Positions `index` of a [M, C] or [B, T, C] tensor, [n, C]; a strided tensor is not copied whole."""
     if tensor.dim() == 2:
@@ -379,5 +388,6 @@ def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor[index // tensor.shape[1], index % tensor.shape[1]]
 
 
-def _zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros in the shape of `tensor`, contiguous."""
     return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)

@@ -22,6 +22,8 @@ from expo_kernels.objective import Objective, RolloutCorrection
 # a loss op returns these numbers in one tensor, in this order: all but the loss, the maximum and the count are means
 # over tokens
 METRIC_NAMES = ("loss", "kl", "ratio_mean", "ratio_max", "clip_low_fraction", "clip_high_fraction", "tokens", "entropy")
+# these follow with a gradient tolerance
+GRADIENT_METRIC_NAMES = ("gradient_error_bound", "kept_columns")
 _DEFAULT = Objective()
 
 

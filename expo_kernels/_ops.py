@@ -15,10 +15,11 @@ from torch.autograd.function import once_differentiable
 from expo_kernels import _compat, _engine, _launch
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadCall, HeadTensors
-from expo_kernels._inputs import METRIC_NAMES, LossInputs
+from expo_kernels._inputs import GRADIENT_METRIC_NAMES, METRIC_NAMES, LossInputs
 from expo_kernels._narrowing import grouped, narrowed, part_shapes
 
-# loss 0-dim, metrics [len(METRIC_NAMES)], number of tokens 0-dim, log-probs shaped like the mask, the wanted gradients
+# loss 0-dim, metrics [len(METRIC_NAMES)] (longer with a gradient tolerance), number of tokens 0-dim, log-probs shaped
+# like the mask, the wanted gradients
 _Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
 
@@ -34,7 +35,9 @@ class LossOutput(NamedTuple):
     `ratio_mean`, `ratio_max`: pi_theta / pi_old of the token or of its sequence ("gmpo": of the sequence, clipped);
     `clip_low_fraction`, `clip_high_fraction`: share of valid tokens for which the surrogate's lower or upper clipped
     term was chosen (the dual clip's cap counts as upper; always 0 for "sapo" and "vespo");
-    `tokens`: number of valid tokens; `entropy`: nats, only with `return_entropy`."""
+    `tokens`: number of valid tokens; `entropy`: nats, only with `return_entropy`;
+    only with a `gradient_tolerance`: `gradient_error_bound`, the bound on the relative errors of dHidden and dWeight,
+    and `kept_columns`, the share of the vocabulary in their products."""
 
     logps: Tensor
     """Log-probs in nats, shaped like `completion_mask`, float32, detached; 0 at masked positions."""
@@ -53,6 +56,7 @@ def call_policy_loss(
     inplace: bool = False,
     vocab_group: str | None = None,
     weight_dtype: torch.dtype | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> LossOutput:
     """The loss from hidden states or from logits; the arguments are checked already."""
     op_inputs = (
@@ -67,7 +71,9 @@ def call_policy_loss(
         logits = tensors.hidden_or_logits.detach()
         loss, *others = policy_loss_inplace(logits, *op_inputs, return_entropy)
         return _output(with_gradient(loss, tensors.hidden_or_logits, logits), *others, return_entropy=return_entropy)
-    made = policy_loss(*tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group, weight_dtype)
+    made = policy_loss(
+        *tensors, wants_grad, *op_inputs, budget_mb, return_entropy, vocab_group, weight_dtype, gradient_tolerance
+    )
     return _output(*made[:4], return_entropy=return_entropy)
 
 
@@ -84,7 +90,9 @@ def call_policy_loss_from_logps(logps: Tensor, inputs: LossInputs) -> LossOutput
 def _output(
     loss: Tensor, metrics: Tensor, num_tokens: Tensor, token_logps: Tensor, *, return_entropy: bool
 ) -> LossOutput:
-    named = dict(zip(METRIC_NAMES, metrics.unbind(), strict=True)) | {"tokens": num_tokens}
+    values = metrics.unbind()
+    names = METRIC_NAMES if len(values) == len(METRIC_NAMES) else METRIC_NAMES + GRADIENT_METRIC_NAMES
+    named = dict(zip(names, values, strict=True)) | {"tokens": num_tokens}
     del named["loss"]
     if not return_entropy:
         del named["entropy"]
@@ -109,6 +117,7 @@ def policy_loss(
     return_entropy: bool,
     vocab_group: str | None,
     weight_dtype: torch.dtype | None,
+    gradient_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The loss, and the wanted gradients of hidden states or logits, weight and bias (see `_Made`).
 
@@ -126,6 +135,7 @@ def policy_loss(
         vocab_group,
         completion_lengths=inputs.completion_lengths,
         weight_dtype=weight_dtype,
+        gradient_tolerance=gradient_tolerance,
     )
     made, gradients = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
     return *made, gradients
@@ -139,7 +149,7 @@ def _(
     wants_grad: list[bool],
     _: Tensor,
     completion_mask: Tensor,
-    *__: Any,
+    *options: Any,
 ) -> _Made:
     tensors = HeadTensors(hidden_or_logits, weight, bias)
     dtype = tensors.arithmetic_dtype
@@ -151,7 +161,11 @@ def _(
         if is_wanted and tensor is not None
         for shape in (part_shapes(tensor) if tensor is weight else [tensor.shape])
     ]
-    return *_fake_loss(completion_mask, dtype), gradients
+    loss, metrics, num_tokens, token_logps = _fake_loss(completion_mask, dtype)
+    gradient_tolerance = options[-1]
+    if gradient_tolerance > 0.0:
+        metrics = metrics.new_empty(len(METRIC_NAMES + GRADIENT_METRIC_NAMES))
+    return loss, metrics, num_tokens, token_logps, gradients
 
 
 @torch.library.custom_op("expo_kernels::policy_loss_", mutates_args={"logits"})
@@ -318,6 +332,7 @@ def token_logps(
     return_entropy: bool,
     keeps_rows: bool,
     vocab_group: str | None,
+    gradient_tolerance: float,  # noqa: ARG001 - for backward alone
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs and entropies, shaped like the ids (entropies are empty without `return_entropy`); with `keeps_rows`
     also the maximum and the sum of exponentials of each row, [M] each, which the kernels' backward reads."""
@@ -348,7 +363,7 @@ def _checked_lengths(lengths: Tensor | None, mask: Tensor | None) -> Tensor | No
 def _(
     hidden_or_logits: Tensor, weight: Tensor | None, bias: Tensor | None, completion_ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, return_entropy, keeps_rows, _ = options
+    *_, return_entropy, keeps_rows, _, _ = options
     dtype = HeadTensors(hidden_or_logits, weight, bias).arithmetic_dtype
 
     def made(*shape: int) -> Tensor:
@@ -374,6 +389,7 @@ def token_logps_backward(
     logits_budget_mb: float | None,
     wants_grad: list[bool],
     vocab_group: str | None,
+    gradient_tolerance: float,
 ) -> list[Tensor]:
     """The wanted gradients of hidden states or logits, weight and bias, in the inputs' dtypes.
 
@@ -392,6 +408,7 @@ def token_logps_backward(
         (wants_grad[0], wants_grad[1], wants_grad[2]),
         vocab_group,
         completion_lengths=completion_lengths,
+        gradient_tolerance=gradient_tolerance,
     )
     return _engine.token_logps_backward(call, kept_rows, grad_logps, grad_entropies)
 
@@ -400,14 +417,14 @@ def token_logps_backward(
 def _(
     _: list[Tensor | None], hidden_or_logits: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
 ) -> list[Tensor]:
-    given = zip((hidden_or_logits, weight, bias), options[-2], strict=True)
+    given = zip((hidden_or_logits, weight, bias), options[-3], strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, wanted in given if wanted and tensor is not None]
 
 
 def _setup_token_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *given, temperature, logit_softcap, budget_mb, return_entropy, _, ctx.vocab_group = inputs
+    *given, temperature, logit_softcap, budget_mb, return_entropy, _, vocab_group, tolerance = inputs
     _, entropies, row_max, sum_exp = output
-    ctx.settings = temperature, logit_softcap, budget_mb
+    ctx.settings, ctx.last_settings = (temperature, logit_softcap, budget_mb), (vocab_group, tolerance)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(row_max, sum_exp, *(() if return_entropy else (entropies,)))
     ctx.save_for_backward(*given, entropies, row_max, sum_exp)
@@ -420,11 +437,13 @@ def _backward_token_logps(
     *given, entropies, row_max, sum_exp = ctx.saved_tensors
     if grad_logps is None:
         if grad_entropies is None:
-            return (None,) * 12
+            return (None,) * 13
         grad_logps = torch.zeros_like(grad_entropies)
     wants_grad, kept = list(ctx.needs_input_grad[:3]), [entropies, row_max, sum_exp]
-    made = token_logps_backward([grad_logps, grad_entropies], *given, kept, *ctx.settings, wants_grad, ctx.vocab_group)
-    return *_by_input(made, wants_grad), *(None,) * 9
+    made = token_logps_backward(
+        [grad_logps, grad_entropies], *given, kept, *ctx.settings, wants_grad, *ctx.last_settings
+    )
+    return *_by_input(made, wants_grad), *(None,) * 10
 
 
 token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)

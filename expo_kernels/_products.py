@@ -3,8 +3,9 @@
 On a CPU they use the faster of PyTorch's two libraries.
 
 PyTorch computes float32 products with MKL, which uses AVX2 only on processors that are not Intel's. On these, oneDNN,
-part of the same build, uses AVX-512 and is twice as fast. Its operator allocates the result and copies operands that
-are not dense, so it is called for one block of the vocabulary at a time, small enough to keep these in the cache.
+part of the same build, uses AVX-512 for logits and dHidden; dWeight stays with MKL, because oneDNN's would need a
+transposed copy (docs/kernels.md has the times). oneDNN's operator allocates the result and copies operands that are not
+dense, so it is called for one block of the vocabulary at a time, small enough to keep these in the cache.
 
 Letters: n rows of a chunk, V vocabulary, H hidden.
 """
@@ -20,11 +21,13 @@ from expo_kernels._compat import onednn_linear
 # size of the result of one product, [n, columns] or [columns, H]: it should stay in the cache, but each block costs
 # some thread barriers, which are slow while other processes use the cores
 BLOCK_BYTES = 2**21
-# terms of a float32 dot product per running sum, whose rounding error grows with them. MKL uses 256; 128 reduces
-# the error of log-probs and gradients by a quarter and costs a few percent of the time
+# about how many terms of a float32 dot product share a running sum, whose rounding error grows with them. MKL uses 256;
+# 128 reduces the error of log-probs and gradients by a quarter and costs a few percent of the time
 TERMS_AT_ONCE = 128
 LEAST_COLUMNS = 128  # the gain of a narrower product is less than the cost of the copies
-LEAST_ROWS = 32  # for dWeight: with fewer, transposing and adding cost more than the product
+MOST_ROWS_WITH_GRADIENT = 7 / 8  # of a chunk: moving more costs as much as the products of the others
+LEAST_MOVED = 2**22  # logits of a chunk: products of fewer are fast enough
+ROWS_MOVED_AT_ONCE = 64
 LEAST_PADDED_COLUMNS = 1024  # in shorter rows, padding costs an elementwise pass more than it saves
 
 
@@ -74,7 +77,8 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     """
     if not _goes_through_onednn(out):
         is_split = _is_float32_on_cpu(out)
-        num_terms = TERMS_AT_ONCE if is_split else max(hidden.shape[1], 1)
+        hidden_size = max(hidden.shape[1], 1)
+        num_terms = -(-hidden_size // max(round(hidden_size / TERMS_AT_ONCE), 1)) if is_split else hidden_size
         for block in _blocks(out, max(hidden.shape[0], 1)) if is_split else [slice(None)]:
             some_bias = None if bias is None else bias[block]
             _add_up_terms(out[:, block], hidden, weight[block], some_bias, scale, num_terms)
@@ -98,19 +102,10 @@ def add_to_hidden(total: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
 
 def add_to_weight(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
     """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
-    if not _goes_through_onednn(grad_logits) or grad_logits.shape[0] < LEAST_ROWS:
-        if is_first:
-            torch.mm(grad_logits.T, hidden, out=total)
-        else:
-            total.addmm_(grad_logits.T, hidden)
-        return
-    hidden_columns = hidden.T.contiguous()
-    for block in _blocks(grad_logits, max(hidden.shape)):
-        part = onednn_linear(grad_logits[:, block].T, hidden_columns)
-        if is_first:
-            total[block] = part
-        else:
-            total[block] += part
+    if is_first:
+        torch.mm(grad_logits.T, hidden, out=total)
+    else:
+        total.addmm_(grad_logits.T, hidden)
 
 
 def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -123,6 +118,27 @@ def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
         line = 64 // dtype.itemsize
         stride = (-(-num_columns // line) | 1) * line
     return torch.empty(num_rows, stride, dtype=dtype, device=device)[:, :num_columns]
+
+
+def rows_with_gradient(scale: Tensor, vocab_size: int) -> Tensor | None:
+    """The rows whose scale [n] is not 0, ascending; None if products without the others would not be faster.
+
+    On a GPU the host does not know the scale.
+    """
+    if scale.device.type != "cpu" or scale.numel() * vocab_size < LEAST_MOVED:
+        return None
+    rows = scale.nonzero().squeeze(1)
+    return rows if rows.numel() <= MOST_ROWS_WITH_GRADIENT * scale.numel() else None
+
+
+def compact_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Move the rows `rows` (ascending) of `values` [n, V] to its front, in place; returns these."""
+    is_moved = rows != torch.arange(rows.numel(), device=rows.device)
+    first = int((~is_moved).sum())  # a row that is not at its place is followed by others that are not
+    for start in range(first, rows.numel(), ROWS_MOVED_AT_ONCE):
+        some = rows[start : start + ROWS_MOVED_AT_ONCE]
+        values[start : start + some.numel()] = values[some]
+    return values[: rows.numel()]
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

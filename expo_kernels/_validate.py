@@ -206,6 +206,16 @@ def number(name: str, value: float, *, low: float, above: bool = False, high: fl
         raise ValueError(f"{name} is {value}; expected a finite number {bounds}")
 
 
+def gradient_tolerance(value: float, *, is_sharded: bool) -> None:
+    """`value` is in [0, 1], and 0 if the head is sharded."""
+    number("gradient_tolerance", value, low=0.0, high=1.0)
+    if is_sharded and value > 0.0:
+        raise ValueError(
+            f"gradient_tolerance is {value:g}, but the head is vocabulary-parallel; expected 0.0: each rank would have "
+            "to know the bounds of the others"
+        )
+
+
 def whole_number(name: str, value: int, *, low: int) -> None:
     """`value` is an int, at least `low`."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -30,6 +30,7 @@ def linear_expo_loss(
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     weight_dtype: torch.dtype | None = None,
+    gradient_tolerance: float = 0.0,
     advantages: Tensor | None = None,
     rewards: Tensor | None = None,
     group_size: int | None = None,
@@ -64,6 +65,10 @@ def linear_expo_loss(
             (Shard(0),) needs no `vocab_group`.
         weight_dtype: dtype to which the weight is rounded in this call, as `weight.to(weight_dtype)` would, except that
             the gradient is not rounded: for a float32 weight with bfloat16 products. None: the weight is not rounded.
+        gradient_tolerance: largest relative error, in the Frobenius norm, of the gradients of `hidden` and of `weight`.
+            0.0: none but rounding. > 0: the gradient products leave out the columns of the vocabulary that a proved
+            bound allows, see docs/gradient-tolerance.md; loss, metrics and log-probs stay the same bits. PyTorch on a
+            CPU only: the kernels of a GPU compute all columns. Not with a vocabulary-parallel head.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
         group_size: G, rollouts per question; those of one question are adjacent.
@@ -102,6 +107,7 @@ def linear_expo_loss(
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)
     if weight_dtype is not None:
         validate.product_dtype("weight_dtype", weight_dtype)
+    validate.gradient_tolerance(gradient_tolerance, is_sharded=group_name is not None)
     inputs = check_inputs(
         completion_mask,
         advantages=advantages,
@@ -127,6 +133,7 @@ def linear_expo_loss(
         return_entropy=return_entropy,
         vocab_group=group_name,
         weight_dtype=weight_dtype,
+        gradient_tolerance=gradient_tolerance,
     )
 
 
@@ -135,18 +142,22 @@ class LinearExpoLoss(nn.Module):
 
     Args:
         objective: the static choices of the loss; None: `Objective()`.
+        gradient_tolerance: as in `linear_expo_loss`.
     """
 
-    def __init__(self, objective: Objective | None = None) -> None:
+    def __init__(self, objective: Objective | None = None, *, gradient_tolerance: float = 0.0) -> None:
         super().__init__()
         self.objective = Objective() if objective is None else objective
+        self.gradient_tolerance = gradient_tolerance
 
     def forward(
         self, hidden: Tensor, weight: Tensor, completion_ids: Tensor, completion_mask: Tensor, **options: Any
     ) -> LossOutput:
-        """`linear_expo_loss` with this module's objective; `options` are its keyword arguments."""
+        """`linear_expo_loss` with this module's objective and tolerance; `options` are its keyword arguments."""
+        options = {"gradient_tolerance": self.gradient_tolerance, **options}
         return linear_expo_loss(hidden, weight, completion_ids, completion_mask, objective=self.objective, **options)
 
     def extra_repr(self) -> str:
-        """The objective."""
-        return repr(self.objective)
+        """The objective, and the tolerance if there is one."""
+        tolerance = f", gradient_tolerance={self.gradient_tolerance:g}" if self.gradient_tolerance else ""
+        return repr(self.objective) + tolerance

@@ -29,6 +29,7 @@ def _masked_token_logps(
     budget_mb: float | None,
     vocab_group: str | None = None,
     completion_lengths: Tensor | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
@@ -49,6 +50,7 @@ def _masked_token_logps(
         return_entropy,
         keeps_rows,
         vocab_group,
+        gradient_tolerance,
     )
     return (logps, entropies) if return_entropy else logps
 
@@ -122,6 +124,7 @@ def linear_token_logps(
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     completion_lengths: Tensor | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor: ...
 @overload
 def linear_token_logps(
@@ -137,6 +140,7 @@ def linear_token_logps(
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     completion_lengths: Tensor | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
     hidden: Tensor,
@@ -151,6 +155,7 @@ def linear_token_logps(
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     completion_lengths: Tensor | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob in nats of each chosen token, [B, T] float32, 0 at masked positions, without [tokens, V] logits.
 
@@ -169,6 +174,7 @@ def linear_token_logps(
         vocab_group: process group of a vocabulary-parallel head, as in `linear_expo_loss`. Backward also reduces over
             the group, so every rank must run it.
         completion_lengths: [B] integers on the CPU, the 1s of `mask` in each sequence, as in `linear_expo_loss`.
+        gradient_tolerance: largest relative error of the gradients of hidden and weight, as in `linear_expo_loss`.
 
     Returns:
         Log-probs shaped like `completion_ids` (float64 for float64 inputs), or the pair (log-probs, entropies).
@@ -184,6 +190,7 @@ def linear_token_logps(
     validate.same_device(hidden=hidden, weight=weight, bias=bias)
     if logits_budget_mb is not None:
         validate.number("logits_budget_mb", logits_budget_mb, low=0.0, above=True)
+    validate.gradient_tolerance(gradient_tolerance, is_sharded=group_name is not None)
     if completion_lengths is not None:
         if mask is None:
             raise ValueError("completion_lengths would be ignored: mask is None; give the mask or leave them out")
@@ -201,4 +208,5 @@ def linear_token_logps(
         logits_budget_mb,
         group_name,
         completion_lengths,
+        gradient_tolerance,
     )

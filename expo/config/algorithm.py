@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from expo.config.section import Count, Fraction, Index, NonNegative, Positive, Section
+from expo.config.section import Fraction, Index, NonNegative, Positive, Seconds, Section, Weight
 from expo_kernels.objective import RolloutCorrection
 
 
@@ -19,13 +19,13 @@ class RewardSection(Section):
     refuse: wrong, and counted in the metric unevaluated_fraction; accept: correct."""
     think_tags: dict[str, str] = {"<think>": "</think>"}
     """Tags around the model's thinking, as {opening: closing}: only what follows the last closing tag is read."""
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=1, le=512)] = 2
     """Worker processes; they start at the first answer that needs computer algebra."""
-    timeout_s: Positive = 5.0
+    timeout_s: Seconds = 5.0
     """Seconds per answer. After that the worker is killed and the verdict is `timeout` (reward 0, counted apart)."""
     correct_weight: NonNegative = 1.0
     """Weight of the verdict (1 for a correct reply, else 0) in the reward from which advantages are computed."""
-    functions: dict[str, float] = {}
+    functions: dict[str, Weight] = {}
     """Reward functions and their weights, as {"package.module:function": weight}; expo/rewards/compose.py documents
     their signature. Built in: expo.formats:boxed, expo.formats:think_then_answer."""
     overlong_buffer: Index = 0
@@ -42,7 +42,7 @@ class CurriculumSection(Section):
     """gcs: Gaussian curriculum sampling; uniform: all questions have the same weight (GRPO)."""
     mean: Fraction = 0.5
     """mu, the pass rate with the largest weight (paper: 0.5)."""
-    std: Positive = 0.35
+    std: Annotated[float, Field(ge=0.001, le=1000)] = 0.35
     """sigma, standard deviation of the Gaussian in pass rate (paper: 0.35)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """alpha, weight of the old pass rate in the moving average (paper: 0.9)."""
@@ -73,7 +73,7 @@ class ObjectiveSection(Section):
     """Lower clip range: the importance ratio is clipped at 1 - clip_low (DAPO recipe: 0.2)."""
     clip_high: NonNegative = 0.28
     """Upper clip range: the importance ratio is clipped at 1 + clip_high (DAPO recipe: 0.28)."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = 10.0
+    dual_clip: Annotated[float, Field(gt=1, le=1e6)] | None = 10.0
     """Where the advantage A is negative, the loss is at most dual_clip * |A| (DAPO recipe: 10); null: no limit."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio per token (GRPO) or per sequence (GSPO)."""

@@ -1,11 +1,11 @@
 """General sections: the run's folder and length, the model, the questions, and the deadlines."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from expo.config.section import Count, Index, Positive, Section
+from expo.config.section import YEAR_S, Count, Index, Length, Seconds, Section
 
 Column = Literal["question", "answer", "accepted", "context", "choices", "id", "level"]
 
@@ -15,11 +15,11 @@ class RunSection(Section):
 
     dir: Path | None = None
     """Folder of the run. If unset: runs/<date>-<time>-seed<seed>, or with --resume the newest folder in runs/."""
-    seed: Index = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of all random numbers: question draws and sampled replies. The same seed gives the same run."""
     steps: Count = 2039
     """Steps of rollout and update. 2,039 are 30 epochs (paper) of DAPO-17K's 17,398 questions at 256 a step."""
-    reply_tokens: Count | None = None
+    reply_tokens: Annotated[int, Field(ge=1, le=10**15)] | None = None
     """Budget of sampled reply tokens: the run ends after the step that reaches it, or after run.steps. If unset: no
     budget."""
     checkpoint_every: Index = 50
@@ -29,13 +29,13 @@ class RunSection(Section):
     from which a whole step without a sign of divergence was taken."""
     keep_best: bool = True
     """Also keep the checkpoint whose evaluation had the highest mean pass@1."""
-    save_by_minutes: Positive | None = None
+    save_by_minutes: Annotated[float, Field(gt=0, le=YEAR_S / 60)] | None = None
     """Minutes after its start at which the run saves a checkpoint and exits with code 0; --resume continues it. If
     unset: never."""
     max_bad_updates: Count = 3
     """Consecutive updates with a loss or gradient that is not finite after which the run stops. Each of them is skipped
     and its batch is saved."""
-    collapse_kl: Positive = 5.0
+    collapse_kl: Annotated[float, Field(gt=0, le=1e6)] = 5.0
     """KL estimate per reply token in nats above which a step shows a sign of collapse. The other signs: a gradient of
     exactly 0, accuracy 0 where it was above 0.05, and replies that are all truncated."""
     collapse_steps: Count = 8
@@ -47,12 +47,19 @@ class RunSection(Section):
     """Trackers that receive the metrics in addition to metrics.jsonl; each needs its own package."""
     completions_per_step: Index = 64
     """Replies of each step that are written to completions.jsonl, whole groups first."""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of PyTorch. If unset: one per core. With a small model, one thread is faster if other processes use
     the cores."""
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = "auto"
     """Torch device of the policy; cuda: GPU number LOCAL_RANK of each rank; auto: the same, or the CPU if there is no
     GPU; cuda:1: that GPU, for a run of one rank."""
+
+    @field_validator("dir", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if value == "":  # a path would read it as the current folder
+            raise ValueError("expected the name of a folder; leave it out for a new one, or give . for this folder")
+        return value
 
 
 class ModelSection(Section):
@@ -103,7 +110,7 @@ class DataSection(Section):
     "": none."""
     chat_template_kwargs: dict[str, Any] = {}
     """Further arguments of the tokenizer's chat template, such as {enable_thinking: false} of Qwen3."""
-    max_prompt_tokens: Count = 1024
+    max_prompt_tokens: Length = 1024
     """Longest prompt in tokens (paper: 1,024). Training questions with a longer prompt are dropped and counted; an
     evaluation set that has any is refused."""
 
@@ -134,20 +141,20 @@ class DataSection(Section):
 class DeadlineSection(Section):
     """Seconds that a phase may take. After that the run counts as hung: it dumps its stacks and exits."""
 
-    start: Positive = 1800
+    start: Seconds = 1800
     """Joining the other ranks and loading the model."""
-    rollout: Positive = 7200
+    rollout: Seconds = 7200
     """Sampling the replies of one step."""
-    reward: Positive = 1800
+    reward: Seconds = 1800
     """Grading the replies of one step."""
-    reference: Positive = 3600
+    reference: Seconds = 3600
     """Old and reference log-probs of one step."""
-    update: Positive = 7200
+    update: Seconds = 7200
     """The optimizer steps of one step."""
-    sync: Positive = 1800
+    sync: Seconds = 1800
     """Copying the policy's weights to the rollout engine."""
-    evaluation: Positive = 14400
+    evaluation: Seconds = 14400
     """One evaluation of all sets within a run. In expo.evaluate: one chunk of replies, which are written together, or
     one chunk of the answers that are compared for maj@n."""
-    save: Positive = 1800
+    save: Seconds = 1800
     """Writing or reading one checkpoint, or exporting the model."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from expo.config.section import Count, Index, NonNegative, Positive, Section
+from expo.config.section import BatchSize, Count, Index, NonNegative, Positive, Section
 
 
 class PolicySection(Section):
@@ -27,24 +27,28 @@ class PolicySection(Section):
     not depend on it."""
     packing: bool = False
     """Concatenate the sequences of a micro-batch without padding; faster with flash or flex attention."""
-    updates_per_step: Count = 4
+    updates_per_step: BatchSize = 4
     """Optimizer steps per batch of rollouts; 4 are mini-batches of 512 out of 2,048 replies (DAPO recipe)."""
     old_logps: Literal["recompute", "rollout"] = "recompute"
     """Log-probs of the policy that sampled; recompute: by the trainer, rollout: as the rollout engine returned them."""
     logits_budget_mb: Positive | None = None
     """Memory for one chunk of logits in MiB. If unset: chosen by expo_kernels."""
+    gradient_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest relative error of the gradients of the output head and of the hidden states that enter it; 0: none but
+    rounding. Above 0, their products leave out columns of the vocabulary whose probabilities are too small to matter:
+    faster on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    lora_rank: Index = 0
+    lora_rank: Annotated[int, Field(ge=0, le=2**12)] = 0
     """Rank of LoRA adapters on every linear layer except the head; 0: no adapters, all parameters are trained."""
-    lora_alpha: Count = 32
+    lora_alpha: Annotated[int, Field(ge=1, le=2**20)] = 32
     """LoRA's alpha: the output of the adapters is scaled by lora_alpha / lora_rank."""
 
 
 class OptimizerSection(Section):
     """AdamW and its learning rate schedule."""
 
-    lr: NonNegative = 1e-6
+    lr: Annotated[float, Field(ge=0, le=1e30)] = 1e-6
     """Learning rate after warm-up (DAPO recipe: 1e-6)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
@@ -54,5 +58,5 @@ class OptimizerSection(Section):
     """Training steps over which the learning rate rises linearly from 0 (DAPO recipe: 10)."""
     schedule: Literal["constant", "linear"] = "constant"
     """Learning rate after warm-up: constant (DAPO recipe), or linear to 0 at the last step."""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e30)] = 1.0
     """Global norm to which gradients are clipped (DAPO recipe: 1.0)."""

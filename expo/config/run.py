@@ -12,6 +12,9 @@ from expo.config.section import Config
 from expo_kernels import Objective
 from expo_kernels.objective import READ_BY
 
+MOST_PORT = 65535
+ADDRESS = re.compile(r"http://([A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
+
 
 class RunConfig(Config):
     """Everything that a training run depends on; the run saves it as config.yaml."""
@@ -98,7 +101,7 @@ class RunConfig(Config):
         section, engine = self.vllm, self.rollout.engine
         if section.sleep and engine != "vllm":
             raise ValueError(f"vllm.sleep is for rollout.engine = vllm, not {engine}; turn it off or take that engine")
-        for name in ("servers", "gpus", "weights_folder"):
+        for name in ("servers", "key_file", "gpus", "weights_folder"):
             if getattr(section, name) and engine != "vllm-server":
                 raise ValueError(f"vllm.{name} is for rollout.engine = vllm-server, not {engine}; remove it")
         if section.transfer != "files" and engine != "vllm-server":
@@ -109,9 +112,9 @@ class RunConfig(Config):
             raise ValueError(
                 f"vllm.weights_folder is for vllm.transfer = files, not {section.transfer}; remove one of the two"
             )
-        wrong = [url for url in section.servers if not re.fullmatch(r"http://[^/\s]+:\d+", url)]
+        wrong = [url for url in section.servers if not _is_address(url)]
         if wrong:
-            raise ValueError(f"vllm.servers has {wrong[0]!r}; expected http://host:port")
+            raise ValueError(f"vllm.servers has {wrong[0][:80]!r}; expected http://host:port, the key in vllm.key_file")
         needed = section.num_servers * section.tensor_parallel
         if section.gpus and not section.servers and len(section.gpus) != needed:
             raise ValueError(
@@ -146,3 +149,8 @@ class RunConfig(Config):
             max_completion_length=(self.rollout.max_new_tokens if section.aggregation == "constant" else None),
             **read,
         )
+
+
+def _is_address(url: str) -> bool:
+    found = ADDRESS.fullmatch(url)
+    return found is not None and 0 < int(found[2]) <= MOST_PORT

@@ -7,11 +7,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from expo.runtime.cli import as_yaml
 
+# Every number has two bounds: beyond them float32 overflows, waits and sizes overflow C's integers, or the machine is
+# exhausted before anything is checked. Fields whose values use memory, processes or threads have narrower ones.
+YEAR_S = 31_536_000
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+Temperature = Annotated[float, Field(ge=0.01, le=1000)]  # vLLM raises lower ones to 0.01 by itself
+Seconds = Annotated[float, Field(gt=0, le=YEAR_S)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]  # replies or questions
+Length = Annotated[int, Field(ge=1, le=2**24)]  # tokens of a prompt or a reply
 
 
 class Section(BaseModel):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from expo.config import DataSection, ModelSection
@@ -19,7 +18,8 @@ from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.runtime.cli import fail
+from expo.runtime.bounded_yaml import YamlError, load_yaml
+from expo.runtime.cli import OneLineParser, fail
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -84,9 +84,9 @@ def _section(arguments: argparse.Namespace) -> DataSection:
 
 def _yaml(field: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{field}={text} is not a YAML value: {' '.join(str(error).split())}") from error
+        return load_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"--{field}={text[:80]} is not a YAML value as expected: {error}") from error
 
 
 def _tokenizer(path: str) -> Any:
@@ -97,7 +97,7 @@ def _tokenizer(path: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser = OneLineParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="show | check")
     for run, summary in ((show, "print a few prompts"), (check, "report the size and the problems of a set")):
         command = commands.add_parser(

@@ -48,17 +48,23 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
 
 
 def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None:
-    """Raises: ConfigError if `saved`, the data.json of a run, exists and records other questions of the same source."""
+    """Raises: ConfigError if `saved`, the data.json of a run, exists and is damaged or records other questions of the
+    same source.
+    """
     if not saved.exists():
         return
-    before = json.loads(saved.read_text(encoding="utf-8"))["sets"]
-    known = {
-        name: loaded
-        for name, loaded in sets.items()
-        # a resumed run may have other evaluation sets
-        if name == TRAINING or (name in before and before[name]["source"] == loaded.source)
-    }
-    differing = [name for name, loaded in known.items() if loaded.digest != before[name]["digest"]]
+    try:
+        before = {
+            name: (entry["source"], entry["digest"]) for name, entry in json.loads(saved.read_bytes())["sets"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{saved} is damaged ({type(error).__name__}), so the questions cannot be compared with those that the run "
+            f"started with; restore it, or delete it if you are sure that they are the same"
+        ) from error
+    # a resumed run may have other evaluation sets
+    known = [name for name, loaded in sets.items() if name == TRAINING or before.get(name, [None])[0] == loaded.source]
+    differing = [name for name in known if before.get(name, (None, None))[1] != sets[name].digest]
     if differing:
         dropped = " (data.drop_overlap drops those of the evaluation sets)" if sets[TRAINING].num_overlapping else ""
         raise ConfigError(

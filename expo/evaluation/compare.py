@@ -4,7 +4,6 @@ The interval of a difference B - A is a percentile bootstrap of the paired diffe
 the questions' difficulty does not widen it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expo.errors import ConfigError
+from expo.errors import ConfigError, first_line
 from expo.evaluation.protocol import RESULTS, differences
 from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
 from expo.evaluation.tables import estimates_of, fractions_text
@@ -21,7 +20,7 @@ from expo.reporting.figures import RenderedFigure, draw_curves
 from expo.reporting.templates import comparison_table
 from expo.reporting.templates import render as render_template
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import fail
+from expo.runtime.cli import OneLineParser, fail
 
 PROGRAM = "python -m expo.evaluate compare"
 
@@ -120,7 +119,7 @@ def read_results(folder: Path) -> Results:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Results(path.parent.name, {name: content[name] for name in ("model", "protocol", "questions", "sets")})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not the result of an evaluation ({type(error).__name__}); give a folder that a finished "
             f"`python -m expo.evaluate` wrote"
@@ -166,7 +165,7 @@ def render(a: Results, b: Results, lines: Sequence[Comparison], figures: Sequenc
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes the page. Exit codes: 0, or 2 if A and B cannot be compared."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM, description="Paired differences B - A with 95 % intervals, and a page with pass@k curves."
     )
     parser.add_argument("a", metavar="A", type=Path, help="folder of results")
@@ -175,18 +174,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--anyway", action="store_true", help="compare even if protocols or questions differ")
     arguments = parser.parse_args(list(argv))
     try:
-        a, b = read_results(arguments.a), read_results(arguments.b)
-        lines = compare(a, b, anyway=arguments.anyway)
+        sys.stdout.write(_write_comparison(arguments.a, arguments.b, arguments.out or arguments.b, arguments.anyway))
     except ConfigError as error:
         fail(PROGRAM, error)
+    except OSError as error:
+        fail(PROGRAM, ConfigError(f"the comparison cannot be written ({error}); give another folder as --out"))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        damaged = f"{arguments.a} or {arguments.b} holds damaged results ({type(error).__name__}: {first_line(error)})"
+        fail(PROGRAM, ConfigError(f"{damaged}; repeat that evaluation"))
+    return 0
+
+
+def _write_comparison(folder_a: Path, folder_b: Path, out: Path, anyway: bool) -> str:
+    """Writes the page and its figures to `out`; the table, and the path of the page, as text."""
+    a, b = read_results(folder_a), read_results(folder_b)
+    lines = compare(a, b, anyway=anyway)
     heads = ("set", "questions", "metric", "A [95 %]", "B [95 %]", "B - A [95 %]")
-    sys.stdout.write(text_table(heads, [table_cells(line) for line in lines]) + "\n")
-    out = arguments.out or arguments.b
+    table = text_table(heads, [table_cells(line) for line in lines])
     out.mkdir(parents=True, exist_ok=True)
     figures = draw(a, b, lines)
     for figure in figures:
         assert figure.png is not None
         write_bytes_whole(out / f"{figure.name}.png", figure.png)
     write_bytes_whole(out / "compare.html", render(a, b, lines, figures).encode())
-    sys.stdout.write(f"page: {out / 'compare.html'}\n")
-    return 0
+    return f"{table}\npage: {out / 'compare.html'}\n"

@@ -5,7 +5,7 @@ If MODEL is a run, settings that are not given are those of the run; otherwise t
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step_number(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"--step = {text!r}; expected the number of a checkpoint's step, such as 50")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(f"--step = {text[:80]!r}; expected the number of a checkpoint's step, such as 50")
     return int(text)
 
 
@@ -132,7 +132,7 @@ def resolve(model: str, step: int | None, overrides: Overrides) -> EvalArguments
 def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
     """The run folder that MODEL is or lies in (None if there is none), and the step of the checkpoint to evaluate."""
     path = Path(model)
-    checkpoint = re.fullmatch(r"step-(\d+)", path.name)
+    checkpoint = re.fullmatch(r"step-([0-9]{1,9})", path.name)
     if checkpoint and _is_run(path.parent.parent):
         if step not in (None, int(checkpoint[1])):
             raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
@@ -150,11 +150,35 @@ def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file()
+    try:
+        return (path / "config.yaml").is_file()
+    except OSError:  # the name is too long, or a folder cannot be read
+        return False
 
 
 def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalConfig:
     values: dict[str, Any] = {"model": {"path": model}}
     if run is not None or model == "ledger":
         values = evaluation_values(load_config(run and run / "config.yaml"))
+    if run is not None:
+        _require_given_code(run, values, [name for name, _ in overrides])
     return filled(EvalConfig, values, overrides)
+
+
+def _require_given_code(run: Path, values: Mapping[str, Mapping[str, Any]], given: Collection[str]) -> None:
+    """A run's folder is data and may come from anybody: code that its configuration names runs only if the command line
+    names it too.
+
+    Raises: ConfigError that says what to give.
+    """
+    verifier, remote = values["reward"]["verifier"], values["model"]["trust_remote_code"]
+    code = {
+        "reward.verifier": verifier if ":" in verifier else None,  # module:function
+        "model.trust_remote_code": "true" if remote else None,
+    }
+    for name, value in code.items():
+        if value is not None and name not in given:
+            raise ConfigError(
+                f"{run / 'config.yaml'} names code: {name} = {value}; if you trust it, give --{name}={value}, "
+                f"otherwise another value"
+            )

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection
+from expo.errors import CheckpointError, first_line
+from expo.learner._compat_deepspeed import load_deepspeed
 from expo.learner.deepspeed import TAG
 from expo.learner.lora import add_adapters, merge_adapters
 from expo.runtime.logging_filters import errors_only
+from expo.runtime.safe_load import weights_only_loading
 
 
 def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) -> None:
@@ -21,8 +24,23 @@ def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) ->
         model: the initial model of the run, unsharded and without adapters; changed in place.
         section: of the run; says how the weights were sharded and whether there are adapters.
         folder: the folder that `Policy.save` wrote.
+
+    Raises: CheckpointError if the files do not hold the model's weights.
     """
-    saved = {name.removeprefix("model."): value for name, value in _read_parameters(section.zero_stage, folder).items()}
+    try:
+        _copy_weights(model, section, folder)
+    except Exception as error:  # damaged or forged files raise many unrelated types
+        raise CheckpointError(
+            f"{folder} does not hold the weights of the run's model ({type(error).__name__}: {first_line(error)}); "
+            f"restore it, or choose another step"
+        ) from error
+
+
+def _copy_weights(model: Any, section: PolicySection, folder: Path) -> None:
+    load_deepspeed()
+    with weights_only_loading():
+        parameters = _read_parameters(section.zero_stage, folder)
+    saved = {name.removeprefix("model."): value for name, value in parameters.items()}
     if section.lora_rank:
         with torch.device("meta"):  # only the names and scales of the adapters are needed
             adapted = type(model)(model.config)
@@ -30,6 +48,8 @@ def load_checkpoint_weights(model: Any, section: PolicySection, folder: Path) ->
         saved = merge_adapters(saved, adapted)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if saved[name].shape != parameter.shape:  # copy_ would broadcast it
+                raise ValueError(f"{name} has shape {list(saved[name].shape)}, expected {list(parameter.shape)}")
             parameter.copy_(saved[name])
 
 
@@ -38,7 +58,7 @@ def _read_parameters(zero_stage: int, folder: Path) -> dict[str, Tensor]:
     parameters: dict[str, Tensor]
     if zero_stage < 3:  # every rank had all parameters; only optimizer states are sharded
         file = folder / TAG / "mp_rank_00_model_states.pt"
-        parameters = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+        parameters = torch.load(file, map_location="cpu", mmap=True)["module"]
         return parameters
     # DeepSpeed prints its progress
     with errors_only(), Path(os.devnull).open("w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):

@@ -198,7 +198,10 @@ def _resume(folder: RunFolder, metadata: dict[str, Any]) -> dict[str, int]:
     """
     remove_leftovers(folder.path)
     if (folder.path / PROTOCOL).exists():
-        differing = differences(folder.read_json(PROTOCOL), metadata)
+        saved = folder.read_object(PROTOCOL)
+        if not saved:
+            raise ConfigError(f"{folder.path / PROTOCOL} is damaged; restore it, or give another folder as --out")
+        differing = differences(saved, metadata)
         if differing:
             raise ConfigError(
                 f"--out = {folder.path} holds another evaluation: {', '.join(differing)}; change these back, or give "
@@ -208,4 +211,8 @@ def _resume(folder: RunFolder, metadata: dict[str, Any]) -> dict[str, int]:
         raise ConfigError(f"--out = {folder.path} holds files but no evaluation; give another folder")
     else:
         folder.write_json(PROTOCOL, metadata)
-    return resume_replies(folder.path / f"{REPLIES}.jsonl", metadata["protocol"]["num_samples"])
+    path = folder.path / f"{REPLIES}.jsonl"
+    try:
+        return resume_replies(path, metadata["protocol"]["num_samples"], metadata["questions"])
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read or cut ({error}); move it away, or give another folder") from error

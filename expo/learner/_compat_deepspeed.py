@@ -6,7 +6,7 @@ Source: deepspeed 0.19. `learner/deepspeed.py` uses the public interface of the 
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,5 +82,13 @@ def set_gradient_clipping(engine: Any, max_norm: float) -> None:
 
 def universal_conversion(source: Path, target: Path) -> list[str]:
     """The command line that converts an engine's checkpoint into a universal one, for any number of ranks."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "expo.learner.universal", "--inject_missing_state"]
     return [*command, "--input_folder", str(source), "--output_folder", str(target)]
+
+
+def convert_to_universal(arguments: Sequence[str]) -> None:
+    """DeepSpeed's conversion with the arguments of its command line."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    sys.argv[1:] = arguments  # it reads them from there
+    ds_to_universal.main(ds_to_universal.parse_arguments())

@@ -68,22 +68,41 @@ class MiniBatch:
     micro_batches: list[MicroBatch]
     num_sequences: int
     num_tokens: int  # of replies
-    lengths: list[int]  # tokens of every sequence, prompt and reply
+    num_trained_tokens: int  # of those in micro-batches
+    lengths: list[int]  # tokens of every sequence in micro-batches, prompt and reply
     num_positions: int  # padding included, over all ranks
 
 
 # --- samples into mini-batches and micro-batches
 
 
-def mini_batches(samples: Sequence[Sample], section: PolicySection, pad_id: int, ranks: Ranks) -> Iterator[MiniBatch]:
-    """Splits all ranks' `samples` in order into equal mini-batches, one per update; no old or reference logps."""
+def mini_batches(
+    samples: Sequence[Sample],
+    section: PolicySection,
+    pad_id: int,
+    ranks: Ranks,
+    *,
+    skips_zero_advantages: bool = False,
+) -> Iterator[MiniBatch]:
+    """Splits all ranks' `samples` in order into equal mini-batches, one per update; no old or reference logps.
+
+    `skips_zero_advantages`: samples whose advantage is 0 are in no micro-batch; the sizes of the step count them.
+    """
     size = len(samples) // section.updates_per_step
     for start in range(0, len(samples), size):
         part = [sample for sample in samples[start : start + size] if not sample.is_left_out]
-        yield _mini_batch(part, section, pad_id, ranks)
+        trained = [sample for sample in part if sample.advantage != 0] if skips_zero_advantages else part
+        yield replace(
+            _mini_batch(trained, section, pad_id, ranks), num_sequences=len(part), num_tokens=_num_reply_tokens(part)
+        )
+
+
+def _num_reply_tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.reply_ids) for sample in samples)
 
 
 def _mini_batch(samples: Sequence[Sample], section: PolicySection, pad_id: int, ranks: Ranks) -> MiniBatch:
+    num_tokens = _num_reply_tokens(samples)
     lengths = [len(sample) for sample in samples]
     rows_by_rank = _split_over_ranks(lengths, section, ranks.size)
     own_samples = [[samples[row] for row in rows] for rows in rows_by_rank[ranks.rank]]
@@ -91,7 +110,8 @@ def _mini_batch(samples: Sequence[Sample], section: PolicySection, pad_id: int, 
     return MiniBatch(
         micro_batches=[_micro_batch(part, section, pad_id, ranks.device) for part in own_samples],
         num_sequences=len(samples),
-        num_tokens=sum(len(sample.reply_ids) for sample in samples),
+        num_tokens=num_tokens,
+        num_trained_tokens=num_tokens,
         lengths=lengths,
         num_positions=sum(num_positions),
     )

@@ -21,6 +21,7 @@ from expo.learner._compat_deepspeed import (
 )
 from expo.runtime.distributed import Ranks
 from expo.runtime.logging_filters import errors_only
+from expo.runtime.safe_load import weights_only_loading
 
 GATHER_ELEMENTS = 2**28  # parameters that ZeRO 3 gathers at once for the rollout engine and the export: 1 GiB
 BUCKET_ELEMENTS = 2 * 10**8  # gradients reduced at once; DeepSpeed allocates a buffer of that size, by default of 2 GB
@@ -127,12 +128,14 @@ def load_states(engine: Any, folder: Path, ranks: Ranks, *, converts: bool) -> d
         ranks: the processes of the run.
         converts: whether to convert states that ZeRO partitioned for another number of ranks.
 
+    Nothing in the files is run: what is neither a tensor nor a plain value is refused while it is read.
+
     Raises: ConfigError if the states cannot be converted.
     """
     if converts:
         folder = _convert_to_universal(folder, ranks)
     set_universal_loading(engine, is_universal=converts)
-    with errors_only():
+    with errors_only(), weights_only_loading():
         path, loaded = engine.load_checkpoint(str(folder), tag=TAG)
     assert path is not None, f"{folder} holds no DeepSpeed checkpoint"
     if converts:

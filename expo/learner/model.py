@@ -115,11 +115,20 @@ class PolicyModule(torch.nn.Module):
         objective: the loss; its temperature and softcap apply to the log-probs too.
         dtype: of the transformer's matrix products and of the head's inputs.
         logits_budget_mb: memory for one chunk of logits in MiB; None: chosen by expo_kernels.
+        gradient_tolerance: of the loss's gradients, as in linear_expo_loss.
     """
 
-    def __init__(self, model: Any, objective: Objective, dtype: torch.dtype, logits_budget_mb: float | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        dtype: torch.dtype,
+        logits_budget_mb: float | None,
+        gradient_tolerance: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model, self.objective, self.dtype, self.logits_budget_mb = model, objective, dtype, logits_budget_mb
+        self.gradient_tolerance = gradient_tolerance
 
     def forward(self, batch: Batch, *, returns_hidden: bool = False, **loss: Any) -> Any:
         """Log-probs of the reply tokens, nats, 0 elsewhere; with `loss` arguments (loss, metrics, detached log-probs).
@@ -146,6 +155,7 @@ class PolicyModule(torch.nn.Module):
                 objective=self.objective,
                 return_entropy=True,
                 weight_dtype=self.dtype,  # and the gradient is float32, as the weight is
+                gradient_tolerance=self.gradient_tolerance,
                 **shared,
                 **loss,
             )

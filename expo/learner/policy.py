@@ -99,7 +99,8 @@ class DeepSpeedPolicy:
             module.dtype = self.dtype
 
     def _policy_module(self, model: Any) -> PolicyModule:
-        return PolicyModule(model, self._objective, self.dtype, self._section.logits_budget_mb)
+        section = self._section
+        return PolicyModule(model, self._objective, self.dtype, section.logits_budget_mb, section.gradient_tolerance)
 
     def _adamw(self) -> torch.optim.Optimizer:
         section = self._optimizer_section
@@ -172,8 +173,15 @@ class DeepSpeedPolicy:
             dataclasses.replace(
                 mini_batch, micro_batches=[self._with_logps(micro) for micro in mini_batch.micro_batches]
             )
-            for mini_batch in mini_batches(samples, self._section, self._pad_id, self._ranks)
+            for mini_batch in mini_batches(
+                samples, self._section, self._pad_id, self._ranks, skips_zero_advantages=self._skips_zero_advantages
+            )
         ]
+
+    @property
+    def _skips_zero_advantages(self) -> bool:
+        """Whether a reply without an advantage has no gradient: nothing but the surrogate depends on its log-probs."""
+        return self._reference_logps is None and self._entropy_bonus == 0
 
     def _with_logps(self, micro: MicroBatch) -> MicroBatch:
         return dataclasses.replace(
@@ -217,7 +225,7 @@ class DeepSpeedPolicy:
         norm, is_applied = self._step(rate, sums)
         self._updates_done += 1
         return {
-            **sums.means(mini_batch.num_tokens, self._ranks),
+            **sums.means(mini_batch.num_trained_tokens, self._ranks),
             "grad_norm": norm,
             "learning_rate": rate,
             "skipped": float(not is_applied),
@@ -307,36 +315,43 @@ class DeepSpeedPolicy:
 
 
 class _Sums:
-    """Sums of the metrics over an update's tokens and its largest ratio; on the device until they are read."""
+    """Sums of the metrics over an update's tokens, and maxima; on the device until they are read."""
 
     names = ("loss", "kl", "entropy", "ratio_mean", "clip_low_fraction", "clip_high_fraction")
+    # also with a gradient tolerance
+    tolerance_names, tolerance_maxima = ("kept_columns",), ("gradient_error_bound",)
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # float64, in the order of `names`; the loss is a sum itself
-        self._ratio_max: Tensor | None = None
+        self._names: tuple[str, ...] = self.names
+        self._maxima: tuple[str, ...] = ("ratio_max",)
+        self._sums: Tensor | None = None  # float64, in the order of `_names`; the loss is a sum itself
+        self._largest: Tensor | None = None
         self._read: list[float] = []
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch."""
-        weighted = [metrics[name].double() * metrics["tokens"] for name in self.names[1:]]
-        values, largest = torch.stack([loss.detach().double(), *weighted]), metrics["ratio_max"].double()
+        if "kept_columns" in metrics:
+            self._names, self._maxima = self.names + self.tolerance_names, ("ratio_max", *self.tolerance_maxima)
+        weighted = [metrics[name].double() * metrics["tokens"] for name in self._names[1:]]
+        values = torch.stack([loss.detach().double(), *weighted])
+        largest = torch.stack([metrics[name].double() for name in self._maxima])
         self._sums = values if self._sums is None else self._sums + values
-        self._ratio_max = largest if self._ratio_max is None else torch.maximum(self._ratio_max, largest)
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
     def read(self, *others: Tensor) -> float:
         """Copies the sums and 0-dim tensors to the host at once; returns the last number."""
         assert self._sums is not None
-        assert self._ratio_max is not None
-        numbers = torch.cat([self._sums, torch.stack([self._ratio_max, *(other.double() for other in others)])])
-        self._read = numbers.tolist()
+        assert self._largest is not None
+        self._read = torch.cat([self._sums, self._largest, *(other.double().view(1) for other in others)]).tolist()
         return self._read[-1]
 
     def means(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
-        """The means by name, for `num_tokens` tokens over all ranks, and `ratio_max`."""
-        loss, *sums = ranks.all_reduce_sum(self._read[: len(self.names)])
+        """The means by name, for `num_tokens` tokens over all ranks, and the maxima."""
+        size = len(self._names)
+        loss, *sums = ranks.all_reduce_sum(self._read[:size])
         means = [loss, *(value / max(num_tokens, 1) for value in sums)]
-        (ratio_max,) = ranks.all_reduce_max([self._read[len(self.names)]])
-        return {**dict(zip(self.names, means, strict=True)), "ratio_max": ratio_max}
+        maxima = ranks.all_reduce_max(self._read[size : size + len(self._maxima)])
+        return dict(zip(self._names + self._maxima, [*means, *maxima], strict=True))
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

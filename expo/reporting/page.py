@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expo.reporting import clean
 from expo.reporting.comparison import Comparison, Scores, compare_scores, headline_set, interval_text
 from expo.reporting.figures import RenderedFigure
 from expo.reporting.reader import Record, RunRecords, TrainingHistory, is_correct, series, starts_of
@@ -52,7 +53,7 @@ def render_page(run: RunRecords, figures: Sequence[RenderedFigure]) -> str:
         replies={step: [_reply_card(reply) for reply in replies] for step, replies in run.replies.items()},
         provenance=provenance,
         config_text=run.config_text,
-        versions=environment.get("versions") or {},
+        versions=clean.mapping(environment.get("versions")),
     )
 
 
@@ -112,7 +113,7 @@ def _notices(run: RunRecords) -> list[str]:
 
 def _progress(history: TrainingHistory) -> str:
     num_steps = history.setting("run", "steps")
-    return f"{_last_step(history)} of {num_steps}" if num_steps else str(_last_step(history))
+    return f"{_last_step(history)} of {num_steps}" if clean.is_step(num_steps) else str(_last_step(history))
 
 
 def _last_step(history: TrainingHistory) -> int:
@@ -121,10 +122,13 @@ def _last_step(history: TrainingHistory) -> int:
 
 def _facts(run: RunRecords) -> dict[str, str]:
     metrics = run.history.metrics
-    seconds = run.summary.get("seconds") or sum(v for v in series(metrics, "seconds") if not math.isnan(v))
+    seed = run.summary.get("seed", run.history.setting("run", "seed"))
+    seconds = clean.number(run.summary.get("seconds")) or sum(
+        v for v in series(metrics, "seconds") if not math.isnan(v)
+    )
     return {
         "Steps": str(run.summary.get("steps") or _last_step(run.history)),
-        "Seed": str(run.summary.get("seed", run.history.setting("run", "seed"))),
+        "Seed": str(seed) if isinstance(seed, int) else "–",
         "Wall time": _duration(seconds),
         "Seconds per step": _median(metrics, "seconds", ".2f"),
         "Tokens per second": _median(metrics, "tokens_per_second", ",.0f"),
@@ -186,12 +190,12 @@ def _provenance(run: RunRecords) -> tuple[Record, Record]:
     """The environment of the last start of the run, and what the page shows of all starts."""
     starts = starts_of(run.environment)
     environment = starts[-1] if starts else {}
-    machine = environment.get("machine") or {}
-    gpus = ", ".join(str(gpu) for gpu in machine.get("gpus") or []) or "none"
+    machine = clean.mapping(environment.get("machine"))
+    gpus = ", ".join(str(gpu) for gpu in clean.listing(machine.get("gpus"))) or "none"
     facts = {
         "Started": starts[0].get("started") if starts else None,
         "Commit": _commits(starts, run.summary),
-        "Command": " ".join(str(word) for word in environment.get("command") or []),
+        "Command": " ".join(str(word) for word in clean.listing(environment.get("command"))),
         "CPUs": machine.get("cpus"),
         "GPUs": gpus if machine else None,
         "Python": machine.get("python"),
@@ -201,7 +205,7 @@ def _provenance(run: RunRecords) -> tuple[Record, Record]:
 
 def _commits(starts: Sequence[Record], summary: Record) -> str:
     """The commit of the code; if it changed between starts, each commit and its first step where known."""
-    summarized = summary.get("commits") or [summary.get("commit")]
+    summarized = clean.listing(summary.get("commits")) or [summary.get("commit")]
     used = [start for start in starts if start.get("commit")] or [{"commit": commit} for commit in summarized if commit]
     texts = []
     for index, start in enumerate(used):

@@ -1,20 +1,20 @@
 """Reads the files of a run folder: what `report.py` shows.
 
-A run may still be in progress or may have crashed: missing files and values are left empty, and truncated lines are
-counted and skipped.
+A run may still be in progress or may have crashed, and its files may be damaged or somebody else's: missing files and
+values are left empty, and lines that are no rows are counted and skipped.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from expo.errors import NotARunError
+from expo.reporting import clean
 from expo.reporting.comparison import Scores
+from expo.run.logs import parse_object
+from expo.runtime.bounded_yaml import YamlError, load_yaml
 
 Record = dict[str, Any]  # one line of a .jsonl file
 
@@ -52,9 +52,9 @@ class RunRecords:
 
 
 def series(records: Iterable[Record], key: str) -> list[float]:
-    """The records' values of `key`, NaN where a record has none."""
-    values = [record.get(key) for record in records]
-    return [float(value) if isinstance(value, int | float) else math.nan for value in values]
+    """The records' values of `key`, NaN where a record has no number."""
+    values = [clean.number(record.get(key)) for record in records]
+    return [math.nan if value is None else value for value in values]
 
 
 def steps_of(records: Iterable[Record]) -> list[int]:
@@ -64,18 +64,19 @@ def steps_of(records: Iterable[Record]) -> list[int]:
 
 def is_correct(reply: Record) -> bool:
     """Whether a recorded reply earned a reward."""
-    return bool((reply.get("reward") or 0) > 0)
+    return (clean.number(reply.get("reward")) or 0) > 0
 
 
 def starts_of(environment: Record) -> list[Record]:
     """Every start of a run, in order, from its environment.json; older files record only the last one."""
-    starts: list[Record] = environment.get("starts") or ([environment] if environment else [])
-    return starts
+    starts = environment.get("starts") or ([environment] if environment else [])
+    return [start for start in clean.listing(starts) if isinstance(start, dict)]
 
 
 def commits_of(environment: Record) -> list[str | None]:
     """The commits of the code that ran, without repeats, in order; None where it was not a git checkout."""
-    return list(dict.fromkeys(start.get("commit") for start in starts_of(environment)))
+    commits = [start.get("commit") for start in starts_of(environment)]
+    return list(dict.fromkeys(commit for commit in commits if commit is None or isinstance(commit, str)))
 
 
 def read_run(run_dir: Path) -> RunRecords:
@@ -90,6 +91,7 @@ def read_run(run_dir: Path) -> RunRecords:
         _by_step(_read_lines(run_dir / f"{name}.jsonl", unreadable)) for name in ("metrics", "curriculum")
     )
     evaluations = evaluations_by_step(_read_lines(run_dir / "evaluations.jsonl", unreadable))
+    curriculum = [{**row, "histogram": clean.histogram(row.get("histogram"))} for row in curriculum]
     summary = _read_json(run_dir / "summary.json", unreadable)
     before, after = _before_and_after(summary, evaluations)
     history = TrainingHistory(config, metrics, curriculum, evaluations, before, after)
@@ -107,9 +109,9 @@ def _read_config(run_dir: Path) -> tuple[str, Record]:
         raise NotARunError(f"{run_dir} is not a run: it has no config.yaml; give the folder that the trainer wrote")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise NotARunError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        config = load_yaml(text)
+    except YamlError as error:
+        raise NotARunError(f"{path} is not YAML as expected: {error}") from error
     if not isinstance(config, dict):
         raise NotARunError(f"{path} contains {type(config).__name__}, but a run's configuration has named sections")
     return text, config
@@ -122,25 +124,17 @@ def _read_lines(path: Path, unreadable: dict[str, int]) -> Iterator[Record]:
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            record = _parse_object(line)
-            if isinstance(record.get("step"), int):
+            record = parse_object(line)
+            if clean.is_step(record.get("step")):
                 yield record
             elif line.strip():
                 unreadable[path.name] += 1
 
 
-def _parse_object(text: str) -> Record:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _read_json(path: Path, unreadable: dict[str, int]) -> Record:
     if not path.is_file():
         return {}
-    value = _parse_object(path.read_text(encoding="utf-8", errors="replace"))
+    value = parse_object(path.read_text(encoding="utf-8", errors="replace"))
     unreadable[path.name] = 0 if value else 1
     return value
 
@@ -157,16 +151,18 @@ def evaluations_by_step(records: Iterable[Record]) -> list[Record]:
     """
     merged: dict[int, Record] = {}
     for record in records:
-        if record.get("sets"):
+        scores = clean.scores(record.get("sets"))
+        if scores:
             earlier = merged.get(record["step"], {"sets": {}})
-            merged[record["step"]] = {**earlier, **record, "sets": {**earlier["sets"], **record["sets"]}}
+            merged[record["step"]] = {**earlier, **record, "sets": {**earlier["sets"], **scores}}
     return [merged[step] for step in sorted(merged)]
 
 
 def _before_and_after(summary: Record, evaluations: list[Record]) -> tuple[Scores, Scores]:
-    before = evaluations[0]["sets"] if evaluations else {}
-    after = evaluations[-1]["sets"] if len(evaluations) > 1 else {}
-    return summary.get("before") or before, summary.get("after") or after
+    initial = [evaluation["sets"] for evaluation in evaluations if evaluation["step"] == 0]
+    later = [evaluation["sets"] for evaluation in evaluations if evaluation["step"] > 0]
+    before, after = initial[0] if initial else {}, later[-1] if later else {}
+    return clean.scores(summary.get("before")) or before, clean.scores(summary.get("after")) or after
 
 
 def _read_replies(path: Path, unreadable: dict[str, int]) -> dict[int, list[Record]]:
@@ -185,7 +181,7 @@ def _read_replies(path: Path, unreadable: dict[str, int]) -> dict[int, list[Reco
 
 def _select_replies(replies: list[Record]) -> list[Record]:
     """At most one reply per question, half of them correct and half incorrect if there are enough of both."""
-    first_by_question = {reply.get("question_id"): reply for reply in reversed(replies)}
+    first_by_question = {str(reply.get("question_id")): reply for reply in reversed(replies)}
     candidates = list(reversed(first_by_question.values()))
     correct = [reply for reply in candidates if is_correct(reply)]
     incorrect = [reply for reply in candidates if not is_correct(reply)]

@@ -2,12 +2,14 @@
 
 There is one file for each resampling round of a step. It is used only if the same replies would be sampled again: under
 the same settings, for the same step and questions, from the same weights, which the policy's log-probs of the probe
-identify.
+identify; and only if its checksum is that of its content.
 """
 
 import gzip
+import hashlib
 import io
 import pickle
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +30,7 @@ SAME_WEIGHTS = 1e-4
 # errors that a truncated, damaged or foreign file raises
 UNREADABLE = (
     OSError, EOFError, zlib.error, pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError,
+    AttributeError, AssertionError, OverflowError,
 )  # fmt: skip
 
 
@@ -76,7 +79,8 @@ class ReplyCache:
             return broadcast_replies(cached, self._ranks)
         sampled = sample()
         if self._ranks.is_rank0:
-            self._write(path, {**facts, "probe": probe, **pack_replies(sampled).to_dict()})
+            packed = pack_replies(sampled)
+            self._write(path, {**facts, "probe": probe, **packed.to_dict(), "checksum": _checksum(facts, packed)})
         return sampled
 
     def drop(self, step: int) -> None:
@@ -84,8 +88,9 @@ class ReplyCache:
         if not self._ranks.is_rank0 or not self._folder.is_dir():
             return
         remove_leftovers(self._folder)
-        for path in self._folder.glob("step-*-round-*.gz"):
-            if int(path.name.split("-")[1]) <= step:
+        for path in self._folder.iterdir():
+            named = re.fullmatch(r"step-(\d+)-round-\d+\.gz", path.name)
+            if named and int(named[1]) <= step:
                 with suppress(OSError):  # the next checkpoint tries again
                     path.unlink()
 
@@ -93,16 +98,11 @@ class ReplyCache:
         if not path.exists():
             return None
         try:
-            # gzip barely compresses here; it adds a checksum and an end marker
-            content = torch.load(io.BytesIO(gzip.decompress(path.read_bytes())), weights_only=True)
-            differing = [name for name, value in facts.items() if content[name] != value]
-            if not differing and not _is_near(content["probe"], probe):
-                differing = ["weights"]
-            if not differing:
-                replies = PackedReplies.from_dict(content)
+            content = torch.load(io.BytesIO(_unzip(path.read_bytes())), weights_only=True)
+            problem = _difference(content, facts, probe)
+            if problem is None:
                 self._report(f"step {facts['step']}: replies taken from {path}")
-                return replies
-            problem = f"it was sampled with other {', '.join(differing)}"
+                return PackedReplies.from_dict(content)
         except UNREADABLE as error:
             problem = f"it cannot be read ({type(error).__name__})"
         self._report(f"step {facts['step']}: {path} is ignored, since {problem}; sampling again")
@@ -116,6 +116,41 @@ class ReplyCache:
             write_bytes_whole(path, gzip.compress(buffer.getvalue(), compresslevel=0, mtime=0))
         except OSError as error:
             self._report(f"warning: replies could not be kept in {path} ({error}); free some space")
+
+
+def _unzip(data: bytes) -> bytes:
+    """The content of a file that `_write` wrote. gzip barely compresses there; it adds a checksum and an end marker.
+
+    Raises: EOFError if the file is truncated, or unpacks to more than its own size, which could fill the memory.
+    """
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    content = unpacker.decompress(data, max_length=max(len(data), 1))
+    if not unpacker.eof:
+        raise EOFError("the end is missing")
+    return content
+
+
+def _difference(content: Mapping[str, Any], facts: Mapping[str, Any], probe: Tensor) -> str | None:
+    """Why the content of a file is not what would be sampled again, as a message; None if it is."""
+    differing = [name for name, value in facts.items() if content[name] != value]
+    if not differing and not _is_near(content["probe"], probe):
+        differing = ["weights"]
+    if differing:
+        return f"it was sampled with other {', '.join(differing)}"
+    if "checksum" not in content:
+        return "an earlier version wrote it without a checksum"
+    if content["checksum"] != _checksum(facts, PackedReplies.from_dict(content)):
+        return "its replies were changed"
+    return None
+
+
+def _checksum(facts: Mapping[str, Any], replies: PackedReplies) -> str:
+    """SHA-256 of what a file says, of every bit that training reads."""
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode("utf-8", "surrogatepass"))
+    for tensor in replies.tensors():
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _is_near(cached: Tensor, probe: Tensor) -> bool:

@@ -73,7 +73,7 @@ class PackedReplies:
     def from_dict(cls, content: Mapping[str, Any]) -> "PackedReplies":
         """What `to_dict` wrote. Raises: LookupError, TypeError, ValueError or RuntimeError if it did not."""
         texts, text_lengths = _encode(content["texts"])
-        return cls(
+        packed = cls(
             torch.tensor(content["group_sizes"], dtype=torch.int64),
             torch.tensor(content["lengths"], dtype=torch.int64),
             content["token_ids"],
@@ -82,6 +82,11 @@ class PackedReplies:
             text_lengths,
             texts,
         )
+        replies, tokens = int(packed.group_sizes.sum()), int(packed.lengths.sum())
+        sizes = [len(part) for part in (packed.lengths, packed.is_truncated, text_lengths)]
+        if sizes != [replies] * 3 or len(packed.token_ids) != tokens or len(packed.logps) != tokens:
+            raise ValueError(f"{replies} replies of {tokens} tokens do not fit the sizes of their parts")
+        return packed
 
 
 def pack_replies(groups: Sequence[Sequence[Reply]]) -> PackedReplies:

@@ -19,6 +19,7 @@ FREE = {
     "run.trackers": "what it records",
     "rollout.keep_replies": "what it keeps",
     "vllm.servers": "where replies are sampled",
+    "vllm.key_file": "where replies are sampled",
     "vllm.gpus": "where replies are sampled",
     "vllm.transfer": "how weights are sent",
     "vllm.weights_folder": "how weights are sent",
@@ -39,6 +40,7 @@ STEERING = {
     "objective.rollout_floor": "the bounds of the rollout correction",
     "objective.rollout_cap": "the bounds of the rollout correction",
     "rollout.sync_tolerance": "the tolerance of all further weight syncs",
+    "policy.gradient_tolerance": "the tolerance of the gradients of all further updates",
     "rollout.max_new_tokens": "the longest reply of all further steps",
     "rollout.stop_tokens": "what ends a reply in all further steps",
     "rollout.batch_size": "rounding, and memory",
@@ -112,6 +114,11 @@ def require_allowed(changed: Mapping[str, Sequence[Any]], run: object) -> None:
         )
 
 
+def is_record(value: object) -> bool:
+    """Whether a value read from a file is a record of changes."""
+    return isinstance(value, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in value.values())
+
+
 def describe(changed: Mapping[str, Sequence[Any]]) -> str:
     """The changes on one line, each as "run.steps (10 -> 20)"."""
     return ", ".join(f"{name} ({before} -> {after})" for name, (before, after) in changed.items())
@@ -131,5 +138,5 @@ def initial_settings(settings: Mapping[str, Any], starts: Sequence[Mapping[str, 
     """
     initial = dict(settings)
     for start in reversed(starts):
-        initial.update({name: before for name, (before, _) in start.get("changed", {}).items()})
+        initial.update({name: values[0] for name, values in start.get("changed", {}).items()})
     return initial

@@ -3,14 +3,14 @@
 A checkpoint is a folder `step-000050`. It is written under a temporary name, flushed to disk, listed with sizes and
 checksums in its manifest, renamed, and then named in the file `latest`. A folder with its final name whose files match
 the manifest is whole. The folder must be on a file system that every rank can reach.
+
+A checkpoint is data: loading one runs nothing in it (`expo/runtime/safe_load.py`).
 """
 
-import json
 import random
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,15 +21,27 @@ import numpy
 import torch
 from torch import Tensor
 
-from expo.errors import CheckpointError, first_line
+from expo.errors import CheckpointError, ExpoError, first_line
 from expo.learner.policy import Policy
+from expo.run.logs import LogState
+from expo.run.manifest import (
+    MANIFEST,
+    UNREADABLE,
+    Manifest,
+    crc_of_file,
+    find_change,
+    find_code,
+    find_unlisted,
+    manifest_text,
+    read_manifest,
+    step_name,
+)
 from expo.runtime.atomic_io import flush, remove_leftovers, write_bytes_whole
 from expo.runtime.distributed import Ranks
+from expo.runtime.safe_load import load_plain
 from expo_kernels import CurriculumTable
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
-READ_BYTES = 2**22
 
 T = TypeVar("T")
 
@@ -65,10 +77,19 @@ class Checkpoints:
         config_hash: digest of the settings that may not change on resume; a checkpoint with another digest is refused.
             None: accept any, for reading only.
         earlier_hash: the same, as earlier versions computed it; their checkpoints are accepted too.
+        flush_logs: flushes the run's logs to disk on rank 0, and returns their states for the manifest; None: it
+            records none.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, config_hash: str | None, earlier_hash: str | None = None) -> None:
-        self.folder, self._ranks = folder, ranks
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        config_hash: str | None,
+        flush_logs: Callable[[], dict[str, LogState]] | None = None,
+        earlier_hash: str | None = None,
+    ) -> None:
+        self.folder, self._ranks, self._flush_logs = folder, ranks, flush_logs
         self._config_hash, self._earlier_hash = config_hash, earlier_hash
 
     def save(self, position: Position, policy: Policy, score: float | None = None) -> Path:
@@ -81,7 +102,7 @@ class Checkpoints:
 
         Raises: CheckpointError on every rank if a rank could not write; earlier checkpoints are untouched.
         """
-        path = self.folder / f"step-{position.step:06d}"
+        path = self.folder / step_name(position.step)
         if self._ranks.broadcast_from_rank0(path.is_dir()):
             return path
         temporary = path.with_name(f".{path.name}.part")
@@ -89,13 +110,15 @@ class Checkpoints:
             self._run_on_all_ranks(lambda: self._make_folder(temporary))
             self._run_on_all_ranks(lambda: self._write(temporary, position, policy))
             checksums = self._run_on_all_ranks(lambda: self._checksums(temporary))
-            manifest = {
-                "step": position.step,
-                "ranks": self._ranks.size,
-                "score": score,
-                "config_hash": self._config_hash,
-                "files": {name: entry for part in checksums for name, entry in part.items()},
-            }
+            logs = self._run_on_all_ranks(lambda: None if self._flush_logs is None else self._flush_logs())
+            manifest = Manifest(
+                step=position.step,
+                ranks=self._ranks.size,
+                score=score,
+                config_hash=self._config_hash,
+                files={name: entry for part in checksums for name, entry in part.items()},
+                logs=logs[0],
+            )
             self._run_on_all_ranks(lambda: self._publish(temporary, path, manifest))
         except CheckpointError as error:
             if self._ranks.is_rank0:
@@ -130,19 +153,18 @@ class Checkpoints:
             shared = {name: value for name, value in vars(position).items() if name != "random"}
             _save(shared, temporary / "position.pt")
 
-    def _checksums(self, temporary: Path) -> dict[str, list[int]]:
+    def _checksums(self, temporary: Path) -> dict[str, tuple[int, int]]:
         """Flushes this rank's share of the files to disk; their sizes and CRC-32."""
         entries = {}
         for path in self._ranks.shard(sorted(path for path in temporary.rglob("*") if path.is_file())):
             flush(path)
-            entries[path.relative_to(temporary).as_posix()] = [path.stat().st_size, _crc(path)]
+            entries[path.relative_to(temporary).as_posix()] = (path.stat().st_size, crc_of_file(path))
         return entries
 
-    def _publish(self, temporary: Path, path: Path, manifest: Mapping[str, Any]) -> None:
+    def _publish(self, temporary: Path, path: Path, manifest: Manifest) -> None:
         if not self._ranks.is_rank0:
             return
-        content = {**manifest, "crc": _crc_of_manifest(manifest)}
-        write_bytes_whole(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+        write_bytes_whole(temporary / MANIFEST, manifest_text(manifest).encode())
         for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
             flush(folder)
         flush(temporary)
@@ -183,7 +205,12 @@ class Checkpoints:
                 sys.stderr.write(f"checkpoint {path} could not be deleted ({error}); delete it by hand\n")
 
     def list(self, up_to: int | None = None) -> "list[Path]":
-        """Checkpoints with their final name, of steps up to `up_to`, oldest first."""
+        """Checkpoints with their final name, of steps up to `up_to`, oldest first.
+
+        Raises: CheckpointError if their folder is a file.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is no folder; restore the run's checkpoints, or move it away")
         paths = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
         return [path for path in sorted(paths, key=_step) if up_to is None or _step(path) <= up_to]
 
@@ -206,15 +233,15 @@ class Checkpoints:
 
         A checkpoint that does not match is reported on stderr and skipped.
 
-        Raises: CheckpointError if there are checkpoints, but none of them is whole.
+        Raises: CheckpointError if there are checkpoints, but none of them is whole, or one names code to run.
         """
         paths = self._ranks.broadcast_from_rank0(self.list(up_to))
         for path in reversed(paths):
-            problems = [problem for problem in self._ranks.gather(self._problem(path)) if problem]
-            if not problems:
+            problem = self._problem(path)
+            if problem is None:
                 return path
             if self._ranks.is_rank0:
-                sys.stderr.write(f"checkpoint {path} is not whole ({problems[0]}); trying the one before\n")
+                sys.stderr.write(f"checkpoint {path} is not whole ({problem}); trying the one before\n")
         if paths:
             raise CheckpointError(
                 f"none of the {len(paths)} checkpoints in {self.folder} is whole; restore one, or delete them to start "
@@ -225,79 +252,93 @@ class Checkpoints:
     def whole(self, step: int) -> Path:
         """The checkpoint after `step`.
 
-        Raises: CheckpointError if there is none, or it does not match its manifest.
+        Raises: CheckpointError if there is none, it does not match its manifest, or it names code to run.
         """
         paths = self._ranks.broadcast_from_rank0({_step(path): path for path in self.list()})
         if step not in paths:
             known = ", ".join(map(str, paths)) or "none"
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {known}")
-        problems = [problem for problem in self._ranks.gather(self._problem(paths[step])) if problem]
-        if problems:
-            raise CheckpointError(f"checkpoint {paths[step]} is not whole ({problems[0]}); choose another step")
+        problem = self._problem(paths[step])
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {paths[step]} is not whole ({problem}); choose another step")
         return paths[step]
 
     def _problem(self, path: Path) -> str | None:
-        """Why the checkpoint cannot be loaded, as far as this rank's share of its files shows; None if it can."""
+        """Why the checkpoint is not whole, on every rank; None if it is.
+
+        Raises: CheckpointError on every rank if its files match the manifest, but would run code.
+        """
+        inspected = self._ranks.gather(self._inspect(path))
+        problems = [problem for problem, _ in inspected if problem is not None]
+        code = [found for _, found in inspected if found is not None]
+        if not problems and code:
+            raise CheckpointError(
+                f"checkpoint {path} is refused: {code[0]}, and this program writes data only; the folder was forged, "
+                f"do not use it"
+            )
+        return problems[0] if problems else None
+
+    def _inspect(self, path: Path) -> tuple[str | None, str | None]:
+        """Why this rank's share of the files is not whole, or what in it is more than data."""
         try:
-            manifest = _read_manifest(path)
-            if self._config_hash is not None and manifest["config_hash"] not in (self._config_hash, self._earlier_hash):
-                return "it belongs to a run with other settings"
-            for name in self._ranks.shard(sorted(manifest["files"])):
-                size, crc = manifest["files"][name]
-                if not (path / name).is_file():
-                    return f"{name} is missing"
-                if (path / name).stat().st_size != size:
-                    return f"{name} has {(path / name).stat().st_size} bytes, expected {size}"
-                if _crc(path / name) != crc:
-                    return f"{name} has changed"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return None
+            manifest = read_manifest(path)
+        except UNREADABLE as error:
+            return f"{MANIFEST} cannot be read: {type(error).__name__}, {first_line(error)}", None
+        if self._config_hash is not None and manifest.config_hash not in (self._config_hash, self._earlier_hash):
+            return "it belongs to a run with other settings", None
+        names = self._ranks.shard(sorted(manifest.files))
+        try:
+            problem = find_change(path, manifest, names) or find_unlisted(path, manifest)
+        except OSError as error:
+            return f"{type(error).__name__}: {first_line(error)}", None
+        return (problem, None) if problem else (None, find_code(path, names))
 
     def load(self, path: Path, policy: Policy) -> Position:
         """Restores the policy and this rank's random states from a whole checkpoint; returns the run's position.
 
         The random states are restored only if the number of ranks is the one that saved them.
+
+        Raises: CheckpointError on every rank if one of them cannot load its files.
         """
-        saved_size = _read_manifest(path)["ranks"]
-        policy.load(path / "policy", self._ranks.size != saved_size)
-        position = Position(**torch.load(path / "position.pt", map_location="cpu", weights_only=True))
-        random_path = path / f"random-rank{self._ranks.rank}.pt"
-        if self._ranks.size == saved_size:
-            _set_random_states(torch.load(random_path, map_location="cpu", weights_only=True))
-        self._ranks.barrier()
+        position = self._ranks.raise_on_all_ranks(lambda: self._load(path, policy))
         self.delete_after(_step(path))  # they are not whole or diverged, and the run will write them again
         if self._ranks.is_rank0:
             with suppress(OSError):
                 write_bytes_whole(self.folder / LATEST, path.name.encode())
         return position
 
+    def _load(self, path: Path, policy: Policy) -> Position:
+        try:
+            saved_size = read_manifest(path).ranks
+            position = Position(**load_plain(path / "position.pt"))
+            if position.step != _step(path):
+                raise ValueError(f"position.pt is that of step {position.step}")
+            policy.load(path / "policy", self._ranks.size != saved_size)
+            if self._ranks.size == saved_size:
+                _set_random_states(load_plain(path / f"random-rank{self._ranks.rank}.pt"))
+        except ExpoError:
+            raise
+        except Exception as error:  # files that match a manifest but not this run raise many unrelated types
+            raise CheckpointError(
+                f"checkpoint {path} cannot be loaded ({type(error).__name__}: {first_line(error)}); restore it, or "
+                f"delete it to continue from the one before"
+            ) from error
+        return position
+
+    def logs_at(self, path: Path) -> dict[str, LogState] | None:
+        """The states of the logs that a whole checkpoint recorded; None if it is of an earlier version."""
+        return read_manifest(path).logs
+
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint without its own checksum.
-
-    Raises: ValueError, KeyError or TypeError if it is not as it was written.
-    """
-    manifest: dict[str, Any] = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-    if manifest.pop("crc") != _crc_of_manifest(manifest):
-        raise ValueError(f"{MANIFEST} has changed")
-    return manifest
-
-
-def _crc_of_manifest(manifest: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
 def _score(path: Path) -> float | None:
     try:
-        score: float | None = _read_manifest(path)["score"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_manifest(path).score
+    except UNREADABLE:
         return None
-    return score
 
 
 def _save(value: Any, path: Path) -> None:
@@ -307,14 +348,6 @@ def _save(value: Any, path: Path) -> None:
     except RuntimeError as error:
         # on a full disk its message is only that the archive failed
         raise OSError(first_line(error)) from error
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def random_states() -> dict[str, Any]:

@@ -70,7 +70,7 @@ def with_advice(error: Diverged, run: Run, good_step: int) -> Diverged:
 def step_to_go_back_to(folder: RunFolder) -> int | None:
     """The last good step of a run that has diverged; None if it has not diverged since its last start."""
     try:
-        record: Mapping[str, Any] = folder.read_json(DIVERGED)
+        record: Mapping[str, Any] = json.loads((folder.path / DIVERGED).read_bytes())
         return int(record["good_step"])
     except FileNotFoundError:
         return None

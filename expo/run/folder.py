@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from expo.config import RunConfig, load_config
-from expo.errors import ConfigError, ExpoError, FolderError
+from expo.errors import ConfigError, ExpoError, FolderError, first_line
 from expo.reporting.reader import starts_of
-from expo.run.changes import changes, initial_settings, is_free, is_steering, require_allowed
+from expo.run.changes import changes, initial_settings, is_free, is_record, is_steering, require_allowed
 from expo.run.environment import ENVIRONMENT, describe_environment
-from expo.runtime.atomic_io import write_bytes_whole
+from expo.run.logs import LOGS, LogState, cut, parse_object, parse_row
+from expo.runtime.atomic_io import flush, write_bytes_whole
 from expo.runtime.distributed import Ranks
 
 RUNS = Path("runs")
@@ -30,6 +31,7 @@ NOT_IN_EARLIER_DIGESTS = (
     "run.trackers",
     "rollout.keep_replies",
     "vllm.servers",
+    "vllm.key_file",
     "vllm.gpus",
     "vllm.transfer",
     "vllm.weights_folder",
@@ -50,12 +52,14 @@ ADDED_LATER = (
     "run.collapse_kl",
     "run.collapse_steps",
     "run.end_on_collapse",
+    "policy.gradient_tolerance",
+    "vllm.key_file",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
 
 class RunFolder:
-    """The files of a run. Every line is flushed after it is written; every other file is written atomically.
+    """The files of a run. Lines are appended to its logs; every other file is written atomically.
 
     Args:
         path: the folder, created if it does not exist.
@@ -67,6 +71,7 @@ class RunFolder:
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path, self._is_writer = path, is_writer
         self._lock: IO[str] | None = None
+        self._logs: dict[str, LogState] = {}  # as this process wrote them, whatever is in the files
         if is_writer:
             with _folder_errors(path, ConfigError):
                 path.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,7 @@ class RunFolder:
         if not self._is_writer:
             return
         with _folder_errors(self.path, ConfigError):
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a")  # "w" would empty a file that a link here names
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -96,8 +101,10 @@ class RunFolder:
         """Appends rows to `<name>.jsonl`. Raises: FolderError if they cannot be written."""
         if not self._is_writer:
             return
-        with _folder_errors(self.path), (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json_lines(rows))
+        content = _json_lines(rows).encode("utf-8")
+        with _folder_errors(self.path), (self.path / f"{name}.jsonl").open("ab") as file:
+            file.write(content)
+        self._logs[name] = self._logs.get(name, LogState()).extended(content)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes one file atomically. Raises: FolderError if it cannot be written."""
@@ -109,26 +116,30 @@ class RunFolder:
         """Writes one JSON file atomically. Raises: FolderError if it cannot be written."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a file that `write_json` wrote."""
-        value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        return value
+    def record_start(self, num_ranks: int, changed: Mapping[str, Any] | None = None) -> list[str]:
+        """Appends to environment.json the environment in which the run starts or resumes, and the changed settings.
 
-    def starts(self) -> list[dict[str, Any]]:
-        """Every start of the run in order, as environment.json records them."""
-        return starts_of(self.read_json(ENVIRONMENT)) if (self.path / ENVIRONMENT).exists() else []
-
-    def record_start(self, num_ranks: int, changed: Mapping[str, Any] | None = None) -> None:
-        """Appends to environment.json the environment in which the run starts or resumes, and the changed settings."""
-        if self._is_writer:
-            start = {**describe_environment(), "ranks": num_ranks, **({"changed": changed} if changed else {})}
-            self.write_json(ENVIRONMENT, {"starts": [*self.starts(), start]})
+        Returns: a message if the file was damaged, so that the earlier starts are lost.
+        """
+        if not self._is_writer:
+            return []
+        before = self.starts()
+        is_lost = (self.path / ENVIRONMENT).exists() and not self.read_object(ENVIRONMENT)
+        start = {**describe_environment(), "ranks": num_ranks, **({"changed": changed} if changed else {})}
+        self.write_json(ENVIRONMENT, {"starts": [*before, start]})
+        message = f"warning: {ENVIRONMENT} was damaged; the earlier starts of the run are lost from it"
+        return [message] if is_lost else []
 
     def record_first_step(self, step: int) -> None:
         """Adds to the last start in environment.json the first step that it takes."""
-        if self._is_writer:
-            *earlier, last = self.starts()
-            self.write_json(ENVIRONMENT, {"starts": [*earlier, {**last, "first_step": step}]})
+        starts = self.starts()
+        if self._is_writer and starts:
+            self.write_json(ENVIRONMENT, {"starts": [*starts[:-1], {**starts[-1], "first_step": step}]})
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start of the run in order, as environment.json records them; none if it is missing or damaged."""
+        starts = starts_of(self.read_object(ENVIRONMENT))
+        return [{name: v for name, v in start.items() if name != "changed" or is_record(v)} for start in starts]
 
     def remove(self, name: str) -> None:
         """Removes a file if it exists. Raises: FolderError if it cannot be removed."""
@@ -136,17 +147,58 @@ class RunFolder:
             with _folder_errors(self.path):
                 (self.path / name).unlink(missing_ok=True)
 
-    def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of `<name>.jsonl`; an incomplete last line is left out."""
-        path = self.path / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; empty if the file is missing or damaged."""
+        try:
+            return parse_object((self.path / name).read_bytes())
+        except OSError:
+            return {}
 
-    def rewind(self, step: int) -> None:
-        """Removes all rows of later steps: a resumed run writes them again."""
-        for path in self.path.glob("*.jsonl"):
-            rows = [row for row in self.read_rows(path.stem) if row["step"] <= step]
-            self.write_text(path.name, _json_lines(rows))
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of `<name>.jsonl`; what is not a whole row is left out."""
+        path = self.path / f"{name}.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        return [row for row in map(parse_row, lines) if row]
+
+    def rewind(self, step: int, saved: Mapping[str, LogState] | None = None) -> list[str]:
+        """Cuts every log of the run after `step`: a resumed run writes the later lines again.
+
+        Args:
+            step: of the checkpoint; 0 without one, -1 to start all logs anew.
+            saved: the states of the logs at the checkpoint, None if it recorded none.
+
+        Returns: a message for each log that lost lines, or whose lines were changed.
+
+        Raises: FolderError if a log cannot be read or written.
+        """
+        messages: list[str] = []
+        if not self._is_writer:
+            return messages
+        for name in LOGS:
+            path = self.path / f"{name}.jsonl"
+            with _folder_errors(self.path):
+                content = self._read_log(path)
+                kept, message = cut(name, content, step, saved.get(name) if saved else None)
+                # also a link is replaced by a file: what it names is not this run's to write
+                if kept != content or path.is_symlink():
+                    write_bytes_whole(path, kept)
+            self._logs[name] = LogState().extended(kept)
+            messages += [message] if message else []
+        return messages
+
+    @staticmethod
+    def _read_log(path: Path) -> bytes:
+        if path.exists() and not path.is_file():
+            raise FolderError(f"{path} is no file; move it away, then resume: the run goes on without those lines")
+        return path.read_bytes() if path.exists() else b""
+
+    def flush_logs(self) -> dict[str, LogState]:
+        """Flushes the logs to disk, and returns their states. Raises: OSError if that fails."""
+        if self._is_writer:
+            for path in [self.path / f"{name}.jsonl" for name in LOGS]:
+                if path.exists():  # one that somebody removed is reported on resume
+                    flush(path)
+        return {name: self._logs.get(name, LogState()) for name in LOGS}
 
 
 @contextmanager
@@ -190,30 +242,42 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> tuple[RunFolde
     return folder, changed
 
 
-def record_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: Mapping[str, Any]) -> None:
+def record_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: Mapping[str, Any]) -> list[str]:
     """Records this start and the changed settings in environment.json, then writes config.yaml.
 
-    In this order, a run that dies in between has lost no change. Raises: FolderError if they cannot be written.
+    In this order, a run that dies in between has lost no change.
+
+    Returns: a message if environment.json was damaged.
+
+    Raises: FolderError if they cannot be written.
     """
-    folder.record_start(num_ranks, changed)
+    messages = folder.record_start(num_ranks, changed)
     folder.write_text("config.yaml", config.to_yaml())
+    return messages
 
 
 def _choose_folder(config: RunConfig, resume: bool) -> tuple[Path, dict[str, list[Any]]]:
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
-    with _folder_errors(path, ConfigError):
-        try:
-            saved.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return path, {}
-    if not resume:
+    with _folder_errors(path, ConfigError):  # exists() raises an error for names that are too long
+        is_run, holds_checkpoints = saved.exists(), any(path.glob("checkpoints/step-*"))
+    if not resume and (is_run or holds_checkpoints):
         raise ConfigError(
             f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
         )
-    changed = changes(load_config(saved).settings, config.settings)
+    changed = changes(_saved_settings(saved), config.settings) if is_run else {}
     require_allowed(changed, path)
     return path, changed
+
+
+def _saved_settings(saved: Path) -> dict[str, Any]:
+    try:
+        return load_config(saved).settings
+    except ExpoError as error:
+        raise ConfigError(
+            f"{first_line(error)}; this file of the run is damaged: remove it, and --resume writes it again if the "
+            f"settings are those of the checkpoints"
+        ) from error
 
 
 def _new_run(seed: int) -> Path:

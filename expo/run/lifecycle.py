@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from expo.errors import CheckpointError, Diverged, FolderError
+from expo.errors import CheckpointError, Diverged, FolderError, first_line
 from expo.evaluate import evaluate
 from expo.report import write_report
 from expo.reporting.comparison import results_table
@@ -39,13 +39,15 @@ def resume_run(run: Run, resume: bool) -> tuple[Position, CollapseWatch]:
         checkpoint = books.checkpoints.newest_whole(back_to) if resume else None
         if checkpoint is not None:
             position = books.checkpoints.load(checkpoint, run.learner.policy)
-            data.curriculum.load_state_dict(dict(position.curriculum))
-            data.generator.set_state(position.generator)
+            _restore_draws(run, position, checkpoint)
         else:
             books.checkpoints.delete_after(position.step)
-        if run.ranks.is_rank0:
+        if resume and run.ranks.is_rank0:
             _show_start(run, position, is_new=checkpoint is None, has_diverged=back_to is not None)
-        books.folder.rewind(position.step)
+        logs = None if checkpoint is None else books.checkpoints.logs_at(checkpoint)
+        messages = run.ranks.raise_on_all_ranks(lambda: books.folder.rewind(position.step if resume else -1, logs))
+        for message in messages:
+            books.display.line(message)
         books.folder.remove(DIVERGED)
         if not is_over(config.run, position):
             books.folder.remove(SUMMARY)  # it says that the run is finished
@@ -65,13 +67,26 @@ def _show_start(run: Run, position: Position, *, is_new: bool, has_diverged: boo
     """Says after which step a run goes on that is not new, and with which changed settings."""
     books = run.bookkeeping
     changed = books.folder.starts()[-1].get("changed", {})
-    if is_new and not has_diverged and not changed:
+    if is_new and not has_diverged:
+        books.display.line(f"no checkpoint in {books.checkpoints.folder}: the run starts with step 1")
         return
     when = " before it diverged," if has_diverged else ""
     with_changes = f" with {describe(changed)}" if changed else ""
     books.display.line(
         f"resuming after step {position.step} of {run.config.run.steps}{when} in {books.folder.path}{with_changes}"
     )
+
+
+def _restore_draws(run: Run, position: Position, checkpoint: Path) -> None:
+    """Restores what draws the questions. Raises: CheckpointError if the checkpoint is not of these questions."""
+    try:
+        run.data.curriculum.load_state_dict(dict(position.curriculum))
+        run.data.generator.set_state(position.generator)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} does not fit this run ({first_line(error)}); restore its questions, or the "
+            f"checkpoint"
+        ) from error
 
 
 def evaluate_if_due(run: Run, position: Position) -> float | None:
@@ -108,7 +123,7 @@ def evaluate_if_due(run: Run, position: Position) -> float | None:
 def _sets_to_evaluate(run: Run, step: int) -> dict[str, str]:
     """The evaluation sets without scores of this step under the present settings, with their questions' digests."""
     folder, section = run.bookkeeping.folder, run.config.evaluation
-    records = folder.read_json("data.json")["sets"]
+    records = folder.read_object("data.json")["sets"]
     digests = {name: records[f"evaluation.sets.{name}"]["digest"] for name in run.data.evaluation_sets}
     present = {name: getattr(section, name) for name in ("num_samples", "temperature", "top_p")}
     rows = [row for row in folder.read_rows("evaluations") if row["step"] == step]
@@ -116,7 +131,7 @@ def _sets_to_evaluate(run: Run, step: int) -> dict[str, str]:
     recorded = [
         (name, row.get("question_digests", digests).get(name))
         for row in rows
-        if all(row[setting] == value for setting, value in present.items())
+        if row.get("sets") and all(row.get(setting) == value for setting, value in present.items())
         for name in row["sets"]
     ]
     return {name: digest for name, digest in digests.items() if (name, digest) not in recorded}
@@ -187,15 +202,15 @@ def finish(run: Run, position: Position) -> None:
         export(run)
     if not run.ranks.is_rank0:
         return
-    rows = folder.read_rows("evaluations")
-    evaluations = evaluations_by_step(rows)
+    rows = [row for row in folder.read_rows("evaluations") if isinstance(row.get("sets"), dict)]
+    evaluations, timed = evaluations_by_step(rows), folder.read_rows("metrics") + rows
     summary = {
         "seed": config.run.seed,
         "steps": position.step,
         "reply_tokens": position.reply_tokens,
-        "commits": commits_of(folder.read_json(ENVIRONMENT)),
-        "seconds": sum(row["seconds"] for row in folder.read_rows("metrics") + rows),
-        "before": evaluations[0]["sets"] if evaluations else {},
+        "commits": commits_of(folder.read_object(ENVIRONMENT)),
+        "seconds": sum(row["seconds"] for row in timed if isinstance(row.get("seconds"), int | float)),
+        "before": next((row["sets"] for row in evaluations if row["step"] == 0), {}),
         "after": evaluations[-1]["sets"] if evaluations else {},
     }
     folder.write_json(SUMMARY, summary)
@@ -226,6 +241,9 @@ def export(run: Run) -> None:
     def write(temporary: Path) -> None:
         policy.export(temporary)
         run.learner.tokenizer.save_pretrained(temporary)
+        mode = (temporary / "config.json").stat().st_mode  # as the umask of this process has it
+        for path in temporary.glob("*.safetensors"):  # which safetensors makes readable for its owner alone
+            path.chmod(mode)
 
     if not run.ranks.is_rank0:
         policy.export(path)

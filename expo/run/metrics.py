@@ -29,6 +29,9 @@ STEP_METRICS = {
     "clip_high_fraction": "share of reply tokens clipped at 1 + clip_high",
     "ratio_mean": "mean importance ratio over reply tokens",
     "ratio_max": "largest importance ratio of the step",
+    "gradient_error_bound": "bound on the relative error of the gradients of the output head and its input that "
+    "policy.gradient_tolerance allows, the largest of the step's micro-batches; only if that is above 0",
+    "kept_columns": "mean share of the vocabulary in the products of these gradients; only with that tolerance",
     "rollout_logp_difference_mean": "mean |policy - rollout engine| log-probability over the reply tokens trained on, "
     "both of the policy that sampled them, nats; with policy.old_logps = rollout, of the step's first update only",
     "rollout_logp_difference_max": "the largest of these, nats",
@@ -61,6 +64,10 @@ STEP_METRICS = {
 }
 
 
+MAXIMA = ("ratio_max", "gradient_error_bound")
+"""The metrics of an update of which a step records the largest; it averages the others."""
+
+
 def step_row(
     step: int,
     graded: GradedRollouts,
@@ -80,7 +87,7 @@ def step_row(
         **{f"reward/{name}": float(values.mean()) for name, values in graded.reward_parts.items()},
         "beta_eff": beta_eff,
         **{name: sum(update[name] for update in applied) / len(applied) for name in applied[0] if name != "skipped"},
-        **{name: max(update[name] for update in applied) for name in applied[0] if name.endswith("_max")},
+        **{name: max(update[name] for update in applied) for name in applied[0] if name in MAXIMA},
         "learning_rate": updates[-1]["learning_rate"],
         "skipped_updates": sum(update["skipped"] for update in updates),
         "completion_length": graded.num_tokens / correct.numel(),

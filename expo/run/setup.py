@@ -146,7 +146,8 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             stack.callback(folder.release)
             watchdog.folder = folder.path
             ranks.run_on_rank0(lambda: require_same_questions(folder.path / "data.json", inputs.sets))
-            ranks.raise_on_all_ranks(lambda: record_start(folder, config, ranks.size, changed))
+            for message in ranks.raise_on_all_ranks(lambda: record_start(folder, config, ranks.size, changed)):
+                Display(is_shown=ranks.is_rank0).line(message)
             run = _build_run(config, inputs, folder, ranks, watchdog, switch, resume)
         try:
             yield run
@@ -199,7 +200,9 @@ def _build_run(
         learner=RunLearner(policy, policy.tokenizer),
         bookkeeping=RunBookkeeping(
             folder=folder,
-            checkpoints=Checkpoints(folder.path / "checkpoints", ranks, fixed_digest(config), earlier_hash),
+            checkpoints=Checkpoints(
+                folder.path / "checkpoints", ranks, fixed_digest(config), folder.flush_logs, earlier_hash
+            ),
             bad_updates=BadUpdates(folder.path, ranks, display, config.run.max_bad_updates),
             display=display,
             trackers=trackers,

@@ -67,7 +67,7 @@ class Throughput:
                 mini_batch.lengths,
                 gradient_checkpointing=False,
                 forward_only_passes=int(self._config.kl.beta > 0) + recomputes_old_logps,
-                num_scored=mini_batch.num_tokens,
+                num_scored=mini_batch.num_trained_tokens,
                 trains_base=policy.lora_rank == 0,
             )
             for mini_batch in mini_batches

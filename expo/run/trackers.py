@@ -5,6 +5,7 @@ again: metrics.jsonl has every number, and a tracker must not end a run. Only ra
 """
 
 import importlib
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -89,8 +90,11 @@ def open_trackers(names: Sequence[str], folder: Path, config: RunConfig, resume:
 
 def _run_id(folder: Path, resume: bool) -> str:
     path = folder / ID_FILE
-    if resume and path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    if resume and path.is_file():
+        saved = path.read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{8}", saved):
+            return saved
+        sys.stderr.write(f"{path} holds no id of a run; the trackers begin a new run\n")
     run_id = secrets.token_hex(4)
     write_bytes_whole(path, f"{run_id}\n".encode())
     return run_id

@@ -63,7 +63,7 @@ def flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # of a link, only the link
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -18,9 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from expo.errors import ConfigError, ExpoError, Interrupted, OutputError
+from expo.runtime.bounded_yaml import YamlError, load_yaml, read_yaml
 from expo.runtime.console import write_stdout
 
 Config = TypeVar("Config", bound=BaseModel)
+MOST_PROBLEMS = 5  # explained in one message
+MOST_LINE = 4000  # characters of a message
+MOST_SHOWN = 80  # characters of a value or a name in a message
 Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; the last one of a field wins
 
 
@@ -45,13 +49,13 @@ class Invocation(BaseModel, Generic[Config]):
 def read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
     """The sections of a YAML file, merged over those of its base."""
     try:
-        raw = yaml.safe_load(source.read_text())
+        raw = read_yaml(source)
     except OSError as error:
         raise ConfigError(
             f"cannot read the config file {source}: {error.strerror}; give an existing YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    except YamlError as error:
+        raise ConfigError(f"{source} is not YAML as expected: {error}") from error
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{source} holds a {type(raw).__name__}; expected sections such as `model:` and `data:`")
     values = dict(raw or {})
@@ -87,8 +91,7 @@ def filled(kind: type[Config], values: dict[str, Any], overrides: Overrides = ()
         return kind.model_validate(values)
     except ValidationError as error:
         known = [*field_names(kind), *sections_of(kind)]
-        problems = "; ".join(_explain(item, known) for item in error.errors())
-        raise ConfigError(f"{where}{problems}") from error
+        raise ConfigError(f"{where}{_explain_all(error.errors(), known)}") from error
 
 
 def as_yaml(config: BaseModel) -> str:
@@ -110,9 +113,25 @@ def field_names(kind: type[BaseModel]) -> list[str]:
     return [f"{name}.{field}" for name, section in sections_of(kind).items() for field in section.model_fields]
 
 
+def _explain_all(items: Sequence[ErrorDetails], known: Sequence[str]) -> str:
+    """One line for pydantic's errors: the first few, and the number of the others."""
+    problems = [_explain(item, known) for item in items[:MOST_PROBLEMS]]
+    others = len(items) - len(problems)
+    return "; ".join([*problems, *([f"and {others} more"] if others else [])])
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: at most 80 characters; Python refuses to print integers of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 def _explain(item: ErrorDetails, known: Sequence[str]) -> str:
     """One line for one of pydantic's errors."""
-    dotted = ".".join(str(part) for part in item["loc"])
+    dotted = ".".join(str(part) for part in item["loc"])[:MOST_SHOWN]
     if item["type"] == "extra_forbidden":
         return f"unknown key {dotted}{nearest(dotted, known)}"
     if item["type"] == "missing":
@@ -121,7 +140,7 @@ def _explain(item: ErrorDetails, known: Sequence[str]) -> str:
     if not dotted:
         return text
     message = text[0].lower() + text[1:]
-    return f"{dotted} = {item['input']!r}: {message}"
+    return f"{dotted} = {_shown(item['input'])}: {message}"
 
 
 def nearest(given: str, known: Sequence[str]) -> str:
@@ -199,9 +218,17 @@ def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
         raise ConfigError(problems) from error
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of command lines that reports a wrong one as one line, without its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        fail(self.prog, ConfigError(f"{message}; --help lists what it takes"))
+
+
 def flag_parser(prog: str, usage: str, description: str) -> argparse.ArgumentParser:
     """A parser to which a program adds its flags; flags cannot be abbreviated."""
-    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     # DeepSpeed's launcher passes it to every rank; LOCAL_RANK in the environment has the same value
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
@@ -235,15 +262,16 @@ def read_flags(
 def _value(name: str, text: str) -> Any:
     """The value of a flag, parsed as YAML. Raises: ConfigError if it is not YAML."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{name}={text} is not a YAML value: {' '.join(str(error).split())}") from error
+        return load_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"--{name}={text[:80]} is not a YAML value as expected: {error}") from error
 
 
 def fail(prog: str, error: ExpoError) -> NoReturn:
     """Exits with the error's exit code; rank 0 prints the error as one line on stderr."""
     kind = "" if isinstance(error, Interrupted) else "error: "
+    text = " ".join(str(error).splitlines())  # names of files may have line breaks
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None:
         with suppress(OSError, ValueError):  # stderr may be closed, and its disk full
-            sys.stderr.write(f"{prog}: {kind}{error}\n")
+            sys.stderr.write(f"{prog}: {kind}{text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}\n")
     raise SystemExit(error.exit_code) from None

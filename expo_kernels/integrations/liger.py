@@ -40,6 +40,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_k_neg: the exponent for negative advantages; only for "vespo".
         vespo_lambda_neg: the decay rate for negative advantages; only for "vespo".
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device. Liger has no such argument.
+        gradient_tolerance: as in `linear_expo_loss`. Liger has no such argument.
 
     Raises:
         ValueError: an `Objective` cannot express a setting, or the setting would have no effect.
@@ -67,6 +68,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_lambda_neg: float = 2.0,
         *,
         logits_budget_mb: float | None = None,
+        gradient_tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         if chunk_size != 1:
@@ -79,7 +81,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if ignored and loss_type != "vespo":
             raise ValueError(f"{', '.join(ignored)} would be ignored: loss_type is {loss_type!r}, not 'vespo'")
         self.beta, self.loss_type = beta, loss_type
-        self.logits_budget_mb = logits_budget_mb
+        self.logits_budget_mb, self.gradient_tolerance = logits_budget_mb, gradient_tolerance
         self.objective = TrlLoss(
             loss_type=loss_type,
             epsilon_low=epsilon_low,
@@ -149,6 +151,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             attention_mask,
             bias=bias,
             logits_budget_mb=self.logits_budget_mb,
+            gradient_tolerance=self.gradient_tolerance,
             old_logps=old_per_token_logps,
             ref_logps=ref_per_token_logps,
             beta=self.beta,

@@ -59,6 +59,7 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             or a table for the questions of `train_dataset`. The trainer's checkpoints contain the table.
         accuracy_reward: name of the reward function whose scores, in [0, 1], are the accuracy; None: there is only one.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
+        gradient_tolerance: as in `linear_expo_loss`; above 0, the largest `gradient_error_bound` is logged.
         options: as GRPOTrainer.
 
     Raises:
@@ -76,13 +77,14 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         curriculum: Literal["gcs", "uniform"] | CurriculumTable = "gcs",
         accuracy_reward: str | None = None,
         logits_budget_mb: float | None = None,
+        gradient_tolerance: float = 0.0,
         **options: Any,
     ) -> None:
         if args is not None:  # before a model loads
             _check_config(args)
         super().__init__(model, reward_funcs, args, *positional, **options)
         self._accuracy_index = self._find_accuracy(accuracy_reward)
-        self._rho, self._budget_mb = rho, logits_budget_mb
+        self._rho, self._budget_mb, self._gradient_tolerance = rho, logits_budget_mb, gradient_tolerance
         self.curriculum = self._make_curriculum(curriculum)
         self._generator = torch.Generator(self.curriculum.pass_rates.device if self.curriculum else "cpu")
         self._generator.manual_seed(self.args.seed)
@@ -228,6 +230,7 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 mask,
                 bias=bias,
                 logits_budget_mb=self._budget_mb,
+                gradient_tolerance=self._gradient_tolerance,
                 old_logps=old_logps,
                 ref_logps=inputs.get("ref_per_token_logps"),
                 beta=0.0 if self.beta == 0.0 else self._beta_eff,
@@ -270,7 +273,9 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._log_value("clip_ratio/low_mean", clipped_low)
         self._log_value("clip_ratio/high_mean", clipped_high)
         self._log_value("clip_ratio/region_mean", clipped_low + clipped_high)
-        self._log_value("ratio_max", self.accelerator.gather(output["ratio_max"]).max())
+        for name in ("ratio_max", "gradient_error_bound"):
+            if name in output:
+                self._log_value(name, self.accelerator.gather(output[name]).max())
 
     def _log_value(self, name: str, value: Tensor | float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(float(value))

@@ -50,8 +50,11 @@ def register_losses() -> None:
         register_policy_loss(mode)(functools.partial(policy_loss, mode))
 
 
-def replace_fused_linear() -> None:
+def replace_fused_linear(gradient_tolerance: float = 0.0) -> None:
     """Replace verl's `FusedLinearForPPO` by ours; verl's models look it up in each forward pass.
+
+    Args:
+        gradient_tolerance: as in `linear_token_logps`.
 
     Raises:
         ImportError: verl is missing, or its version is not tested.
@@ -59,7 +62,10 @@ def replace_fused_linear() -> None:
     _host.check_version("verl", at_least=(0, 9), below=(0, 10))
     from verl.utils.experimental import torch_functional
 
-    torch_functional.FusedLinearForPPO = FusedLinearForPPO
+    kind: type = FusedLinearForPPO
+    if gradient_tolerance > 0.0:
+        kind = type(kind.__name__, (kind,), {"gradient_tolerance": gradient_tolerance})
+    torch_functional.FusedLinearForPPO = kind
 
 
 def policy_loss(
@@ -178,6 +184,9 @@ class FusedLinearForPPO(nn.Module):
         ValueError: `impl_backend` is not "torch".
     """
 
+    gradient_tolerance: float = 0.0
+    """As in `linear_token_logps`; set in a subclass, because verl's constructor has no such argument."""
+
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
         if impl_backend != "torch":
@@ -203,4 +212,5 @@ class FusedLinearForPPO(nn.Module):
             temperature=temperature,
             return_entropy=True,
             logits_budget_mb=self.chunk_size * vocab_weights.shape[0] * float32_mib,
+            gradient_tolerance=self.gradient_tolerance,
         )

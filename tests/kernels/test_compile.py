@@ -299,21 +299,24 @@ def op_inputs(call, *, objective=None, is_packed=False, **options):
 
 
 def loss_arguments(
-    call, *, with_bias=True, frozen=False, return_entropy=False, is_packed=False, weight_dtype=None, **options
-):
+    call, *, with_bias=True, frozen=False, return_entropy=False, is_packed=False, weight_dtype=None, tolerance=0.0,
+    **options,
+):  # fmt: skip
     hidden, ids = call["hidden"].detach(), call["completion_ids"]
     if is_packed:
         hidden, ids = hidden.flatten(0, 1), ids.flatten()
     weight, bias = call["weight"].detach() if frozen else call["weight"], call["bias"] if with_bias else None
     wants_grad = [True, not frozen, with_bias]
     inputs = op_inputs(call, is_packed=is_packed, **options)
-    return hidden.requires_grad_(), weight, bias, wants_grad, ids, *inputs, None, return_entropy, None, weight_dtype
+    settings = None, return_entropy, None, weight_dtype, tolerance
+    return hidden.requires_grad_(), weight, bias, wants_grad, ids, *inputs, *settings
 
 
 OPCHECKS = {
     "padded": lambda call: (OPS.policy_loss, loss_arguments(call)),
     "packed": lambda call: (OPS.policy_loss, loss_arguments(call, is_packed=True)),
     "rounded weight": lambda call: (OPS.policy_loss, loss_arguments(call, weight_dtype=torch.bfloat16)),
+    "gradient tolerance": lambda call: (OPS.policy_loss, loss_arguments(call, tolerance=1e-2)),
     "frozen weight": lambda call: (OPS.policy_loss, loss_arguments(call, frozen=True, with_bias=False)),
     "sequence ratio": lambda call: (OPS.policy_loss, loss_arguments(call, objective=SEQUENCE)),
     "entropy, on-policy": lambda call: (OPS.policy_loss, loss_arguments(call, return_entropy=True, old_logps=None)),
@@ -325,14 +328,14 @@ OPCHECKS = {
         OPS.policy_loss,
         (
             *(call["logits"], None, None, [True, False, False], call["completion_ids"], *op_inputs(call)),
-            *(None, False, None, None),
+            *(None, False, None, None, 0.0),
         ),
     ),
     "without gradients": lambda call: (
         OPS.policy_loss,
         (
             *(call["logits"].detach(), None, None, [False] * 3, call["completion_ids"], *op_inputs(call)),
-            *(None, False, None, None),
+            *(None, False, None, None, 0.0),
         ),
     ),
     "in place": lambda call: (
@@ -344,13 +347,13 @@ OPCHECKS = {
     "ready log-probs": lambda call: (OPS.policy_loss_from_logps, (call["logps"], [True], *op_inputs(call))),
     "log-probs": lambda call: (
         OPS.token_logps,
-        (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None),
+        (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None, 0.0),
     ),
     "log-probs and entropies": lambda call: (
         OPS.token_logps,
         (
             *(call["hidden"], call["weight"], call["bias"], call["completion_ids"]),
-            *(call["completion_mask"], call["completion_mask"].sum(1), 1.0, 3.0, None, True, True, None),
+            *(call["completion_mask"], call["completion_mask"].sum(1), 1.0, 3.0, None, True, True, None, 1e-2),
         ),
     ),
     "group advantages": lambda call: (OPS.group_advantages, (call["advantages"], 2, "group", 1e-6)),

@@ -41,7 +41,7 @@ def no_space_for_lines_of(name):
     real = Path.open
 
     def open_full(path, mode="r", **options):
-        return real(Path("/dev/full") if path.name == name and mode == "a" else path, mode, **options)
+        return real(Path("/dev/full") if path.name == name and mode == "ab" else path, mode, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", open_full)

@@ -1,6 +1,7 @@
 """Short runs of the whole algorithm on the embedded task: metrics, files, resuming, and runs that are refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -110,6 +111,18 @@ def checkpoints_of(run):
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
+def test_every_exported_file_can_be_read_by_whom_the_umask_allows(finished):
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (finished / "export").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {oct(0o666 & ~umask())}
+
+
+def umask():
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
 def test_the_exported_policy_equals_the_last_checkpoint(finished):
     state = torch.load(
         finished / "checkpoints/step-000004/policy/policy/mp_rank_00_model_states.pt", weights_only=False
@@ -165,7 +178,7 @@ def test_non_finite_updates_are_skipped_counted_and_kept(tmp_path, monkeypatch):
     rows = rows_of(run, "metrics")
     assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 0]
     assert rows[1]["loss"] is None
-    kept = torch.load(run / "bad_updates/step-000002-update-0-rank-0.pt", weights_only=False)
+    kept = torch.load(run / "bad_updates/step-000002-update-0-rank-0.pt", weights_only=True)
     assert kept["micro_batches"][0]["advantages"].isnan().any()
     assert all(value.isfinite().all() for value in weights_of(run).values())
 

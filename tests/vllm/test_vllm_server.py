@@ -162,7 +162,7 @@ def test_a_stopped_server_ends_the_wait(served, monkeypatch):
     (supervisor,) = engine._supervisors
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_section", engine._section.model_copy(update={"patience_s": 3.0}))
-        patch.setattr(engine, "_servers", [Server(supervisor.server.url, 3.0)])
+        patch.setattr(engine, "_servers", [Server(supervisor.server.url, 3.0, supervisor.server.key)])
         os.killpg(supervisor._process._process.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineError, match=r"vllm\.patience_s = 3 s"):

@@ -20,14 +20,16 @@ from expo.experiments.ablation.runs import run_all
 from expo.reporting.reader import starts_of
 from expo.run.environment import ENVIRONMENT
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import fail
+from expo.runtime.cli import OneLineParser, fail
 from expo.runtime.console import Display
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 
+BOUNDS = {"seeds": (2, 10_000), "jobs": (1, 1024), "tokens": (1, 10**15)}
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM,
         usage="%(prog)s --out DIR [options] [--section.field=value ...]",
         description="GRPO, each of EXPO's two parts alone, and both: paired runs on two pools of the embedded task.",
@@ -71,9 +73,9 @@ def _plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[str, 
     for flag in flags:
         if not re.fullmatch(r"--\w+\.\w+=.*", flag, flags=re.DOTALL):
             raise ConfigError(f"unknown argument {flag}; --help lists the known ones")
-    for name, minimum in (("seeds", 2), ("jobs", 1), ("tokens", 1)):
-        if getattr(options, name) < minimum:
-            raise ConfigError(f"--{name}={getattr(options, name)}; expected at least {minimum}")
+    for name, (least, most) in BOUNDS.items():
+        if not least <= getattr(options, name) <= most:
+            raise ConfigError(f"--{name} is out of range; expected {least} to {most}")
     selected = {name: arm_flags for name, arm_flags in ARMS.items() if name in (BASELINE, *options.arms)}
     arms = with_arms(selected, options.arm)
     shared = [*SHARED, f"--run.reply_tokens={options.tokens}", *flags]

@@ -6,7 +6,6 @@ writes the results in DIR/results.json between the page's two marks, and copies 
 folder `ablation` next to the page.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -31,7 +30,7 @@ from expo.experiments.ablation.results import (
 )
 from expo.reporting.figures import draw_lines
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import fail
+from expo.runtime.cli import OneLineParser, fail
 
 PROGRAM = "python -m expo.ablation.page"
 MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")
@@ -170,7 +169,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 if the page or the results cannot be read or written."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Write the results of an ablation into a Markdown page.")
+    parser = OneLineParser(prog=PROGRAM, description="Write the results of an ablation into a Markdown page.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="the --out of the ablation")
     parser.add_argument("page", type=Path, metavar="PAGE.md", help=f"page with the lines {MARKS[0]} and {MARKS[1]}")
     options = parser.parse_args(argv)

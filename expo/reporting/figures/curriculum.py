@@ -6,12 +6,16 @@ The weight is computed here (arXiv 2605.11403, eq. 7) from the run's configurati
 import math
 from typing import TYPE_CHECKING
 
+from expo.reporting.clean import number
 from expo.reporting.figures.drawing import BLUE, VERMILION, make_panels, percent_format, step_axis, step_edges
 from expo.reporting.reader import Record, TrainingHistory, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+LEAST_STD = 1e-6  # a narrower weight cannot be drawn, and the square of a far smaller one is 0
 
 
 def gaussian_weight(pass_rate: float, mean: float, std: float) -> float:
@@ -61,12 +65,12 @@ def _heat_map(figure: "Figure", axes: "Axes", rows: list[Record]) -> None:
 
 
 def _weight_curve(axes: "Axes", history: TrainingHistory) -> None:
-    mean, std = history.setting("curriculum", "mean"), history.setting("curriculum", "std")
+    mean, std = (number(history.setting("curriculum", name)) for name in ("mean", "std"))
     rates = [i / 100 for i in range(101)]
     is_uniform = history.setting("curriculum", "kind") == "uniform"
     if is_uniform:
         axes.plot([1.0] * len(rates), rates, color=VERMILION)
-    elif isinstance(mean, int | float) and isinstance(std, int | float) and std > 0:
+    elif mean is not None and std is not None and std > LEAST_STD:
         weights = [gaussian_weight(rate, mean, std) for rate in rates]
         axes.plot(weights, rates, color=VERMILION)
         axes.fill_betweenx(rates, weights, color=VERMILION, alpha=0.12, linewidth=0)

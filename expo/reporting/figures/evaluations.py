@@ -1,8 +1,10 @@
 """Figures of evaluations: pass@k over k, pass@1 by level, and two models compared."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from expo.reporting.clean import label as label_text
 from expo.reporting.comparison import Estimate, Scores, pass_at
 from expo.reporting.figures.drawing import (
     AFTER,
@@ -30,7 +32,7 @@ def draw_pass_at_k(history: TrainingHistory) -> "Figure | None":
         return None
     figure, panels = make_panels(len(sets), wide=True, sharey=True)
     for axes, name in zip(panels, sets, strict=True):
-        axes.set_title(name.replace("_", " "))
+        axes.set_title(label_text(name.replace("_", " ")))
         for scores, label, colour in _both(history):
             _pass_at_line(axes, scores.get(name, {}), label, colour)
         _k_axis(axes)
@@ -47,7 +49,7 @@ def draw_levels(history: TrainingHistory) -> "Figure | None":
     figure, (axes,) = make_panels(wide=True)
     for offset, (scores, label, colour) in zip((-0.13, 0.13), _both(history), strict=False):
         _level_points(axes, scores, levels, offset, label, colour)
-    axes.set_xticks(range(len(levels)), [level for _, level in levels])
+    axes.set_xticks(range(len(levels)), [label_text(level) for _, level in levels])
     if len(levels) > 8:
         axes.tick_params(axis="x", rotation=35)
     axes.set_xlim(-0.6, len(levels) - 0.4)
@@ -71,7 +73,8 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[Estimate]]) -> Rendere
         figure, (axes,) = make_panels()
         for (label, estimates), colour in zip(curves.items(), (BEFORE, AFTER), strict=False):
             ks = range(1, len(estimates) + 1)
-            axes.plot(ks, [e.mean for e in estimates], color=colour, label=label, marker="o" if len(ks) == 1 else None)
+            marker = "o" if len(ks) == 1 else None
+            axes.plot(ks, [e.mean for e in estimates], color=colour, label=label_text(label), marker=marker)
             axes.fill_between(
                 ks, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.18, linewidth=0
             )
@@ -99,7 +102,8 @@ def _level_names(history: TrainingHistory, set_name: str) -> list[str]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts steps-10 after steps-9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.replace("-", " ").split()]
+    parts = name.replace("-", " ").split()
+    return [(int(part), "") if re.fullmatch(r"\d{1,18}", part) else (-1, part) for part in parts]
 
 
 def _pass_at_line(axes: "Axes", scores: Record, label: str, colour: str) -> None:
@@ -127,7 +131,7 @@ def _mark_sets(axes: "Axes", names: list[str]) -> None:
     """Write the name of each set above its levels, and draw a line between sets."""
     for index, name in enumerate(names):
         if index == 0 or names[index - 1] != name:
-            axes.text(index - 0.45, 1.04, name.replace("_", " "), va="bottom", color="#5B616B")
+            axes.text(index - 0.45, 1.04, label_text(name.replace("_", " ")), va="bottom", color="#5B616B")
             if index:
                 axes.axvline(index - 0.5, color=GREY, linewidth=1, linestyle=":")
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from expo.reporting.clean import label as label_text
+from expo.reporting.clean import number
 from expo.reporting.comparison import headline_set, pass_at
 from expo.reporting.figures.drawing import (
     BLACK,
@@ -64,7 +66,7 @@ def _evaluated_line(axes: "Axes", evaluations: list[Record], k: int, colour: str
             steps.append(evaluation["step"])
             estimates.append(estimate)
     if steps:
-        name = (headline_set(evaluations[0]["sets"]) or "").replace("_", "-")
+        name = label_text((headline_set(evaluations[0]["sets"]) or "").replace("_", "-"))
         error_bars(axes, steps, estimates, colour, f"{name} pass@{k}")
 
 
@@ -95,7 +97,8 @@ def draw_beta(history: TrainingHistory) -> "Figure | None":
 
 
 def _rho_curve(axes: "Axes", beta: Any, rho: Any) -> None:
-    if not isinstance(beta, int | float) or rho not in ("tanh", "constant"):
+    beta = number(beta)
+    if beta is None or rho not in ("tanh", "constant"):
         return
     x = [i / 100 for i in range(101)]
     y = [beta * (tanh_rho(v) if rho == "tanh" else 1.0) for v in x]
@@ -105,7 +108,8 @@ def _rho_curve(axes: "Axes", beta: Any, rho: Any) -> None:
 
 def draw_kl(history: TrainingHistory) -> "Figure | None":
     """KL to the reference policy per step."""
-    estimator = str(history.setting("kl", "estimator") or "k3").upper()
+    estimator = history.setting("kl", "estimator")
+    estimator = label_text(estimator if isinstance(estimator, str) else "k3").upper()
     return _one_line(history, "kl", f"KL to the reference\n(nats per token, {estimator})", VERMILION)
 
 
@@ -199,7 +203,7 @@ def draw_phases(history: TrainingHistory) -> "Figure | None":
     for name, colour in zip(names, _phase_colours(len(names)), strict=True):
         seconds = _phase_seconds(history.metrics, name)
         upper = [low + s for low, s in zip(lower, [*seconds, seconds[-1]], strict=True)]
-        label = f"{name} {sum(seconds) / total:.0%}"
+        label = f"{label_text(name)} {sum(seconds) / total:.0%}"
         axes.fill_between(edges, lower, upper, step="post", color=colour, label=label, linewidth=0)
         lower = upper
     axes.set_xlim(edges[0], edges[-1])

@@ -46,3 +46,11 @@ def layerwise_reload(model: Any, model_config: Any) -> Iterator[None]:
 def abort_requests(llm: Any, request_ids: list[str]) -> None:
     """Removes requests from the engine, by the ids that `LLM.enqueue` returned."""
     llm.llm_engine.abort_request(request_ids, internal=True)
+
+
+def share_port() -> None:
+    """Has vLLM's HTTP server listen at a port that another process of the same user has reserved."""
+    from vllm.entrypoints.launchers import launcher
+
+    create = launcher.create_server_socket
+    launcher.create_server_socket = lambda address, **options: create(address, **{**options, "reuse_port": True})

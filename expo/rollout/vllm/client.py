@@ -13,22 +13,25 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
+from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 
 from expo.config import VllmSection
-from expo.errors import EngineError
+from expo.errors import EngineError, first_line
+from expo.rollout.vllm.key import VARIABLE, authorization
 
 T = TypeVar("T")
 PATIENCE_S: float = VllmSection().patience_s
 HEALTH = "/health"
 TIMEOUT_S = 10.0  # to connect, to send a request, to get an answer from /health, between two parts of an answer
 HEALTH_CHECK_S = 2.0  # wait for any other answer before /health is called
+MOST_ANSWER_BYTES = 2**28
 POLL_S = 0.5  # interval at which a wait for replies checks whether to stop
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # servers are http:// alone; loading some takes 4 ms
@@ -70,10 +73,11 @@ class Server:
     Args:
         url: http://host:port.
         patience_s: seconds without any answer from the server after which a call fails.
+        key: sent with every call; empty: none.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
-        self.url, self._patience_s = url, patience_s
+    def __init__(self, url: str, patience_s: float = PATIENCE_S, key: str = "") -> None:
+        self.url, self.key, self._patience_s = url, key, patience_s
         parts = urlsplit(url)
         self.address = str(parts.hostname), int(parts.port or 80)
         self._last_answer = -math.inf
@@ -102,7 +106,8 @@ class Server:
             limits=httpx2.Limits(max_connections=1, keepalive_expiry=KEEPALIVE_EXPIRY_S),
             socket_options=KEEPALIVE_OPTIONS,
         )
-        return httpx2.AsyncClient(base_url=self.url, transport=transport, trust_env=False)
+        headers = {"Authorization": authorization(self.key)} if self.key else {}
+        return httpx2.AsyncClient(base_url=self.url, transport=transport, trust_env=False, headers=headers)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self.submit(work)
@@ -137,9 +142,26 @@ class Server:
         if status >= 500:
             raise ServerUnavailable(f"{path}: {status} {_shortened(answer)}")
         self._last_answer = time.monotonic()
+        if status == HTTPStatus.UNAUTHORIZED:
+            raise EngineError(
+                f"the vLLM server {self.url} has another key than the run; give the key of python -m expo.serve in "
+                f"vllm.key_file or {VARIABLE}"
+            )
         if status >= 400:
             raise EngineError(f"the vLLM server {self.url} refuses {path}: {status} {_shortened(answer)}")
-        return json.loads(answer) if answer else None
+        with self.understand(path):
+            return json.loads(answer) if answer else None
+
+    @contextmanager
+    def understand(self, path: str) -> Iterator[None]:
+        """Reads an answer inside. Raises: EngineError if it has another form than vLLM's answers."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"the vLLM server {self.url} answers {path} in another form than vLLM's ({type(error).__name__}: "
+                f"{first_line(error)}); start it with python -m expo.serve, with a version that is supported"
+            ) from error
 
     async def _send(self, client: httpx2.AsyncClient, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Status and content of the answer. Raises: httpx2.HTTPError, TimeoutError."""
@@ -152,6 +174,8 @@ class Server:
             async with asyncio.timeout(self._timeout_s) as deadline:
                 async for part in response.aiter_bytes():
                     content += part
+                    if len(content) > MOST_ANSWER_BYTES:
+                        raise EngineError(f"the vLLM server {self.url} answers {path} with too many bytes")
                     deadline.reschedule(self._loop.time() + self._timeout_s)
             return response.status_code, bytes(content)
 
@@ -295,7 +319,7 @@ class RequestPool:
                     for index, body in jobs:
                         chosen = index % len(self._servers)
                         call = functools.partial(self._servers[chosen].call, clients[chosen], "POST", path, body)
-                        finished.put((index, await self._answer(self._servers[chosen], call, read)))
+                        finished.put((index, await self._answer(self._servers[chosen], path, call, read)))
             except Exception as error:
                 finished.put(error)
 
@@ -311,11 +335,15 @@ class RequestPool:
                 worker.cancel()
         return [answers[index] for index in range(len(bodies))]
 
-    async def _answer(self, server: Server, call: Callable[[], Awaitable[Any]], read: Callable[[Any], T]) -> T:
+    async def _answer(
+        self, server: Server, path: str, call: Callable[[], Awaitable[Any]], read: Callable[[Any], T]
+    ) -> T:
         backoff = Backoff(server, self._seconds)
         while True:
             try:
-                return read(await call())
+                answer = await call()
+                with server.understand(path):
+                    return read(answer)
             except ServerUnavailable as reason:
                 pause_s = backoff.next_pause(reason)
             self._check()

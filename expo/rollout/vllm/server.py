@@ -6,10 +6,11 @@ whose server died.
 """
 
 import functools
+import math
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +20,19 @@ from expo.errors import ConfigError, EngineError
 from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
 from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
+from expo.rollout.vllm.key import new_key, read_key
 from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.vllm.transfer.group import BACKEND
+from expo.rollout.vllm.transfer.interface import weight_version
 from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
 from expo.types import Reply
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
+T = TypeVar("T")
+MOST_IDS = 2**31  # no vocabulary has more
 STALE_WEIGHTS = "it does not have the current weights"
 
 
@@ -54,21 +59,22 @@ class ServerEngine:
         self._version: str | None = None
         if not config.vllm.servers:
             _require_startable(config.vllm, ranks)
-        urls, self.version = ranks.run_on_rank0(lambda: self._open(folder))
+        urls, key, self.version = ranks.run_on_rank0(lambda: self._open(folder))
         own = [url for number, url in enumerate(urls) if number % ranks.size == ranks.rank]
         chosen = own or [urls[ranks.rank % len(urls)]]  # with fewer servers than ranks, some ranks share one
-        self._servers = [Server(url, config.vllm.patience_s) for url in chosen]
+        self._servers = [Server(url, config.vllm.patience_s, key) for url in chosen]
 
-    def _open(self, folder: Path) -> tuple[list[str], str]:
-        """Starts the run's own servers; returns the URLs of all, once ready, and the last one's vLLM version."""
+    def _open(self, folder: Path) -> tuple[list[str], str, str]:
+        """Starts the run's own servers; returns all URLs, once ready, their key, and the last one's vLLM version."""
         section = self._section
+        key = read_key(section.key_file) if section.servers else new_key()
         files = WeightFiles(section.weights_folder) if section.transfer == "files" else None
         processes: list[ServerProcess | None] = [None] * len(section.servers)
         urls = list(section.servers)
         if not urls:
-            started = [self._process(folder, number, files) for number in range(section.num_servers)]
+            started = [self._process(folder, number, files, key) for number in range(section.num_servers)]
             urls, processes = [process.url for process in started], [*started]
-        servers = [Server(url, section.patience_s) for url in urls]
+        servers = [Server(url, section.patience_s, key) for url in urls]
         weights: WeightFiles | WeightBroadcast = files or WeightBroadcast(
             servers, section.tensor_parallel, self._ranks.device, section.patience_s
         )
@@ -80,18 +86,19 @@ class ServerEngine:
                 supervisor.start()
             for supervisor in self._supervisors:
                 supervisor.wait_until_ready()
+                _require_guard(supervisor.server, section.patience_s)
                 version = require_settings(self._config, supervisor.server, on_gpu=self._ranks.device.type == "cuda")
         except BaseException:
             self.close()
             raise
-        return urls, version
+        return urls, key, version
 
-    def _process(self, folder: Path, number: int, files: WeightFiles | None) -> ServerProcess:
+    def _process(self, folder: Path, number: int, files: WeightFiles | None, key: str) -> ServerProcess:
         width = self._section.tensor_parallel
         gpus = self._section.gpus[number * width : (number + 1) * width]
         log = folder / f"vllm-server-{number}.log"
         weights = None if files is None else files.folder
-        return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads)
+        return ServerProcess(folder / "config.yaml", log, weights, gpus, self._config.run.threads, key)
 
     @property
     def needs_weight_sync(self) -> bool:
@@ -108,15 +115,19 @@ class ServerEngine:
 
         Raises: EngineError if a server is unavailable for too long, or dies too often.
         """
-        done = iter(self._run(reply_jobs(requests, sampling, self._end_ids), on_progress))
-        return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
+        jobs = reply_jobs(requests, sampling, self._end_ids)
+        read = functools.partial(_sampled, most_tokens=sampling.max_new_tokens)
+        done = iter(self._run(jobs, read, on_progress))
+        return [
+            [make_reply(self._tokenizer, self._end_ids, *next(done)) for _ in request.seeds] for request in requests
+        ]
 
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float
     ) -> list[list[float]]:
         """Log-probability in nats of every token of given replies. Raises: as `generate`."""
-        choices = iter(self._run(score_jobs(prompts, replies, temperature), None))
-        return [[_logp_of(next(choices), token) for token in reply] for reply in replies]
+        found = iter(self._run(score_jobs(prompts, replies, temperature), _scored, None))
+        return [[next(found)[token] for token in reply] for reply in replies]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sends the policy's weights from rank 0 to every server; all ranks iterate over them together.
@@ -148,11 +159,21 @@ class ServerEngine:
         return found
 
     def _describe(self, server: Server) -> list[dict[str, WeightDescription]]:
-        if server.get("/weight_info")["weight_version"] != self._version:
+        if weight_version(server) != self._version:
             raise ServerUnavailable(STALE_WEIGHTS)
         answer = server.post("/collective_rpc", {"method": "describe_weights"})
-        found: list[dict[str, WeightDescription]] = answer["results"]
-        return found
+        with server.understand("/collective_rpc"):
+            return [
+                {
+                    str(name): WeightDescription(
+                        shape=[int(size) for size in found["shape"]],
+                        dtype=str(found["dtype"]),
+                        digest=str(found["digest"]),
+                    )
+                    for name, found in worker.items()
+                }
+                for worker in answer["results"]
+            ]
 
     def sleep(self) -> None:
         """Does nothing: the servers have GPUs of their own."""
@@ -165,12 +186,15 @@ class ServerEngine:
             self._weights.close()
 
     def _run(
-        self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
-    ) -> list[Any]:
-        """The servers' choices, in order."""
+        self,
+        jobs: Sequence[tuple[Sequence[int], dict[str, Any]]],
+        read: Callable[[Any], T],
+        on_progress: Callable[[int], None] | None,
+    ) -> list[T]:
+        """What `read` makes of the servers' choices, in order."""
         pool = RequestPool(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
         bodies = [{"token_ids": list(prompt), "sampling_params": options} for prompt, options in jobs]
-        return pool.run(GENERATE, bodies, self._choice, on_progress or _ignore)
+        return pool.run(GENERATE, bodies, lambda answer: read(self._choice(answer)), on_progress or _ignore)
 
     def _check(self) -> None:
         for supervisor in self._supervisors:
@@ -186,22 +210,49 @@ class ServerEngine:
             raise ServerUnavailable(STALE_WEIGHTS)
         return choice
 
-    def _reply(self, choice: Any) -> Reply:
-        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
-        return make_reply(self._tokenizer, self._end_ids, choice["token_ids"], logps)
+
+def _sampled(choice: Any, most_tokens: int) -> tuple[list[int], list[float]]:
+    """Token ids and log-probs of a sampled reply. Raises: ValueError, LookupError, TypeError if it has another form."""
+    token_ids, logps = choice["token_ids"], [float(token["logprob"]) for token in choice["logprobs"]["content"]]
+    if not 0 < len(token_ids) == len(logps) <= most_tokens:
+        raise ValueError(f"{len(token_ids)} tokens with {len(logps)} log-probs; at most {most_tokens} were wanted")
+    if not all(type(token) is int and 0 <= token < MOST_IDS for token in token_ids):
+        raise ValueError("token ids that are none")
+    if not all(math.isfinite(logp) for logp in logps):
+        raise ValueError("log-probs that are not finite")
+    return token_ids, logps
+
+
+def _scored(choice: Any) -> dict[int, float]:
+    """The log-probs of the only position of a reply, by token. Raises: as `_sampled`."""
+    (position,) = choice["logprobs"]["content"]
+    return {int(at["token_id"]): float(at["logprob"]) for at in position["top_logprobs"]}
 
 
 def _ignore(_count: int) -> None:
     """Does nothing."""
 
 
-def _logp_of(choice: Any, token: int) -> float:
-    (position,) = choice["logprobs"]["content"]
-    return next(float(at["logprob"]) for at in position["top_logprobs"] if at["token_id"] == token)
+def _require_guard(server: Server, patience_s: float) -> None:
+    """Raises: ConfigError if a server also takes calls without its key."""
+    stranger = Server(server.url, patience_s)
+    try:
+        retry(stranger, patience_s, lambda: None, lambda: stranger.get("/server_info?config_format=json"))
+    except EngineError:
+        return
+    raise ConfigError(
+        f"the vLLM server {server.url} takes calls without a key, so anyone who reaches it can change its weights; "
+        f"start it with python -m expo.serve"
+    )
 
 
 def _require_startable(section: VllmSection, ranks: Ranks) -> None:
     """Raises: ConfigError if the run cannot start servers for these ranks."""
+    if section.key_file is not None:
+        raise ConfigError(
+            "vllm.key_file is for servers that others start, but vllm.servers is empty: the run gives a new key to the "
+            "servers that it starts; remove vllm.key_file, or set vllm.servers"
+        )
     if ranks.device.type == "cuda" and not section.gpus:
         raise ConfigError(
             "rollout.engine = vllm-server needs GPUs of its own: name GPUs in vllm.gpus that no rank uses, or take "
@@ -222,10 +273,19 @@ def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> s
         return retry(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
 
     try:
-        info, version = ask("/server_info?config_format=json"), str(ask("/version")["version"])
+        info, version = ask("/server_info?config_format=json"), ask("/version")
     except EngineError as error:
         raise ConfigError(f"{error}; start it with python -m expo.serve, which sets what the run needs") from error
-    parts = [part for part in info["vllm_config"].values() if isinstance(part, dict)]
+    try:
+        with server.understand("/server_info"):
+            _require_settings(config, server, info["vllm_config"], on_gpu=on_gpu)
+            return str(version["version"])
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _require_settings(config: EngineConfig, server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:
+    parts = [part for part in settings.values() if isinstance(part, dict)]
     found = {name: value for part in parts for name, value in part.items()}
     dtype, max_tokens = getattr(torch, config.policy.dtype), config.max_tokens
     needed = engine_settings(config.vllm, dtype=dtype, is_cpu=False, num_replies=1, max_tokens=max_tokens)
@@ -241,8 +301,7 @@ def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> s
             f"{max_tokens}; start it with python -m expo.serve and the run's configuration"
         )
     if config.vllm.transfer == "broadcast":
-        _require_broadcast(server, info["vllm_config"], on_gpu=on_gpu)
-    return version
+        _require_broadcast(server, settings, on_gpu=on_gpu)
 
 
 def _require_broadcast(server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import HEALTH, Server, ServerUnavailable, retry
-from expo.rollout.vllm.transfer.interface import WeightTransfer
+from expo.rollout.vllm.key import VARIABLE
+from expo.rollout.vllm.transfer.interface import WeightTransfer, weight_version
 
 MAX_RESTARTS = 3  # of one server between two weight syncs
 CHECK_INTERVAL_S = 0.5
@@ -31,7 +32,8 @@ class ServerProcess:
     """A server that the run starts on this machine, in a process group of its own.
 
     Its stdin is a pipe that is never written to: when this process ends for any reason, the pipe closes, and
-    `fork_guarded` in the server's process ends the server.
+    `fork_guarded` in the server's process ends the server. Its port is reserved until `release`: while the server
+    restarts, another user's program there would be sent the key.
 
     Args:
         config_path: the run's config.yaml.
@@ -39,20 +41,20 @@ class ServerProcess:
         folder: of the weights, if they are transferred through files.
         gpus: CUDA devices that it may use; empty: those of this process.
         threads: CPU threads; None: vLLM's choice.
+        key: that the server requires; it is in the environment, which other users cannot read.
     """
 
     def __init__(
-        self, config_path: Path, log: Path, folder: Path | None, gpus: Sequence[int], threads: int | None
+        self, config_path: Path, log: Path, folder: Path | None, gpus: Sequence[int], threads: int | None, key: str
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._reserved = reserve_port()
+        port = self._reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         self._command = [sys.executable, "-m", "expo.serve", str(config_path), f"--port={port}", "--guarded"]
         if folder is not None:
             self._command.append(f"--cleanup-dir={folder}")
-        self._environment = dict(os.environ)
+        self._environment = {**os.environ, VARIABLE: key}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             self._environment.pop(name, None)  # the server is not a rank of the run
         if gpus:
@@ -90,6 +92,10 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)  # the guard may have been killed
         self._process.wait()
         self._process = None
+
+    def release(self) -> None:
+        """Frees the port, once the server has been stopped for good."""
+        self._reserved.close()
 
     def log_tail(self) -> str:
         """The path of its log, and the end of the log on one line."""
@@ -149,7 +155,7 @@ class Supervisor:
         """Sends the current weights, unless the server has them."""
         with self._send_lock:
             version = self._weights.version
-            if version is not None and self.server.get("/weight_info")["weight_version"] != version:
+            if version is not None and weight_version(self.server) != version:
                 self._weights.send(self.server, version)
 
     def _watch(self) -> None:
@@ -182,6 +188,16 @@ class Supervisor:
             self._thread.join(TERMINATE_S)
         if self._process is not None:
             self._process.stop()
+            self._process.release()
+
+
+def reserve_port() -> socket.socket:
+    """A socket bound to a free local port, at which only a process of this user can listen then, if it sets
+    SO_REUSEPORT too; `share_port` has vLLM set it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def fork_guarded(folder: Path | None) -> None:

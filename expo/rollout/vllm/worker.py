@@ -17,8 +17,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from expo.rollout.vllm._compat import layerwise_reload, pack_tied_head
 from expo.rollout.vllm.common import describe_model
+from expo.rollout.vllm.key import read_key
 from expo.rollout.vllm.transfer.buckets import empty_bucket
-from expo.rollout.vllm.transfer.group import BACKEND, END_OF_UPDATE, Group, GroupError, join
+from expo.rollout.vllm.transfer.connection import GroupError
+from expo.rollout.vllm.transfer.group import BACKEND, END_OF_UPDATE, Receiver, join
 from expo.rollout.weight_samples import WeightDescription
 
 
@@ -50,7 +52,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class Rendezvous:
-    """How to join rank 0's group: host and port of its store, the group's size and backend, deadline in seconds."""
+    """How to join rank 0's group: host and port at which it listens, size and backend, deadline in seconds."""
 
     host: str
     port: int
@@ -61,7 +63,7 @@ class Rendezvous:
 
 @dataclass
 class Update:
-    """An update that rank 0 is about to send; its messages are named after the version."""
+    """An update that rank 0 is about to send; its first message is the version."""
 
     version: str
 
@@ -75,13 +77,13 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc,unused-ignore] 
 
     init_info_cls = Rendezvous
     update_info_cls = Update
-    _group: Group | None = None
+    _group: Receiver | None = None
 
     def init_transfer_engine(self, init_info: Rendezvous) -> None:
         """Joins a new group in place of the old one."""
         self.shutdown()
         info, rank = init_info, 1 + self.parallel_config.rank
-        self._group = join(info.host, info.port, rank, info.size, info.backend, info.timeout_s)
+        self._group = join((info.host, info.port), read_key(None), rank, info.size, info.backend, info.timeout_s)
         self._device = self.device if info.backend == "nccl" else torch.device("cpu")
 
     def start_weight_update(self) -> None:
@@ -105,13 +107,12 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc,unused-ignore] 
     def _received(self, version: str) -> Iterator[tuple[str, Tensor]]:
         if self._group is None:
             raise GroupError("rank 0 sends weights, but this worker has not joined its group")
-        number = 0
-        while (manifest := self._group.read_message(f"{version}/{number}")) != END_OF_UPDATE:
+        if self._group.read_message() != version:
+            raise GroupError("rank 0 sends another update than the one that it announced")
+        while (manifest := self._group.read_message()) != END_OF_UPDATE:
             bucket = empty_bucket(manifest, self._device)
-            self._group.start_broadcast(bucket.data)
-            self._group.wait()
+            self._group.receive(bucket.data)
             yield from bucket.tensors()
-            number += 1
 
     def finish_weight_update(self) -> None:
         """Does nothing: the reload ended in `update_weights`."""

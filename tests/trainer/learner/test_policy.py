@@ -330,3 +330,41 @@ class TestLora:
         other.load(tmp_path)
         step(other)
         assert torch.equal(weights(policy), weights(other))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_without_a_penalty_replies_of_advantage_0_are_left_out_and_change_nothing(aggregation, packing, monkeypatch):
+    gradients, metrics, positions = [], [], []
+    for skips in (True, False):
+        policy = make(kl__beta=0.0, objective__aggregation=aggregation, policy__packing=packing)
+        assert policy._skips_zero_advantages
+        monkeypatch.setattr(DeepSpeedPolicy, "_skips_zero_advantages", skips)
+        data = [replace(s, advantage=0.0) if n % 3 else s for n, s in enumerate(samples(policy))]
+        (mini_batch,) = policy.prepare(data)
+        monkeypatch.undo()
+        positions.append(sum(mini_batch.lengths))
+        assert mini_batch.num_sequences == len(data)
+        gradients.append(gradient_of(policy, mini_batch))
+        metrics.append(policy.update(mini_batch, BETA))
+    assert positions[0] < positions[1] / 2
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-5)
+    assert metrics[0]["ratio_mean"] == 1.0  # of the tokens trained on
+
+
+def test_a_penalty_or_a_bonus_needs_every_reply():
+    assert not make()._skips_zero_advantages
+    assert not make(kl__beta=0.0, objective__entropy_bonus=0.01)._skips_zero_advantages
+
+
+def test_a_gradient_tolerance_changes_the_gradient_by_less_and_is_logged():
+    policy, exact = make(policy__gradient_tolerance=1e-2), make()
+    (mini_batch,), (same,) = policy.prepare(samples(policy)), exact.prepare(samples(exact))
+    found, truth = gradient_of(policy, mini_batch), gradient_of(exact, same)
+    assert (found - truth).norm() <= 5e-2 * truth.norm()
+    metrics, of_exact = policy.update(mini_batch, BETA), exact.update(same, BETA)
+    assert metrics["loss"] == of_exact["loss"]
+    assert 0 <= metrics["gradient_error_bound"] <= 1e-2
+    assert 0 < metrics["kept_columns"] <= 1
+    assert metrics.keys() - of_exact.keys() == {"gradient_error_bound", "kept_columns"}

@@ -1,6 +1,7 @@
 """The reply cache: it is used if the same replies would be sampled again, and otherwise ignored with a message."""
 
 import gzip
+import io
 import shutil
 
 import pytest
@@ -103,13 +104,59 @@ def test_a_damaged_file_is_sampled_again(tmp_path, cached, damage):
     assert "cannot be read" in later.messages[0]
 
 
+def rewrite(path, change):
+    """Changes the content of a file and leaves the file valid, as a script or an editor would."""
+    content = torch.load(io.BytesIO(gzip.decompress(path.read_bytes())), weights_only=True)
+    change(content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(gzip.compress(buffer.getvalue(), compresslevel=0))
+
+
+def set_first_logp(content):
+    content["logps"][0] = -0.2
+
+
+CHANGES = {
+    "a log-probability": (set_first_logp, "its replies were changed"),
+    "a text": (lambda content: content["texts"].__setitem__(0, "b"), "its replies were changed"),
+    "an end": (lambda content: content["is_truncated"].__setitem__(0, True), "its replies were changed"),
+    "the order": (lambda content: content["group_sizes"].__setitem__(slice(None), [1, 3]), "its replies were changed"),
+    "the sizes": (lambda content: content["lengths"].__setitem__(0, 2), "cannot be read (ValueError)"),
+    "a type": (lambda content: content.update(token_ids=content["token_ids"].long()), "its replies were changed"),
+    "no tensor": (lambda content: content.update(token_ids=list(range(7))), "cannot be read (AttributeError)"),
+    "no checksum": (lambda content: content.pop("checksum"), "an earlier version wrote it without a checksum"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_but_valid_file_is_not_trained_on(tmp_path, cached, change):
+    function, problem = CHANGES[change]
+    rewrite(cached, function)
+    later = CacheUser(tmp_path)
+    assert later.replies() == REPLIES
+    assert later.num_sampled == 1
+    assert problem in later.messages[0]
+    rewrite(cached, lambda content: None)
+    assert CacheUser(tmp_path).replies() == REPLIES, "a file that was not changed is used"
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_not_unpacked(tmp_path, cached):
+    cached.write_bytes(gzip.compress(bytes(10**8)))
+    later = CacheUser(tmp_path)
+    later.replies()
+    assert "cannot be read (EOFError)" in later.messages[0]
+
+
 def test_a_checkpoint_drops_the_files_of_earlier_steps(tmp_path):
     user = CacheUser(tmp_path)
     for step in (3, 4, 5):
         user.replies(step=step)
-    (tmp_path / "rollouts" / ".step-000006-round-0.gz.part").touch()
+    for name in (".step-000006-round-0.gz.part", "step-a-round-b.gz"):
+        (tmp_path / "rollouts" / name).touch()
     user.cache.drop(4)
-    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step-000005-round-0.gz"]
+    left = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert left == ["step-000005-round-0.gz", "step-a-round-b.gz"]
 
 
 def test_a_failed_write_gives_a_warning_and_the_replies(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from expo.errors import ConfigError, EngineError, StopRequested
 from expo.rollout.vllm.client import HEALTH, RequestPool, Server, ServerUnavailable, retry
+from expo.rollout.vllm.key import VARIABLE, new_key
 from expo.rollout.vllm.supervisor import Supervisor
 from expo.train import main
 
@@ -180,7 +181,8 @@ def test_running_calls_are_cancelled_when_the_run_stops(server):
     pytest.fail("a connection is still open")
 
 
-def test_a_run_without_its_servers_ends_with_an_error(capsys, tmp_path):
+def test_a_run_without_its_servers_ends_with_an_error(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, new_key())
     with pytest.raises(SystemExit) as exit_info:
         main(["--rollout.engine=vllm-server", f"--vllm.servers=[{NOBODY}]", "--vllm.patience_s=0.5",
               f"--run.dir={tmp_path / 'run'}"])  # fmt: skip

@@ -10,13 +10,14 @@ import pytest
 
 from expo.errors import ConfigError
 from expo.rollout.vllm.client import Server
+from expo.rollout.vllm.key import new_key
 from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 
 pytestmark = pytest.mark.medium
 
 
 def test_the_log_of_a_server_that_does_not_start_is_shown(tmp_path):
-    process = ServerProcess(tmp_path / "missing.yaml", tmp_path / "log", tmp_path / "weights", [], None)
+    process = ServerProcess(tmp_path / "missing.yaml", tmp_path / "log", tmp_path / "weights", [], None, new_key())
     supervisor = Supervisor(Server(process.url), process, None, 60.0)
     supervisor.start()
     with pytest.raises(ConfigError, match=r"does not start; .* cannot read the config file"):

@@ -1,46 +1,44 @@
-"""Weights packed into buckets and broadcast from rank 0 to workers: real processes over gloo."""
+"""Weights packed into buckets and broadcast from rank 0 to workers: real processes over TCP."""
 
+import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from expo.errors import ConfigError
 from expo.rollout.vllm.client import Server, ServerUnavailable
+from expo.rollout.vllm.key import new_key
 from expo.rollout.vllm.server import _require_broadcast
 from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.buckets import empty_bucket, fill_buckets
-from expo.rollout.vllm.transfer.group import (
-    END_OF_UPDATE,
-    ROOT,
-    Group,
-    GroupError,
-    address_toward,
-    new_store,
-    wait_for_workers,
-)
+from expo.rollout.vllm.transfer.connection import GroupError, Listener, connect
+from expo.rollout.vllm.transfer.group import END_OF_UPDATE, address_toward, gather_workers
+from expo.rollout.vllm.transfer.store import RemoteStore, new_store, serve_store
 
 pytestmark = pytest.mark.medium
 
 CPU = torch.device("cpu")
 PATIENCE_S = 120.0  # importing torch is slow where cores are shared
+KEY = new_key()
 WORKER = """
 import sys
 import torch
 from expo.rollout.vllm.transfer.buckets import empty_bucket
 from expo.rollout.vllm.transfer.group import END_OF_UPDATE, join
 
-host, port, rank, size, path = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-group, found, number = join(host, port, rank, size, "gloo", 120.0), {}, 0
-while (manifest := group.read_message(str(number))) != END_OF_UPDATE:
+host, port, rank, size, path, key = sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:]
+group, found = join((host, port), key, rank, size, "tcp", 120.0), {}
+while (manifest := group.read_message()) != END_OF_UPDATE:
     bucket = empty_bucket(manifest, torch.device("cpu"))
-    group.start_broadcast(bucket.data)
-    group.wait()
+    group.receive(bucket.data)
     found.update((name, value.clone()) for name, value in bucket.tensors())
-    number += 1
 group.close()
 torch.save(found, path)
 """
@@ -90,8 +88,8 @@ def test_each_weight_is_copied_before_the_next_is_requested():
 def start_worker(tmp_path):
     started = []
 
-    def start(store, rank, size):
-        place = [store.host, store.port, rank, size, tmp_path / f"{rank}.pt"]
+    def start(listener, rank, size):
+        place = [listener.address, listener.port, rank, size, tmp_path / f"{rank}.pt", KEY]
         started.append(subprocess.Popen([sys.executable, "-c", WORKER, *map(str, place)], stderr=subprocess.DEVNULL))
         return started[-1]
 
@@ -101,43 +99,53 @@ def start_worker(tmp_path):
         process.wait()
 
 
-def join_all(start_worker, size):
-    address = address_toward("127.0.0.1", 9)
-    store = new_store(address, size, PATIENCE_S)
-    workers = [start_worker(store, rank, size) for rank in range(1, size)]
-    wait_for_workers(store, size, PATIENCE_S, lambda: None)
-    return workers, Group(store, ROOT, size, "gloo", address, PATIENCE_S)
+@pytest.fixture
+def listener():
+    found = Listener(address_toward("127.0.0.1", 9), KEY, PATIENCE_S)
+    yield found
+    found.close()
+
+
+def join_all(listener, start_worker, size):
+    workers = [start_worker(listener, rank, size) for rank in range(1, size)]
+    group = gather_workers(listener, size, "tcp", PATIENCE_S)
+    listener.close()
+    return workers, group
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_every_worker_receives_all_buckets(start_worker, tmp_path, num_workers):
-    workers, group = join_all(start_worker, 1 + num_workers)
-    number = 0
-    for number, bucket in enumerate(fill_buckets(weights().items(), CPU, 250), 1):
-        group.post_message(str(number - 1), bucket.manifest())
-        group.start_broadcast(bucket.data)
+def test_every_worker_receives_all_buckets(listener, start_worker, tmp_path, num_workers):
+    workers, group = join_all(listener, start_worker, 1 + num_workers)
+    for bucket in fill_buckets(weights().items(), CPU, 250):
+        group.start(bucket.manifest(), bucket.data)
         group.wait()
-    group.post_message(str(number), END_OF_UPDATE)
+    group.start(END_OF_UPDATE)
+    group.wait()
     for rank, worker in enumerate(workers, 1):
         assert worker.wait(PATIENCE_S) == 0
         assert_equal(torch.load(tmp_path / f"{rank}.pt"), weights())
     group.close()
 
 
-def test_the_death_of_a_worker_ends_the_wait_for_it(start_worker):
-    (worker,), group = join_all(start_worker, 2)
-    group.start_broadcast(torch.zeros(2**27, dtype=torch.uint8))  # more than sockets buffer; it is never read
+UNREAD = torch.zeros(2**27, dtype=torch.uint8)  # more than sockets buffer
+
+
+def test_the_death_of_a_worker_ends_the_wait_for_it(listener, start_worker):
+    (worker,), group = join_all(listener, start_worker, 2)
+    worker.send_signal(signal.SIGSTOP)
+    group.start("[]", UNREAD)
     worker.kill()
     started = time.monotonic()
-    with pytest.raises(GroupError, match="by peer"):
+    with pytest.raises(GroupError, match="the other side does not receive"):
         group.wait()
     assert time.monotonic() - started < PATIENCE_S / 2, "a deadline ended it"
     group.close()
 
 
-def test_a_failed_check_ends_the_wait_and_the_group_closes_at_once(start_worker):
-    (_,), group = join_all(start_worker, 2)
-    group.start_broadcast(torch.zeros(2**27, dtype=torch.uint8))
+def test_a_failed_check_ends_the_wait_and_the_group_closes_at_once(listener, start_worker):
+    (worker,), group = join_all(listener, start_worker, 2)
+    worker.send_signal(signal.SIGSTOP)
+    group.start("[]", UNREAD)
 
     def check():
         raise ServerUnavailable("it failed")
@@ -149,15 +157,80 @@ def test_a_failed_check_ends_the_wait_and_the_group_closes_at_once(start_worker)
     assert time.monotonic() - started < PATIENCE_S / 2
 
 
-def test_missing_workers_are_reported_with_what_to_change():
-    store = new_store("127.0.0.1", 2, PATIENCE_S)
+def test_missing_workers_are_reported_with_what_to_change(listener):
     with pytest.raises(GroupError, match=r"not reached 127\.0\.0\.1:\d+ within 0\.1 s; .*vllm\.transfer = files"):
-        wait_for_workers(store, 2, 0.1, lambda: None)
+        gather_workers(listener, 2, "tcp", 0.1)
+
+
+def test_nccls_store_is_used_over_a_connection(listener):
+    """By gloo in place of NCCL, which needs GPUs: two groups in this process find each other through it."""
+    store = new_store()
+    near = connect((listener.address, listener.port), KEY, "store/1", PATIENCE_S)
+    while (far := listener.take("store/1")) is None:
+        time.sleep(0.01)
+    serve_store(store, far)
+    remote = RemoteStore(near, PATIENCE_S)
+    assert [remote.check(["a"]), remote.add("a", 2), remote.check(["a"]), remote.delete_key("a")] == [0, 2, 1, 1]
+    remote.set("bytes", bytes(range(256)))
+    assert bytes(store.get("bytes")) == remote.get("bytes") == bytes(range(256))
+
+    def group_of(rank, own):
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        return dist.ProcessGroupGloo(own, rank, 2, options)
+
+    with ThreadPoolExecutor(2) as pool:
+        groups = [future.result() for future in [pool.submit(group_of, 0, store), pool.submit(group_of, 1, remote)]]
+        sent, received = torch.arange(5), torch.zeros(5, dtype=torch.int64)
+        for work in [groups[0].broadcast(sent, 0), groups[1].broadcast(received, 0)]:
+            work.wait()
+    assert torch.equal(sent, received)
+    near.close()
+    with pytest.raises(GroupError):
+        remote.get("bytes")
+
+
+def test_strangers_are_turned_away_and_hold_nobody_up(listener):
+    place = (listener.address, listener.port)
+    silent = [socket.create_connection(place) for _ in range(8)]
+    with pytest.raises(GroupError, match="is not rank 0 of this run: connection closed by peer"):
+        connect(place, new_key(), "weights/1", PATIENCE_S)
+    connected = connect(place, KEY, "weights/1", PATIENCE_S)
+    while listener.take("weights/1") is None:
+        time.sleep(0.01)
+    assert listener.take("weights/1") is None, "the stranger was taken for the worker"
+    with socket.create_connection(place) as repeating:
+        nonce = repeating.recv(32)
+        repeating.sendall(nonce + nonce)
+        assert repeating.recv(1) == b""
+    connected.close()
+    for stranger in silent:
+        stranger.close()
+
+
+def test_a_worker_takes_nothing_from_a_listener_without_the_key():
+    impostor = Listener("127.0.0.1", new_key(), PATIENCE_S)
+    with pytest.raises(GroupError, match="is not rank 0 of this run"):
+        connect((impostor.address, impostor.port), KEY, "weights/1", PATIENCE_S)
+    impostor.close()
+
+
+def test_a_listener_is_reached_at_its_own_address_alone(listener):
+    assert listener.address == "127.0.0.1"
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", listener.port))
+
+
+def test_after_the_workers_have_joined_nothing_listens(listener, start_worker):
+    _, group = join_all(listener, start_worker, 2)
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection((listener.address, listener.port))
+    group.close()
 
 
 def test_weights_are_kept_for_an_unavailable_server(monkeypatch, capsys):
     monkeypatch.setattr(interface, "BUCKET_BYTES", 250)
-    server = Server("http://127.0.0.1:9")
+    server = Server("http://127.0.0.1:9", key=KEY)
     broadcast = WeightBroadcast([server], 1, CPU, PATIENCE_S)
     broadcast.publish(weights().items())
     assert broadcast.version is not None

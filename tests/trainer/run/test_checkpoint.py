@@ -91,7 +91,7 @@ def test_scores_of_another_evaluation_do_not_count(tmp_path):
 
 def test_a_checkpoint_with_the_digest_of_an_earlier_version_is_accepted(tmp_path):
     checkpoints(tmp_path, "earlier").save(position(1), Weights(1))
-    store = Checkpoints(tmp_path, join_ranks("cpu", 60), "now", "earlier")
+    store = Checkpoints(tmp_path, join_ranks("cpu", 60), "now", earlier_hash="earlier")
     assert store.newest_whole().name == "step-000001"
 
 

@@ -1,7 +1,7 @@
 """Weight transfer by broadcast: rank 0 sends the weights to each server's workers directly.
 
 A weight sync streams every bucket to all servers as it is gathered, and keeps a copy in the host's memory. A server
-that restarts is sent that copy over gloo, by the thread of its supervisor, while the policy may already be training.
+that restarts is sent that copy over TCP, by the thread of its supervisor, while the policy may already be training.
 """
 
 import sys
@@ -18,15 +18,8 @@ from expo.errors import EngineError
 from expo.rollout.vllm.client import Call, Server, ServerUnavailable
 from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.buckets import Bucket, fill_buckets
-from expo.rollout.vllm.transfer.group import (
-    END_OF_UPDATE,
-    ROOT,
-    Group,
-    GroupError,
-    address_toward,
-    new_store,
-    wait_for_workers,
-)
+from expo.rollout.vllm.transfer.connection import GroupError, Listener
+from expo.rollout.vllm.transfer.group import END_OF_UPDATE, Sender, address_toward, gather_workers
 from expo.rollout.vllm.transfer.interface import activate
 
 SHUTDOWN_S = 2.0
@@ -69,7 +62,7 @@ class WeightBroadcast:
         # a channel on which a supervisor is sending the old weights is left to that supervisor
         channels = [channel for channel in self._channels.values() if channel.lock.acquire(blocking=False)]
         try:
-            _broadcast(channels, copied(), "nccl" if self._device.type == "cuda" else "gloo", version)
+            _broadcast(channels, copied(), "nccl" if self._device.type == "cuda" else "tcp", version)
         finally:
             for channel in channels:
                 channel.lock.release()
@@ -87,7 +80,7 @@ class WeightBroadcast:
             if copy is None or copy[0] != version:
                 raise ServerUnavailable("a newer weight sync has begun")
             channel.close()  # the group of the server's previous process
-            _broadcast([channel], copy[1], "gloo", version)
+            _broadcast([channel], copy[1], "tcp", version)
             channel.close()  # the next weight sync uses NCCL where there are GPUs
             if channel.problem is not None:
                 raise channel.problem
@@ -112,9 +105,8 @@ class _Channel:
         self.server, self._size, self._patience_s = server, size, patience_s
         self.lock = threading.Lock()
         self.problem: ServerUnavailable | EngineError | None = None
-        self._group: Group | None = None
+        self._group: Sender | None = None
         self._update: Call | None = None
-        self._version, self._keys = "", list[str]()
 
     def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
         """Runs a step of an update, unless an earlier one has failed."""
@@ -133,33 +125,33 @@ class _Channel:
         """Has the server wait for weights."""
         if self._group is None:
             self._group = self._join(backend)
-        self._version, self._keys = version, []
         try:
             self.server.post("/start_weight_update")
         except ServerUnavailable:  # another run may have died in the middle of an update
             self.server.post("/finish_weight_update")
             self.server.post("/start_weight_update")
         self._update = Call(self.server, "/update_weights", {"update_info": {"version": version}})
+        self._group.start(version)
+        self._group.wait(self._update.check)
 
-    def _join(self, backend: str) -> Group:
+    def _join(self, backend: str) -> Sender:
         address = address_toward(*self.server.address)
-        store = new_store(address, self._size, self._patience_s)
-        rendezvous = {"host": address, "port": store.port, "size": self._size}
+        listener = Listener(address, self.server.key, self._patience_s)
+        rendezvous = {"host": address, "port": listener.port, "size": self._size}
         info = {**rendezvous, "backend": backend, "timeout_s": self._patience_s}
         call = Call(self.server, "/init_weight_transfer_engine", {"init_info": info})
         try:
-            wait_for_workers(store, self._size, self._patience_s, call.check)
-            group = Group(store, ROOT, self._size, backend, address, self._patience_s)
+            group = gather_workers(listener, self._size, backend, self._patience_s, call.check)
             call.result(self._patience_s)
         finally:
             call.cancel()
+            listener.close()
         return group
 
     def start_bucket(self, bucket: Bucket) -> None:
         """Begins to send a bucket."""
-        self._post_message(bucket.manifest())
         assert self._group is not None
-        self._group.start_broadcast(bucket.data)
+        self._group.start(bucket.manifest(), bucket.data)
 
     def wait_for_bucket(self) -> None:
         """Waits until the bucket has been sent, or the server has failed."""
@@ -169,19 +161,14 @@ class _Channel:
 
     def finish_update(self, version: str) -> None:
         """Waits until the server uses the weights."""
-        self._post_message(END_OF_UPDATE)
         assert self._group is not None
         assert self._update is not None
+        self._group.start(END_OF_UPDATE)
+        self._group.wait(self._update.check)
         self._update.result(self._patience_s)
         self._update = None
-        self._group.delete_messages(self._keys)
         self.server.post("/finish_weight_update")
         activate(self.server, version)
-
-    def _post_message(self, text: str) -> None:
-        assert self._group is not None
-        self._keys.append(f"{self._version}/{len(self._keys)}")
-        self._group.post_message(self._keys[-1], text)
 
     @property
     def is_updating(self) -> bool:

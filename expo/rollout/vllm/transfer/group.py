@@ -1,105 +1,127 @@
-"""A process group of rank 0 and the workers of one server, through which weights are broadcast.
+"""Rank 0 and the workers of one server, to which it broadcasts weights.
 
-Both sides run this file. Rank 0 serves a store, where the workers find each other and the manifest of each bucket; the
-buckets go over NCCL between GPUs and over gloo between CPUs, by the same calls. Every wait has a deadline.
+Both sides run this file. All messages go over connections on which both sides have proved that they know the server's
+key, and so do the buckets between CPUs; between GPUs the buckets go over NCCL, whose group is made through those
+connections. Every wait has a deadline.
 """
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from expo.errors import first_line
-from expo.runtime._compat import new_process_group
+from expo.rollout.vllm.transfer.connection import HANDSHAKE_S, Connection, GroupError, Listener, connect
+from expo.rollout.vllm.transfer.nccl import POLL_S, ROOT, NcclGroup
+from expo.rollout.vllm.transfer.store import RemoteStore, new_store, serve_store
 
-POLL_S = 0.001
 BACKEND = "expo"  # the name under which vLLM knows the receiving side; see `worker.py`
 END_OF_UPDATE = json.dumps(None)  # sent in place of a further manifest
-ROOT = 0  # rank 0 of the run; the workers of the server have the ranks from 1
 
 
-class GroupError(Exception):
-    """The other side is gone or did not come in time; this group cannot be used any more."""
-
-
-class Group:
-    """Rank 0 and the workers of one server.
+class Sender:
+    """Rank 0's side of a group.
 
     Args:
-        store: the store that rank 0 serves for this group alone.
-        rank: ROOT, or 1 + the worker's number.
-        size: number of processes in the group.
-        backend: "nccl" or "gloo".
-        address: this machine's address at which the others reach it over gloo.
+        connections: to each worker, in order of rank.
+        nccl: the process group for buckets on GPUs; None: buckets are on CPUs.
         timeout_s: deadline of every wait, in seconds.
-
-    Raises: GroupError if the others do not come.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, backend: str, address: str, timeout_s: float) -> None:
-        self.store, self._timeout_s, self._work = store, timeout_s, None
-        try:
-            timeout = timedelta(seconds=timeout_s)
-            self._group: Any = new_process_group(backend, store, rank, size, address, timeout)
-        except RuntimeError as error:
-            raise GroupError(f"the {backend} group cannot be made: {first_line(error)}") from error
+    def __init__(self, connections: Sequence[Connection], nccl: NcclGroup | None, timeout_s: float) -> None:
+        self._connections, self._nccl, self._timeout_s = connections, nccl, timeout_s
+        self._sending: list[Future[None]] = []
 
-    def start_broadcast(self, data: Tensor) -> None:
-        """Begins to send, on rank 0, or to receive. Raises: GroupError."""
-        assert self._work is None, "one broadcast at a time"
-        try:
-            self._work = self._group.broadcast(data, ROOT)
-        except RuntimeError as error:
-            raise GroupError(first_line(error)) from error
+    def start(self, message: str, data: Tensor | None = None) -> None:
+        """Begins to send a message to every worker, and after it a bucket's data. Raises: GroupError."""
+        assert not self._sending, "one broadcast at a time"
+        parts: list[Any] = [message.encode()]
+        if data is not None and self._nccl is None:
+            parts.append(data.numpy())
+        self._sending = [_start_sending(connection, parts) for connection in self._connections]
+        if data is not None and self._nccl is not None:
+            self._nccl.start(data)
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
-        """Waits for the broadcast; `check` may raise to end the wait. Raises: GroupError."""
-        work: Any = self._work
+        """Waits until all workers have it; `check` may raise to end the wait. Raises: GroupError."""
         deadline = time.monotonic() + self._timeout_s
-        while not work.is_completed():
+        while not self._is_sent():
             if time.monotonic() > deadline:
                 raise GroupError(f"a broadcast took more than {self._timeout_s:g} s")
             check()
             time.sleep(POLL_S)
-        self._work = None
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise GroupError(first_line(error)) from error
+        self._sending = []
+        if self._nccl is not None:
+            self._nccl.finish()
 
-    def post_message(self, key: str, text: str) -> None:
-        """Puts a message for the workers into the store. Raises: GroupError."""
-        try:
-            self.store.set(key, text)
-        except RuntimeError as error:
-            raise GroupError(first_line(error)) from error
-
-    def read_message(self, key: str) -> str:
-        """A message from the store; waits until it is there. Raises: GroupError."""
-        try:
-            return str(self.store.get(key).decode())
-        except RuntimeError as error:
-            raise GroupError(f"nothing came from rank 0: {first_line(error)}") from error
-
-    def delete_messages(self, keys: Iterable[str]) -> None:
-        """Deletes messages that all workers have read."""
-        for key in keys:
-            self.store.delete_key(key)
+    def _is_sent(self) -> bool:
+        done = [sending for sending in self._sending if sending.done()]
+        for sending in done:
+            sending.result()  # raises what it failed with
+        return len(done) == len(self._sending) and (self._nccl is None or self._nccl.is_done)
 
     def close(self) -> None:
-        """Leaves the group and abandons a broadcast under way; the other side notices at its next wait."""
-        if self._group is not None:
-            self._group.abort()
-        if self._work is not None:
-            # gloo cannot abort a broadcast, and its destructor would wait for it: keep the group until it times out
-            threading.Thread(target=_keep_until_done, args=(self._work, self._group), daemon=True).start()
-        self._work = self._group = self.store = None
+        """Leaves the group and abandons a broadcast under way; the workers notice at their next wait."""
+        _close(self._connections, self._nccl)
+
+
+class Receiver:
+    """A worker's side of a group.
+
+    Args:
+        connections: the one for weights, and others to close with it.
+        nccl: as for `Sender`.
+    """
+
+    def __init__(self, connections: Sequence[Connection], nccl: NcclGroup | None) -> None:
+        self._connections, self._nccl = connections, nccl
+
+    def read_message(self) -> str:
+        """The next message. Raises: GroupError."""
+        return self._connections[0].receive().decode()
+
+    def receive(self, data: Tensor) -> None:
+        """Fills a tensor of bytes with a bucket's data. Raises: GroupError."""
+        if self._nccl is None:
+            self._connections[0].receive_into(data.numpy())
+            return
+        self._nccl.start(data)
+        self._nccl.wait()
+
+    def close(self) -> None:
+        """Leaves the group; rank 0 and the other workers notice at their next wait."""
+        _close(self._connections, self._nccl)
+
+
+def _start_sending(connection: Connection, parts: Sequence[Any]) -> "Future[None]":
+    """Sends in a thread: a worker that does not read must not block the others."""
+    future: Future[None] = Future()
+
+    def send() -> None:
+        try:
+            for part in parts:
+                connection.send(part)
+        except GroupError as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=send, name="broadcast of weights", daemon=True).start()
+    return future
+
+
+def _close(connections: Sequence[Connection], nccl: NcclGroup | None) -> None:
+    for connection in connections:
+        connection.close()
+    if nccl is not None:
+        nccl.close()
+
+
+# --- joining
 
 
 def address_toward(host: str, port: int) -> str:
@@ -110,49 +132,51 @@ def address_toward(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def new_store(address: str, size: int, timeout_s: float) -> Any:
-    """Rank 0's store, at a port of its own. Raises: GroupError."""
-    try:
-        return _store(address, 0, size, timeout_s, is_master=True)
-    except RuntimeError as error:
-        raise GroupError(f"cannot listen at {address}: {first_line(error)}") from error
+def gather_workers(
+    listener: Listener, size: int, backend: str, timeout_s: float, check: Callable[[], None] = lambda: None
+) -> Sender:
+    """Rank 0's side of a new group, once all workers have come; `check` may raise to end the wait.
 
+    Args:
+        listener: to which they connect.
+        size: number of processes in the group.
+        backend: "nccl" or "tcp".
+        timeout_s: deadline of every wait, in seconds.
+        check: called while it waits.
 
-def _store(host: str, port: int, size: int, timeout_s: float, *, is_master: bool) -> Any:
-    store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    deadline = timedelta(seconds=timeout_s)
-    return store(host, port, size, is_master=is_master, timeout=deadline, wait_for_workers=False)
-
-
-def join(host: str, port: int, rank: int, size: int, backend: str, timeout_s: float) -> Group:
-    """A worker's side of a group whose store rank 0 serves at `host`. Raises: GroupError."""
-    try:
-        store = _store(host, port, size, timeout_s, is_master=False)
-        store.set(_joined(rank), "")
-        address = address_toward(host, port)
-    except (RuntimeError, OSError) as error:
-        raise GroupError(f"cannot reach rank 0 at {host}:{port}: {first_line(error)}") from error
-    return Group(store, rank, size, backend, address, timeout_s)
-
-
-def wait_for_workers(store: Any, size: int, timeout_s: float, check: Callable[[], None]) -> None:
-    """Waits until all workers have reached the store; `check` may raise to end the wait. Raises: GroupError."""
+    Raises: GroupError if they do not come.
+    """
     deadline = time.monotonic() + timeout_s
-    while not store.check([_joined(rank) for rank in range(ROOT + 1, size)]):
+    connections = []
+    store = new_store()
+    for rank in range(ROOT + 1, size):
+        connections.append(_wait_for(listener, f"weights/{rank}", deadline, timeout_s, check))
+        if backend == "nccl":
+            serve_store(store, _wait_for(listener, f"store/{rank}", deadline, timeout_s, check))
+    nccl = NcclGroup(store, ROOT, size, timeout_s) if backend == "nccl" else None
+    return Sender(connections, nccl, timeout_s)
+
+
+def _wait_for(
+    listener: Listener, name: str, deadline: float, timeout_s: float, check: Callable[[], None]
+) -> Connection:
+    while (connection := listener.take(name)) is None:
         if time.monotonic() > deadline:
             raise GroupError(
-                f"its workers have not reached {store.host}:{store.port} within {timeout_s:g} s; see that they can "
-                f"reach this machine there, or take vllm.transfer = files"
+                f"its workers have not reached {listener.address}:{listener.port} within {timeout_s:g} s; see that "
+                f"they can reach this machine there, or take vllm.transfer = files"
             )
         check()
         time.sleep(POLL_S)
+    return connection
 
 
-def _joined(rank: int) -> str:
-    return f"joined/{rank}"
-
-
-def _keep_until_done(work: Any, group: Any) -> None:
-    while not work.is_completed():
-        time.sleep(1)
-    del group
+def join(address: tuple[str, int], key: str, rank: int, size: int, backend: str, timeout_s: float) -> Receiver:
+    """A worker's side of a group, whose listener is at `address` and knows the key. Raises: GroupError."""
+    connections = [connect(address, key, f"weights/{rank}", timeout_s)]
+    nccl = None
+    if backend == "nccl":
+        # rank 0 answers a wait that took too long; the connection itself waits longer for that answer
+        connections.append(connect(address, key, f"store/{rank}", timeout_s + HANDSHAKE_S))
+        nccl = NcclGroup(RemoteStore(connections[1], timeout_s), rank, size, timeout_s)
+    return Receiver(connections, nccl)

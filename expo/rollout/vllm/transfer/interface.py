@@ -30,5 +30,15 @@ def activate(server: Server, version: str) -> None:
 
 def reset_prefix_cache(server: Server) -> None:
     """Drops the prefix cache; running requests are computed anew. Raises: ServerUnavailable, EngineError."""
-    if not server.post("/reset_prefix_cache?reset_running_requests=true")["success"]:
+    answer = server.post("/reset_prefix_cache?reset_running_requests=true")
+    with server.understand("/reset_prefix_cache"):
+        is_reset = answer["success"]
+    if not is_reset:
         raise ServerUnavailable("it kept its prefix cache, computed with older weights")
+
+
+def weight_version(server: Server) -> str:
+    """The name of the weights that a server uses. Raises: ServerUnavailable, EngineError."""
+    answer = server.get("/weight_info")
+    with server.understand("/weight_info"):
+        return str(answer["weight_version"])

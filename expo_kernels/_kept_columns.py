@@ -1,0 +1,245 @@
+"""The columns of the output head that the gradient products need, for a gradient within a relative error.
+
+In a row of a language model almost all probability lies on few columns. With G = dL/dlogits [n, V] of a chunk, S the
+columns that are kept, D the others, and w the mean row of the head,
+
+    dHidden_i = sum over S of G_ij W_j + (sum over D of G_ij) w,   off by at most   b_i = sum over D of |G_ij| |W_j - w|
+    dWeight_j = sum_i G_ij h_i for j in S, else 0,                 off by at most   |G_D|_F |h|_2
+
+by the triangle inequality; the Frobenius norm of dHidden's error is at most that of b. Columns are dropped by their
+norm |G_j|, the least first: one pass over G computes these norms, which sort the columns into levels, and another sums
+b_i for the level that dWeight's bound allows, or for all of them. The lowest level is dropped whose bounds stay below
+the tolerance times the norms of the gradients. These norms are estimated before the products and known after them: then
+columns are added if the estimate was too large.
+
+Letters: n rows of a chunk, V vocabulary, H hidden, K kept columns, L levels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expo_kernels import _products
+
+NUM_LEVELS = 24  # they reach from columns that alone would use up the bound to those of which all together do not
+LEVEL_RATIO = 2.0  # of the squared norms of columns on adjacent levels: about a fifth more columns a level
+BLOCK_BYTES = 2**20  # of G: it stays in the cache while it is squared and summed
+MOST_KEPT = 0.5  # share of the columns; with more, the dense products are faster
+COLUMNS_AT_ONCE = 4096  # of the kept ones in one product, which bounds its memory
+WEIGHT_SHARE, FIRST_HIDDEN_SHARE = 0.6, 0.5  # of the estimated norms of dWeight, and of dHidden in the first chunk
+UNIT = 2.0**90  # of the squares, which are at most V^2
+SAFETY = 0.95  # of the share that the chunk before has shown
+
+
+class Levels:
+    """The columns of a chunk in levels 0 (kept in any case) to L - 1, by falling norm, and the bounds for each."""
+
+    def __init__(self, grads: "ChunkGrads", highest: float, distances: Tensor) -> None:
+        """`highest`: the squared norm of a column from which on it is kept in any case; `distances` [V]: |W_j - w|."""
+        self._grads, self._distances = grads, distances
+        squares = grads.column_squares()
+        level = (highest / squares).log_().div_(math.log(LEVEL_RATIO)).ceil_().nan_to_num_(nan=NUM_LEVELS)
+        self.level_of = level.clamp_(0, NUM_LEVELS - 1).long()  # [V]
+        self.level_of[grads.chosen_ids[grads.scale != 0]] = 0
+        per_level = squares.new_zeros(NUM_LEVELS).index_add_(0, self.level_of, squares)
+        self._weight_bounds = (_sums_from(per_level).sqrt() * _spectral_norm_bound(grads.hidden)).tolist()
+        self._num_kept = [0, *torch.bincount(self.level_of, minlength=NUM_LEVELS).cumsum(0).tolist()]
+        self._hidden_bounds: dict[int, float] = {NUM_LEVELS: 0.0}
+        # for orthogonal rows of the head and of hidden
+        self.hidden_norm = math.sqrt(float((squares * distances.double().square()).sum()))
+        mean_square = float(grads.hidden.double().square().sum()) / max(len(grads.hidden), 1)
+        self.weight_norm = math.sqrt(float(squares.sum()) * mean_square)
+
+    def lowest(self, most_hidden: float, most_weight: float) -> int | None:
+        """The lowest level that can be dropped, given the largest bounds; None if too few columns would be dropped."""
+        level = 1
+        while level < NUM_LEVELS and not self._weight_bounds[level] <= most_weight:
+            level += 1
+        if most_hidden < math.inf and self._is_worth(level) and not self.hidden_bound(level) <= most_hidden:
+            self._bound_all_from(level)
+            while level < NUM_LEVELS and not self.hidden_bound(level) <= most_hidden:
+                level += 1
+        return level if self._is_worth(level) else None
+
+    def hidden_bound(self, level: int) -> float:
+        """The bound on dHidden's error if the columns from `level` on are dropped."""
+        if level not in self._hidden_bounds:
+            weights = self._distances.masked_fill(self.level_of < level, 0.0)
+            tails = self._grads.magnitudes_times(weights.unsqueeze(1))
+            self._hidden_bounds[level] = float(torch.linalg.vector_norm(tails))
+        return self._hidden_bounds[level]
+
+    def weight_bound(self, level: int) -> float:
+        """The bound on dWeight's error."""
+        return float(self._weight_bounds[level])
+
+    def num_kept(self, level: int) -> int:
+        """How many columns are kept if those from `level` on are dropped."""
+        return int(self._num_kept[level])
+
+    def columns(self, first: int, end: int) -> Tensor:
+        """The columns on levels first to end - 1, ascending."""
+        return ((self.level_of >= first) & (self.level_of < end)).nonzero().squeeze(1)
+
+    def _is_worth(self, level: int) -> bool:
+        return level < NUM_LEVELS and self._num_kept[level] <= MOST_KEPT * len(self.level_of)
+
+    def _bound_all_from(self, first: int) -> None:
+        """Compute dHidden's bounds from level `first` on in one pass."""
+        levels = range(first, NUM_LEVELS)
+        weights = self._distances.new_zeros(len(self.level_of), len(levels))
+        place = (self.level_of - first).clamp_(min=0).unsqueeze(1)
+        weights.scatter_(1, place, self._distances.masked_fill(self.level_of < first, 0.0).unsqueeze(1))
+        tails = _sums_from(self._grads.magnitudes_times(weights).double())
+        bounds = torch.linalg.vector_norm(tails, dim=0).tolist()
+        self._hidden_bounds |= dict(zip(levels, bounds, strict=False))
+
+
+@dataclass(frozen=True)
+class ChunkGrads:
+    """G = scale[:, None] * grad_logits of a chunk, with the hidden states and the chosen column of each row."""
+
+    grad_logits: Tensor  # [n, V]
+    scale: Tensor  # [n]
+    hidden: Tensor  # [n, H]
+    chosen_ids: Tensor  # [n] int64
+    is_signed: bool  # whether numbers below 0 may stand in other columns than the chosen ones
+
+    def column_squares(self) -> Tensor:
+        """The squared norm of each column of G, [V] float64."""
+        num_rows, vocab_size = self.grad_logits.shape
+        largest = self.scale.abs().amax() if num_rows else self.scale.new_zeros(())
+        weights = (self.scale / largest).square_().nan_to_num_(nan=0.0)
+        squares, zero = self.grad_logits.new_empty(vocab_size), self.scale.new_zeros(())
+        step = max(BLOCK_BYTES // max(num_rows * self.grad_logits.element_size(), 1), 16)
+        buffer = self.grad_logits.new_empty(num_rows * min(step, vocab_size))
+        for start in range(0, vocab_size, step):
+            part = self.grad_logits[:, start : start + step]
+            # squares of small probabilities would be subnormal numbers, with which a CPU is ten times slower
+            squared = torch.addcmul(zero, part, part, value=UNIT, out=buffer[: part.numel()].view(part.shape))
+            torch.mv(squared.T, weights, out=squares[start : start + step])
+        return squares.double().mul_(largest.double().square() / UNIT)
+
+    def magnitudes_times(self, weights: Tensor) -> Tensor:
+        """|G| @ weights [V, k], where the chosen columns have weight 0; [n, k]."""
+        grad_logits = self.grad_logits
+        if self.is_signed:
+            step = max(BLOCK_BYTES // max(len(grad_logits) * grad_logits.element_size(), 1), 16)
+            product = grad_logits.new_zeros(len(grad_logits), weights.shape[1])
+            for start in range(0, len(weights), step):
+                block = slice(start, start + step)
+                product.addmm_(grad_logits[:, block].abs(), weights[block])
+        else:
+            product = grad_logits @ weights
+        return product.mul_(self.scale.abs().unsqueeze(1))
+
+
+class KeptColumns:
+    """Chooses the columns of each chunk, and adds up the bounds of a call."""
+
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, tolerance: float, wants_grad: tuple[bool, bool], num_chunks: int
+    ) -> None:
+        """`tolerance`: the largest relative error of dHidden and dWeight; `wants_grad`: which of them are computed;
+        `num_chunks`: how many chunks will share dWeight's error."""
+        self.tolerance, self._wants_grad, self._num_chunks = tolerance, wants_grad, num_chunks
+        self.mean_row, self._distances = _distances_from_mean(weight, dtype)  # [H], [V]
+        self._hidden_share = FIRST_HIDDEN_SHARE
+        self._is_kept = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)  # in any chunk
+        self._squared_hidden_bound = self._squared_hidden_norm = self._weight_bound = 0.0
+        self._rows_seen = self._rows_kept = 0.0
+
+    def choose(self, grads: ChunkGrads) -> tuple[Levels, int | None]:
+        """Levels of a chunk, and the lowest one to drop (None: keep all columns)."""
+        chosen = grads.grad_logits.gather(1, grads.chosen_ids.unsqueeze(1)).squeeze(1) * grads.scale
+        num_shares = max(len(chosen), 1) if self._wants_grad[1] else 1
+        highest = self.tolerance**2 * float(chosen.double().square().sum()) / num_shares
+        levels = Levels(grads, highest, self._distances)
+        most_hidden = self.tolerance * self._hidden_share * levels.hidden_norm if self._wants_grad[0] else math.inf
+        # chunks whose gradients have nothing in common add up to the root of their number
+        share = WEIGHT_SHARE / math.sqrt(self._num_chunks)
+        most_weight = self.tolerance * share * levels.weight_norm if self._wants_grad[1] else math.inf
+        return levels, levels.lowest(most_hidden, most_weight)
+
+    def level_for(self, levels: Levels, level: int, grad_hidden: Tensor) -> int:
+        """The lowest level that can be dropped now that the products have shown dHidden of the chunk [n, H] with
+        `level` dropped: `level` if its bound holds, else a higher one (L: none)."""
+        norm, bound = float(grad_hidden.norm()), levels.hidden_bound(level)
+        if levels.hidden_norm > 0.0:
+            self._hidden_share = SAFETY * norm / levels.hidden_norm
+        if bound <= self.tolerance * (norm - bound):
+            return level
+        most = self.tolerance * max(norm - bound, 0.0) / (1.0 + self.tolerance)
+        lowest = levels.lowest(most, math.inf)
+        return NUM_LEVELS if lowest is None else max(lowest, level + 1)
+
+    def record(
+        self, grad_hidden: Tensor | None, levels: Levels | None = None, level: int = NUM_LEVELS, num_rows: int = 0
+    ) -> None:
+        """Add a chunk's norm and its bounds; without `levels`, its products were dense."""
+        if grad_hidden is not None:
+            self._squared_hidden_norm += float(grad_hidden.norm()) ** 2
+            num_rows = len(grad_hidden)
+        self._rows_seen += num_rows
+        if levels is None:
+            self._rows_kept += num_rows
+            self._is_kept.fill_(True)
+            return
+        self._is_kept.logical_or_(levels.level_of < level)
+        self._rows_kept += num_rows * levels.num_kept(level) / len(levels.level_of)
+        if self._wants_grad[0]:
+            self._squared_hidden_bound += levels.hidden_bound(level) ** 2
+        self._weight_bound += levels.weight_bound(level)
+
+    def error_bound(self, grad_weight: Tensor | None) -> float:
+        """The larger of the bounds on the relative errors of dHidden and dWeight (in Frobenius norms)."""
+        bound = 0.0
+        if self._wants_grad[0]:
+            bound = _relative(math.sqrt(self._squared_hidden_bound), math.sqrt(self._squared_hidden_norm))
+        if self._wants_grad[1] and grad_weight is not None and self._weight_bound > 0.0:
+            norm = float(grad_weight[self._is_kept].norm())
+            bound = max(bound, _relative(self._weight_bound, norm))
+        return bound
+
+    @property
+    def kept_share(self) -> float:
+        """Mean share of the vocabulary's columns in the gradient products."""
+        return self._rows_kept / self._rows_seen if self._rows_seen else 0.0
+
+
+def _relative(bound: float, norm: float) -> float:
+    """The bound over the least norm of the exact gradient, given the norm of one that is off by at most `bound`."""
+    if bound == 0.0:
+        return 0.0
+    return bound / (norm - bound) if norm > bound else math.inf
+
+
+def _distances_from_mean(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean row [H] of weight [V, H], and the distance of each row from it [V], in `dtype`."""
+    vocab_size, hidden_size = weight.shape
+    mean = torch.zeros(hidden_size, dtype=dtype, device=weight.device)
+    for _, part in _products.widened(weight, dtype):
+        mean.addmv_(part.T, part.new_full((len(part),), 1.0 / vocab_size))
+    distances, step = mean.new_empty(vocab_size), max(BLOCK_BYTES // (hidden_size * mean.element_size()), 1)
+    for block, part in _products.widened(weight, dtype):
+        for rows in range(block.start, block.stop, step):
+            some = part[rows - block.start : rows - block.start + step]
+            squares = torch.linalg.vector_norm(some, dim=1).square_()
+            # the rounding error of the difference is added: a bound may be too large, never too small
+            slack = (squares + mean.dot(mean)).mul_(8 * torch.finfo(dtype).eps)
+            squares = squares.addmv_(some, mean, alpha=-2.0).add_(mean.dot(mean)).clamp_(min=0.0)
+            distances[rows : rows + len(some)] = squares.add_(slack).sqrt_()
+    return mean, distances
+
+
+def _spectral_norm_bound(rows: Tensor) -> float:
+    """A bound on the largest singular value: the square root of the Frobenius norm of the Gram matrix."""
+    gram = rows.T @ rows if rows.shape[0] > rows.shape[1] else rows @ rows.T
+    return math.sqrt(float(gram.double().norm()))
+
+
+def _sums_from(values: Tensor) -> Tensor:
+    """Sums of values [..., L] over levels k and above, [..., L + 1]."""
+    return torch.nn.functional.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1))
