@@ -90,7 +90,9 @@ def read_run(run_dir: Path) -> RunRecords:
     metrics, curriculum = (
         _by_step(_read_lines(run_dir / f"{name}.jsonl", unreadable)) for name in ("metrics", "curriculum")
     )
-    evaluations = evaluations_by_step(_read_lines(run_dir / "evaluations.jsonl", unreadable))
+    evaluations = evaluations_by_step(
+        {**row, "sets": clean.scores(row.get("sets"))} for row in _read_lines(run_dir / "evaluations.jsonl", unreadable)
+    )
     curriculum = [{**row, "histogram": clean.histogram(row.get("histogram"))} for row in curriculum]
     summary = _read_json(run_dir / "summary.json", unreadable)
     before, after = _before_and_after(summary, evaluations)
@@ -151,10 +153,9 @@ def evaluations_by_step(records: Iterable[Record]) -> list[Record]:
     """
     merged: dict[int, Record] = {}
     for record in records:
-        scores = clean.scores(record.get("sets"))
-        if scores:
+        if record.get("sets"):
             earlier = merged.get(record["step"], {"sets": {}})
-            merged[record["step"]] = {**earlier, **record, "sets": {**earlier["sets"], **scores}}
+            merged[record["step"]] = {**earlier, **record, "sets": {**earlier["sets"], **record["sets"]}}
     return [merged[step] for step in sorted(merged)]
 
 
