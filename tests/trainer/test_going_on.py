@@ -79,7 +79,7 @@ def test_a_finished_run_is_evaluated_on_other_sets(tmp_path):
     run = train(quick(tmp_path, run__steps=2))
     more = {"few": str(tmp_path / "few.jsonl"), "sums": str(tmp_path / "sums.jsonl")}
     (tmp_path / "sums.jsonl").write_text('{"question": "1+1=", "answer": 2}\n{"question": "1+4=", "answer": 5}\n')
-    for _ in range(2):  # what has been evaluated is not evaluated again
+    for _ in range(2):  # a line written after the last checkpoint is written again
         train(quick(tmp_path, run__steps=2, evaluation__sets=more), resume=True)
         rows = rows_of(run, "evaluations")
         assert [(row["step"], list(row["sets"])) for row in rows] == [(0, ["few"]), (2, ["few"]), (2, ["sums"])]
@@ -90,7 +90,7 @@ def test_a_finished_run_is_evaluated_on_other_sets(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"question": "2+1=", "answer": 3}\n')
     other = {**more, "sums": str(tmp_path / "other.jsonl")}
     train(quick(tmp_path, run__steps=2, evaluation__sets=other), resume=True)
-    assert rows_of(run, "evaluations")[3]["sets"]["sums"]["num_questions"] == 1
+    assert rows_of(run, "evaluations")[-1]["sets"]["sums"]["num_questions"] == 1
 
 
 def test_changed_questions_of_a_set_are_refused(tmp_path, capsys):
