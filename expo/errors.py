@@ -1,12 +1,13 @@
 """The errors that end a command, each with the exit code of the command.
 
 A command prints the error as one line on stderr and exits with its `exit_code`. Exit code 0 means success; 75 means
-that a phase exceeded its deadline (`expo/runtime/watchdog.py`).
+that a phase exceeded its deadline (`expo/runtime/watchdog.py`), 130 that Ctrl-C ended the command.
 """
 
 from typing import ClassVar
 
 DEADLINE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
+INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as a shell reports it
 
 
 class ExpoError(Exception):
@@ -63,7 +64,13 @@ class FolderError(ExpoError):
 
 
 class Diverged(ExpoError):  # noqa: N818  # the state of a run, as its message says
-    """Too many updates in a row had a non-finite loss or gradient."""
+    """Too many updates in a row had a non-finite loss or gradient, or the policy gives non-finite log-probs."""
+
+
+class Collapsed(Diverged):
+    """The policy no longer learns, though its numbers are finite, and run.end_on_collapse is set."""
+
+    exit_code = 3
 
 
 class AblationError(ExpoError):
@@ -71,10 +78,20 @@ class AblationError(ExpoError):
 
 
 class StopRequested(ExpoError):  # noqa: N818  # not a failure: training saves a checkpoint and ends
-    """A signal, or run.save_by_minutes, asks the run to save a checkpoint and end."""
+    """A signal, run.save_by_minutes or a closed stdout asks the run to save a checkpoint and end."""
 
 
-def first_line(error: Exception) -> str:
+class Interrupted(ExpoError):  # noqa: N818  # not a failure: the user ended the command
+    """Ctrl-C ended the command, after it had saved."""
+
+    exit_code = INTERRUPT_EXIT_CODE
+
+
+class OutputError(ExpoError):
+    """Stdout cannot be written: it is closed, or its disk is full."""
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not empty, at most 300 characters; its type if it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [repr(error)])[0][:300]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.config import EvaluationSection
-from expo.errors import ExpoError, StopRequested
+from expo.errors import StopRequested
 from expo.evaluation import compare
 from expo.evaluation.config import PROGRAM, EvalArguments, parse_command_line
 from expo.evaluation.protocol import RESULTS
@@ -27,8 +27,9 @@ from expo.evaluation.tables import scores_table
 from expo.rewards.groups import GradedRollouts, Grader, grade
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
 from expo.run.environment import describe_environment
-from expo.runtime.cli import fail
 from expo.runtime.distributed import leave_ranks
+from expo.runtime.endings import errors_on_one_line
+from expo.runtime.signals import raise_reason
 from expo.types import Prompt
 
 __all__ = ["evaluate", "evaluate_model", "main", "pass_at_k", "sample_and_grade"]
@@ -163,18 +164,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. An error is one line on stderr.
 
     Exit codes: 0 if the evaluation is complete, 1 if it was stopped or failed, 2 if it cannot start, 75 if a phase
-    outlasted its deadline.
+    outlasted its deadline, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
         return compare.main(arguments[1:])
     parsed = parse_command_line(arguments)
-    try:
-        evaluate_model(parsed)
-    except StopRequested as request:
-        fail(PROGRAM, StopRequested(f"stopped by {request}; the same command goes on"))
-    except ExpoError as error:
-        fail(PROGRAM, error)
+    with errors_on_one_line(PROGRAM):
+        try:
+            evaluate_model(parsed)
+        except StopRequested as request:
+            text = f"stopped by {request}; the same command goes on"
+            raise_reason(str(request), text)
+            raise StopRequested(text) from None
     leave_ranks()
     return 0
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expo.config import RunConfig, parse_command_line
-from expo.errors import ExpoError, StopRequested
+from expo.errors import Diverged, StopRequested
 from expo.learner.batch import MiniBatch
 from expo.learner.policy import Policy
 from expo.planning.plan import print_plan
@@ -22,12 +22,15 @@ from expo.rewards.groups import GradedRollouts, Rollouts, grade
 from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import current_position, random_states
-from expo.run.lifecycle import evaluate_if_due, finish, resume_run, save_checkpoint
+from expo.run.collapse import collapse_advice
+from expo.run.divergence import end_if_collapsed, last_good_step, with_advice
+from expo.run.lifecycle import evaluate_if_due, finish, resume_run, save_checkpoint, stop
 from expo.run.metrics import curriculum_row, progress_note, step_advice, step_row
 from expo.run.schedule import is_due, is_over
 from expo.run.setup import RunRollout, open_run
-from expo.runtime.cli import fail
 from expo.runtime.distributed import leave_ranks
+from expo.runtime.endings import errors_on_one_line
+from expo.runtime.signals import raise_reason
 from expo.runtime.timer import PhaseTimer
 from expo.types import Prompt, Reply, Sample
 from expo_kernels import CurriculumTable, akl_beta, group_advantages
@@ -47,8 +50,11 @@ def train(config: RunConfig, resume: bool = False) -> Path:
 
     Raises:
         ConfigError: if the run cannot start; before any model loads where that is possible.
-        Diverged: if run.max_bad_updates updates in a row had a non-finite loss or gradient.
-        CheckpointError: if the run was asked to stop and its checkpoint could not be written.
+        Diverged: if run.max_bad_updates updates in a row had a non-finite loss or gradient, or the policy's log-probs
+            are not finite; Collapsed, a kind of it, if run.end_on_collapse is set and the policy has collapsed.
+        CheckpointError: if the run is over, or was asked to stop, and its checkpoint could not be written.
+        Interrupted: if Ctrl-C stopped the run, after a checkpoint was saved.
+        OutputError: if the run was stopped since stdout could not be written, after a checkpoint was saved.
         FolderError: if a file in the run's folder could not be written.
         GoldError: if replies cannot be graded against a gold answer.
         GraderError: if the processes that grade cannot start.
@@ -58,7 +64,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     """
     with open_run(config, resume) as run:
         data, rollout, policy, books = run.data, run.rollout, run.learner.policy, run.bookkeeping
-        position = resume_run(run, resume)
+        position, watch = resume_run(run, resume)
         try:
             evaluate_if_due(run, position)
             with books.display.bar("step", config.run.steps, done=position.step) as bar:
@@ -89,27 +95,36 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     with timer.phase("sync"):
                         difference = rollout.sync.run()
 
-                    num_tokens = position.reply_tokens + sampled.num_tokens
-                    position = current_position(step, data.curriculum, data.generator, num_bad, num_tokens)
                     with run.guard("save"):
                         row = step_row(step, sampled, float(beta), updates, data.curriculum, timer)
                         row.update(rollouts.metrics(), **policy.mismatch())
                         row.update(sync_max_abs_dlogp=difference, sync_weights_compared=rollout.sync.num_compared)
                         row.update(books.throughput.row(sampled, mini_batches, timer))
                         books.record_step(step, sampled, row, curriculum_row(step, data.curriculum))
-                    bar.advance(note=progress_note(row))
-                    advice = step_advice(row, config)
-                    if advice is not None:
+                    watch.add(row)
+                    position = current_position(
+                        step,
+                        data.curriculum,
+                        data.generator,
+                        bad_updates=num_bad,
+                        reply_tokens=position.reply_tokens + sampled.num_tokens,
+                        good_step=last_good_step(watch, step, num_bad, position.good_step),
+                    )
+                    bar.advance(note=progress_note(row, watch.signs))
+                    for advice in filter(None, (step_advice(row, config), collapse_advice(step, watch, config))):
                         books.display.line(advice)
+                    end_if_collapsed(run, watch, step)
                     score = evaluate_if_due(run, position)
                     position = replace(position, random=random_states())  # an evaluation may draw random numbers
                     if is_due(step, config.run.checkpoint_every) or is_over(config.run, position):
-                        save_checkpoint(run, position, score)
+                        save_checkpoint(run, position, score, is_required=is_over(config.run, position))
         except StopRequested as request:
-            save_checkpoint(run, position, is_required=True)
-            books.display.line(f"stopped by {request} after step {position.step}; continue with --resume")
+            stop(run, position, str(request))
+        except Diverged as error:
+            raise with_advice(error, run, position.good_step) from None
         else:
             finish(run, position)
+            raise_reason(run.switch.reason, f"the run is finished; its results are in {books.folder.path}")
     return books.folder.path
 
 
@@ -199,16 +214,15 @@ def update_policy(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0 if the run ended well, 1 if it could not continue, 2 if it could not start, 75 if
-    a phase exceeded its deadline. An error is one line on stderr.
+    """The command line. Exit codes: 0 if the run ended well or was asked to stop, 1 if it could not continue, 2 if it
+    could not start, 3 if the policy collapsed, 75 if a phase exceeded its deadline, 130 after Ctrl-C. An error is one
+    line on stderr.
     """
-    invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
-    try:
+    with errors_on_one_line(PROGRAM):
+        invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
         if invocation.dry_run:
             return print_plan(invocation)
         train(invocation.config, invocation.resume)
-    except ExpoError as error:
-        fail(PROGRAM, error)
     leave_ranks()
     return 0
 

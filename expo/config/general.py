@@ -25,7 +25,8 @@ class RunSection(Section):
     checkpoint_every: Index = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Count = 2
-    """Number of newest checkpoints to keep; older ones are deleted, except the best."""
+    """Number of newest checkpoints to keep; older ones are deleted, except the best and the last good one: the newest
+    from which a whole step without a sign of divergence was taken."""
     keep_best: bool = True
     """Also keep the checkpoint whose evaluation had the highest mean pass@1."""
     save_by_minutes: Annotated[float, Field(gt=0, le=YEAR_S / 60)] | None = None
@@ -37,6 +38,14 @@ class RunSection(Section):
     max_bad_updates: Count = 3
     """Consecutive updates with a loss or gradient that is not finite after which the run stops. Each of them is skipped
     and its batch is saved."""
+    collapse_kl: Annotated[float, Field(gt=0, le=1e6)] = 5.0
+    """KL estimate per reply token in nats above which a step shows a sign of collapse. The other signs: a gradient of
+    exactly 0, accuracy 0 where it was above 0.05, and replies that are all truncated."""
+    collapse_steps: Count = 8
+    """Consecutive steps with the same sign (for the gradient: updates) after which the policy has collapsed. The
+    progress line names a sign from its first step on; a gradient of 0 only then."""
+    end_on_collapse: bool = False
+    """End the run with exit code 3 when the policy has collapsed; --resume goes back to the last good checkpoint."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers that receive the metrics in addition to metrics.jsonl; each needs its own package."""
     completions_per_step: Index = 64

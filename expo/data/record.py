@@ -8,6 +8,8 @@ from typing import Any
 from expo.data.questions import QuestionSet
 from expo.errors import ConfigError
 
+TRAINING = "data.train"  # name of the training set in data.json
+
 
 def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:
     """Counts of questions and rows left out, by reason.
@@ -46,19 +48,26 @@ def set_record(loaded: QuestionSet, num_long: int) -> dict[str, Any]:
 
 
 def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None:
-    """Raises: ConfigError if `saved`, the data.json of a run, exists and is damaged or records other questions."""
+    """Raises: ConfigError if `saved`, the data.json of a run, exists and is damaged or records other questions of the
+    same source.
+    """
     if not saved.exists():
         return
     try:
-        before = {name: entry["digest"] for name, entry in json.loads(saved.read_bytes())["sets"].items()}
+        before = {
+            name: (entry["source"], entry["digest"]) for name, entry in json.loads(saved.read_bytes())["sets"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{saved} is damaged ({type(error).__name__}), so the questions cannot be compared with those that the run "
             f"started with; restore it, or delete it if you are sure that they are the same"
         ) from error
-    differing = [name for name, loaded in sets.items() if loaded.digest != before.get(name)]
+    # a resumed run may have other evaluation sets
+    known = [name for name, loaded in sets.items() if name == TRAINING or before.get(name, [None])[0] == loaded.source]
+    differing = [name for name in known if before.get(name, (None, None))[1] != sets[name].digest]
     if differing:
+        dropped = " (data.drop_overlap drops those of the evaluation sets)" if sets[TRAINING].num_overlapping else ""
         raise ConfigError(
             f"the questions of {', '.join(differing)} are not those that the run in {saved.parent} "
-            f"started with; restore them, or start another run"
+            f"started with{dropped}; restore them, or start another run"
         )

@@ -81,7 +81,8 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
     """
     config = arguments.config
     assert config.run.dir is not None
-    watchdog, switch = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again"), StopSwitch()
+    watchdog = Watchdog(int(os.environ.get("RANK", "0")), go_on="give the same command again")
+    switch = StopSwitch(on_interrupt="the evaluation keeps the replies so far, and ends")
     with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
             timeout = max(config.deadline.start, config.deadline.evaluation)

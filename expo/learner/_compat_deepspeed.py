@@ -95,6 +95,11 @@ def keep_group_settings(engine: Any) -> Iterator[None]:
             state["step"] = state["step"].to(parameter.device if is_on_device else "cpu", torch.float32, copy=True)
 
 
+def set_gradient_clipping(engine: Any, max_norm: float) -> None:
+    """Sets the norm to which ZeRO clips gradients, which its checkpoints of stages 1 and 2 overwrite."""
+    engine.optimizer.clip_grad = max_norm
+
+
 def universal_conversion(source: Path, target: Path) -> list[str]:
     """The command line that converts an engine's checkpoint into a universal one, for any number of ranks."""
     command = [sys.executable, "-m", "expo.learner.universal", "--inject_missing_state"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expo.config import PolicySection, RunConfig
-from expo.learner._compat_deepspeed import num_dimensions
+from expo.learner._compat_deepspeed import num_dimensions, set_gradient_clipping
 from expo.learner.batch import Batch, MicroBatch, MiniBatch, mini_batches
 from expo.learner.deepspeed import gathered_parameters, load_states, partitioned_loading, save_states, start_engine
 from expo.learner.lora import add_adapters, disabled_adapters, merge_adapters
@@ -286,6 +286,8 @@ class DeepSpeedPolicy:
         converts = other_ranks and self._section.zero_stage > 0
         state = load_states(self._engine, folder, self._ranks, converts=converts)
         self._updates_done = state["updates_done"]
+        if self._section.zero_stage > 0:
+            set_gradient_clipping(self._engine, self._optimizer_section.max_grad_norm)  # it may change on resume
 
     @property
     def is_unsharded(self) -> bool:

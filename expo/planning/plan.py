@@ -6,7 +6,6 @@ The plan needs only the shape of the model: no weights, GPU or question files. `
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from expo.learner.model_files import check_model_path, hub_options, load_model_c
 from expo.planning.memory import GIB, RUNTIME_BYTES, Footprint, Part
 from expo.rollout.vllm.common import check_ranks
 from expo.runtime.cli import Invocation
+from expo.runtime.console import write_stdout
 
 SHIPPED_SHAPES = RECIPES / "models"  # <organisation>--<name>.json, as in the models' own config.json
 ASSUMED_GPU_GIB = 80.0
@@ -55,8 +55,7 @@ def print_plan(invocation: Invocation[RunConfig]) -> int:
     shape, source = find_shape(config.model)
     footprint = Footprint(config, shape, machine.num_ranks)
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(describe(footprint, machine, source))
-        sys.stdout.flush()
+        write_stdout(describe(footprint, machine, source))
     check_memory(footprint, machine)
     return 0
 
@@ -285,9 +284,10 @@ def _epochs(config: RunConfig) -> tuple[str, str]:
 def _disk_rows(footprint: Footprint) -> _Rows:
     run, evaluation = footprint.config.run, footprint.config.evaluation
     keeps_best = run.keep_best and bool(evaluation.sets) and evaluation.every > 0
-    num_checkpoints = run.keep_checkpoints + keeps_best + 1
+    num_checkpoints = run.keep_checkpoints + keeps_best + 2
     checkpoint, export, replies = footprint.checkpoint_bytes(), footprint.export_bytes(), footprint.replies_bytes()
-    note = f"the newest {run.keep_checkpoints}{', the best' if keeps_best else ''} and one being written"
+    best = ", the best" if keeps_best else ""
+    note = f"at most: the newest {run.keep_checkpoints}{best}, the last good one and one being written"
     return [
         ("one checkpoint", _gib(checkpoint), "of all ranks"),
         (f"{num_checkpoints} checkpoints", _gib(num_checkpoints * checkpoint), note),

@@ -87,12 +87,12 @@ def read_run(run_dir: Path) -> RunRecords:
     """
     config_text, config = _read_config(run_dir)
     unreadable: dict[str, int] = {}
-    metrics, curriculum, evaluations = (
-        _by_step(_read_lines(run_dir / f"{name}.jsonl", unreadable))
-        for name in ("metrics", "curriculum", "evaluations")
+    metrics, curriculum = (
+        _by_step(_read_lines(run_dir / f"{name}.jsonl", unreadable)) for name in ("metrics", "curriculum")
     )
-    evaluations = [{**evaluation, "sets": clean.scores(evaluation.get("sets"))} for evaluation in evaluations]
-    evaluations = [evaluation for evaluation in evaluations if evaluation["sets"]]
+    evaluations = evaluations_by_step(
+        {**row, "sets": clean.scores(row.get("sets"))} for row in _read_lines(run_dir / "evaluations.jsonl", unreadable)
+    )
     curriculum = [{**row, "histogram": clean.histogram(row.get("histogram"))} for row in curriculum]
     summary = _read_json(run_dir / "summary.json", unreadable)
     before, after = _before_and_after(summary, evaluations)
@@ -145,6 +145,18 @@ def _by_step(records: Iterator[Record]) -> list[Record]:
     """The records sorted by step; a resumed run may record a step twice, and the later record wins."""
     latest = {record["step"]: record for record in records}
     return [latest[step] for step in sorted(latest)]
+
+
+def evaluations_by_step(records: Iterable[Record]) -> list[Record]:
+    """One record for each evaluated step, in order; a run that was resumed with other sets has several lines of a step,
+    each with its own sets.
+    """
+    merged: dict[int, Record] = {}
+    for record in records:
+        if record.get("sets"):
+            earlier = merged.get(record["step"], {"sets": {}})
+            merged[record["step"]] = {**earlier, **record, "sets": {**earlier["sets"], **record["sets"]}}
+    return [merged[step] for step in sorted(merged)]
 
 
 def _before_and_after(summary: Record, evaluations: list[Record]) -> tuple[Scores, Scores]:

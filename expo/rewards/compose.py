@@ -39,7 +39,7 @@ def load_function(setting: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing a user's module may raise anything
+    except BaseException as error:  # importing a user's module may raise anything, and may call sys.exit
         raise ConfigError(
             f"{setting}: {name} cannot be imported ({_one_line(error)}); install its "
             f"module, or put it into the folder where the run is started"
@@ -107,7 +107,7 @@ def _values(name: str, function: RewardFunction, rows: Sequence[_Row]) -> list[f
     """One finite number for each row. Raises: RewardError with the function's name and the reply."""
     try:
         returned = _call(function, rows)
-    except Exception as error:  # a user's function may raise anything
+    except BaseException as error:  # a user's function may raise anything, and may call sys.exit
         raise RewardError(
             f"reward function {name} raised {_one_line(error)}, {_failing_reply(function, rows)}"
         ) from error
@@ -140,12 +140,12 @@ def _failing_reply(function: RewardFunction, rows: Sequence[_Row]) -> str:
     for reply, answer, question in rows:
         try:
             _call(function, [(reply, answer, question)])
-        except Exception:
+        except BaseException:  # as above
             return f"given the reply {_shortened(reply)} to {_shortened(question)}"
     return f"given {len(rows)} replies at once, though not given any of them alone"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -90,7 +90,7 @@ def _grade_by_function(function: Callable[[str, str], Any], answer: str | None, 
         verdict = function(answer or "", gold)
     except MemoryError:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except BaseException as error:  # a user's function may raise anything, and may call sys.exit
         return messages.ERROR + f"raised {type(error).__name__}: {error}".encode("utf-8", "replace")
     if verdict is True or verdict is False:
         return messages.CORRECT if verdict else messages.WRONG

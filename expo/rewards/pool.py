@@ -22,6 +22,7 @@ from typing import Final
 
 from expo.errors import GraderError
 from expo.rewards import messages
+from expo.runtime.signals import SIGNALS
 
 WORKER: Final = "expo.rewards.worker"  # not imported here: a separate process runs it
 Pair = tuple[str, str]  # answer and gold answer, both normalised
@@ -128,7 +129,7 @@ def _blocked_stop_signals() -> Iterator[None]:
     """Blocks, for a process started inside, the signals that ask a run to stop: sent to the whole process group, they
     would end the grading that the trainer still has to finish. The process ends when the trainer's socket closes.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expo.errors import SyncError
+from expo.errors import Diverged, SyncError
 from expo.learner.batch import Batch, collate
 from expo.rollout import RolloutEngine
 from expo.rollout.weight_samples import WeightSamples
@@ -104,9 +104,12 @@ class WeightSync:
         Returns: the largest |policy - engine| log-prob of the probe over all ranks, nats; None if the engine samples
             from the policy's own weights.
 
-        Raises: SyncError, on every rank, if it exceeds the tolerance or a compared weight differs.
+        Raises:
+            Diverged: on every rank, if a log-prob of the policy is not finite; the engine then holds the old weights.
+            SyncError: on every rank, if the difference exceeds the tolerance or a compared weight differs.
         """
         self._policy_logps = None
+        self._require_finite()
         samples = WeightSamples()
         weights = samples.record(self._policy.named_weights())
         self._engine.load_weights(weights)
@@ -114,9 +117,15 @@ class WeightSync:
             return None
         for _ in weights:  # those that the engine did not load, if any
             pass
-        largest = self.difference()
+        largest = self._difference()
         self._require_same_weights(samples)
         return largest
+
+    def _require_finite(self) -> None:
+        """An engine cannot sample from a distribution that is not finite: ids out of range, or errors of its own."""
+        (is_bad,) = self._ranks.all_reduce_max([float(not self.policy_logps().isfinite().all())])
+        if is_bad:
+            raise Diverged("the policy's log-probs are not finite")
 
     def _require_same_weights(self, samples: WeightSamples) -> None:
         local = [samples.compare(engine_weights) for engine_weights in self._engine.describe_weights()]
@@ -146,8 +155,12 @@ class WeightSync:
 
     def difference(self) -> float:
         """The comparison of log-probs without a sync. Raises: as `run`."""
+        self._policy_logps = None
+        return self._difference()
+
+    def _difference(self) -> float:
         engine_logps = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
-        policy_logps = self._policy_logps = self._score_by_policy()
+        policy_logps = self.policy_logps()
         differences = (policy_logps - engine_logps).abs().nan_to_num(nan=torch.inf)
         (largest,) = self._ranks.all_reduce_max([float(differences.max())])
         if largest > self._tolerance:

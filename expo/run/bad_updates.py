@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expo.errors import Diverged, FolderError, first_line
+from expo.errors import Diverged, first_line
 from expo.learner.batch import MiniBatch
 from expo.runtime.atomic_io import write_whole
 from expo.runtime.console import Display
@@ -39,23 +39,19 @@ class BadUpdates:
             metrics: its metrics.
             in_a_row: number of consecutive skipped updates, this one included.
 
-        Raises: Diverged if `in_a_row` has reached the limit; FolderError if the file cannot be written.
+        Raises: Diverged if `in_a_row` has reached the limit.
         """
         path = self._folder / f"step-{step:06d}-update-{index}-rank-{self._ranks.rank}.pt"
         content = {"micro_batches": [asdict(micro) for micro in mini_batch.micro_batches], "beta": beta, **metrics}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, functools.partial(torch.save, content))
+            where = f"its batch is in {path}"
         except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError for some full disks
-            raise FolderError(
-                f"{path} cannot be written ({first_line(error)}); check its folder, then --resume"
-            ) from error
-        self._display.line(
-            f"step {step}, update {index}: the gradient is not finite; the update is skipped, its batch is in {path}"
-        )
+            where = f"its batch could not be kept in {path} ({first_line(error)})"
+        self._display.line(f"step {step}, update {index}: the gradient is not finite; the update is skipped, {where}")
         if in_a_row >= self._limit:
             raise Diverged(
                 f"{in_a_row} updates in a row had a non-finite loss or gradient, the last at step {step}: {metrics}; "
-                f"their batches are in {path.parent}. Inspect them, lower optimizer.lr, and continue from the last "
-                f"checkpoint with --resume"
+                f"their batches are in {path.parent}"
             )

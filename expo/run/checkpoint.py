@@ -55,15 +55,17 @@ class Position:
     generator: Tensor  # state of the generator that draws questions
     bad_updates: int = 0  # skipped updates in a row
     reply_tokens: int = 0  # sampled so far
+    good_step: int = 0  # the last step after which a whole step without a sign of divergence was taken
     random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: those at the time of saving
 
 
-def current_position(
-    step: int, curriculum: CurriculumTable, generator: torch.Generator, bad_updates: int = 0, reply_tokens: int = 0
-) -> Position:
-    """The position of a run after `step`, with the current states of its curriculum and random generators."""
-    state = curriculum.state_dict()
-    return Position(step, state, generator.get_state(), bad_updates, reply_tokens, random_states())
+def current_position(step: int, curriculum: CurriculumTable, generator: torch.Generator, **counts: int) -> Position:
+    """The position of a run after `step`, with the current states of its curriculum and random generators.
+
+    Args:
+        counts: the position's bad_updates, reply_tokens and good_step, where they are not 0.
+    """
+    return Position(step, curriculum.state_dict(), generator.get_state(), **counts, random=random_states())
 
 
 class Checkpoints:
@@ -74,6 +76,7 @@ class Checkpoints:
         ranks: the processes of the run; all of them call every method.
         config_hash: digest of the settings that may not change on resume; a checkpoint with another digest is refused.
             None: accept any, for reading only.
+        earlier_hash: the same, as earlier versions computed it; their checkpoints are accepted too.
         flush_logs: flushes the run's logs to disk on rank 0, and returns their states for the manifest; None: it
             records none.
     """
@@ -84,8 +87,10 @@ class Checkpoints:
         ranks: Ranks,
         config_hash: str | None,
         flush_logs: Callable[[], dict[str, LogState]] | None = None,
+        earlier_hash: str | None = None,
     ) -> None:
-        self.folder, self._ranks, self._config_hash, self._flush_logs = folder, ranks, config_hash, flush_logs
+        self.folder, self._ranks, self._flush_logs = folder, ranks, flush_logs
+        self._config_hash, self._earlier_hash = config_hash, earlier_hash
 
     def save(self, position: Position, policy: Policy, score: float | None = None) -> Path:
         """Writes `step-NNNNNN` and returns its path; an existing checkpoint of that step is left as it is.
@@ -165,16 +170,24 @@ class Checkpoints:
         flush(temporary)
         temporary.rename(path)
         flush(path.parent)
-        write_bytes_whole(path.parent / LATEST, path.name.encode())
+        with suppress(OSError):  # for people; the checkpoint has its final name
+            write_bytes_whole(path.parent / LATEST, path.name.encode())
 
-    def retain(self, newest: int, *, best: bool) -> None:
-        """Deletes all but the `newest` last checkpoints and, with `best`, the one with the highest score."""
+    def retain(self, newest: int, *, best: bool, good_step: int = 0, scored_since: int = 0) -> None:
+        """Deletes checkpoints that are no longer needed.
+
+        Args:
+            newest: how many of the last checkpoints are kept.
+            best: whether the one with the highest score is kept, too.
+            good_step: the newest checkpoint up to this step is kept, too.
+            scored_since: scores of earlier steps do not count, since they are those of other evaluations.
+        """
         if not self._ranks.is_rank0:
             return
         paths = self.list()
-        kept = set(paths[-newest:])
+        kept = {*paths[-newest:], *self.list(good_step)[-1:]}
         scores = {path: _score(path) for path in paths}
-        scored = [path for path in paths if scores[path] is not None]
+        scored = [path for path in paths if scores[path] is not None and _step(path) >= scored_since]
         if best and scored:
             kept.add(max(scored, key=lambda path: (scores[path], path)))
         self._delete([path for path in paths if path not in kept])
@@ -191,29 +204,38 @@ class Checkpoints:
             except OSError as error:
                 sys.stderr.write(f"checkpoint {path} could not be deleted ({error}); delete it by hand\n")
 
-    def list(self) -> "list[Path]":
-        """Checkpoints with their final name, oldest first.
+    def list(self, up_to: int | None = None) -> "list[Path]":
+        """Checkpoints with their final name, of steps up to `up_to`, oldest first.
 
         Raises: CheckpointError if their folder is a file.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is no folder; restore the run's checkpoints, or move it away")
         paths = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-        return sorted(paths, key=_step)
+        return [path for path in sorted(paths, key=_step) if up_to is None or _step(path) <= up_to]
+
+    def newest_step(self, up_to: int) -> int:
+        """The step of the newest checkpoint up to a step; 0, the start of the run, if there is none."""
+        return max((_step(path) for path in self.list(up_to)), default=0)
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        if self._ranks.is_rank0:
+            self._delete([path for path in self.list() if _step(path) > step])
 
     def remove_leftovers(self) -> None:
         """Removes what interrupted processes left half written or half deleted."""
         if self._ranks.is_rank0:
             remove_leftovers(self.folder)
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint that matches its manifest; None if there are no checkpoints.
+    def newest_whole(self, up_to: int | None = None) -> Path | None:
+        """The newest checkpoint, of a step up to `up_to`, that matches its manifest; None if there are no checkpoints.
 
         A checkpoint that does not match is reported on stderr and skipped.
 
         Raises: CheckpointError if there are checkpoints, but none of them is whole, or one names code to run.
         """
-        paths = self._ranks.broadcast_from_rank0(self.list())
+        paths = self._ranks.broadcast_from_rank0(self.list(up_to))
         for path in reversed(paths):
             problem = self._problem(path)
             if problem is None:
@@ -262,7 +284,7 @@ class Checkpoints:
             manifest = read_manifest(path)
         except UNREADABLE as error:
             return f"{MANIFEST} cannot be read: {type(error).__name__}, {first_line(error)}", None
-        if self._config_hash not in (None, manifest.config_hash):
+        if self._config_hash is not None and manifest.config_hash not in (self._config_hash, self._earlier_hash):
             return "it belongs to a run with other settings", None
         names = self._ranks.shard(sorted(manifest.files))
         try:
@@ -279,9 +301,8 @@ class Checkpoints:
         Raises: CheckpointError on every rank if one of them cannot load its files.
         """
         position = self._ranks.raise_on_all_ranks(lambda: self._load(path, policy))
+        self.delete_after(_step(path))  # they are not whole or diverged, and the run will write them again
         if self._ranks.is_rank0:
-            # later ones are not whole, and the run will write them again
-            self._delete([later for later in self.list() if _step(later) > _step(path)])
             with suppress(OSError):
                 write_bytes_whole(self.folder / LATEST, path.name.encode())
         return position

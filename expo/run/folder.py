@@ -10,16 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from expo.config import RunConfig, changed_settings, load_config
+from expo.config import RunConfig, load_config
 from expo.errors import ConfigError, ExpoError, FolderError, first_line
 from expo.reporting.reader import starts_of
+from expo.run.changes import changes, initial_settings, is_free, is_record, is_steering, require_allowed
 from expo.run.environment import ENVIRONMENT, describe_environment
 from expo.run.logs import LOGS, LogState, cut, parse_object, parse_row
 from expo.runtime.atomic_io import flush, write_bytes_whole
 from expo.runtime.distributed import Ranks
 
 RUNS = Path("runs")
-MAY_CHANGE_ON_RESUME = (
+NOT_IN_EARLIER_DIGESTS = (
     "run.dir",
     "run.checkpoint_every",
     "run.keep_checkpoints",
@@ -37,6 +38,7 @@ MAY_CHANGE_ON_RESUME = (
     "vllm.weights_folder",
     "vllm.patience_s",
 )
+"""Settings that the digest in checkpoints of earlier versions leaves out."""
 ADDED_LATER = (
     "run.end_with_launcher",
     "model.revision",
@@ -49,6 +51,9 @@ ADDED_LATER = (
     "reward.unevaluated",
     "reward.think_tags",
     "rollout.stop_tokens",
+    "run.collapse_kl",
+    "run.collapse_steps",
+    "run.end_on_collapse",
     "policy.gradient_tolerance",
     "vllm.key_file",
 )
@@ -113,19 +118,36 @@ class RunFolder:
         """Writes one JSON file atomically. Raises: FolderError if it cannot be written."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def record_start(self, first_step: int, num_ranks: int) -> list[str]:
-        """Appends to environment.json the environment in which the run starts or resumes, and its first step.
+    def record_start(self, num_ranks: int, changed: Mapping[str, Any] | None = None) -> list[str]:
+        """Appends to environment.json the environment in which the run starts or resumes, and the changed settings.
 
         Returns: a message if the file was damaged, so that the earlier starts are lost.
         """
         if not self._is_writer:
             return []
-        before = self.read_object(ENVIRONMENT)
-        is_lost = (self.path / ENVIRONMENT).exists() and not before
-        start = {**describe_environment(), "ranks": num_ranks, "first_step": first_step}
-        self.write_json(ENVIRONMENT, {"starts": [*starts_of(before), start]})
+        before = self.starts()
+        is_lost = (self.path / ENVIRONMENT).exists() and not self.read_object(ENVIRONMENT)
+        start = {**describe_environment(), "ranks": num_ranks, **({"changed": changed} if changed else {})}
+        self.write_json(ENVIRONMENT, {"starts": [*before, start]})
         message = f"warning: {ENVIRONMENT} was damaged; the earlier starts of the run are lost from it"
         return [message] if is_lost else []
+
+    def record_first_step(self, step: int) -> None:
+        """Adds to the last start in environment.json the first step that it takes."""
+        starts = self.starts()
+        if self._is_writer and starts:
+            self.write_json(ENVIRONMENT, {"starts": [*starts[:-1], {**starts[-1], "first_step": step}]})
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start of the run in order, as environment.json records them; none if it is missing or damaged."""
+        starts = starts_of(self.read_object(ENVIRONMENT))
+        return [{name: v for name, v in start.items() if name != "changed" or is_record(v)} for start in starts]
+
+    def remove(self, name: str) -> None:
+        """Removes a file if it exists. Raises: FolderError if it cannot be removed."""
+        if self._is_writer:
+            with _folder_errors(self.path):
+                (self.path / name).unlink(missing_ok=True)
 
     def read_object(self, name: str) -> dict[str, Any]:
         """The object in a JSON file; empty if the file is missing or damaged."""
@@ -187,7 +209,10 @@ def _folder_errors(path: Path, kind: type[ExpoError] = FolderError) -> Iterator[
     try:
         yield
     except OSError as error:
-        raise kind(f"the folder {path} cannot be written ({error}); check its permissions and free space") from error
+        reason = error.strerror or error
+        raise kind(
+            f"the folder {path} cannot be written ({reason}); check its path, its permissions and the free space"
+        ) from error
 
 
 def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -204,22 +229,36 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 # --- opening
 
 
-def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> RunFolder:
-    """Locks the run's folder and writes config.yaml; rank 0 chooses the folder for all ranks.
+def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> tuple[RunFolder, dict[str, list[Any]]]:
+    """Locks the run's folder, which rank 0 chooses for all ranks.
 
-    Raises:
-        ConfigError: if the folder holds a run and `resume` is not set, a run of another configuration, or a run that
-            another process is at work on, or cannot be created.
-        FolderError: if config.yaml cannot be written.
+    Returns: the folder, and [before, after] of the settings that have changed since the last start and on which the
+        further steps depend.
+
+    Raises: ConfigError if the folder holds a run and `resume` is not set, a run of another configuration, or a run that
+        another process is at work on, or cannot be created.
     """
-    path = ranks.run_on_rank0(lambda: _choose_folder(config, resume))
+    path, changed = ranks.run_on_rank0(lambda: _choose_folder(config, resume))
     folder = ranks.raise_on_all_ranks(lambda: RunFolder(path, is_writer=ranks.is_rank0))
     ranks.raise_on_all_ranks(folder.lock)
+    return folder, changed
+
+
+def record_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: Mapping[str, Any]) -> list[str]:
+    """Records this start and the changed settings in environment.json, then writes config.yaml.
+
+    In this order, a run that dies in between has lost no change.
+
+    Returns: a message if environment.json was damaged.
+
+    Raises: FolderError if they cannot be written.
+    """
+    messages = folder.record_start(num_ranks, changed)
     folder.write_text("config.yaml", config.to_yaml())
-    return folder
+    return messages
 
 
-def _choose_folder(config: RunConfig, resume: bool) -> Path:
+def _choose_folder(config: RunConfig, resume: bool) -> tuple[Path, dict[str, list[Any]]]:
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
     with _folder_errors(path, ConfigError):  # exists() raises an error for names that are too long
@@ -228,9 +267,19 @@ def _choose_folder(config: RunConfig, resume: bool) -> Path:
         raise ConfigError(
             f"run.dir = {path} already holds a run; add --resume to continue it, or choose another folder"
         )
-    if is_run:
-        _require_same_run(config, saved)
-    return path
+    changed = changes(_saved_settings(saved), config.settings) if is_run else {}
+    require_allowed(changed, path)
+    return path, changed
+
+
+def _saved_settings(saved: Path) -> dict[str, Any]:
+    try:
+        return load_config(saved).settings
+    except ExpoError as error:
+        raise ConfigError(
+            f"{first_line(error)}; this file of the run is damaged: remove it, and --resume writes it again if the "
+            f"settings are those of the checkpoints"
+        ) from error
 
 
 def _new_run(seed: int) -> Path:
@@ -242,40 +291,35 @@ def _newest_run() -> Path | None:
     return runs[-1].parent if runs else None
 
 
-def _require_same_run(config: RunConfig, saved: Path) -> None:
-    try:
-        before = load_config(saved)
-    except ExpoError as error:
-        raise ConfigError(
-            f"{first_line(error)}; this file of the run is damaged: remove it, and --resume writes it again if the "
-            f"settings are those of the checkpoints"
-        ) from error
-    differing = changed_settings(fixed_settings(before), fixed_settings(config))
-    if differing:
-        raise ConfigError(
-            f"--resume would change the run in {saved.parent}: {', '.join(differing)}; use the values it started with"
-        )
+# --- digests
 
 
-def fixed_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting that may not change on resume, since the run's numbers depend on it, by its dotted name."""
-    return {
-        name: value
-        for name, value in config.settings.items()
-        if not name.startswith("deadline.") and name not in MAY_CHANGE_ON_RESUME
-    }
+def fixed_digest(config: RunConfig, also: Sequence[str] = ()) -> str:
+    """SHA-256 of the settings that may not change on resume, and of those named in `also`; the checkpoints and cached
+    replies of a run carry it.
+    """
+    kept = {n: v for n, v in config.settings.items() if not (is_free(n) or is_steering(n)) or n in also}
+    return _digest(config, kept)
+
+
+def settings_digest(config: RunConfig, starts: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The digest in checkpoints of earlier versions: of all settings with which the run started, but for a few.
+
+    Args:
+        config: the present one.
+        starts: every start of the run, as environment.json records them.
+    """
+    initial = initial_settings(config.settings, starts)
+    left_out = {n for n in initial if n in NOT_IN_EARLIER_DIGESTS or (n in ADDED_LATER and is_free(n))}
+    kept = {n: v for n, v in initial.items() if not n.startswith("deadline.") and n not in left_out}
+    return _digest(config, kept)
+
+
+def _digest(config: RunConfig, settings: Mapping[str, Any]) -> str:
+    kept = {n: v for n, v in settings.items() if n not in ADDED_LATER or v != _default(config, n)}
+    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
 
 
 def _default(config: RunConfig, name: str) -> Any:
     section, field = name.split(".")
     return type(getattr(config, section)).model_fields[field].get_default(call_default_factory=True)
-
-
-def settings_digest(config: RunConfig) -> str:
-    """SHA-256 of the settings that may not change on resume; the checkpoints and cached replies of a run carry it."""
-    settings = {
-        name: value
-        for name, value in fixed_settings(config).items()
-        if name not in ADDED_LATER or value != _default(config, name)
-    }
-    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()

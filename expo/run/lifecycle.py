@@ -2,43 +2,79 @@
 
 from pathlib import Path
 
-from expo.errors import CheckpointError, FolderError, first_line
+from expo.errors import CheckpointError, Diverged, FolderError, first_line
 from expo.evaluate import evaluate
 from expo.report import write_report
 from expo.reporting.comparison import results_table
-from expo.reporting.reader import commits_of
+from expo.reporting.reader import commits_of, evaluations_by_step
+from expo.run.changes import describe
 from expo.run.checkpoint import Position, current_position
+from expo.run.collapse import CollapseWatch
+from expo.run.divergence import DIVERGED, step_to_go_back_to, with_advice
 from expo.run.environment import ENVIRONMENT
+from expo.run.folder import RunFolder
 from expo.run.schedule import is_due, is_over
 from expo.run.setup import Run
 from expo.runtime.atomic_io import write_whole
+from expo.runtime.endings import disk_error, reason_of
+from expo.runtime.signals import raise_reason
+
+SUMMARY = "summary.json"
 
 
-def resume_run(run: Run, resume: bool) -> Position:
-    """Restores the newest whole checkpoint if `resume` is set and there is one; returns the position of the run.
+def resume_run(run: Run, resume: bool) -> tuple[Position, CollapseWatch]:
+    """Restores the newest whole checkpoint if `resume` is set and there is one; after a divergence, the last good one.
 
-    Raises: CheckpointError if there are checkpoints, but none of them is whole.
+    Returns: the position of the run, and a watch that has seen all its steps.
+
+    Raises:
+        CheckpointError: if there are checkpoints, but none of them is whole.
+        Diverged: if the policy's log-probs are not finite.
     """
-    data, books = run.data, run.bookkeeping
+    config, data, books = run.config, run.data, run.bookkeeping
     with run.guard("save"):
         position = current_position(0, data.curriculum, data.generator)
         books.checkpoints.remove_leftovers()
-        checkpoint = books.checkpoints.newest_whole() if resume else None
+        back_to = run.ranks.run_on_rank0(lambda: step_to_go_back_to(books.folder)) if resume else None
+        checkpoint = books.checkpoints.newest_whole(back_to) if resume else None
         if checkpoint is not None:
             position = books.checkpoints.load(checkpoint, run.learner.policy)
             _restore_draws(run, position, checkpoint)
-            books.display.line(f"resuming after step {position.step} of {run.config.run.steps} in {books.folder.path}")
-        elif resume:
-            books.display.line(f"no checkpoint in {books.checkpoints.folder}: the run starts with step 1")
+        else:
+            books.checkpoints.delete_after(position.step)
+        if resume and run.ranks.is_rank0:
+            _show_start(run, position, is_new=checkpoint is None, has_diverged=back_to is not None)
         logs = None if checkpoint is None else books.checkpoints.logs_at(checkpoint)
         messages = run.ranks.raise_on_all_ranks(lambda: books.folder.rewind(position.step if resume else -1, logs))
-        run.rollout.cache.drop(position.step)
-        messages += books.folder.record_start(position.step + 1, run.ranks.size)
         for message in messages:
             books.display.line(message)
+        books.folder.remove(DIVERGED)
+        if not is_over(config.run, position):
+            books.folder.remove(SUMMARY)  # it says that the run is finished
+        run.rollout.cache.drop(position.step)
+        books.folder.record_first_step(position.step + 1)
+        watch = CollapseWatch(config.run, config.policy.updates_per_step)
+        watch.replay(run.ranks.run_on_rank0(lambda: books.folder.read_rows("metrics")))
     with run.guard("sync"):
-        run.rollout.sync.run()
-    return position
+        try:
+            run.rollout.sync.run()
+        except Diverged as error:
+            raise with_advice(error, run, position.good_step) from None
+    return position, watch
+
+
+def _show_start(run: Run, position: Position, *, is_new: bool, has_diverged: bool) -> None:
+    """Says after which step a run goes on that is not new, and with which changed settings."""
+    books = run.bookkeeping
+    changed = books.folder.starts()[-1].get("changed", {})
+    if is_new and not has_diverged:
+        books.display.line(f"no checkpoint in {books.checkpoints.folder}: the run starts with step 1")
+        return
+    when = " before it diverged," if has_diverged else ""
+    with_changes = f" with {describe(changed)}" if changed else ""
+    books.display.line(
+        f"resuming after step {position.step} of {run.config.run.steps}{when} in {books.folder.path}{with_changes}"
+    )
 
 
 def _restore_draws(run: Run, position: Position, checkpoint: Path) -> None:
@@ -54,20 +90,19 @@ def _restore_draws(run: Run, position: Position, checkpoint: Path) -> None:
 
 
 def evaluate_if_due(run: Run, position: Position) -> float | None:
-    """Evaluates the current policy on every set, if that is due and not yet in evaluations.jsonl.
+    """Evaluates the current policy, if that is due, on every set whose scores are not yet in evaluations.jsonl.
 
     Returns: mean pass@1 over the sets; None if nothing was evaluated.
     """
-    config, sets, books, step = run.config, run.data.evaluation_sets, run.bookkeeping, position.step
-    num_replies = sum(len(prompts) for prompts in sets.values()) * config.evaluation.num_samples
+    config, books, step = run.config, run.bookkeeping, position.step
     is_first_or_last = step == 0 or is_over(config.run, position)
-    if num_replies == 0 or not (is_first_or_last or is_due(step, config.evaluation.every)):
+    if not (run.data.evaluation_sets and (is_first_or_last or is_due(step, config.evaluation.every))):
         return None
     with run.guard("sync"):
-        is_recorded = run.ranks.run_on_rank0(
-            lambda: step in [row["step"] for row in books.folder.read_rows("evaluations") if row.get("sets")]
-        )
-    if is_recorded:
+        digests = run.ranks.run_on_rank0(lambda: _sets_to_evaluate(run, step))
+    sets = {name: run.data.evaluation_sets[name] for name in digests}
+    num_replies = sum(len(prompts) for prompts in sets.values()) * config.evaluation.num_samples
+    if num_replies == 0:
         return None
     with run.guard("evaluation"), books.display.bar(f"evaluation after step {step}, replies", num_replies) as bar:
         result = evaluate(
@@ -79,9 +114,27 @@ def evaluate_if_due(run: Run, position: Position) -> float | None:
             config.run.seed,
             on_progress=bar.advance,
         )
-    books.folder.append("evaluations", {"step": step, "reply_tokens": position.reply_tokens, **result})
+    row = {"step": step, "reply_tokens": position.reply_tokens, **result, "question_digests": digests}
+    books.folder.append("evaluations", row)
     pass_at_1 = [scores["pass_at"]["1"]["mean"] for scores in result["sets"].values()]
     return float(sum(pass_at_1) / len(pass_at_1))
+
+
+def _sets_to_evaluate(run: Run, step: int) -> dict[str, str]:
+    """The evaluation sets without scores of this step under the present settings, with their questions' digests."""
+    folder, section = run.bookkeeping.folder, run.config.evaluation
+    records = folder.read_object("data.json")["sets"]
+    digests = {name: records[f"evaluation.sets.{name}"]["digest"] for name in run.data.evaluation_sets}
+    present = {name: getattr(section, name) for name in ("num_samples", "temperature", "top_p")}
+    rows = [row for row in folder.read_rows("evaluations") if row["step"] == step]
+    # rows of earlier versions have no digests; their sets could not change
+    recorded = [
+        (name, row.get("question_digests", digests).get(name))
+        for row in rows
+        if row.get("sets") and all(row.get(setting) == value for setting, value in present.items())
+        for name in row["sets"]
+    ]
+    return {name: digest for name, digest in digests.items() if (name, digest) not in recorded}
 
 
 def save_checkpoint(run: Run, position: Position, score: float | None = None, *, is_required: bool = False) -> None:
@@ -98,23 +151,59 @@ def save_checkpoint(run: Run, position: Position, score: float | None = None, *,
     with run.guard("save"):
         try:
             books.checkpoints.save(position, run.learner.policy, score)
-            books.checkpoints.retain(section.keep_checkpoints, best=section.keep_best)
+            books.checkpoints.retain(
+                section.keep_checkpoints,
+                best=section.keep_best,
+                good_step=position.good_step,
+                scored_since=_scored_since(books.folder),
+            )
             run.rollout.cache.drop(position.step)
         except CheckpointError as error:
             if is_required:
-                raise
+                raise CheckpointError(f"{error}; free some space, then continue with --resume") from None
             books.display.line(f"warning: {error}; free some space")
 
 
+def _scored_since(folder: RunFolder) -> int:
+    """The first step whose evaluation, and so its score, is of the present kind."""
+    since, is_pending = 0, False
+    for start in folder.starts():
+        is_pending |= any(name.startswith("evaluation.") for name in start.get("changed", {}))
+        if is_pending and "first_step" in start:  # without it, the start died before it took a step
+            since, is_pending = start["first_step"], False
+    return since
+
+
+def stop(run: Run, position: Position, reason: str) -> None:
+    """Saves a checkpoint, since the run was asked to stop.
+
+    Args:
+        run: the run.
+        position: its position.
+        reason: the signal or setting.
+
+    Raises:
+        CheckpointError: if the checkpoint could not be written.
+        Interrupted, OutputError: as `raise_reason`, after saving.
+    """
+    save_checkpoint(run, position, is_required=True)
+    text = f"stopped by {reason} after step {position.step}; continue with --resume"
+    raise_reason(reason, text)
+    run.bookkeeping.display.line(text)
+
+
 def finish(run: Run, position: Position) -> None:
-    """Writes the exported model, summary.json and the report, and prints the scores before and after training."""
+    """Writes the exported model, summary.json and the report, and prints the scores before and after training.
+
+    Raises: FolderError on rank 0 if one of them could not be written.
+    """
     config, folder, display = run.config, run.bookkeeping.folder, run.bookkeeping.display
     with run.guard("save"):
         export(run)
     if not run.ranks.is_rank0:
         return
-    evaluations = [row for row in folder.read_rows("evaluations") if isinstance(row.get("sets"), dict)]
-    timed = folder.read_rows("metrics") + evaluations
+    rows = [row for row in folder.read_rows("evaluations") if isinstance(row.get("sets"), dict)]
+    evaluations, timed = evaluations_by_step(rows), folder.read_rows("metrics") + rows
     summary = {
         "seed": config.run.seed,
         "steps": position.step,
@@ -124,14 +213,19 @@ def finish(run: Run, position: Position) -> None:
         "before": next((row["sets"] for row in evaluations if row["step"] == 0), {}),
         "after": evaluations[-1]["sets"] if evaluations else {},
     }
-    folder.write_json("summary.json", summary)
+    folder.write_json(SUMMARY, summary)
     if evaluations:
         display.line(results_table(summary["before"], summary["after"]))
+    if position.good_step < position.step - 1:
+        display.line(
+            f"warning: the run ends with updates that were skipped, or signs of collapse; the last step from which a "
+            f"good one was taken is {position.good_step}"
+        )
     try:
         report = write_report(folder.path)
     except OSError as error:
         raise FolderError(
-            f"the report in {folder.path} cannot be written ({error}); the run is complete, so mend that and call "
+            f"the run is finished, but its report cannot be written ({reason_of(error)}); make room, then run "
             f"python -m expo.report {folder.path}"
         ) from error
     display.line(f"run:    {folder.path}\nreport: {report}")
@@ -156,7 +250,10 @@ def export(run: Run) -> None:
         return
     try:
         write_whole(path, write)
-    except OSError as error:
+    except Exception as error:  # libraries wrap errors of the disk in types of their own
+        problem = disk_error(error)
+        if problem is None:
+            raise
         raise FolderError(
-            f"{path} cannot be written ({error}); free some space, then continue with --resume"
+            f"{path} cannot be written ({problem.strerror or problem}); free some space, then continue with --resume"
         ) from error

@@ -110,9 +110,12 @@ def curriculum_row(step: int, curriculum: CurriculumTable) -> dict[str, Any]:
     }
 
 
-def progress_note(row: Mapping[str, Any]) -> str:
-    """The metrics of a step that the progress bar shows; first of all, that no reply has an answer or an end."""
-    alarms = [f"ALL REPLIES {name.upper()}  " for name in ("truncated", "unparsed") if row[f"{name}_fraction"] == 1.0]
+def progress_note(row: Mapping[str, Any], signs: Sequence[str] = ()) -> str:
+    """The metrics of a step that the progress bar shows; first of all, that no reply has an answer or an end, and signs
+    of a collapse.
+    """
+    alarms = [f"COLLAPSE: {', '.join(signs)}  "] if signs else []
+    alarms += [f"ALL REPLIES {name.upper()}  " for name in ("truncated", "unparsed") if row[f"{name}_fraction"] == 1.0]
     return "".join(alarms) + (
         f"accuracy {row['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  "
         f"length {row['completion_length']:.1f}  {row['tokens_per_second']:.0f} tokens/s"

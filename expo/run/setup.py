@@ -24,8 +24,9 @@ from expo.rollout.cache import ReplyCache
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.bad_updates import BadUpdates
+from expo.run.changes import SAMPLING
 from expo.run.checkpoint import Checkpoints
-from expo.run.folder import RunFolder, open_folder, settings_digest
+from expo.run.folder import RunFolder, fixed_digest, open_folder, record_start, settings_digest
 from expo.run.inputs import Inputs, load_inputs, record_data
 from expo.run.rank_inputs import require_same_inputs, require_same_settings
 from expo.run.throughput import Throughput
@@ -33,7 +34,7 @@ from expo.run.trackers import Tracker, open_trackers
 from expo.runtime.console import Display
 from expo.runtime.distributed import Ranks, join_ranks
 from expo.runtime.extension_locks import remove_abandoned_locks
-from expo.runtime.signals import StopSwitch
+from expo.runtime.signals import CLOSED_STDOUT, StopSwitch
 from expo.runtime.watchdog import Watchdog
 from expo.types import Prompt
 from expo_kernels import CurriculumTable
@@ -132,7 +133,8 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
         ConfigError: if the run cannot start; before any model loads where that is possible.
         FolderError: if a file in the run's folder cannot be written.
     """
-    watchdog, switch = Watchdog(int(os.environ.get("RANK", "0"))), StopSwitch(config.run.save_by_minutes)
+    watchdog = Watchdog(int(os.environ.get("RANK", "0")))
+    switch = StopSwitch(config.run.save_by_minutes, "the run saves a checkpoint as soon as it can, and ends")
     with ExitStack() as stack:
         with watchdog.phase("start", config.deadline.start):
             timeout = max(config.deadline.model_dump().values())
@@ -146,10 +148,12 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             require_same_settings(config, ranks, resume=resume)
             inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
             require_same_inputs(inputs.sets, inputs.prompts, inputs.model_files, ranks)
-            folder = open_folder(config, resume, ranks)
+            folder, changed = open_folder(config, resume, ranks)
             stack.callback(folder.release)
             watchdog.folder = folder.path
             ranks.run_on_rank0(lambda: require_same_questions(folder.path / "data.json", inputs.sets))
+            for message in ranks.raise_on_all_ranks(lambda: record_start(folder, config, ranks.size, changed)):
+                Display(is_shown=ranks.is_rank0).line(message)
             run = _build_run(config, inputs, folder, ranks, watchdog, switch, resume)
         try:
             yield run
@@ -172,12 +176,12 @@ def _build_run(
     """Loads the policy and its reference, and builds all else; sets PyTorch's number of threads."""
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    display = Display(is_shown=ranks.is_rank0)
+    display = Display(is_shown=ranks.is_rank0, on_closed=lambda _: switch.request(CLOSED_STDOUT))
     policy = DeepSpeedPolicy(config, ranks)
     record_data(inputs, folder, display)
-    settings_hash = settings_digest(config)
+    earlier_hash = ranks.run_on_rank0(lambda: settings_digest(config, folder.starts()))
     engine = build_engine(config, policy, ranks, switch, display, folder.path)
-    rollout = _build_rollout(config, inputs, engine, policy, ranks, folder, display, settings_hash)
+    rollout = _build_rollout(config, inputs, engine, policy, ranks, folder, display)
     trackers = open_trackers(config.run.trackers, folder.path, config, resume) if ranks.is_rank0 else []
     return Run(
         config=config,
@@ -194,7 +198,9 @@ def _build_run(
         learner=RunLearner(policy, policy.tokenizer),
         bookkeeping=RunBookkeeping(
             folder=folder,
-            checkpoints=Checkpoints(folder.path / "checkpoints", ranks, settings_hash, folder.flush_logs),
+            checkpoints=Checkpoints(
+                folder.path / "checkpoints", ranks, fixed_digest(config), folder.flush_logs, earlier_hash
+            ),
             bad_updates=BadUpdates(folder.path, ranks, display, config.run.max_bad_updates),
             display=display,
             trackers=trackers,
@@ -212,7 +218,6 @@ def _build_rollout(
     ranks: Ranks,
     folder: RunFolder,
     display: Display,
-    settings_hash: str,
 ) -> RunRollout:
     probe = make_probe([prompt.prompt_ids for prompt in inputs.train_set], config.max_tokens)
     sync = WeightSync(engine, policy, ranks, probe, config.rollout.temperature, config.rollout.sync_tolerance)
@@ -220,7 +225,7 @@ def _build_rollout(
     cache = ReplyCache(
         folder.path / "rollouts",
         ranks,
-        settings_hash,
+        fixed_digest(config, also=SAMPLING),
         sync.policy_logps,
         display.line,
         is_on=config.rollout.keep_replies,

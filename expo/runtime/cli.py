@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
@@ -16,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from expo.errors import ConfigError, ExpoError, RankError
+from expo.errors import ConfigError, ExpoError, Interrupted, OutputError, RankError
 from expo.runtime.bounded_yaml import YamlError, load_yaml, read_yaml
+from expo.runtime.console import write_stdout
 
 Config = TypeVar("Config", bound=BaseModel)
 MOST_PROBLEMS = 5  # explained in one message
@@ -171,7 +173,10 @@ def parse(
     except ConfigError as error:
         fail(prog, error)
     if print_config:
-        sys.stdout.write(as_yaml(invocation.config))
+        try:
+            write_stdout(as_yaml(invocation.config))
+        except OutputError as error:
+            fail(prog, error)
         raise SystemExit(0)
     return invocation
 
@@ -265,8 +270,10 @@ def _value(name: str, text: str) -> Any:
 def fail(prog: str, error: ExpoError) -> NoReturn:
     """Exits with the error's exit code; rank 0 prints the error as one line on stderr, and a RankError every rank."""
     rank, names_rank = os.environ.get("RANK", "0"), isinstance(error, RankError)
-    if rank == "0" or names_rank:
-        text = " ".join(str(error).splitlines())  # names of files may have line breaks
-        cut = f"{text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}"
-        sys.stderr.write(f"{prog}: error: {f'rank {rank}: ' if names_rank else ''}{cut}\n")
+    kind = "" if isinstance(error, Interrupted) else "error: "
+    text = " ".join(str(error).splitlines())  # names of files may have line breaks
+    text = f"{text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}"
+    if (rank == "0" or names_rank) and sys.stderr is not None:
+        with suppress(OSError, ValueError):  # stderr may be closed, and its disk full
+            sys.stderr.write(f"{prog}: {kind}{f'rank {rank}: ' if names_rank else ''}{text}\n")
     raise SystemExit(error.exit_code) from None

@@ -50,6 +50,8 @@ def inject(fault):
             os.kill(os.getpid(), signal.SIGSTOP)
         case "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        case "int":
+            os.kill(os.getpid(), signal.SIGINT)
         case "usr1":
             os.kill(os.getpid(), signal.SIGUSR1)
         case "exit":

@@ -37,20 +37,25 @@ PHASES = {
 }
 
 
-def test_a_signal_in_any_phase_leaves_a_checkpoint_of_the_same_run(tmp_path):
+@pytest.mark.parametrize(
+    ("do", "code", "phases"), [("int", 130, list(PHASES)), ("term", 0, ["start", "reward", "update", "export"])]
+)
+def test_a_signal_in_any_phase_leaves_a_checkpoint_of_the_same_run(tmp_path, do, code, phases):
     quick = {"run__checkpoint_every": 2, "run__steps": 3}
     plan = [launch("whole", argv(tmp_path, "whole", **quick), ranks=1)]
-    for phase, (nth, _) in PHASES.items():
+    for phase in phases:
         command = argv(tmp_path, phase, **quick)
-        plan.append(launch(phase, command, ranks=1, fault={"phase": phase, "do": "term", "nth": nth}))
+        plan.append(launch(phase, command, ranks=1, fault={"phase": phase, "do": do, "nth": PHASES[phase][0]}))
         if phase != "export":
             plan.append(launch(f"{phase}-resumed", [*command, "--resume"], ranks=1))
     codes = run_launches(tmp_path, plan, ranks=1)
-    assert set(map(tuple, codes.values())) == {(0,)}, codes
+    assert {name: given[0] for name, given in codes.items()} == {name: code * (name in PHASES) for name in codes}
     whole = outcome_of(tmp_path / "whole")
-    for phase, (_, step) in PHASES.items():
+    for phase in phases:
+        step = PHASES[phase][1]
+        assert ("press Ctrl-C again" in log_of(tmp_path, phase)) == (do == "int")
         if step is not None:
-            assert f"stopped by SIGTERM after step {step};" in log_of(tmp_path, phase), phase
+            assert f"stopped by SIG{do.upper()} after step {step};" in log_of(tmp_path, phase), phase
             assert f"resuming after step {step} of 3" in log_of(tmp_path, f"{phase}-resumed")
         assert outcome_of(tmp_path / phase) == whole, phase
 

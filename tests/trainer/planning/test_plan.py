@@ -91,10 +91,10 @@ def test_the_printed_numbers_are_the_formulas():
         "peak": run.peak()[1],
         "while loading": run.loading_bytes(8),
         "one checkpoint": run.checkpoint_bytes(),
-        "3 checkpoints": 3 * run.checkpoint_bytes(),
+        "4 checkpoints": 4 * run.checkpoint_bytes(),
         "export": run.export_bytes(),
         "replies": 50 * 2048 * 3072 * 12,
-        "in all": 3 * run.checkpoint_bytes() + run.export_bytes() + run.replies_bytes(),
+        "in all": 4 * run.checkpoint_bytes() + run.export_bytes() + run.replies_bytes(),
     }
     assert {name: found[name] for name in expected} == {name: f"{value / GIB:.2f}" for name, value in expected.items()}
     assert (found["head"], found["parameters"]) == (str(151936 * 4096), str(run.shape.num_parameters))
@@ -126,7 +126,7 @@ def test_epochs_are_counted_if_the_questions_are_available(tmp_path):
 
 def test_the_best_checkpoint_is_kept_in_addition_if_evaluations_choose_one():
     config = recipe(PAPERS[0], ("evaluation.sets", {"a": "a.jsonl"}), ("evaluation.every", 10))
-    assert "4 checkpoints" in numbers(describe(footprint_of(config), A100, ""))
+    assert "5 checkpoints" in numbers(describe(footprint_of(config), A100, ""))
 
 
 def test_the_plan_says_why_no_reference_model_is_loaded():

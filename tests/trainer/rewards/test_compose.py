@@ -19,8 +19,10 @@ pytestmark = pytest.mark.medium
 
 RIGHT, WRONG = Verdict("correct", "1"), Verdict("wrong", "2")
 FUNCTIONS = """
-import math
+import math, sys
 not_a_function = 3
+def leaves(replies, answers, questions): sys.exit(0)
+def interrupts(replies, answers, questions): raise KeyboardInterrupt
 def length(replies, answers, questions): return [len(reply) for reply in replies]
 def echo(replies, answers, questions): return [float(q == "q" and a == "1") for q, a in zip(questions, answers)]
 def too_few(replies, answers, questions): return [1.0]
@@ -38,6 +40,7 @@ def functions(tmp_path, monkeypatch):
     """Makes the modules `own_rewards` and `broken_rewards` importable."""
     (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
     (tmp_path / "broken_rewards.py").write_text("def f(:")
+    (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
     return load_reward_functions
@@ -82,6 +85,7 @@ def test_parts_are_weighted_and_added(functions):
     [
         ("lost_rewards:f", "No module named 'lost_rewards'"),
         ("broken_rewards:f", "SyntaxError"),
+        ("leaving_rewards:f", "SystemExit: 0"),
         ("own_rewards:lost", "has no attribute 'lost'"),
         ("own_rewards:not_a_function", "is a int; give the name of a function"),
     ],
@@ -99,6 +103,8 @@ def test_functions_that_cannot_be_imported_are_named_at_load(functions, name, ex
         ("nothing", "returned None; return a list"),
         ("words", r"returned \['good', 'good'\]; return a list"),
         ("infinite", "returned inf for the reply 'cc' to 'q'"),
+        ("leaves", "raised SystemExit: 0, given the reply 'a' to 'q'"),
+        ("interrupts", "raised KeyboardInterrupt:, given the reply 'a' to 'q'"),
         ("chokes", "raised ValueError: two lines, given the reply 'cc' to 'q'"),
         ("chokes_on_many", "given 2 replies at once, though not given any of them alone"),
     ],
@@ -127,9 +133,11 @@ def test_shaping_changes_advantages_but_not_accuracy_beta_or_pass_rates(tmp_path
     assert row["reward"] == pytest.approx(row["accuracy"] + 0.5 * row["reward/boxed"] + row["reward/overlong"])
 
 
-def test_a_function_that_fails_ends_the_run_with_one_line(tmp_path, functions, capsys):
+@pytest.mark.parametrize("name", ["too_few", "leaves", "interrupts"])
+@pytest.mark.usefixtures("functions")
+def test_a_function_that_fails_ends_the_run_with_one_line(tmp_path, capsys, name):
     path = tmp_path / "config.yaml"
-    path.write_text(quick(tmp_path, reward__functions={"own_rewards:too_few": 1.0}).to_yaml())
+    path.write_text(quick(tmp_path, reward__functions={f"own_rewards:{name}": 1.0}).to_yaml())
     with pytest.raises(SystemExit) as stop:
         main([str(path)])
     assert stop.value.code == 1

@@ -31,6 +31,12 @@ def slow(reply, answer):
 
 def broken(reply, answer):
     return reply[99]
+
+def leaves(reply, answer):
+    raise SystemExit(0)
+
+def interrupts(reply, answer):
+    raise KeyboardInterrupt
 """
 
 
@@ -149,6 +155,13 @@ def test_a_function_of_the_user_gives_the_verdicts():
     ]  # fmt: skip
     named = ["correct", "wrong", "unparsed", "timeout"]
     assert kinds(Verifier(method="own_verifiers:kinds"), named, [""] * 4) == named
+
+
+@pytest.mark.usefixtures("own_verifiers")
+@pytest.mark.parametrize(("name", "error"), [("leaves", "SystemExit: 0"), ("interrupts", "KeyboardInterrupt: ")])
+def test_a_function_of_the_user_cannot_end_its_worker(name, error):
+    with pytest.raises(GraderError, match=f"own_verifiers:{name} raised {error}"):
+        kinds(Verifier(method=f"own_verifiers:{name}"), ["a"], ["b"])
 
 
 @pytest.mark.usefixtures("own_verifiers")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expo.config import load_config
-from expo.errors import SyncError
+from expo.errors import Diverged, SyncError
 from expo.learner.model import empty_copy
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout.transformers import TransformersEngine
@@ -109,3 +109,13 @@ def test_a_probe_is_deterministic_and_of_the_longest_length():
     assert probe == make_probe(PROMPTS, 40)
     assert {len(prompt) + len(reply) for prompt, reply in zip(probe.prompts, probe.replies, strict=True)} == {40}
     assert make_probe([[7]], 2) == Probe([[7]] * 4, [[7]] * 4)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_policy_whose_log_probs_are_not_finite_is_never_sampled_from(policy, monkeypatch, is_shared):
+    engine = TransformersEngine(policy.model, policy.tokenizer, 8) if is_shared else copying_engine(policy)
+    sync, logps = sync_of(policy, engine), policy.logps
+    sync.run()
+    monkeypatch.setattr(policy, "logps", lambda batch: logps(batch) * torch.nan)
+    with pytest.raises(Diverged, match="the policy's log-probs are not finite"):
+        sync.run()

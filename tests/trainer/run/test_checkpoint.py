@@ -65,6 +65,36 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-000010"
 
 
+def test_the_last_good_checkpoint_is_kept_until_there_is_a_newer_one(tmp_path):
+    store = checkpoints(tmp_path)
+    for step, good_step in ((2, 1), (4, 3), (6, 3), (8, 3), (10, 3)):  # step 4 is in doubt
+        store.save(position(step, good_step=good_step), Weights(step))
+        store.retain(1, best=False, good_step=good_step)
+    assert names(store) == ["step-000002", "step-000010"]
+    assert store.newest_step(up_to=3) == 2
+    assert store.newest_whole(up_to=3).name == "step-000002"
+    assert store.newest_whole(up_to=1) is None
+    store.save(position(12, good_step=11), Weights(12))
+    store.retain(1, best=False, good_step=11)
+    assert names(store) == ["step-000010", "step-000012"]
+    store.delete_after(10)
+    assert names(store) == ["step-000010"]
+
+
+def test_scores_of_another_evaluation_do_not_count(tmp_path):
+    store = checkpoints(tmp_path)
+    for step, score in ((1, 0.9), (2, 0.3), (3, 0.2), (4, 0.1)):
+        store.save(position(step), Weights(step), score)
+    store.retain(1, best=True, scored_since=2)
+    assert names(store) == ["step-000002", "step-000004"]
+
+
+def test_a_checkpoint_with_the_digest_of_an_earlier_version_is_accepted(tmp_path):
+    checkpoints(tmp_path, "earlier").save(position(1), Weights(1))
+    store = Checkpoints(tmp_path, join_ranks("cpu", 60), "now", earlier_hash="earlier")
+    assert store.newest_whole().name == "step-000001"
+
+
 def test_a_folder_without_checkpoints_gives_none(tmp_path):
     assert checkpoints(tmp_path / "nothing").newest_whole() is None
 

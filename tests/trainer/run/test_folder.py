@@ -93,7 +93,8 @@ def test_a_log_that_is_no_file_is_one_error(tmp_path):
 def test_a_damaged_record_of_starts_is_begun_again(tmp_path, text):
     (tmp_path / ENVIRONMENT).write_text(text, errors="surrogateescape")
     folder = RunFolder(tmp_path)
-    messages = folder.record_start(1, num_ranks=1)
+    messages = folder.record_start(num_ranks=1)
+    folder.record_first_step(1)
     assert len(messages) == (0 if text.startswith('{"') else 1)
     assert folder.read_object(ENVIRONMENT)["starts"][-1]["first_step"] == 1
     assert commits_of(folder.read_object(ENVIRONMENT))
@@ -103,11 +104,13 @@ def test_every_start_of_a_run_is_kept_also_in_the_older_format(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json(ENVIRONMENT, {"commit": "older", "versions": {"torch": "2"}})
     for step in (3, 5):
-        folder.record_start(step, num_ranks=2)
+        folder.record_start(2, {"run.steps": [step, 9]})
+        folder.record_first_step(step)
     older, *starts = folder.read_object(ENVIRONMENT)["starts"]
     assert older == {"commit": "older", "versions": {"torch": "2"}}
     assert [(start["first_step"], start["ranks"]) for start in starts] == [(3, 2), (5, 2)]
     assert starts[0]["versions"]["torch"]
+    assert starts[1]["changed"] == {"run.steps": [5, 9]}
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):

@@ -1,0 +1,122 @@
+"""How a command ends: errors of files and disks, closed stdout and Ctrl-C are one line with an exit code."""
+
+import errno
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from expo.errors import ConfigError, FolderError
+from expo.runtime.console import Display, write_stdout
+from expo.runtime.endings import disk_error, errors_on_one_line
+from tests.ranks.running import environment
+
+SCRIPT = """
+from expo.runtime.console import Display, write_stdout
+from expo.runtime.endings import errors_on_one_line
+with errors_on_one_line("program"):
+    {body}
+"""
+
+
+def ending(capsys, error):
+    """The exit code and the line on stderr of a command that raises the error."""
+    with pytest.raises(SystemExit) as stop, errors_on_one_line("program"):
+        raise error
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, "No space left on device"),
+        (errno.EDQUOT, "Disk quota exceeded"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EACCES, "Permission denied"),
+        (errno.EPERM, "Operation not permitted"),
+        (errno.ENAMETOOLONG, "File name too long"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_an_error_of_a_disk_is_one_line(capsys, number, expected):
+    code, text = ending(capsys, OSError(number, os.strerror(number), "some/file"))
+    assert code == 1
+    assert text == f"program: error: some/file: {expected}; check the path, its permissions and the free space\n"
+
+
+def test_errors_of_ours_and_interrupts_are_one_line(capsys):
+    assert ending(capsys, ConfigError("wrong")) == (2, "program: error: wrong\n")
+    assert ending(capsys, FolderError("full")) == (1, "program: error: full\n")
+    assert ending(capsys, KeyboardInterrupt()) == (130, "program: ended by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(errno.ECONNREFUSED, "refused"), KeyError("x")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), errors_on_one_line("program"):
+        raise error
+
+
+def test_errors_of_disks_that_libraries_wrap_are_recognised():
+    wrapped = Exception("Error while serializing: IoError(No space left on device (os error 28))")
+    assert disk_error(wrapped).errno == errno.ENOSPC
+    assert disk_error(OSError(errno.EIO, "x")).errno == errno.EIO
+    assert disk_error(ValueError("x")) is None
+
+
+BODIES = ["write_stdout('x' * 9)", "print('x' * 9)", "Display().line('x' * 9)"]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("stdout", ["pipe", "full"])
+def test_a_stdout_that_cannot_be_written_is_one_line(tmp_path, body, stdout):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT.format(body=body)],
+            env=environment(tmp_path),
+            stdout=write if stdout == "pipe" else full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert ("Broken pipe" if stdout == "pipe" else "No space left") in done.stderr
+
+
+def test_a_process_without_stdout_is_refused(tmp_path):
+    command = shlex.join([sys.executable, "-c", SCRIPT.format(body="pass")]) + " >&-"
+    done = subprocess.run(
+        command, shell=True, env=environment(tmp_path), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "program: error: stdout is closed; redirect it to a file or to /dev/null\n",
+    )
+
+
+def test_a_display_reports_a_closed_stdout_once_and_is_silent_afterwards(monkeypatch):
+    class Closed:
+        encoding = "utf-8"
+
+        def write(self, _):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        flush = isatty = fileno = lambda _: 0
+
+    reasons = []
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr("expo.runtime.console.discard_stdout", lambda: None)
+    display = Display(on_closed=reasons.append)
+    display.line("first")
+    assert reasons == ["Broken pipe"]
+
+
+def test_stdout_is_written(capsys):
+    write_stdout("text\n")
+    Display().line("line")
+    assert capsys.readouterr().out == "text\nline\n"
