@@ -285,7 +285,7 @@ def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
         ({"data.train": "lost.jsonl"}, "cannot read the question file lost.jsonl"),
         ({"data.train": "one.jsonl"}, "lower it to 1 or less"),
         ({"data.train": "odd.jsonl"}, "odd.jsonl"),
-        ({"run.device": "warp"}, "run.device = warp"),
+        ({"run.device": "warp"}, "run.device = 'warp'"),
         ({"run.dir": "odd.jsonl/run"}, "the folder odd.jsonl/run cannot be written"),
         ({"model.path": "./torn"}, "model.path = ./torn: model.safetensors is truncated"),
     ],

@@ -24,15 +24,18 @@ HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
-def spoil(value: Any, rng: random.Random, share: float) -> Any:
+NOT_YAML = ("\ud800", "\0\n\x1b[31m", 10**400)  # of which a configuration is refused
+
+
+def spoil(value: Any, rng: random.Random, share: float, hostile: list[Any] = HOSTILE) -> Any:
     """The value with a share of its parts, and of the names in it, replaced."""
     if rng.random() < share:
-        return rng.choice(HOSTILE)
+        return rng.choice(hostile)
     if isinstance(value, dict):
-        names = {name: str(rng.choice(HOSTILE)) if rng.random() < share / 3 else name for name in value}
-        return {names[name]: spoil(part, rng, share) for name, part in value.items()}
+        names = {name: str(rng.choice(hostile)) if rng.random() < share / 3 else name for name in value}
+        return {names[name]: spoil(part, rng, share, hostile) for name, part in value.items()}
     if isinstance(value, list):
-        return [spoil(part, rng, share) for part in value]
+        return [spoil(part, rng, share, hostile) for part in value]
     return value
 
 
@@ -46,7 +49,8 @@ def test_hostile_values_give_a_page_of_the_rest(tmp_path: Path, seed: int) -> No
         (run / f"{name}.jsonl").write_text("\n".join([*lines, "[" * 50_000, '{"step": ' + "1" * 5000 + "}", "half {"]))
     for name in OBJECTS:
         (run / name).write_text(json.dumps(spoil(json.loads((run / name).read_text()), rng, share)))
-    config = {name: spoil(section, rng, share) for name, section in CONFIG.items()}
+    taken = [value for value in HOSTILE if value not in NOT_YAML]
+    config = {name: spoil(section, rng, share, taken) for name, section in CONFIG.items()}
     (run / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     page = page_of(run)
     assert page.count("<figure") == len(FIGURES)
@@ -74,6 +78,8 @@ TEXTS = {
     "recursive": b"run: &a [*a]\nkl: {beta: *a}",
     "bombs": b"a: &a [x, x]\nb: &b [*a, *a]\nrun: {steps: *b, seed: *b}\nkl: *b\n",
     "not finite": b"kl: {beta: .inf}\ncurriculum: {mean: .nan, std: 1.0e-300}",
+    "NUL": b'policy: {dtype: "\\0"}',
+    "half a character": b'policy: {dtype: "\\ud800"}',
     "sections of no names": b"1: {2: 3}\nnull: []",
 }
 

@@ -22,7 +22,7 @@ def timer(**seconds):
 
 
 def batch(lengths, num_tokens, num_positions):
-    return MiniBatch([], len(lengths), num_tokens, lengths, num_positions)
+    return MiniBatch([], len(lengths), num_tokens, num_tokens, lengths, num_positions)
 
 
 def test_rates_are_tokens_over_the_seconds_of_their_phase():
