@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expo_kernels._kept_columns import COLUMNS_AT_ONCE, ChunkGrads, KeptColumns
 from expo_kernels._narrowing import part_shapes
-from expo_kernels._products import compact_rows, rows_with_gradient
+from expo_kernels._products import compact_rows, lazy_zeros, rows_with_gradient
 from expo_kernels._vocab_group import VocabShard
 
 # the gradients of hidden states or logits, weight and bias; each is one tensor, or its rows in several
@@ -306,7 +306,7 @@ class LinearHead:
         """Add rows [k, n] @ hidden [n, H] to the rows `columns` [k] of dWeight."""
         if self._grad_weight is None:
             kind: dict[str, Any] = {"dtype": self._products.dtype, "device": rows.device}
-            self._grad_weight = tuple(torch.zeros(*shape, **kind) for shape in self._grad_weight_shapes)
+            self._grad_weight = tuple(lazy_zeros(shape, **kind) for shape in self._grad_weight_shapes)
         (total,) = self._grad_weight
         total.index_copy_(0, columns, total.index_select(0, columns).addmm_(rows, hidden))
 

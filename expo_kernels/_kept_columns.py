@@ -131,6 +131,8 @@ class ChunkGrads:
             for start in range(0, len(weights), step):
                 block = slice(start, start + step)
                 product.addmm_(grad_logits[:, block].abs(), weights[block])
+        elif weights.shape[1] == 1:
+            product = torch.mv(grad_logits, weights[:, 0]).unsqueeze(1)  # twice as fast as a product with one column
         else:
             product = grad_logits @ weights
         return product.mul_(self.scale.abs().unsqueeze(1))

@@ -10,6 +10,8 @@ dense, so it is called for one block of the vocabulary at a time, small enough t
 Letters: n rows of a chunk, V vocabulary, H hidden.
 """
 
+import math
+import mmap
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +30,7 @@ LEAST_COLUMNS = 128  # the gain of a narrower product is less than the cost of t
 MOST_ROWS_WITH_GRADIENT = 7 / 8  # of a chunk: moving more costs as much as the products of the others
 LEAST_MOVED = 2**22  # logits of a chunk: products of fewer are fast enough
 ROWS_MOVED_AT_ONCE = 64
+LEAST_LAZY_BYTES = 2**24
 LEAST_PADDED_COLUMNS = 1024  # in shorter rows, padding costs an elementwise pass more than it saves
 
 
@@ -118,6 +121,15 @@ def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
         line = 64 // dtype.itemsize
         stride = (-(-num_columns // line) | 1) * line
     return torch.empty(num_rows, stride, dtype=dtype, device=device)[:, :num_columns]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU the operating system provides a page of memory only when it is written."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes < LEAST_LAZY_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # freed with the tensor
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def rows_with_gradient(scale: Tensor, vocab_size: int) -> Tensor | None:

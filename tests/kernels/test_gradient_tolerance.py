@@ -75,7 +75,9 @@ def test_errors_stay_below_the_bound_and_the_tolerance(objective, tolerance, log
     torch.testing.assert_close(grads[2], exact_grads[2], rtol=1e-10, atol=1e-13)
 
 
-def test_few_columns_are_kept_and_two_runs_give_equal_bits():
+@pytest.mark.parametrize("least_lazy_bytes", [1, 2**40])
+def test_few_columns_are_kept_and_two_runs_give_equal_bits(monkeypatch, least_lazy_bytes):
+    monkeypatch.setattr(_products, "LEAST_LAZY_BYTES", least_lazy_bytes)
     batch = peaked_batch(V=4000, dtype=torch.float32)
     _, exact = run(batch, 0.0)
     (out, grads), (_, again) = run(batch, 1e-2), run(batch, 1e-2)
@@ -245,3 +247,14 @@ def test_rows_move_to_the_front(is_kept, at_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_products, "ROWS_MOVED_AT_ONCE", at_once)
         assert torch.equal(_products.compact_rows(values, rows), expected)
+
+
+def test_lazy_zeros_are_zeros_that_may_be_written_and_outlive_their_maker():
+    rows = _products.lazy_zeros((4097, 1024), torch.float32, torch.device("cpu"))
+    rows[5] += 1.0
+    part = rows[4:7].clone()
+    assert rows.shape == (4097, 1024)
+    assert (part.sum(1) == torch.tensor([0.0, 1024.0, 0.0])).all()
+    view = rows[-1]
+    del rows
+    assert (view == 0).all()
