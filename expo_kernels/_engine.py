@@ -240,8 +240,10 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             result = LossResult(*backend.result(), logps)
         if call.gradient_tolerance > 0.0:
             assert isinstance(head, LinearHead)
-            report = result.metrics.new_tensor(head.gradient_report() if wants_grad else (0.0, 0.0))
-            result = result._replace(metrics=torch.cat([result.metrics, report]))
+            report = head.gradient_report() if wants_grad else (0.0, 0.0)
+            # filled on the device: copies from the host would wait for it
+            added = [result.metrics.new_full((1,), value) for value in report]
+            result = result._replace(metrics=torch.cat([result.metrics, *added]))
         return result, _made(head.gradients(), call) if wants_grad else []
 
 

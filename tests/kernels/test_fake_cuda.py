@@ -123,6 +123,7 @@ BUDGETS = {
     "hidden, float32": (functools.partial(hidden_states, torch.float32), 131, 3),
     "hidden, bias, entropy bonus": (functools.partial(hidden_states, bias=True, entropy_bonus=0.01), 120, 1),
     "hidden, frozen head": (functools.partial(hidden_states, frozen=True), 64, 1),
+    "hidden, gradient tolerance": (functools.partial(hidden_states, gradient_tolerance=1e-2), 112, 1),
     "hidden, packed": (functools.partial(hidden_states, is_packed=True), 117, 1),
     "hidden, 4 chunks": (functools.partial(hidden_states, rows=16, **LENGTHS), 257, 4),
     "hidden, packed, 4 chunks": (
