@@ -13,8 +13,59 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 from benchmarks import compile_grid
 from tests.kernels import test_compile_budgets as budgets
 
-# kernels that exceed their budget, by version of Triton
-KNOWN = {}
+# kernels over their budget, by version of Triton: NVIDIA's by one spilled value of 8 bytes, which costs less than one
+# program less on a multiprocessor; AMD's, which have 256 registers a thread and more, by registers alone
+KNOWN = {
+    "3.4.0": {
+        ("exponentials, softcap, entropies", "gfx1100"),
+        ("logps, bfloat16, entropies", "gfx1100"),
+        ("logps, softcap, entropies", "gfx1100"),
+        ("loss, bfloat16, every option", "gfx1100"),
+        ("loss, entropy bonus", "gfx1100"),
+        ("loss, every option", "gfx1100"),
+        ("loss, every option and a bonus", "gfx1100"),
+        ("shard, softcap, entropies", "gfx1100"),
+        ("gradient of exponentials", "sm_80"),
+        ("sequences, gmpo, a bonus", "sm_75"),
+        ("sequences, vespo", "sm_120"),
+    },
+    "3.6.0": {
+        ("loss, bfloat16 over float32", "sm_120"),
+        ("loss, cispo", "sm_120"),
+        ("loss, sapo", "sm_120"),
+        ("exponentials, softcap, entropies", "gfx1100"),
+        ("logps, bfloat16, entropies", "gfx1100"),
+        ("logps, softcap, entropies", "gfx1100"),
+        ("loss, bfloat16 in place", "gfx1100"),
+        ("loss, bfloat16, every option", "gfx1100"),
+        ("loss, every option", "gfx1100"),
+        ("loss, every option and a bonus", "gfx1100"),
+        ("shard, softcap, entropies", "gfx1100"),
+        ("loss, every option", "sm_86"),
+        ("sequences", "sm_86"),
+        ("loss, every option", "sm_89"),
+        ("sequences", "sm_89"),
+        ("loss, every option", "sm_90"),
+        ("loss, every option", "sm_100"),
+        ("sequences, every option", "sm_100"),
+        ("sequences, vespo", "sm_100"),
+        ("loss, bfloat16, every option", "gfx942"),
+        ("sequences", "sm_80"),
+    },
+    "3.9.0": {
+        ("exponentials, softcap, entropies", "gfx1100"),
+        ("logps, bfloat16, entropies", "gfx1100"),
+        ("logps, softcap, entropies", "gfx1100"),
+        ("loss, bfloat16 in place", "gfx1100"),
+        ("loss, bfloat16, every option", "gfx1100"),
+        ("loss, every option", "gfx1100"),
+        ("loss, every option and a bonus", "gfx1100"),
+        ("shard, softcap, entropies", "gfx1100"),
+        ("sequences", "sm_75"),
+        ("sequences, every option", "sm_75"),
+        ("sequences, gmpo, a bonus", "sm_75"),
+    },
+}
 RECORDS = sorted(compile_grid.RESULTS.glob("compile-triton-*.json"))
 
 
