@@ -11,7 +11,7 @@ CASES = {
     "taken": ({}, None, "already holds a run; add --resume"),
     "lost": ({"model__path": "./lost"}, None, "model.path = ./lost does not exist"),
     "elsewhere": ({"model__path": "./model"}, ELSEWHERE, "rank 1: model.path = ./model does not exist"),
-    "device": ({"run__device": "warp"}, None, "run.device = warp cannot be used here"),
+    "device": ({"run__device": "cuda:99"}, None, "run.device = cuda:99 is one GPU for the 2 ranks"),
 }
 
 
