@@ -75,15 +75,10 @@ def our_linear_loss(
     inputs: Inputs,
     beta: float | Tensor = BETA,
     function: Any = linear_expo_loss,
-    logits_budget_mb: float | None = None,
-    gradient_tolerance: float = 0.0,
+    **options: float,
 ) -> LossOutput:
-    """Our loss from hidden states; `function` may be a compiled linear_expo_loss."""
-    arguments = {**_loss_arguments(inputs), "beta": beta, "objective": _objective(inputs)}
-    if logits_budget_mb is not None:
-        arguments["logits_budget_mb"] = logits_budget_mb
-    if gradient_tolerance:
-        arguments["gradient_tolerance"] = gradient_tolerance
+    """Our loss from hidden states; `function` may be a compiled linear_expo_loss; `options` are further arguments."""
+    arguments = {**_loss_arguments(inputs), "beta": beta, "objective": _objective(inputs), **options}
     return function(inputs.hidden, inputs.weight, inputs.ids, inputs.mask, **arguments)
 
 
@@ -324,35 +319,31 @@ CONTENDERS = (
 )
 
 
+def _with(label: str, computes: str, *, formula_bound: float = 1e-4, **options: float) -> Contender:
+    """Ours with further arguments of linear_expo_loss."""
+    return Contender(
+        f"{OURS}, {label}",
+        computes,
+        lambda inputs: lambda: our_linear_loss(inputs, **options).loss,
+        lambda inputs: our_linear_loss(inputs, **options).logps,
+        formula_bound=formula_bound,
+    )
+
+
 CHUNK_BUDGETS = (2, 4, 8, 16, 64)  # MiB of logits_budget_mb
-
-
-def _with_budget(mib: int) -> Contender:
-    return Contender(
-        f"{OURS}, {mib} MiB",
-        f"linear_expo_loss(logits_budget_mb={mib})",
-        lambda inputs: lambda: our_linear_loss(inputs, logits_budget_mb=mib).loss,
-        lambda inputs: our_linear_loss(inputs, logits_budget_mb=mib).logps,
-    )
-
-
-CHUNKED = tuple(_with_budget(mib) for mib in CHUNK_BUDGETS)
-
-
+CHUNKED = tuple(
+    _with(f"{mib} MiB", f"linear_expo_loss(logits_budget_mb={mib})", logits_budget_mb=mib) for mib in CHUNK_BUDGETS
+)
 TOLERANCES = (2e-3, 1e-4)  # the first is the bound on gradients of bfloat16 inputs
-
-
-def _with_tolerance(tolerance: float) -> Contender:
-    return Contender(
-        f"{OURS}, tolerance {tolerance:g}",
+TOLERANT = {
+    tolerance: _with(
+        f"tolerance {tolerance:g}",
         f"linear_expo_loss(gradient_tolerance={tolerance:g}): the gradient products of the columns that matter",
-        lambda inputs: lambda: our_linear_loss(inputs, gradient_tolerance=tolerance).loss,
-        lambda inputs: our_linear_loss(inputs, gradient_tolerance=tolerance).logps,
         formula_bound=tolerance,
+        gradient_tolerance=tolerance,
     )
-
-
-TOLERANT = {tolerance: _with_tolerance(tolerance) for tolerance in TOLERANCES}
+    for tolerance in TOLERANCES
+}
 
 
 def contender(name: str) -> Contender:

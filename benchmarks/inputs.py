@@ -59,7 +59,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0, log_ratio_std: 
     mask = torch.rand(size, generator=generator, device=device) < case.active_share
     mask[:, 0] = True
     with torch.no_grad():
-        logps = torch.stack([_chosen(row @ weight.T, chosen) for row, chosen in zip(hidden, ids, strict=True)])
+        logps = torch.stack([chosen_logps(row @ weight.T, chosen) for row, chosen in zip(hidden, ids, strict=True)])
     return Inputs(
         case=case,
         hidden=hidden.requires_grad_(),
@@ -72,7 +72,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0, log_ratio_std: 
     )
 
 
-def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
+def chosen_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs of `ids` [T] in float32, from logits [T, V]."""
     logits = logits.float()
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.inputs import LOG_RATIO_STD, Inputs
+from benchmarks.inputs import LOG_RATIO_STD, Inputs, chosen_logps
 from benchmarks.shapes import Case
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"
@@ -31,13 +31,14 @@ def sampled_inputs(case: Case, device: torch.device) -> Inputs:
     hidden, ids, mask = made["hidden"], made["ids"], made["mask"]
     # two thirds of the positions
     num_tokens = 2 * mask.numel() // 3
-    mask &= mask.flatten().cumsum(0).view_as(mask) <= num_tokens
+    # the first positions of all sequences, because a sequence without a token has no mean
+    mask &= num_tokens >= mask.T.flatten().cumsum(0).view_as(mask.T).T
     if mask.sum() < num_tokens:
         raise ValueError(f"the replies have {int(mask.sum()):,} tokens, expected {num_tokens:,}; sample more replies")
     dtype, weight = getattr(torch, case.dtype), _head()
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        logps = torch.stack([_chosen(row @ weight.T, chosen) for row, chosen in zip(hidden, ids, strict=True)])
+        logps = torch.stack([chosen_logps(row @ weight.T, chosen) for row, chosen in zip(hidden, ids, strict=True)])
     old_logps, ref_logps = (logps + LOG_RATIO_STD * torch.randn(logps.shape, generator=generator) for _ in range(2))
     return Inputs(
         case=case,
@@ -49,10 +50,6 @@ def sampled_inputs(case: Case, device: torch.device) -> Inputs:
         old_logps=old_logps.to(device),
         ref_logps=ref_logps.to(device),
     )
-
-
-def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _require_model() -> None:

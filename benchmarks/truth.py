@@ -94,7 +94,8 @@ def check_formula(contender: Contender, case: Case, device: torch.device) -> Non
 def checked_errors(contender: Contender, inputs: Inputs, truth: Truth, bound: float | None = None) -> dict[str, float]:
     """Errors of one contender against `truth`: relative Frobenius norm for gradients, nats for log-probs.
 
-    Raises: WrongResultError if the error of loss or gradients exceeds `bound` (None: the bound of the dtype).
+    Raises: WrongResultError if the error of loss or gradients exceeds `bound` (None: the bound of the dtype, or the
+        contender's if it approximates by design).
     """
     inputs.clear()
     loss = contender.prepare(inputs)()
@@ -105,7 +106,7 @@ def checked_errors(contender: Contender, inputs: Inputs, truth: Truth, bound: fl
     }
     if truth.grad_weight is not None:
         errors["grad_weight"] = relative_error(inputs.weight.grad, truth.grad_weight)
-    bound = BOUND[inputs.case.dtype] if bound is None else bound
+    bound = max(BOUND[inputs.case.dtype], contender.formula_bound) if bound is None else bound
     if not all(error <= bound for error in errors.values()):
         raise WrongResultError(f"{contender.name} on {inputs.case}: {errors}; each must be at most {bound}")
     if contender.logps is not None:

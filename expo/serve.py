@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from expo.config import RunConfig, parse_command_line
+from expo.config.run import MOST_PORT
 from expo.errors import ConfigError
 from expo.learner.model_files import check_model_path, hub_options
 from expo.rollout.vllm._compat import share_port
@@ -28,7 +29,6 @@ from expo.runtime.cli import OneLineParser, fail
 
 PROGRAM = "python -m expo.serve"
 WORKER = "expo.rollout.vllm.worker.WeightReader"
-MOST_PORT = 65535
 GUARD = "expo.rollout.vllm.guard.RequireKey"
 MODULE = "vllm.entrypoints.openai.api_server"  # runs vLLM's HTTP server
 

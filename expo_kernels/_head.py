@@ -108,7 +108,7 @@ class Chunk:
     logits: Tensor  # [n, V]; the caller's own logits: [N, V] or [B, T, V]
     grad_logits: Tensor | None  # dL/dlogits up to the row scale; often in the logits' own memory
     row_scale: Tensor | None = None  # [n]: dL/dlogits = row_scale[:, None] * grad_logits
-    rounding_residual: Tensor | None = None  # [n]: rounding error of the gradient of the chosen column
+    rounding_residual: Tensor | None = None  # [n]: what grad_logits lacks of the chosen column, in float32
     other_ids: Tensor | None = None  # [n] int64: another column whose gradient is not in `grad_logits`
     other_grad: Tensor | None = None  # [n]: dL/dlogit of that column
     hidden: Tensor | None = None  # [n, H], 0 where masked
@@ -190,6 +190,7 @@ class LinearHead:
         self._products, self._scale, self._shard = products, scale, shard
         self._tolerance, self._num_chunks = gradient_tolerance, 1
         self._kept_columns: KeptColumns | None = None
+        self._error_bound = 0.0
         self._buffer: Tensor | None = None
         self._grad_hidden: Tensor | None = None
         self._grad_weight: tuple[Tensor, ...] | None = None  # its rows, in one or several tensors
@@ -240,11 +241,11 @@ class LinearHead:
             for ids, grad in columns:
                 part.addcmul_(self._weight[ids], grad.unsqueeze(1))
             if self._kept_columns is not None:
-                self._kept_columns.record(part)
+                self._kept_columns.record(part, len(hidden))
             self._put_grad_hidden(positions, part)
             del part  # the next products need the memory
         elif self._kept_columns is not None:
-            self._kept_columns.record(None, num_rows=len(hidden))
+            self._kept_columns.record(None, len(hidden))
         if wants_weight:
             self._add_grad_weight(operand, hidden if scale is None else hidden * scale.unsqueeze(1))
             for ids, grad in columns:
@@ -286,7 +287,7 @@ class LinearHead:
             if wants_hidden:
                 part = (products * scale.unsqueeze(1)).addr_(dropped_sums, kept.mean_row)
                 level = kept.level_for(levels, done, part)
-        kept.record(part, levels, done, len(scale))
+        kept.record(part, len(scale), levels, done)
         if part is not None:
             self._put_grad_hidden(positions, part)
         return True
@@ -305,10 +306,13 @@ class LinearHead:
     def _add_to_weight_rows(self, columns: Tensor, rows: Tensor, hidden: Tensor) -> None:
         """Add rows [k, n] @ hidden [n, H] to the rows `columns` [k] of dWeight."""
         if self._grad_weight is None:
-            kind: dict[str, Any] = {"dtype": self._products.dtype, "device": rows.device}
-            self._grad_weight = tuple(lazy_zeros(shape, **kind) for shape in self._grad_weight_shapes)
+            self._grad_weight = self._zero_grad_weight()
         (total,) = self._grad_weight
         total.index_copy_(0, columns, total.index_select(0, columns).addmm_(rows, hidden))
+
+    def _zero_grad_weight(self) -> tuple[Tensor, ...]:
+        shapes, dtype = self._grad_weight_shapes, self._products.dtype
+        return tuple(lazy_zeros(shape, dtype, self._weight.device) for shape in shapes)
 
     def _add_grad_weight(self, operand: Tensor, hidden: Tensor) -> None:
         """Add a chunk's products to dWeight; the first chunk's overwrite memory that holds nothing yet."""
@@ -361,8 +365,7 @@ class LinearHead:
         if wants_hidden and grad_hidden is None:
             grad_hidden = zeros_like(self._hidden, self._products.dtype)
         if wants_weight and grad_weight is None:
-            kind: dict[str, Any] = {"dtype": self._products.dtype, "device": self._weight.device}
-            grad_weight = tuple(torch.zeros(*shape, **kind) for shape in self._grad_weight_shapes)
+            grad_weight = self._zero_grad_weight()
         if wants_bias and grad_bias is None and self._bias is not None:
             grad_bias = zeros_like(self._bias, self._products.dtype)
         if self._shard is not None and grad_hidden is not None:
@@ -375,19 +378,20 @@ class LinearHead:
 
     def tolerance_met(self) -> bool:
         """Whether the gradients are within the tolerance; if not, they are forgotten and the next pass is exact."""
-        if self._kept_columns is None or self._kept_columns.error_bound(self._only_grad_weight()) <= self._tolerance:
+        if self._kept_columns is None:
             return True
+        self._error_bound = self._kept_columns.error_bound(None if self._grad_weight is None else self._grad_weight[0])
+        if self._error_bound <= self._tolerance:
+            return True
+        self._error_bound = 0.0
         self._grad_hidden = self._grad_weight = self._grad_bias = self._kept_columns = None
         self._tolerance = 0.0
         return False
 
-    def _only_grad_weight(self) -> Tensor | None:
-        return None if self._grad_weight is None else self._grad_weight[0]
-
     def gradient_report(self) -> tuple[float, float]:
-        """The bound on the gradients' relative error, and the share of columns in their products."""
-        kept = self._kept_columns
-        return (0.0, 1.0) if kept is None else (kept.error_bound(self._only_grad_weight()), kept.kept_share)
+        """The bound on the gradients' relative error that `tolerance_met` found, and the share of columns in their
+        products."""
+        return self._error_bound, 1.0 if self._kept_columns is None else self._kept_columns.kept_share
 
     def _take(self, span: Span) -> Tensor:
         """Hidden states of these rows, [n, H]; 0 where masked, because masked positions may hold NaN."""

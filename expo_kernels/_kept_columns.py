@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expo_kernels import _products
+from expo_kernels import _launch, _products
 
 NUM_LEVELS = 24  # they reach from columns that alone would use up the bound to those of which all together do not
 LEVEL_RATIO = 2.0  # of the squared norms of columns on adjacent levels: about a fifth more columns a level
-BLOCK_BYTES = 2**20  # of G: it stays in the cache while it is squared and summed
 MOST_KEPT = 0.5  # share of the columns; with more, the dense products are faster
 COLUMNS_AT_ONCE = 4096  # of the kept ones in one product, which bounds its memory
 WEIGHT_SHARE, FIRST_HIDDEN_SHARE = 0.6, 0.5  # of the estimated norms of dWeight, and of dHidden in the first chunk
@@ -113,23 +112,19 @@ class ChunkGrads:
         largest = self.scale.abs().amax() if num_rows else self.scale.new_zeros(())
         weights = (self.scale / largest).square_().nan_to_num_(nan=0.0)
         squares, zero = self.grad_logits.new_empty(vocab_size), self.scale.new_zeros(())
-        step = max(BLOCK_BYTES // max(num_rows * self.grad_logits.element_size(), 1), 16)
-        buffer = self.grad_logits.new_empty(num_rows * min(step, vocab_size))
-        for start in range(0, vocab_size, step):
-            part = self.grad_logits[:, start : start + step]
+        for block in _products.column_blocks(self.grad_logits, max(num_rows, 1)):
+            part = self.grad_logits[:, block]
             # squares of small probabilities would be subnormal numbers, with which a CPU is ten times slower
-            squared = torch.addcmul(zero, part, part, value=UNIT, out=buffer[: part.numel()].view(part.shape))
-            torch.mv(squared.T, weights, out=squares[start : start + step])
+            squared = torch.addcmul(zero, part, part, value=UNIT)
+            torch.mv(squared.T, weights, out=squares[block])
         return squares.double().mul_(largest.double().square() / UNIT)
 
     def magnitudes_times(self, weights: Tensor) -> Tensor:
         """|G| @ weights [V, k], where the chosen columns have weight 0; [n, k]."""
         grad_logits = self.grad_logits
         if self.is_signed:
-            step = max(BLOCK_BYTES // max(len(grad_logits) * grad_logits.element_size(), 1), 16)
             product = grad_logits.new_zeros(len(grad_logits), weights.shape[1])
-            for start in range(0, len(weights), step):
-                block = slice(start, start + step)
+            for block in _products.column_blocks(grad_logits, max(len(grad_logits), 1)):
                 product.addmm_(grad_logits[:, block].abs(), weights[block])
         elif weights.shape[1] == 1:
             product = torch.mv(grad_logits, weights[:, 0]).unsqueeze(1)  # twice as fast as a product with one column
@@ -178,12 +173,11 @@ class KeptColumns:
         return NUM_LEVELS if lowest is None else max(lowest, level + 1)
 
     def record(
-        self, grad_hidden: Tensor | None, levels: Levels | None = None, level: int = NUM_LEVELS, num_rows: int = 0
+        self, grad_hidden: Tensor | None, num_rows: int, levels: Levels | None = None, level: int = NUM_LEVELS
     ) -> None:
         """Add a chunk's norm and its bounds; without `levels`, its products were dense."""
         if grad_hidden is not None:
             self._squared_hidden_norm += float(grad_hidden.norm()) ** 2
-            num_rows = len(grad_hidden)
         self._rows_seen += num_rows
         if levels is None:
             self._rows_kept += num_rows
@@ -224,16 +218,15 @@ def _distances_from_mean(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     mean = torch.zeros(hidden_size, dtype=dtype, device=weight.device)
     for _, part in _products.widened(weight, dtype):
         mean.addmv_(part.T, part.new_full((len(part),), 1.0 / vocab_size))
-    distances, step = mean.new_empty(vocab_size), max(BLOCK_BYTES // (hidden_size * mean.element_size()), 1)
-    for block, part in _products.widened(weight, dtype):
-        for rows in range(block.start, block.stop, step):
-            some = part[rows - block.start : rows - block.start + step]
-            squares = torch.linalg.vector_norm(some, dim=1).square_()
+    distances = []
+    for _, part in _products.widened(weight, dtype):
+        for rows in torch.split(part, _launch.rows_in_cache(part)):
+            squares = torch.linalg.vector_norm(rows, dim=1).square_()
             # the rounding error of the difference is added: a bound may be too large, never too small
             slack = (squares + mean.dot(mean)).mul_(8 * torch.finfo(dtype).eps)
-            squares = squares.addmv_(some, mean, alpha=-2.0).add_(mean.dot(mean)).clamp_(min=0.0)
-            distances[rows : rows + len(some)] = squares.add_(slack).sqrt_()
-    return mean, distances
+            squares = squares.addmv_(rows, mean, alpha=-2.0).add_(mean.dot(mean)).clamp_(min=0.0)
+            distances.append(squares.add_(slack).sqrt_())
+    return mean, torch.cat(distances)
 
 
 def _spectral_norm_bound(rows: Tensor) -> float:

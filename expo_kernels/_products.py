@@ -82,14 +82,14 @@ def write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
         is_split = _is_float32_on_cpu(out)
         hidden_size = max(hidden.shape[1], 1)
         num_terms = -(-hidden_size // max(round(hidden_size / TERMS_AT_ONCE), 1)) if is_split else hidden_size
-        for block in _blocks(out, max(hidden.shape[0], 1)) if is_split else [slice(None)]:
+        for block in column_blocks(out, max(hidden.shape[0], 1)) if is_split else [slice(None)]:
             some_bias = None if bias is None else bias[block]
             _add_up_terms(out[:, block], hidden, weight[block], some_bias, scale, num_terms)
         return
     num_rows = hidden.shape[0]
     if num_rows == 1:
         hidden = hidden.expand(2, -1).contiguous()  # oneDNN sums in a different order if there is only one row
-    for block in _blocks(out, num_rows):
+    for block in column_blocks(out, num_rows):
         part = onednn_linear(hidden, weight[block].contiguous(), None if bias is None else bias[block])
         torch.mul(part[:num_rows], scale, out=out[:, block])
 
@@ -99,7 +99,7 @@ def add_to_hidden(total: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
     if not _goes_through_onednn(grad_logits):
         total.addmm_(grad_logits, weight)
         return
-    for block in _blocks(grad_logits, grad_logits.shape[0]):
+    for block in column_blocks(grad_logits, grad_logits.shape[0]):
         total.add_(onednn_linear(grad_logits[:, block], weight[block].contiguous().T))
 
 
@@ -179,8 +179,8 @@ def _add_up_terms(
             torch.addmm(bias, left, right.T, beta=scale, alpha=scale, out=out)
 
 
-def _blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:
-    """Slices of the vocabulary for rows [n, V], of about `BLOCK_BYTES` each."""
+def column_blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:
+    """Slices of the vocabulary for rows [n, V], each of about `BLOCK_BYTES` with that many values per column."""
     vocab_size = rows.shape[1]
     columns = BLOCK_BYTES // (values_per_column * rows.dtype.itemsize)
     columns = max(LEAST_COLUMNS, columns // 16 * 16)

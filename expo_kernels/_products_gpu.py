@@ -152,9 +152,8 @@ def make_products(hidden: Tensor, weight: Tensor) -> KernelProducts:
     """The products for hidden states and a weight of these dtypes on this device."""
     if are_narrow(hidden.dtype, weight.dtype, weight):
         return NarrowProducts()
-    dtypes = [torch.bfloat16, torch.float16] if splits(hidden.dtype, weight.dtype) else [torch.bfloat16]
-    is_tiny = weight.shape[0] < LEAST_NARROW_COLUMNS
-    if is_tiny or not all(has_float32_results(weight.device, dtype) for dtype in dtypes):
+    may_split = splits(hidden.dtype, weight.dtype) and weight.shape[0] >= LEAST_NARROW_COLUMNS
+    if not may_split or not all(has_float32_results(weight.device, dtype) for dtype in (torch.bfloat16, torch.float16)):
         return KernelProducts()
     return SplitProducts(weight, is_half=hidden.dtype == weight.dtype == torch.float16)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from expo.config.section import YEAR_S, Count, Index, Length, Seconds, Section
+from expo.config.section import YEAR_S, Count, Index, Length, Positive, Seconds, Section
 
 Column = Literal["question", "answer", "accepted", "context", "choices", "id", "level"]
 
@@ -38,7 +38,7 @@ class RunSection(Section):
     max_bad_updates: Count = 3
     """Consecutive updates with a loss or gradient that is not finite after which the run stops. Each of them is skipped
     and its batch is saved."""
-    collapse_kl: Annotated[float, Field(gt=0, le=1e6)] = 5.0
+    collapse_kl: Positive = 5.0
     """KL estimate per reply token in nats above which a step shows a sign of collapse. The other signs: a gradient of
     exactly 0, accuracy 0 where it was above 0.05, and replies that are all truncated."""
     collapse_steps: Count = 8

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from expo.config.section import BatchSize, Count, Index, NonNegative, Positive, Section
+from expo.config.section import BatchSize, Count, Fraction, Index, NonNegative, Positive, Section
 
 
 class PolicySection(Section):
@@ -33,7 +33,7 @@ class PolicySection(Section):
     """Log-probs of the policy that sampled; recompute: by the trainer, rollout: as the rollout engine returned them."""
     logits_budget_mb: Positive | None = None
     """Memory for one chunk of logits in MiB. If unset: chosen by expo_kernels."""
-    gradient_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    gradient_tolerance: Fraction = 0.0
     """Largest relative error of the gradients of the output head and of the hidden states that enter it; 0: none but
     rounding. Above 0, their products leave out columns of the vocabulary whose probabilities are too small to matter:
     faster on a CPU."""

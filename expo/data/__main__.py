@@ -18,8 +18,7 @@ from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.runtime.bounded_yaml import YamlError, load_yaml
-from expo.runtime.cli import OneLineParser, fail
+from expo.runtime.cli import OneLineParser, fail, flag_value
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -74,19 +73,12 @@ def _print_longest(loaded: QuestionSet, arguments: argparse.Namespace) -> None:
 def _section(arguments: argparse.Namespace) -> DataSection:
     given = vars(arguments)
     fields = [field for field in ("prompt", "chat_template", *YAML_FLAGS) if given[field] is not None]
-    values = {field: _yaml(field, given[field]) if field in YAML_FLAGS else given[field] for field in fields}
+    values = {field: flag_value(field, given[field]) if field in YAML_FLAGS else given[field] for field in fields}
     try:
         return DataSection(train=arguments.source, **values)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(f"these settings do not work: {problems}") from error
-
-
-def _yaml(field: str, text: str) -> Any:
-    try:
-        return load_yaml(text)
-    except YamlError as error:
-        raise ConfigError(f"--{field}={text[:80]} is not a YAML value as expected: {error}") from error
 
 
 def _tokenizer(path: str) -> Any:

@@ -62,9 +62,12 @@ def require_same_questions(saved: Path, sets: Mapping[str, QuestionSet]) -> None
             f"{saved} is damaged ({type(error).__name__}), so the questions cannot be compared with those that the run "
             f"started with; restore it, or delete it if you are sure that they are the same"
         ) from error
-    # a resumed run may have other evaluation sets
-    known = [name for name, loaded in sets.items() if name == TRAINING or before.get(name, [None])[0] == loaded.source]
-    differing = [name for name in known if before.get(name, (None, None))[1] != sets[name].digest]
+    differing = []
+    for name, loaded in sets.items():
+        source, digest = before.get(name, (None, None))
+        # a resumed run may have other evaluation sets
+        if (name == TRAINING or source == loaded.source) and digest != loaded.digest:
+            differing.append(name)
     if differing:
         dropped = " (data.drop_overlap drops those of the evaluation sets)" if sets[TRAINING].num_overlapping else ""
         raise ConfigError(

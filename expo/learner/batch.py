@@ -92,26 +92,25 @@ def mini_batches(
     for start in range(0, len(samples), size):
         part = [sample for sample in samples[start : start + size] if not sample.is_left_out]
         trained = [sample for sample in part if sample.advantage != 0] if skips_zero_advantages else part
-        yield replace(
-            _mini_batch(trained, section, pad_id, ranks), num_sequences=len(part), num_tokens=_num_reply_tokens(part)
-        )
+        yield _mini_batch(part, trained, section, pad_id, ranks)
 
 
 def _num_reply_tokens(samples: Sequence[Sample]) -> int:
     return sum(len(sample.reply_ids) for sample in samples)
 
 
-def _mini_batch(samples: Sequence[Sample], section: PolicySection, pad_id: int, ranks: Ranks) -> MiniBatch:
-    num_tokens = _num_reply_tokens(samples)
-    lengths = [len(sample) for sample in samples]
+def _mini_batch(
+    samples: Sequence[Sample], trained: Sequence[Sample], section: PolicySection, pad_id: int, ranks: Ranks
+) -> MiniBatch:
+    lengths = [len(sample) for sample in trained]
     rows_by_rank = _split_over_ranks(lengths, section, ranks.size)
-    own_samples = [[samples[row] for row in rows] for rows in rows_by_rank[ranks.rank]]
+    own_samples = [[trained[row] for row in rows] for rows in rows_by_rank[ranks.rank]]
     num_positions = [_num_positions([lengths[row] for row in rows], section) for part in rows_by_rank for rows in part]
     return MiniBatch(
         micro_batches=[_micro_batch(part, section, pad_id, ranks.device) for part in own_samples],
         num_sequences=len(samples),
-        num_tokens=num_tokens,
-        num_trained_tokens=num_tokens,
+        num_tokens=_num_reply_tokens(samples),
+        num_trained_tokens=_num_reply_tokens(trained),
         lengths=lengths,
         num_positions=sum(num_positions),
     )

@@ -315,24 +315,25 @@ class DeepSpeedPolicy:
         config.save_pretrained(folder)
 
 
+# the metrics of the loss; `kept_columns` and `gradient_error_bound` only with a gradient tolerance
+MEANS = ("kl", "entropy", "ratio_mean", "clip_low_fraction", "clip_high_fraction", "kept_columns")
+MAXIMA = ("ratio_max", "gradient_error_bound")
+
+
 class _Sums:
     """Sums of the metrics over an update's tokens, and maxima; on the device until they are read."""
 
-    names = ("loss", "kl", "entropy", "ratio_mean", "clip_low_fraction", "clip_high_fraction")
-    # also with a gradient tolerance
-    tolerance_names, tolerance_maxima = ("kept_columns",), ("gradient_error_bound",)
-
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = self.names
-        self._maxima: tuple[str, ...] = ("ratio_max",)
+        self._names: tuple[str, ...] = ()
+        self._maxima: tuple[str, ...] = ()
         self._sums: Tensor | None = None  # float64, in the order of `_names`; the loss is a sum itself
         self._largest: Tensor | None = None
         self._read: list[float] = []
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch."""
-        if "kept_columns" in metrics:
-            self._names, self._maxima = self.names + self.tolerance_names, ("ratio_max", *self.tolerance_maxima)
+        self._names = ("loss", *(name for name in MEANS if name in metrics))
+        self._maxima = tuple(name for name in MAXIMA if name in metrics)
         weighted = [metrics[name].double() * metrics["tokens"] for name in self._names[1:]]
         values = torch.stack([loss.detach().double(), *weighted])
         largest = torch.stack([metrics[name].double() for name in self._maxima])

@@ -101,8 +101,11 @@ class ReplyCache:
             content = torch.load(io.BytesIO(_unzip(path.read_bytes())), weights_only=True)
             problem = _difference(content, facts, probe)
             if problem is None:
-                self._report(f"step {facts['step']}: replies taken from {path}")
-                return PackedReplies.from_dict(content)
+                replies = PackedReplies.from_dict(content)
+                if content["checksum"] == _checksum(facts, replies):
+                    self._report(f"step {facts['step']}: replies taken from {path}")
+                    return replies
+                problem = "its replies were changed"
         except UNREADABLE as error:
             problem = f"it cannot be read ({type(error).__name__})"
         self._report(f"step {facts['step']}: {path} is ignored, since {problem}; sampling again")
@@ -131,7 +134,7 @@ def _unzip(data: bytes) -> bytes:
 
 
 def _difference(content: Mapping[str, Any], facts: Mapping[str, Any], probe: Tensor) -> str | None:
-    """Why the content of a file is not what would be sampled again, as a message; None if it is."""
+    """Why the facts in a file are not those of the replies that would be sampled again; None if they are."""
     differing = [name for name, value in facts.items() if content[name] != value]
     if not differing and not _is_near(content["probe"], probe):
         differing = ["weights"]
@@ -139,8 +142,6 @@ def _difference(content: Mapping[str, Any], facts: Mapping[str, Any], probe: Ten
         return f"it was sampled with other {', '.join(differing)}"
     if "checksum" not in content:
         return "an earlier version wrote it without a checksum"
-    if content["checksum"] != _checksum(facts, PackedReplies.from_dict(content)):
-        return "its replies were changed"
     return None
 
 

@@ -27,7 +27,8 @@ FREE = {
     "vllm.patience_s": "how long it waits",
     "deadline": "how long it waits",
 }
-"""Settings, or whole sections, that change no number of a run, each with what it is about."""
+"""Settings, or whole sections, that change no number of a run, each with what it is about; no digest contains them, so
+that a setting of earlier versions cannot become one."""
 STEERING = {
     "run.steps": "the run ends earlier or later; the linear schedule reaches 0 at the new end",
     "run.reply_tokens": "the run ends earlier or later",

@@ -5,11 +5,8 @@ there is a newer one. When a run diverges, its folder records the step; `--resum
 checkpoint, with the learning rate, clip range or tolerance that the command line gives.
 """
 
-import json
 import shlex
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from expo.errors import Collapsed, Diverged, FolderError
 from expo.run.collapse import CollapseWatch
@@ -69,10 +66,5 @@ def with_advice(error: Diverged, run: Run, good_step: int) -> Diverged:
 
 def step_to_go_back_to(folder: RunFolder) -> int | None:
     """The last good step of a run that has diverged; None if it has not diverged since its last start."""
-    try:
-        record: Mapping[str, Any] = json.loads((folder.path / DIVERGED).read_bytes())
-        return int(record["good_step"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError):
-        return None  # a damaged record: the newest checkpoint is taken
+    good_step = folder.read_object(DIVERGED).get("good_step")
+    return good_step if type(good_step) is int else None  # of a damaged record, the newest checkpoint is taken

@@ -20,27 +20,7 @@ from expo.runtime.atomic_io import flush, write_bytes_whole
 from expo.runtime.distributed import Ranks
 
 RUNS = Path("runs")
-NOT_IN_EARLIER_DIGESTS = (
-    "run.dir",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_best",
-    "run.save_by_minutes",
-    "run.end_with_launcher",
-    "run.completions_per_step",
-    "run.max_bad_updates",
-    "run.trackers",
-    "rollout.keep_replies",
-    "vllm.servers",
-    "vllm.key_file",
-    "vllm.gpus",
-    "vllm.transfer",
-    "vllm.weights_folder",
-    "vllm.patience_s",
-)
-"""Settings that the digest in checkpoints of earlier versions leaves out."""
 ADDED_LATER = (
-    "run.end_with_launcher",
     "model.revision",
     "model.trust_remote_code",
     "data.columns",
@@ -51,11 +31,7 @@ ADDED_LATER = (
     "reward.unevaluated",
     "reward.think_tags",
     "rollout.stop_tokens",
-    "run.collapse_kl",
-    "run.collapse_steps",
-    "run.end_on_collapse",
     "policy.gradient_tolerance",
-    "vllm.key_file",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
@@ -244,7 +220,7 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> tuple[RunFolde
     return folder, changed
 
 
-def record_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: Mapping[str, Any]) -> list[str]:
+def write_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: Mapping[str, Any]) -> list[str]:
     """Records this start and the changed settings in environment.json, then writes config.yaml.
 
     In this order, a run that dies in between has lost no change.
@@ -303,16 +279,14 @@ def fixed_digest(config: RunConfig, also: Sequence[str] = ()) -> str:
 
 
 def settings_digest(config: RunConfig, starts: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The digest in checkpoints of earlier versions: of all settings with which the run started, but for a few.
+    """The digest in checkpoints of earlier versions: of the settings with which the run started, but for the free ones.
 
     Args:
         config: the present one.
         starts: every start of the run, as environment.json records them.
     """
     initial = initial_settings(config.settings, starts)
-    left_out = {n for n in initial if n in NOT_IN_EARLIER_DIGESTS or (n in ADDED_LATER and is_free(n))}
-    kept = {n: v for n, v in initial.items() if not n.startswith("deadline.") and n not in left_out}
-    return _digest(config, kept)
+    return _digest(config, {n: v for n, v in initial.items() if not is_free(n)})
 
 
 def _digest(config: RunConfig, settings: Mapping[str, Any]) -> str:

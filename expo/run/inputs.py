@@ -13,7 +13,7 @@ from expo.data import (
     render_prompts,
     render_whole_set,
 )
-from expo.data.record import set_lines, set_record
+from expo.data.record import TRAINING, set_lines, set_record
 from expo.errors import ConfigError
 from expo.learner.model_checks import check_context, check_token_ids
 from expo.learner.model_files import check_model_files, file_digests, load_model_config, load_tokenizer
@@ -47,13 +47,13 @@ class Inputs:
     @property
     def sets(self) -> dict[str, QuestionSet]:
         """All question sets, by the config field that names them."""
-        return {"data.train": self.train, **{f"evaluation.sets.{name}": q for name, q in self.evaluation.items()}}
+        return {TRAINING: self.train, **{f"evaluation.sets.{name}": q for name, q in self.evaluation.items()}}
 
     @property
     def prompts(self) -> dict[str, list[Prompt]]:
         """The prompts of all question sets, by the config field that names the set."""
         evaluation = {f"evaluation.sets.{name}": prompts for name, prompts in self.evaluation_sets.items()}
-        return {"data.train": self.train_set, **evaluation}
+        return {TRAINING: self.train_set, **evaluation}
 
 
 def load_inputs(config: RunConfig) -> Inputs:

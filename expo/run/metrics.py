@@ -64,10 +64,6 @@ STEP_METRICS = {
 }
 
 
-MAXIMA = ("ratio_max", "gradient_error_bound")
-"""The metrics of an update of which a step records the largest; it averages the others."""
-
-
 def step_row(
     step: int,
     graded: GradedRollouts,
@@ -87,7 +83,7 @@ def step_row(
         **{f"reward/{name}": float(values.mean()) for name, values in graded.reward_parts.items()},
         "beta_eff": beta_eff,
         **{name: sum(update[name] for update in applied) / len(applied) for name in applied[0] if name != "skipped"},
-        **{name: max(update[name] for update in applied) for name in applied[0] if name in MAXIMA},
+        **{name: max(update[name] for update in applied) for name in applied[0] if name.endswith(("_max", "_bound"))},
         "learning_rate": updates[-1]["learning_rate"],
         "skipped_updates": sum(update["skipped"] for update in updates),
         "completion_length": graded.num_tokens / correct.numel(),

@@ -26,7 +26,7 @@ from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.run.bad_updates import BadUpdates
 from expo.run.changes import SAMPLING
 from expo.run.checkpoint import Checkpoints
-from expo.run.folder import RunFolder, fixed_digest, open_folder, record_start, settings_digest
+from expo.run.folder import RunFolder, fixed_digest, open_folder, settings_digest, write_start
 from expo.run.inputs import Inputs, load_inputs, record_data
 from expo.run.rank_inputs import require_same_inputs, require_same_settings
 from expo.run.throughput import Throughput
@@ -152,7 +152,7 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             stack.callback(folder.release)
             watchdog.folder = folder.path
             ranks.run_on_rank0(lambda: require_same_questions(folder.path / "data.json", inputs.sets))
-            for message in ranks.raise_on_all_ranks(lambda: record_start(folder, config, ranks.size, changed)):
+            for message in ranks.raise_on_all_ranks(lambda: write_start(folder, config, ranks.size, changed)):
                 Display(is_shown=ranks.is_rank0).line(message)
             run = _build_run(config, inputs, folder, ranks, watchdog, switch, resume)
         try:

@@ -255,11 +255,11 @@ def read_flags(
         raise ConfigError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
     options = vars(parsed)
     del options["local_rank"]
-    overrides = [(name, _value(name, options.pop(name))) for name in list(options) if "." in name]
+    overrides = [(name, flag_value(name, options.pop(name))) for name in list(options) if "." in name]
     return options, overrides
 
 
-def _value(name: str, text: str) -> Any:
+def flag_value(name: str, text: str) -> Any:
     """The value of a flag, parsed as YAML. Raises: ConfigError if it is not YAML."""
     try:
         return load_yaml(text)

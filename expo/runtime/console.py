@@ -88,12 +88,9 @@ def _stdout() -> IO[str]:
 
 def write_stdout(text: str) -> None:
     """Writes a text to stdout. Raises: OutputError if that is not possible."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except (OSError, ValueError) as error:
-        discard_stdout()
-        raise OutputError(f"stdout cannot be written ({_reason(error)})") from error
+    stdout = _Stdout(_raise_output_error)
+    stdout.write(text)
+    stdout.flush()
 
 
 def discard_stdout() -> None:

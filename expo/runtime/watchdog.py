@@ -136,8 +136,7 @@ class Watchdog:
 def is_running(process: int) -> bool:
     """Whether a process exists and has not ended; one that its parent has not waited for yet has ended."""
     with suppress(OSError):
-        # "pid (name) state ...", where the name may contain any character
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return _state_and_parent(process)[0] not in "ZX"
     try:
         os.kill(process, 0)  # where the system has no /proc
     except ProcessLookupError:
@@ -145,13 +144,20 @@ def is_running(process: int) -> bool:
     return True
 
 
+def _state_and_parent(process: int) -> tuple[str, int]:
+    """The state and the parent of a process, from Linux's /proc. Raises: OSError."""
+    # "pid (name) state parent ...", where the name may contain any character
+    state, parent, *_ = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return state, int(parent)
+
+
 def _descendants(process: int) -> list[int]:
     """Process ids of all descendants; none where the system has no /proc."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
+        child = int(path.parent.name)
         with suppress(OSError):
-            # "pid (name) state parent ...", where the name may contain any character
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+            parents[child] = _state_and_parent(child)[1]
     processes = [process]
     for ancestor in processes:
         processes += [child for child, parent in parents.items() if parent == ancestor]

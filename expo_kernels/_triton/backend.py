@@ -100,20 +100,19 @@ class TritonLogps:
         assert self.sum_exp is not None
         assert self.grad_logps is not None
         rows = {"row_max": self.row_max, "sum_exp": self.sum_exp, "grad_logps": self.grad_logps}
-        of_entropies = None
         if self.grad_entropies is not None:
             assert self.entropies is not None
-            of_entropies = {"entropies": self.entropies, "grad_entropies": self.grad_entropies}
+            rows |= {"entropies": self.entropies, "grad_entropies": self.grad_entropies}
         if not self.keeps_exponentials:
-            launch_grad_logits(chunk, self.tokens, **rows, **(of_entropies or {}))
+            launch_grad_logits(chunk, self.tokens, **rows)
             return
         assert chunk.exponentials is not None
         if chunk.exponentials.tiles is None:  # the log-probs are from another pass
             self._keep_exponentials(chunk, has_entropy=False)
-        if of_entropies is None:
+        if self.grad_entropies is None:
             launch_exponential_grads(chunk, self.tokens, **rows)
         else:
-            launch_log_grads(chunk, self.tokens, **rows, **of_entropies)
+            launch_log_grads(chunk, self.tokens, **rows)
 
     def _keep_exponentials(self, chunk: Chunk, *, has_entropy: bool) -> None:
         stores_logs = self.grad_entropies is not None

@@ -262,13 +262,17 @@ def _objective(tokens: Tokens, sums: MetricSums) -> dict[str, Any]:
 
 def token_arguments(chunk: Chunk, tokens: Tokens, tile: _launch.Tile) -> dict[str, Any]:
     """The arguments that kernels on a few numbers of each row share."""
+    return {"BLOCK_N": tile.block, **chunk_arguments(chunk, tokens, tile.num_warps)}
+
+
+def chunk_arguments(chunk: Chunk, tokens: Tokens, num_warps: int) -> dict[str, Any]:
+    """The arguments that say which rows a chunk has."""
     return {
         "order_ptr": chunk.span.order,
         "mask_ptr": tokens.mask,
         "first_row": chunk.rows.start,
         "num_rows": chunk.rows.stop - chunk.rows.start,
-        "BLOCK_N": tile.block,
-        "num_warps": tile.num_warps,
+        "num_warps": num_warps,
         **FP,
     }
 

@@ -14,7 +14,7 @@ from expo_kernels._head import Chunk, Exponentials
 from expo_kernels._inputs import Tokens
 from expo_kernels._triton import exponential_grads as grad_kernels
 from expo_kernels._triton import exponentials as kernels
-from expo_kernels._triton.launch import token_arguments
+from expo_kernels._triton.launch import chunk_arguments, token_arguments
 
 ALIGNMENT = 16  # elements: rows of exponentials start and end on multiples of it
 BLOCK_TILES = 64  # exponents that are read at once: those of V = 262,144
@@ -43,7 +43,7 @@ def launch_exponentials(chunk: Chunk, tokens: Tokens, *, has_entropy: bool, stor
                 HAS_SOFTCAP=tokens.objective.logit_softcap is not None,
                 HAS_ENTROPY=has_entropy,
                 STORES_LOGS=stores_logs,
-                **_rows(chunk, tokens, tile, stores_logs=stores_logs),
+                **_rows(chunk, tokens, stores_logs=stores_logs),
             )
 
 
@@ -82,7 +82,6 @@ def launch_exponential_grads(
     kept = _exponentials_of(chunk)
     assert kept.tiles is not None
     assert kept.chosen is not None
-    tile = _launch.exponential_tile(kept.vocab_size)
     chunk.row_scale = torch.empty_like(kept.chosen)
     columns = _exact_columns(chunk, kept.chosen)
     with _launch.current(grad_logps.device):
@@ -95,7 +94,7 @@ def launch_exponential_grads(
             HAS_SOFTCAP=tokens.objective.logit_softcap is not None,
             BLOCK_TILES=BLOCK_TILES,
             **columns,
-            **_rows(chunk, tokens, tile),
+            **_rows(chunk, tokens),
         )
 
 
@@ -113,7 +112,6 @@ def launch_log_grads(
     kept = _exponentials_of(chunk)
     assert kept.tiles is not None
     assert kept.chosen is not None
-    tile = _launch.exponential_tile(kept.vocab_size)
     columns = _exact_columns(chunk, kept.chosen)
     with _launch.current(grad_logps.device):
         grad_kernels.log_grads_kernel[(kept.tiles.shape[2],)](
@@ -126,7 +124,7 @@ def launch_log_grads(
             num_columns=triton.cdiv(kept.vocab_size, ALIGNMENT),
             BLOCK_TILES=BLOCK_TILES,
             **columns,
-            **_rows(chunk, tokens, tile, stores_logs=True),
+            **_rows(chunk, tokens, stores_logs=True),
         )
 
 
@@ -146,14 +144,15 @@ def _exponentials_of(chunk: Chunk) -> Exponentials:
     return chunk.exponentials
 
 
-def _rows(chunk: Chunk, tokens: Tokens, tile: _launch.Tile, *, stores_logs: bool = False) -> dict[str, Any]:
+def _rows(chunk: Chunk, tokens: Tokens, *, stores_logs: bool = False) -> dict[str, Any]:
     """The arguments that the kernels on exponentials share."""
     kept = _exponentials_of(chunk)
+    tile = _launch.exponential_tile(kept.vocab_size)
     memory = kept.memory
     if memory is not None:
         assert memory.stride(0) % ALIGNMENT == 0
         assert memory.data_ptr() % (ALIGNMENT * memory.itemsize) == 0
-    made = {
+    return {
         "exponentials_ptr": memory.view(torch.int16) if memory is not None and stores_logs else memory,
         "tiles_ptr": kept.tiles,
         "chosen_ptr": kept.chosen,
@@ -163,7 +162,5 @@ def _rows(chunk: Chunk, tokens: Tokens, tile: _launch.Tile, *, stores_logs: bool
         "vocab_size": kept.vocab_size,
         "ALIGNMENT": ALIGNMENT,
         "BLOCK_V": tile.block,
-        **token_arguments(chunk, tokens, tile),
+        **chunk_arguments(chunk, tokens, tile.num_warps),
     }
-    del made["BLOCK_N"]
-    return made

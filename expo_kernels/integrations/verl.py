@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from expo_kernels import _validate as validate
 from expo_kernels.integrations import _host
 from expo_kernels.integrations._trl_loss import corrected_advantages
 from expo_kernels.logps import linear_token_logps
@@ -58,7 +59,9 @@ def replace_fused_linear(gradient_tolerance: float = 0.0) -> None:
 
     Raises:
         ImportError: verl is missing, or its version is not tested.
+        ValueError: the tolerance is out of range.
     """
+    validate.gradient_tolerance(gradient_tolerance, is_sharded=False)
     _host.check_version("verl", at_least=(0, 9), below=(0, 10))
     from verl.utils.experimental import torch_functional
 

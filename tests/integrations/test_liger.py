@@ -221,3 +221,17 @@ def test_in_trls_trainer_it_gives_trls_numbers(tiny_model, loss_type, accumulati
     for entry in theirs.history:
         entry.pop("entropy")  # Liger's signature returns no entropy
     assert_same(ours, theirs)
+
+
+def test_a_gradient_tolerance_reaches_the_loss():
+    call = make_call(torch.float64)
+    call["lin_weight"] = 8 * torch.randn(2000, H, dtype=torch.float64)  # most probability is on few columns
+    call["bias"] = torch.zeros(2000, dtype=torch.float64)
+    exact = results(LigerFusedLinearGRPOLoss, call)
+    near = results(LigerFusedLinearGRPOLoss, call, gradient_tolerance=1e-2)
+    assert torch.equal(near[0], exact[0])
+    for grad, truth in zip(near[3:5], exact[3:5], strict=True):
+        assert not torch.equal(grad, truth)
+        assert (grad - truth).norm() <= 1e-2 * truth.norm()
+    with pytest.raises(ValueError, match=r"gradient_tolerance is 2\.0"):
+        results(LigerFusedLinearGRPOLoss, call, gradient_tolerance=2.0)

@@ -130,6 +130,8 @@ def test_what_cannot_be_is_refused():
         verl.policy_loss("expo", **make_call(), config=make_config(), loss_agg_mode="mean")
     with pytest.raises(ValueError, match="impl_backend is 'liger'"):
         verl.FusedLinearForPPO(impl_backend="liger")
+    with pytest.raises(ValueError, match=r"gradient_tolerance is -0\.1"):
+        verl.replace_fused_linear(gradient_tolerance=-0.1)
 
 
 @pytest.mark.parametrize("shape", [(B, T), (B * T,)])

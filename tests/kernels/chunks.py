@@ -21,13 +21,13 @@ def make_chunk(
 
 
 def make_exponential_chunk(
-    vocab_size: int, num_rows: int = 2, *, order: Tensor | None = None, has_memory: bool = True, num_parts: int = 6
+    vocab_size: int, num_rows: int = 2, *, order: Tensor | None = None, has_memory: bool = True
 ) -> Chunk:
     """A chunk whose exponentials are uninitialised; one tile of logits remains to be read."""
     columns = _launch.exponential_tile(vocab_size).block
     logits, padded = torch.empty(num_rows, columns), -(-vocab_size // 16) * 16
     memory = torch.empty(num_rows, padded, dtype=torch.bfloat16) if has_memory else None
-    tiles = torch.empty(-(-vocab_size // columns), num_parts, num_rows)
+    tiles = torch.empty(-(-vocab_size // columns), 6, num_rows)  # NUM_PARTS
     kept = Exponentials(memory, iter([logits]), vocab_size, None, tiles, torch.empty(num_rows))
     grad = None if memory is None else memory[:, :vocab_size]
     return Chunk(Span(slice(0, num_rows), order), logits, grad, exponentials=kept)

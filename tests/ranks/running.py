@@ -156,3 +156,10 @@ def kill_all(text):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def wait_for_mark(mark, process):
+    """Returns once the fault has been injected; fails if the process ends before."""
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)

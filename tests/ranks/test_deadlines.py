@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.ranks.running import argv, kill_all, launch, processes_naming, start
+from tests.ranks.running import argv, kill_all, launch, processes_naming, start, wait_for_mark
 
 pytestmark = pytest.mark.slow
 DEADLINE_S = 5
@@ -36,9 +36,7 @@ def watched(folder, command, faults, ranks=2):
     faults = [{**faults[0], "mark": str(mark)}, *faults[1:]]
     process = start(folder, [launch("run", command, ranks, faults, in_process=True)], ranks)
     try:
-        while not mark.exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
+        wait_for_mark(mark, process)
         injected = time.monotonic()
         problems = process.communicate(timeout=60)[1]
         while (left := processes_naming(str(folder))) and time.monotonic() < injected + DEADLINE_S + GRACE_S:

@@ -18,6 +18,7 @@ from tests.ranks.running import (
     run_launches,
     start,
     start_process,
+    wait_for_mark,
 )
 
 pytestmark = pytest.mark.slow
@@ -84,9 +85,7 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path):
     # torchrun signals the process group of each rank, the verifier's processes too, while they grade
     fault = {"phase": "grading", "do": "mark", "path": str(mark), "wait": 3}
     process = start(tmp_path, [launch("run", argv(tmp_path, "run", **quick), fault=fault, in_process=True)])
-    while not mark.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_mark(mark, process)
     process.send_signal(signal.SIGTERM)
     out, problems = process.communicate(timeout=120)
     assert "stopped by SIGTERM after step 0; continue with --resume" in out, problems
@@ -107,9 +106,7 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others_to_join(tmp_path):
         port = nobody.getsockname()[1]
         place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
         process = start_process(tmp_path, [sys.executable, LAUNCHER, tmp_path], MASTER_PORT=str(port), **place)
-        while not mark.exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
+        wait_for_mark(mark, process)
         time.sleep(1)  # it is waiting for the others by now
         process.send_signal(signal.SIGTERM)
         _, problems = process.communicate(timeout=30)
@@ -123,9 +120,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end_if_the_setting_says_so(tmp
     command = argv(tmp_path, "run", run__checkpoint_every=0, run__end_with_launcher="true", evaluation__every=0)
     fault = {"phase": "update", "do": "mark", "path": str(mark), "nth": 2, "wait": 2}
     process = start(tmp_path, [launch("run", command, fault=fault, in_process=True)])
-    while not mark.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_mark(mark, process)
     process.kill()
     out, problems = process.communicate(timeout=60)  # until the ranks have closed its output
     assert "stopped by the end of its launcher after step 2; continue with --resume" in out, problems

@@ -31,6 +31,7 @@ from expo.runtime.distributed import Ranks
 from expo.types import Reply
 
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out; served with --tokens-only
+SETTINGS = "/server_info?config_format=json"
 T = TypeVar("T")
 MOST_IDS = 2**31  # no vocabulary has more
 STALE_WEIGHTS = "it does not have the current weights"
@@ -233,11 +234,15 @@ def _ignore(_count: int) -> None:
     """Does nothing."""
 
 
+def _ask(server: Server, patience_s: float, path: str) -> Any:
+    return retry(server, patience_s, lambda: None, lambda: server.get(path))
+
+
 def _require_guard(server: Server, patience_s: float) -> None:
     """Raises: ConfigError if a server also takes calls without its key."""
     stranger = Server(server.url, patience_s)
     try:
-        retry(stranger, patience_s, lambda: None, lambda: stranger.get("/server_info?config_format=json"))
+        _ask(stranger, patience_s, SETTINGS)
     except EngineError:
         return
     raise ConfigError(
@@ -268,12 +273,8 @@ def _require_startable(section: VllmSection, ranks: Ranks) -> None:
 
 def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> str:
     """A server's vLLM version. Raises: ConfigError if the server's settings differ from those that the run needs."""
-
-    def ask(path: str) -> Any:
-        return retry(server, config.vllm.patience_s, lambda: None, lambda: server.get(path))
-
     try:
-        info, version = ask("/server_info?config_format=json"), ask("/version")
+        info, version = (_ask(server, config.vllm.patience_s, path) for path in (SETTINGS, "/version"))
     except EngineError as error:
         raise ConfigError(f"{error}; start it with python -m expo.serve, which sets what the run needs") from error
     try:

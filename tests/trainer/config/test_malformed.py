@@ -11,7 +11,7 @@ from expo.config import EvalConfig, RunConfig, load_config, parse_command_line
 from expo.data.__main__ import main as data_command
 from expo.errors import ConfigError
 from expo.evaluation.config import parse_command_line as parse_evaluation
-from expo.runtime.cli import OneLineParser
+from expo.runtime.cli import OneLineParser, flag_value
 from tests.trainer.config.malformed import (
     ALWAYS_WRONG,
     INVALID_FILES,
@@ -69,9 +69,7 @@ def test_no_field_takes_a_malformed_value(kind, name, text):
 
 def parse_field(field, text):
     """As the command line does it, without building the parser of all flags every time."""
-    from expo.runtime.cli import _value
-
-    return load_config(None, [(field, _value(field, text))])
+    return load_config(None, [(field, flag_value(field, text))])
 
 
 def test_the_command_line_ends_with_one_line_for_malformed_values(capsys):

@@ -35,7 +35,7 @@ def records_of(run):
     return {name: rows for name, rows in outcome_of(run).items() if name != "weights"}
 
 
-def rewrite_manifest(checkpoint, **changes):
+def rewrite_manifest(checkpoint, without=(), **changes):
     """Makes the manifest of a checkpoint fit whatever is in its folder, as somebody who forges one would."""
     path = checkpoint / "manifest.json"
     content = json.loads(path.read_text())
@@ -44,7 +44,6 @@ def rewrite_manifest(checkpoint, **changes):
         file.relative_to(checkpoint).as_posix(): [file.stat().st_size, zlib.crc32(file.read_bytes())] for file in files
     }
     content.update(changes)
-    for name in [name for name, value in content.items() if value == "left out"]:
+    for name in ("crc", *without):
         del content[name]
-    del content["crc"]
     path.write_text(json.dumps({**content, "crc": zlib.crc32(json.dumps(content, sort_keys=True).encode())}))

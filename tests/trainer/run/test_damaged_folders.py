@@ -106,7 +106,7 @@ def test_lines_after_the_checkpoint_are_written_again_whatever_was_in_them(runs,
 def test_a_checkpoint_of_an_earlier_version_is_taken_with_equal_bits(runs, monkeypatch, capsys):
     def damage(run):
         for checkpoint in (run / "checkpoints").glob("step-*"):
-            rewrite_manifest(checkpoint, logs="left out")
+            rewrite_manifest(checkpoint, without=["logs"])
 
     error, weights, records = resume_copy(runs, monkeypatch, damage)
     assert error is None
