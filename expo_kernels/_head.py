@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expo_kernels._kept_columns import COLUMNS_AT_ONCE, ChunkGrads, KeptColumns
 from expo_kernels._narrowing import part_shapes
-from expo_kernels._products import compact_rows, lazy_zeros, rows_with_gradient
+from expo_kernels._products import add_to_hidden, compact_rows, lazy_zeros, rows_with_gradient
 from expo_kernels._vocab_group import VocabShard
 
 # the gradients of hidden states or logits, weight and bias; each is one tensor, or its rows in several
@@ -277,12 +277,12 @@ class LinearHead:
         done = 0
         while level > done:
             for columns in torch.split(levels.columns(done, level), COLUMNS_AT_ONCE):
-                rows = grads.grad_logits.T.index_select(0, columns)  # [k, n]
+                slopes = kept.memory.columns(grads.grad_logits, columns)  # [n, k]
                 if wants_hidden:
-                    products.addmm_(rows.T, self._products.operand(self._weight.index_select(0, columns)))
-                    dropped_sums.sub_(rows.sum(dim=0).mul_(scale))
+                    add_to_hidden(products, slopes, kept.memory.rows(self._weight, columns))
+                    dropped_sums.sub_(slopes.sum(dim=1).mul_(scale))
                 if wants_weight:
-                    self._add_to_weight_rows(columns, rows, scaled_hidden)
+                    self._add_to_weight_rows(columns, kept.memory.outer(slopes, scaled_hidden))
             done = level
             if wants_hidden:
                 part = (products * scale.unsqueeze(1)).addr_(dropped_sums, kept.mean_row)
@@ -303,12 +303,13 @@ class LinearHead:
             self._grad_hidden = zeros_like(self._hidden, part.dtype)
         self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
 
-    def _add_to_weight_rows(self, columns: Tensor, rows: Tensor, hidden: Tensor) -> None:
-        """Add rows [k, n] @ hidden [n, H] to the rows `columns` [k] of dWeight."""
+    def _add_to_weight_rows(self, columns: Tensor, rows: Tensor) -> None:
+        """Add rows [k, H] to the rows `columns` [k] of dWeight."""
         if self._grad_weight is None:
             self._grad_weight = self._zero_grad_weight()
         (total,) = self._grad_weight
-        total.index_copy_(0, columns, total.index_select(0, columns).addmm_(rows, hidden))
+        # each row once; PyTorch adds whole rows, in parallel, if the index is expanded
+        total.scatter_add_(0, columns.unsqueeze(1).expand_as(rows), rows)
 
     def _zero_grad_weight(self) -> tuple[Tensor, ...]:
         shapes, dtype = self._grad_weight_shapes, self._products.dtype

@@ -17,6 +17,7 @@ Letters: n rows of a chunk, V vocabulary, H hidden, K kept columns, L levels.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ LEVEL_RATIO = 2.0  # of the squared norms of columns on adjacent levels: about a
 MOST_KEPT = 0.5  # share of the columns; with more, the dense products are faster
 COLUMNS_AT_ONCE = 4096  # of the kept ones in one product, which bounds its memory
 WEIGHT_SHARE, FIRST_HIDDEN_SHARE = 0.6, 0.5  # of the estimated norms of dWeight, and of dHidden in the first chunk
+ROWS_IN_MEAN = 4096  # at least, and less than twice as many
 UNIT = 2.0**90  # of the squares, which are at most V^2
 SAFETY = 0.95  # of the share that the chunk before has shown
 
@@ -51,14 +53,20 @@ class Levels:
         mean_square = float(grads.hidden.double().square().sum()) / max(len(grads.hidden), 1)
         self.weight_norm = math.sqrt(float(squares.sum()) * mean_square)
 
-    def lowest(self, most_hidden: float, most_weight: float) -> int | None:
-        """The lowest level that can be dropped, given the largest bounds; None if too few columns would be dropped."""
+    def lowest(self, most_hidden: float, most_weight: float, guess: int | None = None) -> int | None:
+        """The lowest level that can be dropped, given the largest bounds; None if too few columns would be dropped.
+
+        With a guess, levels below it are not tried for dHidden: each of its bounds is a pass over G.
+        """
         level = 1
         while level < NUM_LEVELS and not self._weight_bounds[level] <= most_weight:
             level += 1
+        if most_hidden < math.inf and guess is not None:
+            level = max(level, guess)
         if most_hidden < math.inf and self._is_worth(level) and not self.hidden_bound(level) <= most_hidden:
-            self._bound_all_from(level)
-            while level < NUM_LEVELS and not self.hidden_bound(level) <= most_hidden:
+            if guess is None:
+                self._bound_all_from(level)
+            while self._is_worth(level) and not self.hidden_bound(level) <= most_hidden:
                 level += 1
         return level if self._is_worth(level) else None
 
@@ -133,6 +141,36 @@ class ChunkGrads:
         return product.mul_(self.scale.abs().unsqueeze(1))
 
 
+class ProductMemory:
+    """Operands and result of products with at most `COLUMNS_AT_ONCE` columns, in memory that all of them share: new
+    memory costs as much time as such a product."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        kind: dict[str, Any] = {"dtype": dtype, "device": weight.device}
+        size = min(COLUMNS_AT_ONCE, len(weight)), weight.shape[1]
+        self._slopes = torch.empty(0, **kind)
+        self._rows, self._products = torch.empty(size, **kind), torch.empty(size, **kind)
+
+    def columns(self, grad_logits: Tensor, columns: Tensor) -> Tensor:
+        """grad_logits [n, V][:, columns], [n, k]."""
+        num_rows, num_columns = len(grad_logits), len(columns)
+        if self._slopes.numel() < num_rows * num_columns:
+            self._slopes = self._slopes.new_empty(num_rows * len(self._rows))
+        out = self._slopes[: num_rows * num_columns].view(num_rows, num_columns)
+        return torch.gather(grad_logits, 1, columns.expand(num_rows, -1), out=out)
+
+    def rows(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """weight [V, H][columns], [k, H]."""
+        out = self._rows[: len(columns)]
+        if weight.dtype == out.dtype:
+            return torch.index_select(weight, 0, columns, out=out)
+        return out.copy_(weight.index_select(0, columns))
+
+    def outer(self, slopes: Tensor, hidden: Tensor) -> Tensor:
+        """slopes [n, k].T @ hidden [n, H]."""
+        return torch.mm(slopes.T, hidden, out=self._products[: slopes.shape[1]])
+
+
 class KeptColumns:
     """Chooses the columns of each chunk, and adds up the bounds of a call."""
 
@@ -143,7 +181,9 @@ class KeptColumns:
         `num_chunks`: how many chunks will share dWeight's error."""
         self.tolerance, self._wants_grad, self._num_chunks = tolerance, wants_grad, num_chunks
         self.mean_row, self._distances = _distances_from_mean(weight, dtype)  # [H], [V]
+        self.memory = ProductMemory(weight, dtype)
         self._hidden_share = FIRST_HIDDEN_SHARE
+        self._guess: int | None = None
         self._is_kept = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)  # in any chunk
         self._squared_hidden_bound = self._squared_hidden_norm = self._weight_bound = 0.0
         self._rows_seen = self._rows_kept = 0.0
@@ -158,7 +198,10 @@ class KeptColumns:
         # chunks whose gradients have nothing in common add up to the root of their number
         share = WEIGHT_SHARE / math.sqrt(self._num_chunks)
         most_weight = self.tolerance * share * levels.weight_norm if self._wants_grad[1] else math.inf
-        return levels, levels.lowest(most_hidden, most_weight)
+        level = levels.lowest(most_hidden, most_weight, self._guess)
+        # one lower, because the next chunk may need fewer columns
+        self._guess = None if level is None else max(level - 1, 1)
+        return levels, level
 
     def level_for(self, levels: Levels, level: int, grad_hidden: Tensor) -> int:
         """The lowest level that can be dropped now that the products have shown dHidden of the chunk [n, H] with
@@ -195,7 +238,8 @@ class KeptColumns:
         if self._wants_grad[0]:
             bound = _relative(math.sqrt(self._squared_hidden_bound), math.sqrt(self._squared_hidden_norm))
         if self._wants_grad[1] and grad_weight is not None and self._weight_bound > 0.0:
-            norm = float(grad_weight[self._is_kept].norm())
+            kept = torch.split(self._is_kept.nonzero().squeeze(1), COLUMNS_AT_ONCE)
+            norm = math.sqrt(sum(float(self.memory.rows(grad_weight, columns).norm()) ** 2 for columns in kept))
             bound = max(bound, _relative(self._weight_bound, norm))
         return bound
 
@@ -213,11 +257,11 @@ def _relative(bound: float, norm: float) -> float:
 
 
 def _distances_from_mean(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The mean row [H] of weight [V, H], and the distance of each row from it [V], in `dtype`."""
-    vocab_size, hidden_size = weight.shape
-    mean = torch.zeros(hidden_size, dtype=dtype, device=weight.device)
-    for _, part in _products.widened(weight, dtype):
-        mean.addmv_(part.T, part.new_full((len(part),), 1.0 / vocab_size))
+    """The mean [H] of some rows of weight [V, H], and the distance of each row from it [V], in `dtype`.
+
+    The bounds hold for any row in place of the mean.
+    """
+    mean = weight[:: max(1, len(weight) // ROWS_IN_MEAN)].to(dtype).mean(dim=0)
     distances = []
     for _, part in _products.widened(weight, dtype):
         for rows in torch.split(part, _launch.rows_in_cache(part)):

@@ -21,6 +21,7 @@ from expo_kernels._compat import has_onednn_linear
 # (32,768, 256) chunks of 86 rows took 1.4 times as long. With small heads the budget of 8 MiB decides.
 CPU_LOGITS_BUDGET_MB = 8.0
 CPU_ROWS_PER_HIDDEN_ONEDNN = 1 / 8
+CPU_LEAST_ROWS_ONEDNN = 128
 CPU_ROWS_PER_HIDDEN_MKL = 1 / 3
 CPU_LEAST_ROWS_MKL = 176
 CPU_MOST_ROWS = 512
@@ -100,7 +101,7 @@ def _least_rows(hidden_size: int) -> int:
     if hidden_size == 0:
         return 1
     if onednn_is_faster():
-        wanted = math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_ONEDNN)
+        wanted = max(math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_ONEDNN), CPU_LEAST_ROWS_ONEDNN)
     else:
         wanted = max(math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_MKL), CPU_LEAST_ROWS_MKL)
     return min(wanted, CPU_MOST_ROWS)

@@ -183,7 +183,7 @@ def column_blocks(rows: Tensor, values_per_column: int) -> Iterator[slice]:
     """Slices of the vocabulary for rows [n, V], each of about `BLOCK_BYTES` with that many values per column."""
     vocab_size = rows.shape[1]
     columns = BLOCK_BYTES // (values_per_column * rows.dtype.itemsize)
-    columns = max(LEAST_COLUMNS, columns // 16 * 16)
+    columns = max(LEAST_COLUMNS, columns // LEAST_COLUMNS * LEAST_COLUMNS)
     for start in range(0, vocab_size, columns):
         yield slice(start, min(start + columns, vocab_size))
 
