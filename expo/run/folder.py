@@ -142,7 +142,7 @@ class RunFolder:
         """Cuts every log of the run after `step`: a resumed run writes the later lines again.
 
         Args:
-            step: of the checkpoint; 0 without one, -1 to start all logs anew.
+            step: of the checkpoint; -1 without one, to start all logs anew.
             saved: the states of the logs at the checkpoint, None if it recorded none.
 
         Returns: a message for each log that lost lines, or whose lines were changed.

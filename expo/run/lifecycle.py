@@ -45,7 +45,9 @@ def resume_run(run: Run, resume: bool) -> tuple[Position, CollapseWatch]:
         if resume and run.ranks.is_rank0:
             _show_start(run, position, is_new=checkpoint is None, has_diverged=back_to is not None)
         logs = None if checkpoint is None else books.checkpoints.logs_at(checkpoint)
-        messages = run.ranks.raise_on_all_ranks(lambda: books.folder.rewind(position.step if resume else -1, logs))
+        # without a checkpoint nothing vouches for any row
+        kept_step = -1 if checkpoint is None else position.step
+        messages = run.ranks.raise_on_all_ranks(lambda: books.folder.rewind(kept_step, logs))
         for message in messages:
             books.display.line(message)
         books.folder.remove(DIVERGED)

@@ -59,17 +59,13 @@ def cut(name: str, content: bytes, step: int, saved: LogState | None) -> tuple[b
     Args:
         name: of the log.
         content: of the log.
-        step: of the checkpoint; 0 without one.
+        step: of the checkpoint; -1 without one.
         saved: the log's state that the checkpoint recorded, None if it recorded none.
 
     Returns: the new content; and a message if lines of the old one were lost or changed.
     """
     if saved is not None and saved.begins(content):
-        kept, later = content[: saved.size], content[saved.size :]
-        if name == "evaluations" and step not in dict(rows_up_to(kept, step)):
-            # a run that resumed from the checkpoint may have evaluated it afterwards
-            kept += dict(rows_up_to(later, step)).get(step, b"")
-        return kept, None
+        return content[: saved.size], None
     rows = list(rows_up_to(content, step))
     if saved is None:
         return b"".join(line for _, line in rows), None

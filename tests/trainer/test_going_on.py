@@ -75,6 +75,21 @@ def test_a_run_that_goes_on_has_no_summary_until_it_is_finished(tmp_path, monkey
     assert not (run / "summary.json").exists()
 
 
+def test_scores_that_no_checkpoint_vouches_for_are_measured_again(tmp_path, monkeypatch):
+    config = quick(tmp_path, run__steps=1, optimizer__warmup_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepSpeedPolicy, "update", lambda *_: pytest.exit("killed"))
+        with pytest.raises(pytest.exit.Exception):
+            train(config)
+    path = tmp_path / "run" / "evaluations.jsonl"
+    measured = rows_of(path.parent, "evaluations")
+    (changed,) = rows_of(path.parent, "evaluations")
+    changed["sets"]["few"]["pass_at"]["1"]["mean"] += 0.5
+    path.write_text(json.dumps(changed) + "\n")
+    run = train(config, resume=True)
+    assert untimed(rows_of(run, "evaluations")[:1]) == untimed(measured)
+
+
 def test_a_finished_run_is_evaluated_on_other_sets(tmp_path):
     run = train(quick(tmp_path, run__steps=2))
     more = {"few": str(tmp_path / "few.jsonl"), "sums": str(tmp_path / "sums.jsonl")}
