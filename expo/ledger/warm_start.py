@@ -33,6 +33,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from expo.ledger import questions
 from expo.ledger.questions import LedgerQuestion
 from expo.ledger.tokenizer import BOXED, build_tokenizer
+from expo.runtime.endings import errors_on_one_line
 
 SCRIPTS = ("questions.py", "tokenizer.py", "warm_start.py")
 IGNORED = -100  # transformers' label for a token that carries no loss
@@ -286,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.out.exists():
         parser.error(f"--out {given.out} exists already; name a new folder or remove it")
-    make(WarmStart(seed=given.seed, steps=given.steps), given.out)
+    with errors_on_one_line(parser.prog):
+        make(WarmStart(seed=given.seed, steps=given.steps), given.out)
     return 0
 
 

@@ -268,8 +268,12 @@ def flag_value(name: str, text: str) -> Any:
 
 
 def fail(prog: str, error: ExpoError) -> NoReturn:
-    """Exits with the error's exit code; rank 0 prints the error as one line on stderr, and a RankError every rank."""
-    rank, names_rank = os.environ.get("RANK", "0"), isinstance(error, RankError)
+    """Exits with the error's exit code; rank 0 prints the error as one line on stderr, and a RankError every rank.
+
+    Before the ranks have joined, the first rank of every node prints it: rank 0 may not have the error.
+    """
+    rank, is_first_of_node = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK") == "0"
+    names_rank = isinstance(error, RankError) or (rank != "0" and is_first_of_node and not _has_joined())
     kind = "" if isinstance(error, Interrupted) else "error: "
     text = " ".join(str(error).splitlines())  # names of files may have line breaks
     text = f"{text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}"
@@ -277,3 +281,8 @@ def fail(prog: str, error: ExpoError) -> NoReturn:
         with suppress(OSError, ValueError):  # stderr may be closed, and its disk full
             sys.stderr.write(f"{prog}: {kind}{f'rank {rank}: ' if names_rank else ''}{text}\n")
     raise SystemExit(error.exit_code) from None
+
+
+def _has_joined() -> bool:
+    torch = sys.modules.get("torch")  # not imported for the sake of an error
+    return torch is not None and torch.distributed.is_initialized()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.errors import AblationError, ConfigError, ExpoError
+from expo.errors import ConfigError, Interrupted
 from expo.experiments.ablation.page import tables, write_record
 from expo.experiments.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, PlannedRun, plan_runs, with_arms
 from expo.experiments.ablation.results import as_record, read_outcome
@@ -20,8 +20,9 @@ from expo.experiments.ablation.runs import run_all
 from expo.reporting.reader import starts_of
 from expo.run.environment import ENVIRONMENT
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser, fail
+from expo.runtime.cli import OneLineParser
 from expo.runtime.console import Display
+from expo.runtime.endings import errors_on_one_line
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 
@@ -55,17 +56,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 if all runs succeeded, 1 if one failed, 2 if the arguments are invalid."""
+    """The command line: 0 if all runs succeeded, 1 if one failed, 2 if the arguments are invalid, 130 after Ctrl-C."""
     options, flags = _parser().parse_known_args(argv)
-    try:
+    with errors_on_one_line(PROGRAM):
         settings, runs = _plan(options, flags)
         display = Display()
-        run_all(runs, options.jobs, display)
+        try:
+            run_all(runs, options.jobs, display)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; run the same command again to continue") from None
         display.line(_write_results(runs, settings, options.out))
-    except ExpoError as error:
-        fail(PROGRAM, error)
-    except KeyboardInterrupt:
-        fail(PROGRAM, AblationError("stopped; run the same command again to continue"))
     return 0
 
 

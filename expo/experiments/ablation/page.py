@@ -30,7 +30,8 @@ from expo.experiments.ablation.results import (
 )
 from expo.reporting.figures import draw_lines
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser, fail
+from expo.runtime.cli import OneLineParser
+from expo.runtime.endings import errors_on_one_line
 
 PROGRAM = "python -m expo.ablation.page"
 MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")
@@ -167,18 +168,28 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
 
 
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """The results of an ablation, and their section of a page."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record, section(record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); run the ablation again") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 if the page or the results cannot be read or written."""
+    """The command line: 0, or 1 or 2 if the page or the results cannot be read or written."""
     parser = OneLineParser(prog=PROGRAM, description="Write the results of an ablation into a Markdown page.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="the --out of the ablation")
     parser.add_argument("page", type=Path, metavar="PAGE.md", help=f"page with the lines {MARKS[0]} and {MARKS[1]}")
     options = parser.parse_args(argv)
-    try:
-        record = json.loads((options.dir / "results.json").read_text(encoding="utf-8"))
-        write_bytes_whole(options.page, with_section(options.page, section(record)).encode())
-        write_record(options.page.parent / "ablation", record)
-    except (ConfigError, OSError) as error:
-        fail(PROGRAM, ConfigError(str(error)))
+    with errors_on_one_line(PROGRAM):
+        try:
+            record, text = _read(options.dir / "results.json")
+            write_bytes_whole(options.page, with_section(options.page, text).encode())
+            write_record(options.page.parent / "ablation", record)
+        except OSError as error:
+            raise ConfigError(str(error)) from error
     return 0
 
 

@@ -1,6 +1,7 @@
 """How a command ends: errors of files and disks, closed stdout and Ctrl-C are one line with an exit code."""
 
 import errno
+import importlib
 import os
 import shlex
 import subprocess
@@ -63,6 +64,51 @@ def test_errors_of_disks_that_libraries_wrap_are_recognised():
     assert disk_error(wrapped).errno == errno.ENOSPC
     assert disk_error(OSError(errno.EIO, "x")).errno == errno.EIO
     assert disk_error(ValueError("x")) is None
+
+
+COMMANDS = {
+    "expo.data.__main__": ("find_overlap", ["check", "arithmetic:train", "--against", "arithmetic:held_out"]),
+    "expo.evaluation.compare": ("read_results", ["a", "b"]),
+    "expo.report": ("write_report", ["run"]),
+    "expo.experiments.ablation.command": ("run_all", ["--out", "ablation", "--seeds=2"]),
+    "expo.experiments.ablation.page": ("section", ["ablation", "page.md"]),
+    "expo.experiments.smollm2": ("convert", ["model"]),
+    "expo.ledger.warm_start": ("make", ["--out", "model"]),
+    "expo.serve": ("read_key", []),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "codes"),
+    [
+        (KeyboardInterrupt(), [130]),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), [1, 2]),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), [1, 2]),
+    ],
+)
+def test_every_command_ends_with_one_line(capsys, tmp_path, monkeypatch, name, error, codes):
+    def work(*_, **__):
+        raise error
+
+    module, (function, argv) = importlib.import_module(name), COMMANDS[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "results.json").write_text("{}")
+    monkeypatch.setattr(module, function, work)
+    with pytest.raises(SystemExit) as stop:
+        module.main(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code in codes
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+
+
+def test_before_the_ranks_join_the_first_of_each_node_prints_its_error(capsys, monkeypatch):
+    for rank, local_rank, printed in [("3", "0", "program: error: rank 3: wrong\n"), ("4", "1", "")]:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert ending(capsys, ConfigError("wrong")) == (2, printed)
 
 
 BODIES = ["write_stdout('x' * 9)", "print('x' * 9)", "Display().line('x' * 9)"]
