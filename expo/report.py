@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from expo.errors import FolderError
 from expo.reporting.figures import draw_figures
 from expo.reporting.page import render_page
 from expo.reporting.reader import read_run
@@ -42,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder; the run may still be in progress")
     run_dir = parser.parse_args(arguments).run
     with errors_on_one_line(PROGRAM):
-        write_stdout(f"{write_report(run_dir)}\n")
+        try:
+            report = write_report(run_dir)
+        except OSError as error:
+            raise FolderError(f"the report cannot be written ({error}); check the folder") from error
+        write_stdout(f"{report}\n")
     return 0
 
 

@@ -373,7 +373,7 @@ def test_the_command_runs_is_interrupted_resumes_and_reports(tmp_path, capsys, m
     assert "grpo, seed 0 failed with exit code 2" in capsys.readouterr().err
     shutil.rmtree(out / "runs")  # these runs started with another model
     half, stderr = interrupt(argv, out)
-    assert stderr.endswith("python -m expo.ablation: error: stopped; run the same command again to continue\n")
+    assert stderr.endswith("python -m expo.ablation: stopped; run the same command again to continue\n")
     before = steps_of(half)
     assert not (half / "summary.json").exists()
     assert f"stopped by SIGTERM after step {len(before)}; continue with --resume" in (half / "log.txt").read_text()

@@ -158,3 +158,11 @@ def page_of(run: Path) -> str:
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the page alone, since drawing takes most of a report's time."""
     monkeypatch.setattr(report, "draw_figures", lambda history: [])
+
+
+def report_code(run: Path) -> int:
+    """The exit code of the report's command line."""
+    try:
+        return report.main([str(run)])
+    except SystemExit as end:
+        return int(end.code or 0)

@@ -13,7 +13,7 @@ from expo.errors import NotARunError
 from expo.report import main, write_report
 from expo.reporting.figures import FIGURES
 from expo.runtime import atomic_io
-from tests.trainer.reporting.run_folders import CONFIG, fake_run, page_of, without_figures, write_lines
+from tests.trainer.reporting.run_folders import CONFIG, fake_run, page_of, report_code, without_figures, write_lines
 
 FIGURE_NAMES = [draw.__name__.removeprefix("draw_") for draw, *_ in FIGURES]
 
@@ -69,7 +69,7 @@ def test_a_folder_that_is_not_a_run_exits_with_two_and_one_line(
 ) -> None:
     if config is not None:
         (tmp_path / "config.yaml").write_text(config)
-    assert main([str(tmp_path)]) == 2
+    assert report_code(tmp_path) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "report.html").exists()
 
@@ -90,7 +90,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
         raise OSError("no space left")
 
     monkeypatch.setattr(atomic_io.os, "replace", fail)
-    assert main([str(run)]) == 2
+    assert report_code(run) == 1
     assert (run / "report.html").read_text() == "old"
     assert {path.name for path in run.iterdir()} == names
 

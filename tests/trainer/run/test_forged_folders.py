@@ -241,9 +241,10 @@ def test_the_reply_cache_and_the_text_files_run_nothing(forged, capsys):
     assert "step-000001-round-0.gz is ignored, since it cannot be read (UnpicklingError)" in capsys.readouterr().out
     (run / "config.yaml").write_text(f"run: !!python/object/apply:os.mkdir ['{marker}']")
     assert "is not YAML" in refused(config)
-    assert report_main([str(run)]) == 2
-    with pytest.raises(SystemExit):
-        evaluate_main([str(run)])
+    for command in (report_main, evaluate_main):
+        with pytest.raises(SystemExit) as stop:
+            command([str(run)])
+        assert stop.value.code == 2
     assert not marker.exists()
 
 
