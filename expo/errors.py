@@ -25,6 +25,10 @@ class ConfigError(ExpoError):
     exit_code = 2
 
 
+class HubError(ConfigError):
+    """Something on the Hugging Face hub cannot be read from here."""
+
+
 class RankError(ExpoError):
     """An error that only this rank knows of; every rank prints its own."""
 

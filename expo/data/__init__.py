@@ -5,7 +5,7 @@ from expo.data.layouts import ReadOptions
 from expo.data.overlap import Overlap, find_overlap
 from expo.data.prompts import PROMPTS, render_prompt, render_prompts, render_whole_set
 from expo.data.questions import QuestionSet, question_id
-from expo.data.sources import BUILT_IN, count_questions, load_questions
+from expo.data.sources import BUILT_IN, load_questions
 
 __all__ = [
     "BUILT_IN",
@@ -14,7 +14,6 @@ __all__ = [
     "QuestionSet",
     "ReadOptions",
     "bad_questions",
-    "count_questions",
     "find_overlap",
     "load_questions",
     "only_gradable",

@@ -6,7 +6,7 @@ from typing import Any
 
 from expo.data.files import python_rows
 from expo.data.layouts import DEFAULT_OPTIONS, ReadOptions, Table, columns_to_read
-from expo.errors import ConfigError
+from expo.errors import ConfigError, HubError
 
 ROWS_PER_BATCH = 10_000
 SYNTAX = "owner/name[/configuration][:split][@revision]"
@@ -99,7 +99,7 @@ def _load_split(source: HubSource) -> Any:
         loaded = datasets.load_dataset(source.id, source.configuration, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
+        raise HubError(
             f"cannot load {source} from the Hugging Face hub: {reason}; check {SYNTAX} and the network, or give a "
             f"downloaded JSON-lines or Parquet file"
         ) from error

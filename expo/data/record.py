@@ -9,6 +9,7 @@ from expo.data.questions import QuestionSet
 from expo.errors import ConfigError
 
 TRAINING = "data.train"  # name of the training set in data.json
+EVALUATION = "evaluation.sets."  # before the names of the other sets there
 
 
 def left_out(loaded: QuestionSet, num_long: int) -> dict[str, int]:

@@ -50,16 +50,6 @@ def load_questions(source: str, options: ReadOptions = DEFAULT_OPTIONS) -> Quest
     return replace(loaded, unread_columns=tuple(reader.unread))
 
 
-def count_questions(source: str, options: ReadOptions = DEFAULT_OPTIONS) -> int | None:
-    """The number of questions of a source, or None if it is unknown without a download."""
-    named = find_named(source)
-    if named is not None:
-        return named.num_distinct
-    if source in BUILT_IN or source.startswith(PREFIX) or Path(source).exists():
-        return len(load_questions(source, options).questions)
-    return None
-
-
 def _load_named(source: str, named: NamedSet, reader: TableReader, options: ReadOptions) -> QuestionSet:
     options = replace(options, needs_columns=False)  # their layouts are known
     loaded = merge_rows(source, reader.rows(hub_table(named.source, options)))

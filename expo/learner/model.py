@@ -27,13 +27,17 @@ OPTIONAL = ("position_ids",)  # inputs that some families compute themselves, fr
 def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
     """Loads the causal language model of `model.path`, with float32 parameters, and its tokenizer.
 
+    On the device "meta" the weights are compared with the architecture by name and shape, and not read.
+
     Raises: ConfigError if either does not load, tensors are missing or have other shapes, the tokenizer has no
         end-of-sequence token, or the model scales its logits.
     """
     path = check_model_path(config)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its progress bars would break ours
     tokenizer = load_tokenizer(config)
-    options = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    options: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if device.type == "meta":
+        options["device_map"] = "meta"
     try:
         with errors_only():  # its report of the loading, which `check_complete` turns into one line
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,1 +1,1 @@
-"""Estimates memory, steps and disk space of a run before it starts (--dry-run)."""
+"""Plans a run before it starts (--dry-run): whether it can, and what it needs."""

@@ -16,6 +16,7 @@ import torch
 from expo.config import RunConfig
 from expo.learner.deepspeed import BUCKET_ELEMENTS
 from expo.learner.flops import ModelShape
+from expo.rollout.vllm.common import CPU_CACHE_GIB
 from expo_kernels._launch import chunk_rows, most_rows, row_multiple
 
 GIB = 2**30
@@ -24,17 +25,19 @@ LIVE_PARAMETERS = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_l
 PREFETCH_BUCKET = 50_000_000  # elements; DeepSpeed's default of stage3_prefetch_bucket_size
 REPLY_TOKEN_BYTES = 4 + 8  # id and log-prob of a token in rollouts/; the text takes less
 RUNTIME_BYTES = 2 * GIB  # assumed for the CUDA context, NCCL and fragmentation
-SMALLER_BATCH = "a lower policy.micro_batch_tokens"
+CPU_RUNTIME_BYTES = 583 * 2**20  # measured: Python with PyTorch, transformers and DeepSpeed, before a model loads
+ADAMW_TEMPORARIES = 2  # of a parameter's size: the square root and the quotient
+# with LoRA on a CPU, measured: its many small gradients lie between freed outputs of linear maps, and hold them
+LORA_HOLES = 1.7
 SAMPLING_BUFFERS = 4  # of [batch, V]: logits, logits / temperature, probabilities, cumulative sums
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the memory, in bytes, and the setting that makes it smaller."""
+    """One part of the memory, in bytes."""
 
     name: str
     num_bytes: float
-    advice: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Footprint:
     config: RunConfig
     shape: ModelShape
     num_ranks: int
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt; None: data.max_prompt_tokens."""
+    on_cpu: bool = False
+    """Whether the policy is trained on a CPU, where memory is the resident set of each process."""
 
     @property
     def itemsize(self) -> int:
@@ -64,7 +71,9 @@ class Footprint:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self.config.max_tokens
+        if self.longest_prompt is None:
+            return self.config.max_tokens
+        return self.longest_prompt + self.config.rollout.max_new_tokens
 
     @property
     def has_reference(self) -> bool:
@@ -102,9 +111,13 @@ class Footprint:
         if stage == 0:
             return float(FLOAT32 * reduced) if self.num_ranks > 1 else 0.0
         live = 0
-        if stage == 3 and self.num_ranks > 1:
+        if stage == 3:  # also of a single rank, whose shard is all
             live = min(max(LIVE_PARAMETERS, self.shape.embedding_parameters) + PREFETCH_BUCKET, self.held_parameters)
         return float(FLOAT32 * (reduced + live))
+
+    def flat_gradient_bytes(self) -> float:
+        """Gradients that DeepSpeed flattens for a step, or for the sum over ranks; sharded from stage 1 on."""
+        return self.sharded(FLOAT32 * self.trained_parameters, 1)
 
     def cast_bytes(self) -> float:
         """Weight matrices cast to policy.dtype: of all layers until the backward pass, or of one with checkpointing."""
@@ -129,7 +142,7 @@ class Footprint:
         expo_kernels chooses the rows of a chunk; each has V elements, rounded up to a multiple of 16.
         """
         tokens, hidden, vocab = self.micro_batch_tokens(), self.shape.hidden_size, self.shape.vocab_size
-        device = torch.device("cpu" if self.config.run.device == "cpu" else "cuda")
+        device = torch.device("cpu" if self.on_cpu else "cuda")
         most = most_rows(
             vocab,
             itemsize=4,
@@ -186,6 +199,11 @@ class Footprint:
             per_token = shape.num_layers * shape.hidden_size * FLOAT32 + layer
         return float(self.micro_batch_tokens() * (per_token + 3 * shape.intermediate_size * b))
 
+    def output_bytes(self) -> float:
+        """Outputs of all linear maps of the layers for N tokens."""
+        outputs = sum(size for _, size in self.shape.layer_products)
+        return float(self.itemsize * self.micro_batch_tokens() * self.shape.num_layers * outputs)
+
     def cache_bytes(self) -> float:
         """Keys and values of rollout.batch_size full sequences, and a second copy of one layer's while they grow."""
         batch = self.sampled_at_once()
@@ -197,9 +215,8 @@ class Footprint:
         return float(SAMPLING_BUFFERS * self.sampled_at_once() * self.shape.vocab_size * 4 + head)
 
     def gathered_bytes(self) -> float:
-        """All parameters, gathered for sampling if stage 3 sharded them."""
-        is_sharded = self.config.policy.zero_stage == 3 and self.num_ranks > 1
-        return float(self.itemsize * self.held_parameters) if is_sharded else 0.0
+        """The copy of all parameters that samples if stage 3 shards them."""
+        return float(self.itemsize * self.held_parameters) if self.config.policy.zero_stage == 3 else 0.0
 
     def engine_weight_bytes(self) -> float:
         """vLLM's copy of the weights on one GPU; vllm.tensor_parallel GPUs share the copy."""
@@ -213,71 +230,91 @@ class Footprint:
         return min(rollout.batch_size, -(-rollout.questions_per_step * rollout.group_size // self.num_ranks))
 
     def resident(self) -> list[Part]:
-        """The parts that a GPU always holds."""
-        policy = self.config.policy
+        """The parts that a GPU, or a process on a CPU, always holds."""
+        policy, moves = self.config.policy, not self.on_cpu
         return [
-            Part(
-                "weights",
-                0.0 if policy.offload_parameters else self.parameter_bytes(),
-                "policy.zero_stage=3" if policy.zero_stage < 3 else "policy.offload_parameters=true",
-            ),
-            Part(
-                "gradients",
-                0.0 if policy.offload_optimizer else self.gradient_bytes(),
-                "policy.zero_stage=2" if policy.zero_stage < 2 else "policy.offload_optimizer=true",
-            ),
-            Part(
-                "optimizer states",
-                0.0 if policy.offload_optimizer else self.optimizer_bytes(),
-                "policy.zero_stage=1" if policy.zero_stage < 1 else "policy.offload_optimizer=true",
-            ),
-            Part(
-                "frozen reference",
-                0.0 if policy.offload_reference else self.reference_bytes(),
-                "policy.offload_reference=true",
-            ),
+            Part("weights", 0.0 if policy.offload_parameters and moves else self.parameter_bytes()),
+            Part("gradients", 0.0 if policy.offload_optimizer and moves else self.gradient_bytes()),
+            Part("optimizer states", 0.0 if policy.offload_optimizer and moves else self.optimizer_bytes()),
+            Part("frozen reference", 0.0 if policy.offload_reference and moves else self.reference_bytes()),
         ]
 
     def phases(self) -> dict[str, list[Part]]:
         """The parts that a GPU holds in addition in each phase, without those of vLLM, which has its own share."""
-        policy = self.config.policy
-        checkpointing = "policy.gradient_checkpointing=true"
-        sampling = [
-            Part("key-value cache", self.cache_bytes(), "a lower rollout.batch_size"),
-            Part("next tokens' logits", self.sampling_bytes(), "a lower rollout.batch_size"),
-            Part("gathered parameters", self.gathered_bytes(), "policy.zero_stage=2"),
-        ]
+        if self.on_cpu:
+            return self._cpu_phases()
         parts = {
-            "sampling": sampling if self.config.rollout.engine == "transformers" else [],
             "backward pass": [
-                Part(
-                    "activations",
-                    self.activation_bytes(),
-                    SMALLER_BATCH if policy.gradient_checkpointing else checkpointing,
-                ),
-                Part("matrices in bfloat16", self.cast_bytes(), checkpointing),
-                Part("loss", self.loss_bytes(), SMALLER_BATCH),
-                Part("ZeRO's buffers", self.bucket_bytes(), "a lower policy.zero_stage"),
+                Part("activations", self.activation_bytes()),
+                Part("matrices in bfloat16", self.cast_bytes()),
+                Part("loss", self.loss_bytes()),
+                Part("ZeRO's buffers", self.bucket_bytes()),
             ],
         }
-        if policy.offload_reference and self.has_reference:
-            onloaded = Part("frozen reference, back from the CPU", self.reference_bytes(), "policy.zero_stage=3")
-            parts["reference log-probs"] = [onloaded, Part("log-probs", self.logps_bytes(), SMALLER_BATCH)]
+        if self.config.policy.zero_stage and not self.config.policy.offload_optimizer:
+            # the reduced gradients of this rank's shard, and the same as one vector
+            parts["optimizer step"] = [Part("flat gradients", 2 * self.flat_gradient_bytes())]
+        if self.config.rollout.engine == "transformers":
+            sampling = [
+                Part("key-value cache", self.cache_bytes()),
+                Part("next tokens' logits", self.sampling_bytes()),
+                Part("gathered parameters", self.gathered_bytes()),
+            ]
+            parts = {"sampling": sampling, **parts}
+        if self.config.policy.offload_reference and self.has_reference:
+            onloaded = Part("frozen reference, back from the CPU", self.reference_bytes())
+            parts["reference log-probs"] = [onloaded, Part("log-probs", self.logps_bytes())]
         return parts
+
+    def _cpu_phases(self) -> dict[str, list[Part]]:
+        """The same on a CPU. The heap keeps what sampling and activations took, since their blocks are small; the large
+        blocks of the loss, and of the gradients that DeepSpeed flattens after it, go back to the system.
+        """
+        policy = self.config.policy
+        largest = 0 if policy.lora_rank else self.shape.embedding_parameters
+        parts = [
+            Part("activations", self.activation_bytes()),
+            Part("holes in the heap", LORA_HOLES * self.output_bytes() if policy.lora_rank else 0.0),
+            Part("matrices in bfloat16", self.cast_bytes()),
+            Part("loss, then flat gradients", max(self.loss_bytes(), self.flat_gradient_bytes())),
+            Part("AdamW on the largest matrix", ADAMW_TEMPORARIES * FLOAT32 * largest),
+        ]
+        if policy.zero_stage:
+            parts.append(Part("ZeRO's buffers", self.bucket_bytes() + 2 * self.flat_gradient_bytes()))
+        if policy.zero_stage == 3:
+            parts.append(Part("gathered parameters", self.gathered_bytes() + self.reference_bytes()))
+        if self.config.rollout.engine == "vllm":
+            cache = GIB * (self.config.vllm.cache_gib or CPU_CACHE_GIB)
+            parts.append(Part("vLLM's weights and cache", self.engine_weight_bytes() + cache))
+        if self.config.rollout.engine == "transformers":
+            parts += [
+                Part("key-value cache", self.cache_bytes()),
+                Part("next tokens' logits", self.sampling_bytes()),
+            ]
+        return {"update": parts}
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What a process takes besides: on a GPU or, if on_cpu, in the machine's memory."""
+        return CPU_RUNTIME_BYTES if self.on_cpu else RUNTIME_BYTES
 
     def peak(self) -> tuple[str, float]:
         """The phase with the largest memory, and that memory with the parts that are always held."""
         name, parts = max(self.phases().items(), key=lambda phase: _total(phase[1]))
-        return name, RUNTIME_BYTES + _total(self.resident()) + _total(parts)
+        return name, self.runtime_bytes + self.resident_bytes() + _total(parts)
+
+    def resident_bytes(self) -> float:
+        """What is always held, without `runtime_bytes`."""
+        return _total(self.resident())
 
     def cpu_parts(self, ranks_per_node: int) -> list[Part]:
         """The CPU memory of a node; DeepSpeed offloads gradients together with the optimizer states, in float32."""
         policy, node = self.config.policy, ranks_per_node
         states = self.optimizer_bytes() + self.sharded(FLOAT32 * self.trained_parameters, 1)
         return [
-            Part("parameters", node * self.parameter_bytes() * policy.offload_parameters, "more nodes"),
-            Part("optimizer states, gradients", node * states * policy.offload_optimizer, "more nodes"),
-            Part("frozen reference", node * self.reference_bytes() * policy.offload_reference, "policy.zero_stage=3"),
+            Part("parameters", node * self.parameter_bytes() * policy.offload_parameters),
+            Part("optimizer states, gradients", node * states * policy.offload_optimizer),
+            Part("frozen reference", node * self.reference_bytes() * policy.offload_reference),
         ]
 
     def loading_bytes(self, ranks_per_node: int) -> float:

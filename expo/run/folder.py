@@ -1,9 +1,11 @@
 """The folder of a run: opening it, and writing and reading its files."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -214,7 +216,7 @@ def open_folder(config: RunConfig, resume: bool, ranks: Ranks) -> tuple[RunFolde
     Raises: ConfigError if the folder holds a run and `resume` is not set, a run of another configuration, or a run that
         another process is at work on, or cannot be created.
     """
-    path, changed = ranks.run_on_rank0(lambda: _choose_folder(config, resume))
+    path, changed = ranks.run_on_rank0(lambda: choose_folder(config, resume))
     folder = ranks.raise_on_all_ranks(lambda: RunFolder(path, is_writer=ranks.is_rank0))
     ranks.raise_on_all_ranks(folder.lock)
     return folder, changed
@@ -234,7 +236,31 @@ def write_start(folder: RunFolder, config: RunConfig, num_ranks: int, changed: M
     return messages
 
 
-def _choose_folder(config: RunConfig, resume: bool) -> tuple[Path, dict[str, list[Any]]]:
+def check_folder(config: RunConfig, resume: bool) -> Path:
+    """The folder that `open_folder` would open; nothing is written. Raises: ConfigError as `open_folder`."""
+    path, _ = choose_folder(config, resume)
+    with _folder_errors(path, ConfigError):
+        _require_writable(path)
+        if (path / ".lock").exists():
+            folder = RunFolder(path)
+            folder.lock()
+            folder.release()
+    return path
+
+
+def _require_writable(path: Path) -> None:
+    """Raises: OSError if the folder could not be created, or nothing could be written into it."""
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def choose_folder(config: RunConfig, resume: bool) -> tuple[Path, dict[str, list[Any]]]:
+    """The folder of the run, and the settings that have changed, as `open_folder` returns them. Raises: ConfigError."""
     path = config.run.dir or (_newest_run() if resume else None) or _new_run(config.run.seed)
     saved = path / "config.yaml"
     with _folder_errors(path, ConfigError):  # exists() raises an error for names that are too long

@@ -1,6 +1,8 @@
 """The inputs of a run that are read before any model loads: questions, prompts and reward functions."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from expo.config import RunConfig
 from expo.data import (
@@ -13,14 +15,15 @@ from expo.data import (
     render_prompts,
     render_whole_set,
 )
-from expo.data.record import TRAINING, set_lines, set_record
+from expo.data.record import EVALUATION, TRAINING, set_lines, set_record
 from expo.errors import ConfigError
 from expo.learner.model_checks import check_context, check_token_ids
 from expo.learner.model_files import check_model_files, file_digests, load_model_config, load_tokenizer
 from expo.rewards.build import check_verifier
 from expo.rewards.compose import RewardFunction, load_reward_functions
 from expo.rollout.engine import stop_ids
-from expo.rollout.vllm.common import check_vllm
+from expo.rollout.vllm.common import check_ranks, check_vllm
+from expo.rollout.vllm.key import read_key
 from expo.run.folder import RunFolder
 from expo.run.trackers import check_trackers
 from expo.runtime.console import Display
@@ -47,52 +50,132 @@ class Inputs:
     @property
     def sets(self) -> dict[str, QuestionSet]:
         """All question sets, by the config field that names them."""
-        return {TRAINING: self.train, **{f"evaluation.sets.{name}": q for name, q in self.evaluation.items()}}
+        return {TRAINING: self.train, **{EVALUATION + name: q for name, q in self.evaluation.items()}}
 
     @property
     def prompts(self) -> dict[str, list[Prompt]]:
         """The prompts of all question sets, by the config field that names the set."""
-        evaluation = {f"evaluation.sets.{name}": prompts for name, prompts in self.evaluation_sets.items()}
+        evaluation = {EVALUATION + name: prompts for name, prompts in self.evaluation_sets.items()}
         return {TRAINING: self.train_set, **evaluation}
 
 
-def load_inputs(config: RunConfig) -> Inputs:
+def load_inputs(config: RunConfig, num_ranks: int = 1) -> Inputs:
     """Reads the questions with gradable answers, renders their prompts, and imports the reward functions.
+
+    --dry-run makes the same checks, on what is on this machine (expo/planning/checks.py).
 
     Raises: ConfigError naming the model folder, file, line, answer, prompts or function that is wrong.
     """
+    model_config = read_model_config(config)
+    check_engine(config)
+    check_batches(config, num_ranks)
+    check_width(config, num_ranks)
+    check_settings(config)
+    sets = {name: read_set(config, name) for name in sources(config)}
+    sets, overlap = drop_overlap(config, sets)
+    tokenizer = read_tokenizer(config)
+    prompts = {name: render_set(config, name, loaded, tokenizer) for name, loaded in sets.items()}
+    check_prompts(model_config, tokenizer, prompts)
+    reward_functions = load_reward_functions(config.reward.functions)
+    model_files = file_digests(config.model, model_config)
+    train, train_set = sets.pop(TRAINING), prompts.pop(TRAINING)
+    names = {name: name.removeprefix(EVALUATION) for name in sets}
+    return Inputs(
+        train,
+        {names[name]: loaded for name, loaded in sets.items()},
+        train_set,
+        {names[name]: rendered for name, rendered in prompts.items()},
+        overlap,
+        reward_functions,
+        model_files,
+    )
+
+
+# --- the checks, one for each thing that is read
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raises: ConfigError if the rollout engine is not installed."""
+    if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
+        check_vllm()
+
+
+def check_width(config: RunConfig, num_ranks: int) -> None:
+    """Raises: ConfigError if the engines of vLLM do not divide the ranks."""
+    if config.rollout.engine == "vllm":
+        check_ranks(config.vllm, num_ranks)
+
+
+def check_settings(config: RunConfig) -> None:
+    """Checks the packages, keys and functions that settings name. Raises: ConfigError."""
+    check_trackers(config.run.trackers)
+    if config.vllm.servers:
+        read_key(config.vllm.key_file)
+    check_verifier(config.reward.verifier)
+
+
+def check_batches(config: RunConfig, num_ranks: int) -> None:
+    """Raises: ConfigError if a rank would have no reply in an optimizer step."""
+    replies = config.rollout.questions_per_step * config.rollout.group_size
+    per_update = replies // config.policy.updates_per_step
+    if per_update < num_ranks:
+        raise ConfigError(
+            f"{replies} replies a step in policy.updates_per_step = {config.policy.updates_per_step} updates are "
+            f"{per_update} an update, fewer than the {num_ranks} ranks; lower updates_per_step, raise "
+            f"rollout.questions_per_step, or take {per_update} ranks or fewer"
+        )
+
+
+def read_model_config(config: RunConfig) -> Any:
+    """transformers' configuration of the model, after a check of its files. Raises: ConfigError."""
     check_model_files(config.model)
     model_config = load_model_config(config.model)
     check_context(model_config, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
-    check_trackers(config.run.trackers)
-    if config.rollout.engine.startswith("vllm") and not config.vllm.servers:
-        check_vllm()
-    check_verifier(config.reward.verifier)
-    skip, verifier = config.data.skip_bad_answers, config.reward.verifier
-    train = only_gradable(load_questions(config.data.train, ReadOptions.of(config.data)), skip, verifier)
-    options = ReadOptions.of(config.data, needs_columns=False)
-    evaluation = {
-        name: only_gradable(load_questions(source, options), skip, verifier)
-        for name, source in config.evaluation.sets.items()
-    }
-    overlap = find_overlap(train, evaluation)
-    train = overlap.drop_from(train, config.data.drop_overlap)
+    return model_config
+
+
+def sources(config: RunConfig) -> dict[str, str]:
+    """The source of each question set by the config field that names it; the training set is the first."""
+    return {TRAINING: config.data.train, **{EVALUATION + name: s for name, s in config.evaluation.sets.items()}}
+
+
+def read_set(config: RunConfig, name: str) -> QuestionSet:
+    """The gradable questions of the set that the field `name` names. Raises: ConfigError."""
+    options = ReadOptions.of(config.data, needs_columns=name == TRAINING)
+    loaded = load_questions(sources(config)[name], options)
+    return only_gradable(loaded, config.data.skip_bad_answers, config.reward.verifier)
+
+
+def drop_overlap(config: RunConfig, sets: Mapping[str, QuestionSet]) -> tuple[dict[str, QuestionSet], Overlap]:
+    """The sets after data.drop_overlap, and the questions that the training set shares with the others."""
+    evaluation = {name.removeprefix(EVALUATION): loaded for name, loaded in sets.items() if name != TRAINING}
+    overlap = find_overlap(sets[TRAINING], evaluation)
+    return {**sets, TRAINING: overlap.drop_from(sets[TRAINING], config.data.drop_overlap)}, overlap
+
+
+def read_tokenizer(config: RunConfig) -> Any:
+    """The model's tokenizer, which has the stop tokens. Raises: ConfigError."""
     tokenizer = load_tokenizer(config.model)
     stop_ids(tokenizer, config.rollout.stop_tokens)
-    prompts = render_prompts(train.questions, config.data, tokenizer)
-    _require_enough_questions(config, len(prompts))
-    evaluation_prompts = {
-        name: render_whole_set(f"evaluation.sets.{name}", loaded.questions, config.data, tokenizer)
-        for name, loaded in evaluation.items()
-    }
-    all_prompts = [prompts, *evaluation_prompts.values()]
-    check_token_ids(model_config, tokenizer, (prompt.prompt_ids for group in all_prompts for prompt in group))
-    reward_functions = load_reward_functions(config.reward.functions)
-    model_files = file_digests(config.model, model_config)
-    return Inputs(train, evaluation, prompts, evaluation_prompts, overlap, reward_functions, model_files)
+    return tokenizer
 
 
-def _require_enough_questions(config: RunConfig, num_questions: int) -> None:
+def render_set(config: RunConfig, name: str, loaded: QuestionSet, tokenizer: Any) -> list[Prompt]:
+    """The prompts of a set. Raises: ConfigError if they are too long, or too few to train on."""
+    if name != TRAINING:
+        return render_whole_set(name, loaded.questions, config.data, tokenizer)
+    prompts = render_prompts(loaded.questions, config.data, tokenizer)
+    require_enough_questions(config, len(prompts))
+    return prompts
+
+
+def check_prompts(model_config: Any, tokenizer: Any, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Raises: ConfigError if a prompt has a token that the model does not have."""
+    check_token_ids(model_config, tokenizer, (prompt.prompt_ids for group in prompts.values() for prompt in group))
+
+
+def require_enough_questions(config: RunConfig, num_questions: int) -> None:
+    """Raises: ConfigError if a step draws more questions than there are."""
     num_required = config.rollout.questions_per_step
     if num_questions < num_required:
         raise ConfigError(

@@ -146,7 +146,7 @@ def open_run(config: RunConfig, resume: bool) -> Iterator[Run]:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # the others go on once it has exchanged its settings
                 remove_abandoned_locks()
             require_same_settings(config, ranks, resume=resume)
-            inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config))
+            inputs = ranks.raise_on_all_ranks(lambda: load_inputs(config, ranks.size))
             require_same_inputs(inputs.sets, inputs.prompts, inputs.model_files, ranks)
             folder, changed = open_folder(config, resume, ranks)
             stack.callback(folder.release)

@@ -36,11 +36,15 @@ class Invocation(BaseModel, Generic[Config]):
     config: Config
     resume: bool = False
     dry_run: bool = False
-    """Print memory, steps and disk space of the run, and stop."""
+    """Check the start of the run, print memory, disk space and time, and stop."""
     ranks: Annotated[int, Field(ge=1)] | None = None
     """Number of GPUs to plan for; None: those of this machine."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory of each in GiB; None: that of this machine's GPU."""
+    gpus: str | None = None
+    """GPUs to plan for, such as 8x80GiB or H100; None: ranks and gpu_memory_gib."""
+    fit: Path | None = None
+    """New YAML file for the configuration that fits."""
 
 
 # --- values
@@ -190,7 +194,7 @@ def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print memory, steps and disk space of the run and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the start of the run, print its plan, and stop")
     parser.add_argument(
         "--ranks", metavar="N", help="with --dry-run: number of GPUs to plan for (default: those of this machine)"
     )
@@ -198,6 +202,12 @@ def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
         "--gpu-memory-gib",
         metavar="GIB",
         help="with --dry-run: memory of each GPU (default: that of this machine's, or 80)",
+    )
+    parser.add_argument(
+        "--gpus", metavar="GPUS", help="with --dry-run: GPUs to plan for, such as 1x24GiB, 8x80GiB, 8xH100 or L4"
+    )
+    parser.add_argument(
+        "--fit", metavar="FILE.yaml", help="with --dry-run: write the configuration, changed so that it fits the GPUs"
     )
     for name, section in sections_of(kind).items():
         group = parser.add_argument_group(name, section.__doc__)
@@ -208,7 +218,7 @@ def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
 
 def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
     """Validates the other options of the command line."""
-    for name in ("ranks", "gpu_memory_gib"):
+    for name in ("ranks", "gpu_memory_gib", "gpus", "fit"):
         if options[name] is not None and not options["dry_run"]:
             raise ConfigError(f"--{name.replace('_', '-')} is only for --dry-run; add --dry-run, or leave it out")
     try:

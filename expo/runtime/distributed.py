@@ -229,7 +229,7 @@ def join_ranks(
             store = dist.HashStore()  # type: ignore[attr-defined]  # local to this process: no port is opened
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     ranks = Ranks(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
-    ranks.device = ranks.raise_on_all_ranks(lambda: _device(device_name))
+    ranks.device = ranks.raise_on_all_ranks(lambda: use_device(device_name))
     return ranks
 
 
@@ -239,7 +239,7 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def use_device(name: str) -> torch.device:
     """The device that `run.device` names on this rank. A GPU becomes the current one, on which events, streams and NCCL
     run, and LOCAL_RANK its number, from which DeepSpeed takes it."""
     if name == "auto":
@@ -248,6 +248,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda":
             _refuse_shared_gpu(device)
+            if not torch.cuda.is_available():
+                raise RuntimeError("PyTorch finds no GPU, or was built without CUDA")
             index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)

@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from expo.config import ModelSection
 from expo.errors import ConfigError
 from expo.learner.flops import (
     ModelShape,
@@ -16,7 +15,6 @@ from expo.learner.flops import (
     peak_flops,
     training_flops,
 )
-from expo.planning.plan import SHIPPED_SHAPES, find_shape
 
 SIZES = {
     "vocab_size": 101,
@@ -51,56 +49,6 @@ def test_parameters_are_those_of_the_real_module(config, is_tied):
     shape = ModelShape.from_config(config)
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.layer_parameters == sum(parameter.numel() for parameter in model.model.layers[1].parameters())
-
-
-@pytest.mark.parametrize(
-    ("path", "num_parameters"),
-    [
-        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
-        ("Qwen/Qwen3-8B-Base", 8_190_735_360),
-        ("Qwen/Qwen2.5-0.5B", 494_032_768),
-        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
-        ("Qwen/Qwen3-0.6B", 596_049_920),
-        ("Qwen/Qwen3-1.7B", 1_720_574_976),
-        ("Qwen/Qwen3-4B", 4_022_468_096),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
-    ],
-)
-def test_shipped_shapes_have_the_parameter_counts_of_their_model_cards(path, num_parameters):
-    shape, source = find_shape(ModelSection(path=path))
-    assert shape.num_parameters == num_parameters
-    assert source.startswith("expo/recipes/models/")
-
-
-def test_recipe_models_are_counted_as_transformers_builds_them():
-    sizes = {"vocab_size": 151936, "tie_word_embeddings": False}
-    distilled = Qwen2Config(
-        **sizes,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    )
-    base = Qwen3Config(
-        **sizes,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-    for path, config in (("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", distilled), ("Qwen/Qwen3-8B-Base", base)):
-        shape, _ = find_shape(ModelSection(path=path))
-        assert shape == ModelShape.from_config(config)
-        assert shape.num_parameters == sum(parameter.numel() for parameter in built(config).parameters())
-
-
-def test_every_shipped_shape_is_found_by_its_models_name():
-    paths = [file.stem.replace("--", "/") for file in SHIPPED_SHAPES.glob("*.json")]
-    assert len(paths) == 8
-    assert {find_shape(ModelSection(path=path))[0].vocab_size for path in paths} == {49152, 151936}
 
 
 def test_lora_adapts_every_linear_map_but_the_head():

@@ -77,6 +77,7 @@ def test_buckets_are_deepspeeds():
     assert footprint(policy__zero_stage=0).bucket_bytes() == 4 * PARAMETERS
     assert footprint(policy__zero_stage=2).bucket_bytes() == 4 * PARAMETERS
     assert footprint(policy__zero_stage=3).bucket_bytes() == 4 * (PARAMETERS + PARAMETERS)
+    assert footprint(num_ranks=1, policy__zero_stage=3).bucket_bytes() == 4 * (PARAMETERS + PARAMETERS)
     large = ModelShape(150_000, 4096, 160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, is_tied=False)
     assert footprint(shape=large, policy__zero_stage=2).bucket_bytes() == 4 * 200_000_000
 
@@ -140,6 +141,7 @@ def test_sampling_holds_a_key_value_cache_and_logits():
     assert footprint(policy__dtype="float32").sampling_bytes() == 4 * 8 * 1000 * 4
     assert footprint(policy__zero_stage=3).gathered_bytes() == 2 * PARAMETERS
     assert footprint(policy__zero_stage=2).gathered_bytes() == 0
+    assert footprint(num_ranks=1, policy__zero_stage=3).gathered_bytes() == 2 * PARAMETERS
 
 
 def test_the_peak_is_the_resident_memory_plus_the_largest_phase():

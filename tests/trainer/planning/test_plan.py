@@ -2,21 +2,32 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from expo.config import RECIPES, ModelSection, load_config, parse_command_line
+from expo.data.record import TRAINING
 from expo.errors import ConfigError
 from expo.learner.flops import ModelShape
+from expo.ledger import MODEL_PATH
+from expo.planning.checks import Facts, check_run, find_config
+from expo.planning.fit import memory_problem
+from expo.planning.gpus import KINDS
+from expo.planning.machine import Machine, bare_machine, for_config
 from expo.planning.memory import GIB, Footprint
-from expo.planning.plan import Machine, check_batches, check_memory, describe, find_shape, plan_machine
+from expo.planning.tables import describe
+from expo.run.folder import RunFolder
+from expo.run.inputs import check_batches
+from expo.runtime.cli import Invocation
 from expo.train import main
 from tests import ROOT
 
 PAPERS = ("expo-r1-distill-qwen-1.5b.yaml", "expo-qwen3-8b-base.yaml")
-A100 = Machine(num_ranks=8, ranks_per_node=8, memory_gib=80.0, source="given")
+A100 = Machine(num_ranks=8, ranks_per_node=8, memory_gib=80.0, source="given", kind=KINDS["a100"])
 
 
 def numbers(text):
@@ -32,8 +43,24 @@ def recipe(name, *overrides):
     return load_config(RECIPES / name, overrides)
 
 
+def shape_of(config):
+    if config.model.path == "ledger":
+        return check_run(config, A100).shape
+    return ModelShape.from_config(find_config(config.model)[0])
+
+
 def footprint_of(config, num_ranks=8):
-    return Footprint(config, find_shape(config.model)[0], num_ranks)
+    return Footprint(config, shape_of(config), num_ranks)
+
+
+def plan(config, machine=A100):
+    """The printed plan, with what the checks find here."""
+    facts = check_run(config, machine)
+    return describe(Footprint(config, facts.shape, machine.num_ranks), machine, facts)
+
+
+def bare(config=None, **options):
+    return bare_machine(Invocation(config=config or load_config(None), **options))
 
 
 def error_of(capsys, *argv):
@@ -76,7 +103,7 @@ def test_the_papers_recipes_have_the_papers_settings(name):
 def test_the_printed_numbers_are_the_formulas():
     config = recipe(PAPERS[1], IN_PYTORCH, ("rollout.batch_size", 32))
     run = footprint_of(config)
-    found = numbers(describe(run, A100, "somewhere"))
+    found = numbers(describe(run, A100, Facts(run.shape, "somewhere", Path("runs/a"))))
     expected = {
         "weights": run.parameter_bytes(),
         "gradients": run.gradient_bytes(),
@@ -108,71 +135,108 @@ def test_the_printed_numbers_are_the_formulas():
 
 
 def test_the_parts_of_the_model_add_up():
-    found = numbers(describe(footprint_of(load_config(None)), A100, "somewhere"))
+    found = numbers(plan(load_config(None)))
     assert sum(int(found[name]) for name in ("embeddings", "4 layers", "last norm", "head")) == int(found["parameters"])
 
 
 def test_epochs_are_counted_if_the_questions_are_available(tmp_path):
-    assert numbers(describe(footprint_of(load_config(None)), A100, ""))["epochs"] == "4.7"
+    assert numbers(plan(load_config(None)))["epochs"] == "4.7"
     questions = tmp_path / "questions.jsonl"
     lines = [f'{{"question": "{number}?", "answer": "{number}"}}' for number in range(256)]
     questions.write_text("\n".join([*lines, lines[0]]))
     config = recipe(PAPERS[0], ("data.train", str(questions)))
-    assert numbers(describe(footprint_of(config), A100, ""))["epochs"] == "2039.0"
-    assert numbers(describe(footprint_of(recipe(PAPERS[0])), A100, ""))["epochs"] == "30.0"
+    assert numbers(plan(config))["epochs"] == "2039.0"
+    assert numbers(plan(recipe(PAPERS[0])))["epochs"] == "30.0"
     elsewhere = recipe(PAPERS[0], ("data.train", "someone/elses:train"))
-    assert numbers(describe(footprint_of(elsewhere), A100, ""))["epochs"] == "?"
+    assert numbers(plan(elsewhere))["epochs"] == "?"
 
 
 def test_the_best_checkpoint_is_kept_in_addition_if_evaluations_choose_one():
-    config = recipe(PAPERS[0], ("evaluation.sets", {"a": "a.jsonl"}), ("evaluation.every", 10))
-    assert "5 checkpoints" in numbers(describe(footprint_of(config), A100, ""))
+    config = recipe(PAPERS[0], ("evaluation.sets", {"a": "ledger:beyond"}), ("evaluation.every", 10))
+    assert "5 checkpoints" in numbers(plan(config))
 
 
 def test_the_plan_says_why_no_reference_model_is_loaded():
-    text = describe(footprint_of(recipe(PAPERS[0], ("kl.beta", 0.0))), A100, "")
+    text = plan(recipe(PAPERS[0], ("kl.beta", 0.0)))
     assert "none: kl.beta = 0" in text
-    text = describe(footprint_of(recipe(PAPERS[0], ("policy.lora_rank", 16))), A100, "")
+    text = plan(recipe(PAPERS[0], ("policy.lora_rank", 16)))
     assert "none: LoRA's base is the reference" in text
     assert "LoRA, trained" in text
 
 
-def test_the_shape_comes_from_the_local_folder_first(tmp_path, ledger_model):
-    ledger_model[0].config.save_pretrained(tmp_path)
-    shape, source = find_shape(ModelSection(path=str(tmp_path)))
-    assert shape == ModelShape.from_config(ledger_model[0].config)
-    assert source == f"{tmp_path}/config.json"
+def test_the_shape_comes_from_the_local_folder_first(tmp_path):
+    folder = shutil.copytree(MODEL_PATH, tmp_path / "model")
+    facts = check_run(load_config(None, [("model.path", str(folder))]), A100)
+    assert facts.shape == shape_of(load_config(None))
+    assert facts.shape_source == f"{folder}/config.json"
 
 
-def test_an_unreachable_model_is_refused_in_one_line(monkeypatch):
-    def unreachable(path, **_):
+def test_the_hub_is_not_asked_for_a_model_of_the_table_or_offline(monkeypatch):
+    asked = []
+
+    def asked_for(path, **_):
+        asked.append(path)
         raise OSError(f"cannot reach {path}\nat all")
 
-    monkeypatch.setattr("expo.planning.plan.AutoConfig.from_pretrained", unreachable)
-    with pytest.raises(ConfigError, match=r"model\.path = some/model cannot be read") as error:
-        find_shape(ModelSection(path="some/model"))
+    monkeypatch.setattr("expo.planning.checks.AutoConfig.from_pretrained", asked_for)
+    monkeypatch.setattr("expo.planning.checks.is_offline", lambda: False)
+    assert find_config(ModelSection(path="Qwen/Qwen3-8B"))[0].hidden_size == 4096
+    assert asked == []
+    with pytest.raises(ConfigError, match=r"model\.path = some/model does not load: cannot reach some/model") as error:
+        find_config(ModelSection(path="some/model"))
     assert "\n" not in str(error.value)
+    assert asked == ["some/model"]
+    monkeypatch.setattr("expo.planning.checks.is_offline", lambda: True)
+    with pytest.raises(ConfigError, match=r"the shape of model\.path = some/model is unknown"):
+        find_config(ModelSection(path="some/model"))
+    assert asked == ["some/model"]
+
+
+def test_another_revision_may_have_another_shape():
+    with pytest.raises(ConfigError, match="is unknown"):
+        find_config(ModelSection(path="Qwen/Qwen3-8B", revision="old"))
 
 
 def test_the_number_of_ranks_is_given_or_that_of_the_launcher_or_one(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    config = load_config(None)
-    assert plan_machine(config, None, None) == Machine(1, 1, 80.0, "assumed, since there is no GPU here")
+    assert bare(ranks=1) == Machine(1, 1, 80.0, "assumed; --gpus names others")
+    assert bare().is_cpu  # where there is no GPU, the run takes the CPU
+    assert (bare().num_ranks, bare().is_here) == (1, True)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert plan_machine(config, None, 40.0) == Machine(16, 8, 40.0, "given")
-    assert plan_machine(config, 4, None).num_ranks == 4
+    assert bare(gpu_memory_gib=40.0) == Machine(16, 8, 40.0, "--gpu-memory-gib")
+    assert bare(ranks=4).num_ranks == 4
+    assert bare().num_ranks == 16
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 'many'"):
-        plan_machine(config, None, None)
+        bare()
 
 
-def test_a_run_on_cpus_has_no_memory_limit():
+def test_gpus_say_number_memory_and_kind():
+    config = load_config(None)
+    assert bare(gpus="16xH100") == Machine(16, 8, 79.1, "--gpus=16xH100", kind=KINDS["h100"])
+    assert bare(gpus="1x24GiB") == Machine(1, 1, 24.0, "--gpus=1x24GiB")
+    with pytest.raises(ConfigError, match="--gpus says what --ranks and --gpu-memory-gib do"):
+        bare(config, gpus="L4", ranks=2)
+    on_cpu = load_config(None, [("run.device", "cpu")])
+    for options in ({"gpus": "L4"}, {"gpu_memory_gib": 8.0}):
+        with pytest.raises(ConfigError, match=r"is for a run on GPUs, but run\.device = cpu"):
+            bare(on_cpu, **options)
+
+
+def test_a_run_on_cpus_has_the_memory_of_this_machine():
     config = load_config(None, [("run.device", "cpu")])
-    machine = plan_machine(config, 2, None)
-    assert machine.memory_gib is None
-    check_memory(footprint_of(config), machine)
-    assert "no limit known" in describe(footprint_of(config), machine, "")
+    one, two = bare(config, ranks=1), bare(config, ranks=2)
+    assert one.memory_gib == pytest.approx(2 * two.memory_gib)
+    assert 0 < one.memory_gib * GIB <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_servers_of_vllm_take_gpus_of_their_own():
+    config = recipe(PAPERS[0], ("rollout.engine", "vllm-server"), ("vllm.num_servers", 1))
+    machine = for_config(A100, config)
+    assert (machine.num_ranks, machine.server_gpus) == (6, 2)
+    with pytest.raises(ConfigError, match="takes 2 of the 2 GPUs"):
+        for_config(Machine(2, 2, 80.0, ""), config)
 
 
 def test_every_rank_needs_a_reply_in_each_update():
@@ -183,37 +247,14 @@ def test_every_rank_needs_a_reply_in_each_update():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([("policy.zero_stage", 0)], "optimizer states with 61.0 GiB: try policy.zero_stage=1"),
-        ([IN_PYTORCH, ("rollout.batch_size", 256)], "key-value cache with 146.0 GiB: try a lower rollout.batch_size"),
-        ([("policy.gradient_checkpointing", False)], "activations with .* try policy.gradient_checkpointing=true"),
-        ([("policy.micro_batch_tokens", 262144)], "activations with .* try a lower policy.micro_batch_tokens"),
-    ],
-)
-def test_a_run_that_does_not_fit_names_its_largest_part_and_how_to_lower_it(overrides, expected):
-    run = footprint_of(recipe(PAPERS[1], *overrides))
-    with pytest.raises(
-        ConfigError, match=rf"takes .* GiB of the GPU's 80\.0 \(given\); the largest part is {expected}"
-    ):
-        check_memory(run, A100)
-
-
-def test_refusals_exit_2_with_one_line_after_the_plan(capsys):
-    path = str(RECIPES / PAPERS[0])
-    assert "fewer than the 513 ranks" in error_of(capsys, path, "--dry-run", "--ranks=513")
-    small = ("--ranks=8", "--gpu-memory-gib=24", "--rollout.engine=transformers")
-    assert "try a lower rollout.batch_size" in error_of(capsys, path, "--dry-run", *small)
-    assert "vllm.tensor_parallel = 2 does not divide the 7 ranks" in error_of(capsys, path, "--dry-run", "--ranks=7")
-    assert "needs policy.zero_stage >= 1" in error_of(
-        capsys, path, "--dry-run", "--policy.zero_stage=0", "--policy.offload_optimizer=true"
-    )
-
-
-@pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["--ranks=8"], "--ranks is only for --dry-run; add --dry-run"),
+        (["--gpus=8x80GiB"], "--gpus is only for --dry-run; add --dry-run"),
+        (["--fit=new.yaml"], "--fit is only for --dry-run; add --dry-run"),
+        (["--dry-run", "--gpus=many"], "--gpus=many is not understood; expected their number and memory or name"),
+        (["--dry-run", "--gpus=8x80GiB", "--ranks=8"], "--gpus says what --ranks and --gpu-memory-gib do"),
+        (["--dry-run", "--fit=nowhere/new.yaml"], "--fit=nowhere/new.yaml: there is no folder nowhere; make it first"),
         (["--gpu-memory-gib=8"], "--gpu-memory-gib is only for --dry-run; add --dry-run"),
         (["--dry-run", "--ranks=0"], "--ranks = '0': input should be greater than or equal to 1"),
         (["--dry-run", "--ranks=two"], "--ranks = 'two': input should be a valid integer"),
@@ -235,29 +276,71 @@ def test_the_local_rank_that_deepspeeds_launcher_adds_is_accepted():
 
 
 def test_vllms_share_of_the_memory_is_subtracted_and_holds_its_sampling():
-    overrides = [("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.25)]
-    config = recipe(PAPERS[0], *overrides)
-    machine = plan_machine(config, 8, 80.0)
-    assert machine.memory_gib == 60.0
-    assert "sampling" not in describe(footprint_of(config), machine, "test")
-    assert plan_machine(recipe(PAPERS[0], IN_PYTORCH), 8, 80.0).memory_gib == 80.0
+    config = recipe(PAPERS[0], ("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.25))
+    machine = for_config(A100, config)
+    assert (machine.vllm_gib, machine.trainer_gib) == (20.0, 60.0)
+    assert "sampling  " not in plan(config, machine)
+    assert for_config(A100, recipe(PAPERS[0], IN_PYTORCH)).trainer_gib == 80.0
+
+
+def problem(config, machine=A100):
+    machine = for_config(machine, config)
+    return memory_problem(footprint_of(config, machine.num_ranks), machine)
 
 
 def test_a_sleeping_vllm_frees_its_memory_but_must_fit_beside_the_trainer_when_awake():
     asleep = (("rollout.engine", "vllm"), ("vllm.sleep", True))
-    config = recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.5))
-    machine = plan_machine(config, 8, 80.0)
-    assert (machine.memory_gib, machine.vllm_gib) == (80.0, 40.0)
-    check_memory(footprint_of(config), machine)
-    greedy = recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.9))
-    with pytest.raises(ConfigError, match="while vLLM is awake"):
-        check_memory(footprint_of(greedy), plan_machine(greedy, 8, 80.0))
+    assert problem(recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.5))) is None
+    assert "while vLLM is awake" in problem(recipe(PAPERS[0], *asleep, ("vllm.gpu_memory_utilization", 0.9)))
 
 
 def test_vllms_weights_must_fit_its_share_and_are_sharded_over_its_gpus():
     overrides = (("rollout.engine", "vllm"), ("vllm.gpu_memory_utilization", 0.15))
-    config = recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 1))
-    with pytest.raises(ConfigError, match="vLLM's weights take 15"):
-        check_memory(footprint_of(config), plan_machine(config, 8, 80.0))
-    config = recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 2))
-    check_memory(footprint_of(config), plan_machine(config, 8, 80.0))
+    assert "vLLM's weights take 15" in problem(recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 1)))
+    assert problem(recipe(PAPERS[1], *overrides, ("vllm.tensor_parallel", 2))) is None
+
+
+def test_what_is_not_on_this_machine_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f'{{"question": "{number}?", "answer": "{number}"}}\n' for number in range(300))
+    (tmp_path / "few.jsonl").write_text(rows)
+    assert main([str(RECIPES / PAPERS[0]), "--dry-run", "--gpus=8xA100", "--evaluation.sets={few: few.jsonl}"]) == 0
+    out = capsys.readouterr().out
+    unchecked = out[out.index("not checked here") :]
+    assert "data.train = dapo-17k: on the hub" in unchecked
+    assert "the weights and the tokenizer of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in unchecked
+    assert "few.jsonl: 300 questions" in out[: out.index("not checked here")]
+
+
+def test_prompts_are_counted_and_the_longest_one_counts(tmp_path):
+    rows = [f'{{"question": "{number}+1=", "answer": "{number + 1}"}}' for number in range(40)]
+    rows.append('{"question": "' + "1+" * 40 + '1=", "answer": "41"}')
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    facts = check_run(load_config(None, [("data.train", str(tmp_path / "own.jsonl"))]), A100)
+    assert facts.num_questions[TRAINING] == 40
+    assert max(facts.prompt_lengths) == len("39+1=")
+    assert facts.lines[0].endswith("own.jsonl: 40 questions; left out: 1 with too long a prompt")
+    config = load_config(None)
+    assert Footprint(config, facts.shape, 1, 5).longest == 5 + config.rollout.max_new_tokens
+
+
+def test_what_would_resume_is_compared_with_the_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(load_config(None, [("run.dir", str(folder))]).to_yaml())
+    given = ("--dry-run", f"--run.dir={folder}")
+    assert "already holds a run; add --resume" in error_of(capsys, *given)
+    assert main([*given, "--resume"]) == 0
+    assert "rollout.group_size" in error_of(capsys, *given, "--resume", "--rollout.group_size=4")
+    (folder / "data.json").write_text('{"sets": {"data.train": {"source": "x", "digest": "other"}}}')
+    assert "the questions of data.train are not those" in error_of(capsys, *given, "--resume")
+
+
+def test_a_folder_in_use_is_refused(capsys, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    try:
+        assert "another process is at work" in error_of(capsys, "--dry-run", f"--run.dir={folder.path}")
+    finally:
+        folder.release()

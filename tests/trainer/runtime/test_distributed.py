@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expo.errors import ConfigError
-from expo.runtime.distributed import Ranks, _device
+from expo.runtime.distributed import Ranks, use_device
 from tests.kernels.fake_cuda import fake_cuda
 from tests.trainer.two_ranks import run_on_two_ranks
 
@@ -131,7 +131,7 @@ def test_each_rank_has_its_own_gpu_which_is_the_current_one(monkeypatch, name, r
     set_ranks(monkeypatch, ranks)
     with fake_cuda() as device:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert _device(name) == torch.device("cuda", expected)
+        assert use_device(name) == torch.device("cuda", expected)
         assert device.current == expected
     assert os.environ["LOCAL_RANK"] == str(expected)  # the GPU that DeepSpeed takes
 
@@ -140,7 +140,15 @@ def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
     for sizes in ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}):
         set_ranks(monkeypatch, {"LOCAL_RANK": "1", **sizes})
         with fake_cuda(), pytest.raises(ConfigError, match="is one GPU for the 2 ranks of this machine"):
-            _device("cuda:0")
+            use_device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_gpu_where_there_is_none_is_refused(monkeypatch, name):
+    set_ranks(monkeypatch, {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"run.device = {name} cannot be used here: PyTorch finds no GPU"):
+        use_device(name)
 
 
 def set_ranks(monkeypatch, ranks):
