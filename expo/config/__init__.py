@@ -2,7 +2,7 @@
 
 Defaults are those of the paper (EXPO, arXiv 2605.09923 and 2605.11403, section 4.1). Where the paper defers to the
 DAPO-17K recipe (arXiv 2503.14476, section 4.1, and its published run script), the field says so. The embedded
-demonstration overrides them in `recipes/ledger.yaml`. `--help` prints the text under each field.
+demonstration overrides them in `recipes/ledger.yaml`. `--help-all` prints the text under each field.
 """
 
 from expo.config.algorithm import CurriculumSection, KLSection, ObjectiveSection, RewardSection

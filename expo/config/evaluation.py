@@ -49,7 +49,7 @@ EVALUATION_FIELDS = (
     "deadline.start",
     "deadline.evaluation",
 )
-"""The fields that an evaluation reads and that can be set for it, in the order of --help."""
+"""The fields that an evaluation reads and that can be set for it, in the order of --help-all."""
 RUN_FIELDS = (
     "model.path",
     "evaluation.sets",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from expo.config.section import YEAR_S, Count, Index, Length, Positive, Seconds, Section
+from expo.config.section import YEAR_S, Count, Index, Length, Positive, Seconds, Section, Several
 
 Column = Literal["question", "answer", "accepted", "context", "choices", "id", "level"]
 
@@ -46,7 +46,7 @@ class RunSection(Section):
     progress line names a sign from its first step on; a gradient of 0 only then."""
     end_on_collapse: bool = False
     """End the run with exit code 3 when the policy has collapsed; --resume goes back to the last good checkpoint."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: Several[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers that receive the metrics in addition to metrics.jsonl; each needs its own package."""
     completions_per_step: Index = 64
     """Replies of each step that are written to completions.jsonl, whole groups first."""

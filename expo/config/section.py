@@ -1,9 +1,9 @@
 """What every section of a configuration has in common, and the types of its fields."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from expo.runtime.cli import as_yaml
 
@@ -20,6 +20,14 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
 BatchSize = Annotated[int, Field(ge=1, le=2**20)]  # replies or questions
 Length = Annotated[int, Field(ge=1, le=2**24)]  # tokens of a prompt or a reply
+
+
+def _in_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+T = TypeVar("T")
+Several = Annotated[list[T], BeforeValidator(_in_a_list)]  # a list of choices; one choice stands for a list of it
 
 
 class Section(BaseModel):

@@ -12,7 +12,9 @@ from typing import Any
 
 from expo.config import EVALUATION_FIELDS, EvalConfig, evaluation_values, load_config
 from expo.errors import ConfigError
-from expo.runtime.cli import Overrides, add_field, fail, filled, flag_parser, read_flags
+from expo.runtime.cli import add_field, fail, filled, flag_parser, read_flags, sections_of
+from expo.runtime.config_errors import Overrides
+from expo.runtime.flag_help import most_used
 
 PROGRAM = "python -m expo.evaluate"
 FOLDER = Path("evaluations")
@@ -28,6 +30,23 @@ SHORT_FLAGS = {
     "run.dir": "--out",
 }
 """Fields with a short flag in addition to --section.field."""
+COMMON = {
+    "evaluation.num_samples": "replies per question",
+    "evaluation.temperature": "sampling temperature; 0: greedy",
+    "evaluation.top_p": "",
+    "rollout.max_new_tokens": "longest reply",
+    "rollout.engine": "",
+    "rollout.batch_size": "replies generated at once",
+    "data.prompt": "",
+    "reward.verifier": "math, exact, choice or module:function",
+    "run.seed": "",
+    "run.dir": "folder of results",
+}
+"""The settings that --help shows."""
+SETS_AND_STEP = """\
+  MODEL                     transformers folder, hub id, run, checkpoint, ledger
+  --sets [NAME=]SOURCE ...  question sets, as data.train (those of the run)
+  --step N                  this checkpoint of a run (export, or newest)"""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -45,12 +64,12 @@ class EvalArguments:
     step: int | None = None
 
 
-def parse_command_line(argv: Sequence[str]) -> EvalArguments:
-    """Parses a command line (without the program's name).
+def parse_command_line(argv: Sequence[str], prog: str = PROGRAM) -> EvalArguments:
+    """Parses a command line of `prog` (without the program's name).
 
-    Exits: 0 after --help; 2 with one line on stderr if the command line is wrong.
+    Exits: 0 after --help or --help-all; 2 with one line on stderr if the command line is wrong.
     """
-    parser = _parser()
+    parser = _parser(prog)
     known = ["--sets", "--step", *SHORT_FLAGS.values(), *(f"--{name}" for name in EVALUATION_FIELDS)]
     try:
         options, overrides = read_flags(parser, argv, known)
@@ -59,16 +78,17 @@ def parse_command_line(argv: Sequence[str]) -> EvalArguments:
         step = None if options["step"] is None else _step_number(options["step"])
         return resolve(options["model"], step, overrides)
     except ConfigError as error:
-        fail(PROGRAM, error)
+        fail(prog, error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = flag_parser(
-        PROGRAM,
-        usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [--num-samples N] [--out DIR] [...]\n"
-        "       %(prog)s compare A B [...]",
-        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals. The same command "
-        "resumes an interrupted evaluation.",
+        prog,
+        usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [...]\n       %(prog)s compare A B [...]",
+        description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals.\n"
+        "The same command resumes an interrupted evaluation.",
+        short="\n\n".join((SETS_AND_STEP, most_used(sections_of(EvalConfig), COMMON, SHORT_FLAGS))),
+        num_settings=len(EVALUATION_FIELDS),
     )
     parser.add_argument(
         "model", metavar="MODEL", help="transformers folder or hub id, run folder, checkpoint folder, or ledger"
@@ -162,7 +182,7 @@ def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalCon
         values = evaluation_values(load_config(run and run / "config.yaml"))
     if run is not None:
         _require_given_code(run, values, [name for name, _ in overrides])
-    return filled(EvalConfig, values, overrides)
+    return filled(EvalConfig, values, overrides, f"{run / 'config.yaml'}: " if run else "")
 
 
 def _require_given_code(run: Path, values: Mapping[str, Mapping[str, Any]], given: Collection[str]) -> None:

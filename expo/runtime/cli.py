@@ -5,27 +5,25 @@ fields are the text of --help.
 """
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from expo.errors import ConfigError, ExpoError, Interrupted, OutputError, RankError
 from expo.runtime.bounded_yaml import YamlError, load_yaml, read_yaml
+from expo.runtime.config_errors import Overrides, explain, explain_all, merged, with_overrides
 from expo.runtime.console import write_stdout
+from expo.runtime.flag_help import ShortHelp, long_help, most_used, value_name
+from expo.runtime.nearest import nearest
 
 Config = TypeVar("Config", bound=BaseModel)
-MOST_PROBLEMS = 5  # explained in one message
 MOST_LINE = 4000  # characters of a message
-MOST_SHOWN = 80  # characters of a value or a name in a message
-Overrides = Sequence[tuple[str, Any]]  # "section.field" and its value; the last one of a field wins
 
 
 class Invocation(BaseModel, Generic[Config]):
@@ -69,33 +67,20 @@ def read_recipe(source: Path, *, may_have_base: bool = True) -> dict[str, Any]:
     if not isinstance(base, str) or not may_have_base:
         given = "a base of a base" if isinstance(base, str) else "not a file name"
         raise ConfigError(f"{source}: base = {base!r} is {given}; expected the file name of a recipe without a base")
-    return _merged(read_recipe(source.parent / base, may_have_base=False), values)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """The fields of both, section by section; those of `above` win. Validation reports what is no section."""
-    merged = dict(below)
-    for name, section in above.items():
-        lower = merged.get(name) or {}
-        is_section = isinstance(lower, dict) and isinstance(section, dict)
-        merged[name] = {**lower, **section} if is_section else section
-    return merged
+    return merged(read_recipe(source.parent / base, may_have_base=False), values)
 
 
 def filled(kind: type[Config], values: dict[str, Any], overrides: Overrides = (), where: str = "") -> Config:
     """Builds the configuration from its sections, with overrides applied.
 
-    Raises: ConfigError, its message beginning with `where`, if a key is unknown, a value has the wrong type or range,
-        or values contradict each other.
+    Raises: ConfigError if a key is unknown, a value has the wrong type or range, or values contradict each other; its
+        message begins with `where` if the value stands in the file, and names the flag if it is an override.
     """
-    for dotted, value in overrides:
-        section, _, field = dotted.partition(".")
-        values = _merged(values, {section: {field: value}})
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(with_overrides(values, overrides))
     except ValidationError as error:
         known = [*field_names(kind), *sections_of(kind)]
-        raise ConfigError(f"{where}{_explain_all(error.errors(), known)}") from error
+        raise ConfigError(explain_all(error, kind, values, overrides, where, known)) from error
 
 
 def as_yaml(config: BaseModel) -> str:
@@ -117,47 +102,15 @@ def field_names(kind: type[BaseModel]) -> list[str]:
     return [f"{name}.{field}" for name, section in sections_of(kind).items() for field in section.model_fields]
 
 
-def _explain_all(items: Sequence[ErrorDetails], known: Sequence[str]) -> str:
-    """One line for pydantic's errors: the first few, and the number of the others."""
-    problems = [_explain(item, known) for item in items[:MOST_PROBLEMS]]
-    others = len(items) - len(problems)
-    return "; ".join([*problems, *([f"and {others} more"] if others else [])])
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: at most 80 characters; Python refuses to print integers of more than 4,300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-
-
-def _explain(item: ErrorDetails, known: Sequence[str]) -> str:
-    """One line for one of pydantic's errors."""
-    dotted = ".".join(str(part) for part in item["loc"])[:MOST_SHOWN]
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {dotted}{nearest(dotted, known)}"
-    if item["type"] == "missing":
-        return f"{dotted} is missing; give it in the config file or as --{dotted}=..."
-    text = item["msg"].removeprefix("Value error, ")
-    if not dotted:
-        return text
-    message = text[0].lower() + text[1:]
-    return f"{dotted} = {_shown(item['input'])}: {message}"
-
-
-def nearest(given: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: a suggestion of the most similar known one."""
-    matches = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else "; --help lists the known ones"
-
-
 # --- flags
 
 
 def parse(
-    kind: type[Config], load: Callable[[Path | None, Overrides], Config], argv: Sequence[str], prog: str
+    kind: type[Config],
+    load: Callable[[Path | None, Overrides], Config],
+    argv: Sequence[str],
+    prog: str,
+    common: Mapping[str, str],
 ) -> Invocation[Config]:
     """Parses a command line of the trainer.
 
@@ -166,12 +119,14 @@ def parse(
         load: reads the configuration from a file, or the default one, and applies overrides.
         argv: the arguments.
         prog: the program's name in messages.
+        common: the fields that --help shows, and a few words about each.
 
-    Exits: 0 after --help or --print-config; 2 with one line on stderr if the command line or config is wrong.
+    Exits: 0 after --help, --help-all or --print-config; 2 with one line on stderr if the command line or
+        config is wrong.
     """
-    parser = _parser(kind, prog)
+    parser = _parser(kind, prog, common)
     try:
-        options, overrides = read_flags(parser, argv, [f"--{name}" for name in field_names(kind)])
+        options, overrides = read_flags(parser, argv, [*OPTIONS, *(f"--{name}" for name in field_names(kind))])
         path, print_config = options.pop("config"), options.pop("print_config")
         invocation = _invocation(load(path, overrides), options)
     except ConfigError as error:
@@ -185,16 +140,26 @@ def parse(
     return invocation
 
 
-def _parser(kind: type[BaseModel], prog: str) -> argparse.ArgumentParser:
+OPTIONS = {
+    "--resume": "continue from the newest whole checkpoint, if any",
+    "--print-config": "print the resolved configuration and stop",
+    "--dry-run": "check the start of the run, print its plan, and stop",
+}
+
+
+def _parser(kind: type[BaseModel], prog: str, common: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = flag_parser(
         prog,
-        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...] [--resume] [--print-config | --dry-run]",
+        usage="%(prog)s [CONFIG.yaml] [--section.field=value ...]\n       [--resume] [--print-config | --dry-run]",
         description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
+        short="\n\n".join(
+            ("\n".join(f"  {flag:16}{text}" for flag, text in OPTIONS.items()), most_used(sections_of(kind), common))
+        ),
+        num_settings=len(field_names(kind)),
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check the start of the run, print its plan, and stop")
+    for option, text in OPTIONS.items():
+        parser.add_argument(option, action="store_true", help=text)
     parser.add_argument(
         "--ranks", metavar="N", help="with --dry-run: number of GPUs to plan for (default: those of this machine)"
     )
@@ -224,7 +189,7 @@ def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
     try:
         return Invocation(config=config, **options)
     except ValidationError as error:
-        problems = "; ".join(f"--{_explain(item, ()).replace('_', '-')}" for item in error.errors())
+        problems = "; ".join(f"--{explain(item, ()).replace('_', '-')}" for item in error.errors())
         raise ConfigError(problems) from error
 
 
@@ -236,21 +201,46 @@ class OneLineParser(argparse.ArgumentParser):
         fail(self.prog, ConfigError(f"{message}; --help lists what it takes"))
 
 
-def flag_parser(prog: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """A parser to which a program adds its flags; flags cannot be abbreviated."""
-    parser = OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+def flag_parser(prog: str, usage: str, description: str, short: str, num_settings: int) -> argparse.ArgumentParser:
+    """A parser to which a program adds its flags; flags cannot be abbreviated.
+
+    Args:
+        prog: the program's name in messages.
+        usage: the first lines of the help.
+        description: what the program does.
+        short: the most used flags, which --help shows; --help-all shows all.
+        num_settings: how many --help-all shows.
+    """
+    parser = OneLineParser(
+        prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False, formatter_class=_Formatter
+    )
+    end = f"--help-all lists all {num_settings} settings: choices, units, defaults and sources."
+    parser.add_argument("-h", "--help", action=ShortHelp, text=f"{description}\n\n{short}\n\n{end}")
+    parser.add_argument("--help-all", action="help", help="show every setting")
     # DeepSpeed's launcher passes it to every rank; LOCAL_RANK in the environment has the same value
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Leaves 36 columns to the flags, so that most of them stand beside their text."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
 
 
 def add_field(group: Any, kind: type[BaseModel], name: str, *aliases: str) -> None:
     """Adds the flag of `section.field`, and its aliases, to an argument parser; its help is the field's description."""
     section, field = name.split(".")
     info = sections_of(kind)[section].model_fields[field]
-    default = "required" if info.is_required() else f"default: {info.get_default()}"
-    text = f"{info.description} ({default})".replace("%", "%%")
-    group.add_argument(*aliases, f"--{name}", dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    group.add_argument(
+        *aliases,
+        f"--{name}",
+        dest=name,
+        metavar=value_name(info.annotation),
+        default=argparse.SUPPRESS,
+        help=long_help(info),
+    )
 
 
 def read_flags(

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         usage="%(prog)s --out DIR [options] [--section.field=value ...]",
         description="GRPO, each of EXPO's two parts alone, and both: paired runs on two pools of the embedded task.",
-        epilog="--section.field=value applies to every run; python -m expo.train --help lists the fields.",
+        epilog="--section.field=value applies to every run; python -m expo.train --help-all lists the fields.",
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all runs and results")

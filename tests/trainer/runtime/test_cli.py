@@ -1,10 +1,13 @@
 """Command lines and files become a RunConfig, or an error of one line."""
 
+from typing import Literal, get_args, get_origin
+
 import pytest
 import yaml
 
 from expo.config import DEFAULT_RECIPE, RunConfig, load_config, parse_command_line
 from expo.errors import ConfigError
+from expo.evaluation.config import parse_command_line as parse_evaluation
 from expo.runtime.cli import field_names
 
 MINIMAL = {"model": {"path": "somewhere"}, "data": {"train": "questions.jsonl"}}
@@ -46,13 +49,79 @@ def test_print_config_reads_back_equal(capsys, tmp_path):
     assert expected.run.seed == 7
 
 
-def test_help_shows_every_field_with_its_text(capsys):
+def printed(capsys, argv, parse=parse_command_line):
     with pytest.raises(SystemExit) as stop:
-        parse_command_line(["--help"])
+        parse(argv)
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parse", [parse_command_line, parse_evaluation])
+def test_help_is_one_screen_and_names_the_way_to_the_rest(capsys, parse):
+    lines = printed(capsys, ["--help"], parse).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("--help-all lists all ")
+
+
+def test_help_all_shows_every_field_with_its_text(capsys):
+    shown = printed(capsys, ["--help-all"])
     assert [name for name in field_names(RunConfig) if f"--{name}" not in shown] == []
     assert "(paper: 0.02)" in " ".join(shown.split())
+
+
+def test_help_all_shows_every_choice(capsys):
+    words = printed(capsys, ["--help-all"]).split()
+    for section, info in RunConfig.model_fields.items():
+        for name, field in info.annotation.model_fields.items():
+            if get_origin(field.annotation) is Literal:
+                value = words[words.index(f"--{section}.{name}") + 1]
+                assert value.split("|") == list(map(str, get_args(field.annotation)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("wandb", ["wandb"]), ("[wandb]", ["wandb"]), ("[wandb, trackio]", ["wandb", "trackio"])]
+)
+def test_a_single_value_is_a_list_of_one(argument, value):
+    assert parse_command_line([f"--run.trackers={argument}"]).config.run.trackers == value
+
+
+def file_with(tmp_path, **sections):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **sections}))
+    return str(path)
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(capsys, tmp_path):
+    message = error_of(capsys, file_with(tmp_path), "--kl.beta=-1")
+    assert "error: --kl.beta = -1: " in message
+    assert "config.yaml" not in message
+
+
+def test_a_wrong_value_of_the_file_is_not_blamed_on_the_flags(capsys, tmp_path):
+    message = error_of(capsys, file_with(tmp_path, kl={"beta": -1}), "--run.seed=3")
+    assert "error: config.yaml: kl.beta = -1: " in message
+    assert "--" not in message
+
+
+def test_each_of_several_errors_names_its_place(capsys, tmp_path):
+    message = error_of(capsys, file_with(tmp_path, kl={"beta": -1}), "--run.seed=-3")
+    assert "config.yaml: kl.beta = -1: " in message
+    assert "; --run.seed = -3: " in message
+
+
+def test_a_contradiction_names_the_flags_that_cause_it(capsys, tmp_path):
+    message = error_of(capsys, file_with(tmp_path), "--run.seed=3", "--policy.updates_per_step=3")
+    assert "error: with --policy.updates_per_step=3: rollout.questions_per_step" in message
+
+
+def test_a_contradiction_within_the_file_names_the_file(capsys, tmp_path):
+    message = error_of(capsys, file_with(tmp_path, policy={"updates_per_step": 3}), "--run.seed=3")
+    assert "error: config.yaml: rollout.questions_per_step" in message
+
+
+def test_the_last_of_two_values_of_a_flag_counts(capsys, tmp_path):
+    assert "--kl.beta = -2: " in error_of(capsys, file_with(tmp_path), "--kl.beta=1", "--kl.beta=-2")
 
 
 @pytest.mark.parametrize(
