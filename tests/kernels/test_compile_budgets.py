@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 from expo_kernels import _launch
 from expo_kernels._inputs import Tokens
-from expo_kernels._triton import curriculum
+from expo_kernels._triton import columns, curriculum
 from expo_kernels._triton import launch as kernels
 from expo_kernels._triton import launch_exponentials as exponentials
 from expo_kernels.objective import Objective
@@ -149,6 +149,10 @@ def run_scale(vocab_size, dtype):
     kernels.launch_scale(torch.empty(2, vocab_size, dtype=dtype), torch.ones(()))
 
 
+def run_column_squares(vocab_size):
+    columns.launch_column_squares(torch.empty(2, vocab_size, dtype=BF16), torch.ones(()))
+
+
 def run_curriculum_update():
     ids, rates = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64)
     table = torch.zeros(5), torch.zeros(5, dtype=torch.int64), torch.zeros(5)
@@ -207,6 +211,7 @@ CASES = {
     "gradient of logs": (lambda V: run_log_grads(V), (16,), (16,)),
     "scale, float32": (lambda V: run_scale(V, F32), (32,), (32,)),
     "scale, bfloat16": (lambda V: run_scale(V, BF16), (16,), (16,)),
+    "column squares": (run_column_squares, (16,), ()),
     "curriculum update": (lambda _: run_curriculum_update(), (), ()),
     "curriculum race": (lambda _: run_curriculum_race(), (), ()),
     "sequences": (lambda _: run_sequences(Objective(dual_clip=3.0)), (), ()),
@@ -267,6 +272,9 @@ def test_kernels_stay_within_budget(target):
                 tile = _launch.exponential_tile(151_936)
         if name.startswith("scale"):
             tile = _launch.flat_tile()
+        if name == "column squares":
+            block = _launch.column_tile()
+            tile = _launch.Tile(block.num_rows * block.num_columns, block.num_warps)
         found = problems(kernel, target, reads, writes, tile)
         if found:
             wrong[name] = found
