@@ -13,8 +13,7 @@ from torch import Tensor
 
 from expo_kernels import _launch
 from expo_kernels._triton.device import kernel
-
-ALIGNMENT = 16  # elements: rows that start on multiples of it are read 128 bits at a time
+from expo_kernels._triton.launch import alignment_of
 
 
 @kernel
@@ -33,6 +32,7 @@ def column_squares_kernel(
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = tl.arange(0, BLOCK_N)
     row_stride = tl.cast(row_stride, tl.int64) * ALIGNMENT
+    vocab_size = vocab_size * ALIGNMENT
     inverse = 1.0 / tl.load(unit_ptr)
     squares = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for first in range(0, num_rows, BLOCK_N):
@@ -49,17 +49,15 @@ def launch_column_squares(grad_logits: Tensor, unit: Tensor) -> Tensor:
     num_rows, vocab_size = grad_logits.shape
     assert grad_logits.stride(1) == 1
     squares = torch.empty(vocab_size, dtype=torch.float32, device=grad_logits.device)
-    stride = grad_logits.stride(0)
-    alignment = ALIGNMENT if stride % ALIGNMENT == 0 else 1
-    tile = _launch.column_tile()
+    alignment, tile = alignment_of(grad_logits), _launch.column_tile()
     with _launch.current(grad_logits.device):
         column_squares_kernel[(triton.cdiv(vocab_size, tile.num_columns),)](
             grad_ptr=grad_logits,
             unit_ptr=unit,
             squares_ptr=squares,
             num_rows=num_rows,
-            row_stride=stride // alignment,
-            vocab_size=vocab_size,
+            row_stride=grad_logits.stride(0) // alignment,
+            vocab_size=vocab_size // alignment,
             ALIGNMENT=alignment,
             BLOCK_N=tile.num_rows,
             BLOCK_V=tile.num_columns,

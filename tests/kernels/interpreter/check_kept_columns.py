@@ -56,7 +56,7 @@ def check(batch, tolerance, objective=None, dtypes=(F32, F32), **options):
 @pytest.mark.parametrize("dtypes", list(itertools.product([BF16, F16, F32], repeat=2)))
 def test_gradients_are_within_the_bound_in_every_dtype(dtypes):
     out, grads = check(peaked_batch(V=1500, dtype=F32), 3e-2, dtypes=dtypes, rows=8)
-    assert 0 < out.metrics["gradient_error_bound"]
+    assert out.metrics["gradient_error_bound"] > 0
     assert 0 < out.metrics["kept_columns"] < 0.5
     assert (grads[1] == 0).all(dim=1).double().mean() > 0.5
 
