@@ -17,7 +17,6 @@ pytestmark = pytest.mark.medium  # compiles and emulates kernels
 FOLDER = "tests/kernels/interpreter"
 SELECTED = {
     "check_memory.py": "not (bfloat16_gradients and 4099)",
-    "check_kept_columns.py": "column_squares or two_runs",
     "check_logps.py": "ten_thousand or exactly_one or nats_apart",
     "check_loss.py": "all_masked or out_of_range or made_in_the_kernel or add_up or equal_bits",
 }
