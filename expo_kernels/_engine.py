@@ -10,7 +10,8 @@ sequences. If a sequence exceeds a chunk, a separate pass computes the log-probs
 Letters: M positions of the caller's tensors, N rows, n of them in a chunk, V vocabulary, B sequences.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from expo_kernels._head import (
     Spans,
 )
 from expo_kernels._inputs import LossInputs
+from expo_kernels._kept_head import KeptColumnsHead, leaves_out_columns
 from expo_kernels._narrowing import narrowed
 from expo_kernels._plans import DevicePlan, HostPlan
 from expo_kernels._precision import full_precision
@@ -209,10 +211,14 @@ def _rows_for_kernels(call: HeadCall, kernels: "TritonLogps", num_sequences: int
     tensors = call.product_tensors()
     assert tensors.weight is not None
     products = make_products(hidden_or_logits, tensors.weight)
-    make_head = ExponentialHead if kernels.keeps_exponentials else LinearHead
     ids = kernels.tokens.ids  # the chosen columns of this head
-    head = make_head(tensors, ids, call.wants_grad, products, mask=mask, shard=shard, grad_dtype=weight.dtype)
-    return head, plan
+    arguments: dict[str, Any] = {"mask": mask, "shard": shard, "grad_dtype": weight.dtype}
+    make_head = ExponentialHead if kernels.keeps_exponentials else LinearHead
+    if leaves_out_columns(
+        call, keeps_exponentials=kernels.keeps_exponentials, has_entropy_grad=kernels.has_entropy_grad
+    ):
+        make_head, arguments["gradient_tolerance"] = KeptColumnsHead, call.gradient_tolerance
+    return make_head(tensors, ids, call.wants_grad, products, **arguments), plan
 
 
 # --- the ops
@@ -228,6 +234,10 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             kernels = TritonLoss(call, inputs, shard, return_entropy=return_entropy)
             head, plan = _rows_for_kernels(call, kernels, inputs.num_sequences)
             run_loss(head, plan, kernels, wants_grad=wants_grad)
+            if isinstance(head, KeptColumnsHead) and not head.tolerance_met():
+                exact = replace(call, gradient_tolerance=0.0)
+                result, gradients = policy_loss(exact, inputs, return_entropy=return_entropy)
+                return _with_report(result, 0.0, 1.0), gradients
             result = LossResult(*kernels.result(), kernels.token_logps.view(call.completion_ids.shape))
         else:
             tokens = gather_tokens(inputs, call.tensors.arithmetic_dtype)
@@ -240,11 +250,18 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             result = LossResult(*backend.result(), logps)
         if call.gradient_tolerance > 0.0:
             assert isinstance(head, LinearHead)
-            report = head.gradient_report() if wants_grad else (0.0, 0.0)
-            # filled on the device: copies from the host would wait for it
-            added = [result.metrics.new_full((1,), value) for value in report]
-            result = result._replace(metrics=torch.cat([result.metrics, *added]))
+            result = _with_report(result, *(head.gradient_report() if wants_grad else (0.0, 0.0)))
         return result, _made(head.gradients(), call) if wants_grad else []
+
+
+def _with_report(result: LossResult, *report: float | Tensor) -> LossResult:
+    """The result with the metrics of a gradient tolerance."""
+    # filled on the device: copies from the host would wait for it
+    added = [
+        value.to(result.metrics.dtype).view(1) if isinstance(value, Tensor) else result.metrics.new_full((1,), value)
+        for value in report
+    ]
+    return result._replace(metrics=torch.cat([result.metrics, *added]))
 
 
 def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: bool) -> tuple[LossResult, list[Tensor]]:
@@ -307,6 +324,9 @@ def token_logps_backward(
             kernels = TritonLogps.differentiating(call, shard, kept_rows, grad_logps, grad_entropies)
             head, plan = _rows_for_kernels(call, kernels)
             run_grads(head, plan, kernels)
+            if isinstance(head, KeptColumnsHead) and not head.tolerance_met():
+                exact = replace(call, gradient_tolerance=0.0)
+                return token_logps_backward(exact, kept_rows, grad_logps, grad_entropies)
         else:
             order = valid_index(call.mask, call.completion_ids)
             backend = TorchLogps(call, order, shard, wants_entropy=grad_entropies is not None)

@@ -389,7 +389,7 @@ class LinearHead:
         self._tolerance = 0.0
         return False
 
-    def gradient_report(self) -> tuple[float, float]:
+    def gradient_report(self) -> tuple[float | Tensor, float]:
         """The bound on the gradients' relative error that `tolerance_met` found, and the share of columns in their
         products."""
         return self._error_bound, 1.0 if self._kept_columns is None else self._kept_columns.kept_share

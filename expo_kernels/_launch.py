@@ -221,6 +221,19 @@ def is_amd() -> bool:
     return torch.version.hip is not None
 
 
+class BlockTile(NamedTuple):
+    """A block of rows and columns, and the number of warps of a program."""
+
+    num_rows: int
+    num_columns: int
+    num_warps: int
+
+
+def column_tile() -> BlockTile:
+    """The tile for sums over the rows of [n, V], 16 values per thread: a row of it is 128 bytes of bfloat16."""
+    return BlockTile(32, 64, 2 if is_amd() else 4)
+
+
 def exponential_tile(vocab_size: int) -> Tile:
     """The tile of exponentials: columns of one product, of which a program has one row; 16 per thread."""
     columns = max(1 << (max(vocab_size, 1) - 1).bit_length(), LEAST_COLUMNS)

@@ -70,12 +70,12 @@ class DevicePlan:
         self._row_multiple = row_multiple
         self._order: Tensor | None = None
         self._known: list[int] | None = None
-        self._copy: _HostCopy | None = None
+        self._copy: HostCopy | None = None
         if mask is None:
             return
         self._order = torch.sort((~mask).view(torch.uint8), stable=True).indices
         # a captured graph is replayed with other masks
-        if lengths is not None and not _is_captured(mask.device):
+        if lengths is not None and not is_captured(mask.device):
             self._known = [int(length) for length in lengths.tolist()]
             self._num_rows = sum(self._known)
             _compat.assert_on_device(mask.sum() == self._num_rows, "completion_lengths add up to another number of 1s")
@@ -111,7 +111,7 @@ class DevicePlan:
             return None
         return Spans(self._most_rows, self._padded_spans(length, self._arriving_lengths()))
 
-    def _padded_spans(self, length: int, arriving: "_HostCopy | None") -> Iterator[Span]:
+    def _padded_spans(self, length: int, arriving: "HostCopy | None") -> Iterator[Span]:
         at_once = self._most_rows // length
         first = range(min(at_once, self._num_sequences))
         # its tokens cannot be compacted before their number is known; kernels skip masked rows
@@ -132,14 +132,14 @@ class DevicePlan:
             if ends[part.stop] > ends[part.start]:
                 yield Span(slice(ends[part.start], ends[part.stop]), self._order, part)
 
-    def _arriving_lengths(self) -> "_HostCopy | None":
+    def _arriving_lengths(self) -> "HostCopy | None":
         """The lengths on their way to the host; None if it knows them or no row is masked."""
         if self._copy is None and self._known is None and self._mask is not None:
-            self._copy = _HostCopy(self._mask.view(-1, self._sequence_length or self._num_rows).sum(-1))
+            self._copy = HostCopy(self._mask.view(-1, self._sequence_length or self._num_rows).sum(-1))
         return self._copy
 
 
-class _HostCopy:
+class HostCopy:
     """An asynchronous copy of a few integers to the host."""
 
     def __init__(self, values: Tensor) -> None:
@@ -148,7 +148,7 @@ class _HostCopy:
         if values.device.type == "cuda":
             self._on_host = None
             # a captured graph is replayed with other masks: kernels skip the rows that are masked
-            if not _is_captured(values.device):
+            if not is_captured(values.device):
                 # the copy runs on the tensor's device, but an event records on the current one
                 with _launch.current(values.device):
                     self._on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -164,7 +164,7 @@ class _HostCopy:
         return None if self._on_host is None else [int(value) for value in self._on_host.tolist()]
 
 
-def _is_captured(device: torch.device) -> bool:
+def is_captured(device: torch.device) -> bool:
     """Whether the current stream of `device` is being captured into a CUDA graph."""
     with _launch.current(device):
         return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -62,18 +62,18 @@ class NarrowProducts(KernelProducts):
     def write_logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         """out [n, V] = hidden [n, H] @ weight [V, H].T + bias [V]; the kernels apply the scale."""
         assert scale == 1.0
-        _product(out, hidden, weight.T, is_first=True)
+        product(out, hidden, weight.T, is_first=True)
         if bias is not None:
             out.add_(bias)
 
     def grad_hidden(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
         """grad_logits [n, V] @ weight [V, H]."""
         made = torch.empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32, device=weight.device)
-        return _product(made, grad_logits, weight, is_first=True)
+        return product(made, grad_logits, weight, is_first=True)
 
     def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
         """total [V, H] += grad_logits [n, V].T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
-        _product(total, grad_logits.T, hidden.to(grad_logits.dtype), is_first=is_first)
+        product(total, grad_logits.T, hidden.to(grad_logits.dtype), is_first=is_first)
 
 
 class SplitProducts(KernelProducts):
@@ -93,7 +93,7 @@ class SplitProducts(KernelProducts):
         """out [n, V] = hidden [n, H] @ weight [V, H].T + bias [V]; the kernels apply the scale."""
         assert scale == 1.0
         if self._unit is None:
-            _product(out, hidden, weight.T, is_first=True)
+            product(out, hidden, weight.T, is_first=True)
         else:
             self._write_split_logits(out, hidden, weight, self._unit)
         if bias is not None:
@@ -112,9 +112,9 @@ class SplitProducts(KernelProducts):
             # next to each other, both halves of the weight need one product
             upper = torch.cat([upper, upper / LOWER_HALF], dim=1)
         for block, upper_weight, both in _float16_halves(weight, unit):
-            _product(out[:, block], upper, both.T, is_first=True)
+            product(out[:, block], upper, both.T, is_first=True)
             if lower is not None:
-                _product(out[:, block], lower, upper_weight.T, is_first=False)
+                product(out[:, block], lower, upper_weight.T, is_first=False)
 
     def grad_operand(self, grad_logits: Tensor) -> Tensor:
         """Upper and lower halves of dL/dlogits [n, V], bfloat16 [n, 2, V], in the same memory."""
@@ -133,19 +133,19 @@ class SplitProducts(KernelProducts):
         """dL/dlogits, as `grad_operand` returned them, times weight [V, H]."""
         made = torch.empty(grad_logits.shape[0], weight.shape[1], dtype=torch.float32, device=weight.device)
         for block, upper, lower in _bfloat16_halves(weight):
-            _product(made, grad_logits[:, 0, block], upper, is_first=block.start == 0)
-            _product(made, grad_logits[:, 1, block], upper, is_first=False)
+            product(made, grad_logits[:, 0, block], upper, is_first=block.start == 0)
+            product(made, grad_logits[:, 1, block], upper, is_first=False)
             if lower is not None:
-                _product(made, grad_logits[:, 0, block], lower, is_first=False)
+                product(made, grad_logits[:, 0, block], lower, is_first=False)
         return made
 
     def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
         """total [V, H] += dL/dlogits.T @ hidden [n, H]; `is_first` overwrites what `total` holds."""
         upper, lower = _halves(hidden)
         # one product over 2n rows: the two halves of each row of dL/dlogits, times the same hidden states
-        _product(total, grad_logits.flatten(0, 1).T, upper.repeat_interleave(2, dim=0), is_first=is_first)
+        product(total, grad_logits.flatten(0, 1).T, upper.repeat_interleave(2, dim=0), is_first=is_first)
         if lower is not None:
-            _product(total, grad_logits[:, 0].T, lower, is_first=False)
+            product(total, grad_logits[:, 0].T, lower, is_first=False)
 
 
 def make_products(hidden: Tensor, weight: Tensor) -> KernelProducts:
@@ -175,11 +175,13 @@ def scaled_row_sum(rows: Tensor, scale: Tensor) -> Tensor:
     upper = scale.bfloat16()
     halves = torch.stack([upper, (scale - upper).bfloat16()], dim=1)
     made = torch.empty(rows.shape[1], 2, dtype=torch.float32, device=rows.device)
-    return _product(made, rows.T, halves, is_first=True).sum(dim=1)
+    return product(made, rows.T, halves, is_first=True).sum(dim=1)
 
 
-def _product(out: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> Tensor:
-    """out = left @ right, or out += left @ right unless `is_first`; 16-bit operands of one dtype, float32 results."""
+def product(out: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> Tensor:
+    """out = left @ right, or out += left @ right unless `is_first`; operands of one dtype, float32 results."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out) if is_first else out.addmm_(left, right)
     if left.device.type == "cpu":  # where products of 16-bit operands have 16-bit results; only tests come here
         left, right = left.float(), right.float()
         return torch.mm(left, right, out=out) if is_first else out.addmm_(left, right)

@@ -67,8 +67,8 @@ def linear_expo_loss(
             the gradient is not rounded: for a float32 weight with bfloat16 products. None: the weight is not rounded.
         gradient_tolerance: largest relative error, in the Frobenius norm, of the gradients of `hidden` and of `weight`.
             0.0: none but rounding. > 0: the gradient products leave out the columns of the vocabulary that a proved
-            bound allows, see docs/gradient-tolerance.md; loss, metrics and log-probs stay the same bits. PyTorch on a
-            CPU only: the kernels of a GPU compute all columns. Not with a vocabulary-parallel head.
+            bound allows, see docs/gradient-tolerance.md; loss, metrics and log-probs stay the same bits. On a GPU
+            several chunks take `logits_budget_mb` twice. Not with a vocabulary-parallel head.
         advantages: [B], [B, T], or packed [B] or [N] (with B = N it is read per sequence).
         rewards: [B] floats instead of `advantages`, with `group_size`: see `group_advantages`.
         group_size: G, rollouts per question; those of one question are adjacent.

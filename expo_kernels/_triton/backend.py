@@ -40,7 +40,7 @@ class TritonLogps:
     """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies; one number per position."""
 
     def __init__(self, call: HeadCall, tokens: Tokens, shard: VocabShard | None, *, has_entropy_grad: bool) -> None:
-        self.mask, self.shard = tokens.mask, shard
+        self.mask, self.shard, self.has_entropy_grad = tokens.mask, shard, has_entropy_grad
         self.keeps_exponentials = uses_exponentials(call, shard, has_entropy_grad=has_entropy_grad)
         self._is_one_launch = shard is None and not self.keeps_exponentials
         if shard is not None:

@@ -282,7 +282,7 @@ def _rows(chunk: Chunk, tokens: Tokens, *, with_grad: bool) -> dict[str, Any]:
     logits = chunk.logits
     grad = logits if chunk.grad_logits is None else chunk.grad_logits
     shape, grad_shape = _shape(logits), _shape(grad)
-    alignment = min(_alignment(logits), _alignment(grad)) if with_grad else _alignment(logits)
+    alignment = min(alignment_of(logits), alignment_of(grad)) if with_grad else alignment_of(logits)
     tile = _launch.row_tile(shape.vocab_size, logits.itemsize)
     made = {
         "order_ptr": chunk.span.order,
@@ -326,7 +326,7 @@ def _shape(logits: Tensor) -> _Shape:
     return _Shape(num_batches * length, max(length, 1), logits.stride(0), logits.stride(1), vocab_size)
 
 
-def _alignment(logits: Tensor) -> int:
+def alignment_of(logits: Tensor) -> int:
     """16 if rows start and end on multiples of 16 elements, so that every access can be 128 bits wide, else 1."""
     shape = _shape(logits)
     sizes = (shape.batch_stride, shape.row_stride, shape.vocab_size, logits.data_ptr() // logits.element_size())

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 from expo_kernels import _launch
 from expo_kernels._inputs import Tokens
-from expo_kernels._triton import curriculum
+from expo_kernels._triton import columns, curriculum
 from expo_kernels._triton import launch as kernels
 from expo_kernels._triton import launch_exponentials as exponentials
 from expo_kernels.objective import Objective
@@ -149,6 +149,10 @@ def run_scale(vocab_size, dtype):
     kernels.launch_scale(torch.empty(2, vocab_size, dtype=dtype), torch.ones(()))
 
 
+def run_column_squares(vocab_size):
+    columns.launch_column_squares(torch.empty(2, vocab_size, dtype=BF16), torch.ones(()))
+
+
 def run_curriculum_update():
     ids, rates = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64)
     table = torch.zeros(5), torch.zeros(5, dtype=torch.int64), torch.zeros(5)
@@ -271,6 +275,15 @@ def test_kernels_stay_within_budget(target):
         if found:
             wrong[name] = found
     assert not wrong
+
+
+@pytest.mark.parametrize("target", compiling.TARGETS)
+def test_column_squares_stay_within_budget(target):
+    kernel = compile_one(lambda: run_column_squares(151_936), target)
+    with mock.patch.object(_launch, "is_amd", return_value=target.startswith("gfx")):
+        block = _launch.column_tile()
+    tile = _launch.Tile(block.num_rows * block.num_columns, block.num_warps)
+    assert not problems(kernel, target, (16,), (), tile)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

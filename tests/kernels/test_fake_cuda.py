@@ -123,7 +123,6 @@ BUDGETS = {
     "hidden, float32": (functools.partial(hidden_states, torch.float32), 131, 3),
     "hidden, bias, entropy bonus": (functools.partial(hidden_states, bias=True, entropy_bonus=0.01), 120, 1),
     "hidden, frozen head": (functools.partial(hidden_states, frozen=True), 64, 1),
-    "hidden, gradient tolerance": (functools.partial(hidden_states, gradient_tolerance=1e-2), 112, 1),
     "hidden, packed": (functools.partial(hidden_states, is_packed=True), 117, 1),
     "hidden, 4 chunks": (functools.partial(hidden_states, rows=16, **LENGTHS), 257, 4),
     "hidden, packed, 4 chunks": (
@@ -246,6 +245,59 @@ def test_the_numbers_of_an_objective_are_written_by_each_call_on_its_own_stream(
 def test_the_sum_of_given_lengths_is_checked_on_the_device():
     calls = calls_of(functools.partial(hidden_states, rows=16, **LENGTHS))
     assert calls.aten["aten._assert_async.msg"] == 1
+
+
+# --- a gradient tolerance: an asynchronous copy says how many columns were kept
+
+TOLERANT = functools.partial(hidden_states, gradient_tolerance=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"objective": SEQUENCES}, {"frozen": True}, {"bias": True}])
+def test_with_a_tolerance_the_host_waits_for_columns_and_for_the_answer_that_the_bound_holds(dtype, options):
+    calls = calls_of(functools.partial(TOLERANT, dtype, rows=16, **LENGTHS, **options), arriving=1)
+    assert calls.waits == ["Event.synchronize"] * 5
+    assert calls.launches["column_squares_kernel"] == 4
+
+
+def test_columns_of_a_chunk_are_awaited_after_the_next_chunk_is_launched(monkeypatch):
+    from expo_kernels import _plans
+
+    launched = []
+    with fake_cuda(arriving=1) as device:
+        run = TOLERANT(rows=16, **LENGTHS)
+        original = _plans.HostCopy.read
+
+        def read(copy):
+            launched.append(device.calls.launches["row_loss_kernel"])
+            return original(copy)
+
+        monkeypatch.setattr(_plans.HostCopy, "read", read)
+        with device.strict():
+            run()
+    assert launched == [2, 3, 4, 4, 4]  # the last is for the bound
+
+
+def test_if_all_columns_are_kept_no_bound_is_awaited():
+    assert calls_of(functools.partial(TOLERANT, rows=16, **LENGTHS), arriving=V).waits == ["Event.synchronize"] * 4
+
+
+def test_if_the_bound_does_not_hold_the_call_is_exact():
+    calls = calls_of(functools.partial(TOLERANT, rows=16, **LENGTHS), arriving=2)
+    assert calls.launches["row_loss_kernel"] == 8
+
+
+@pytest.mark.parametrize("reason", ["capture", "entropy bonus", "exponentials", "no gradient"])
+def test_where_columns_cannot_be_left_out_the_host_does_not_wait(reason, monkeypatch):
+    monkeypatch.setenv("EXPO_KERNELS_EXPONENTIALS", str(int(reason == "exponentials")))
+    options = {"entropy_bonus": 0.01} if reason == "entropy bonus" else {}
+    with fake_cuda(arriving=1) as device, torch.set_grad_enabled(reason != "no gradient"):
+        run = TOLERANT(rows=16, **LENGTHS, **options)
+        device.is_capturing = reason == "capture"
+        with device.strict() as calls:
+            run()
+    assert calls.waits == []
+    assert calls.launches["column_squares_kernel"] == 0
 
 
 # --- the checks can fail

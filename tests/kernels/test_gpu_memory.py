@@ -85,7 +85,7 @@ class AllocatedBytes(TorchDispatchMode):
 def peak_bytes(N, H, V, hidden_dtype, weight_dtype, monkeypatch):
     """Of a call and its backward pass, without the row kernels, which allocate a few numbers per row."""
     monkeypatch.setattr(_launch._switch, "kernels_on_cpu", True)
-    monkeypatch.setattr(_products_gpu, "_product", lambda out, *_, **__: out)  # allocates nothing on a GPU
+    monkeypatch.setattr(_products_gpu, "product", lambda out, *_, **__: out)  # allocates nothing on a GPU
     with FakeTensorMode():
         hidden, weight = torch.empty(1, N, H, dtype=hidden_dtype), torch.empty(V, H, dtype=weight_dtype)
         ids, mask = torch.empty(1, N, dtype=torch.int64), torch.empty(1, N, dtype=torch.bool)

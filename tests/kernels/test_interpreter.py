@@ -32,6 +32,7 @@ FILES = (
     "interpreter/check_memory.py",
     "interpreter/check_curriculum.py",
     "interpreter/check_exponentials.py",
+    "interpreter/check_kept_columns.py",
     "test_policy_loss.py",
     "test_linear_loss.py",
     "test_sequence_chunks.py",

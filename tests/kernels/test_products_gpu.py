@@ -127,7 +127,7 @@ def test_gradients_stay_within_their_bounds(hidden_dtype, weight_dtype):
 @every_pair
 def test_every_product_has_16_bit_operands_and_costs_what_the_docs_say(hidden_dtype, weight_dtype, monkeypatch):
     hidden, weight = make(hidden_dtype, weight_dtype)
-    costs, original = [], _products_gpu._product
+    costs, original = [], _products_gpu.product
 
     def counted(out, left, right, *, is_first):
         assert left.dtype == right.dtype
@@ -135,7 +135,7 @@ def test_every_product_has_16_bit_operands_and_costs_what_the_docs_say(hidden_dt
         costs[-1] += left.shape[0] * left.shape[1] * right.shape[1] / (N * H * V)
         return original(out, left, right, is_first=is_first)
 
-    monkeypatch.setattr(_products_gpu, "_product", counted)
+    monkeypatch.setattr(_products_gpu, "product", counted)
     products = _products_gpu.make_products(hidden, weight)
     logits = products.empty_logits(N, V, CPU)
     costs.append(0)
@@ -202,6 +202,6 @@ def test_a_cuda_build_asks_for_float32_results(monkeypatch):
         hidden, weight = (torch.empty(rows, H, dtype=BF16, device="cuda") for rows in (N, V))
         out = torch.empty(N, V, device="cuda")
         for is_first in (True, False):
-            _products_gpu._product(out, hidden, weight.T, is_first=is_first)
+            _products_gpu.product(out, hidden, weight.T, is_first=is_first)
     assert [options["out_dtype"] for options in made] == [F32, F32]
     assert all(options["out"] is out for options in made)

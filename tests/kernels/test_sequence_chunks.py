@@ -193,7 +193,7 @@ def test_padding_costs_nothing_after_the_first_chunk(monkeypatch):
 
 def test_where_lengths_stay_on_the_device_chunks_hold_padded_sequences(monkeypatch):
     # as during CUDA graph capture
-    monkeypatch.setattr(_plans._HostCopy, "read", lambda self: None)
+    monkeypatch.setattr(_plans.HostCopy, "read", lambda self: None)
     batch, objective = make(ragged=True), Objective(ratio="sequence")
     one = run(batch, objective, 30)
     made = count_rows(monkeypatch)
