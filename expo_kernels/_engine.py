@@ -236,6 +236,7 @@ def policy_loss(call: HeadCall, inputs: LossInputs, *, return_entropy: bool) -> 
             run_loss(head, plan, kernels, wants_grad=wants_grad)
             if isinstance(head, KeptColumnsHead) and not head.tolerance_met():
                 exact = replace(call, gradient_tolerance=0.0)
+                del head, plan, kernels  # the second pass needs their memory
                 result, gradients = policy_loss(exact, inputs, return_entropy=return_entropy)
                 return _with_report(result, 0.0, 1.0), gradients
             result = LossResult(*kernels.result(), kernels.token_logps.view(call.completion_ids.shape))
@@ -326,6 +327,7 @@ def token_logps_backward(
             run_grads(head, plan, kernels)
             if isinstance(head, KeptColumnsHead) and not head.tolerance_met():
                 exact = replace(call, gradient_tolerance=0.0)
+                del head, plan, kernels  # the second pass needs their memory
                 return token_logps_backward(exact, kept_rows, grad_logps, grad_entropies)
         else:
             order = valid_index(call.mask, call.completion_ids)

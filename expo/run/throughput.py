@@ -6,6 +6,8 @@ Every number covers all ranks: tokens of all ranks over the seconds of the phase
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +81,16 @@ def _memory() -> tuple[float, float]:
     """Peak bytes so far, allocated and reserved on the GPU; without one, the process's peak resident set, twice."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
-    resident = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    resident *= 1 if sys.platform == "darwin" else 1024
+    resident = peak_resident_bytes()
     return resident, resident
+
+
+def peak_resident_bytes() -> float:
+    """The largest resident set of this process so far."""
+    # getrusage's maximum includes the process that started this one; VmHWM does not
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) * 1024  # "VmHWM:   123 kB"
+    largest = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return largest if sys.platform == "darwin" else largest * 1024

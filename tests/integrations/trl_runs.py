@@ -67,6 +67,8 @@ SETTINGS = {
     "max_completion_length": MAX_LENGTH,
     "max_steps": STEPS,
     "learning_rate": 1e-3,
+    # with 1e-8 a gradient near 0, whose sign is rounding, moves its parameter by a whole learning rate
+    "adam_epsilon": 1e-4,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
