@@ -1,0 +1,77 @@
+"""Kills a run with a vLLM server at random moments: `python -m tests.vllm.kill_runs FOLDER NUMBER`.
+
+The process of the trainer is killed, and the next launch resumes the run. It prints the kills, and ends with an error
+if the bits of the run differ from those of one that was never killed, or if a server outlives its run.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.ranks.running import outcome_of, processes_naming, rows_of
+
+LONGEST_WAIT = 300.0  # seconds until a killed run has reached its step, or its server has ended
+STEPS_PER_KILL = 3
+
+
+def command(run, num_steps):
+    """A run with a server, checkpoints and evaluations between the kills."""
+    questions = run.parent / "few.jsonl"
+    questions.write_text(
+        "".join(json.dumps({"question": f"{n}+8+2-9+5-6+1=", "answer": n + 1}) + "\n" for n in (1, 8))
+    )
+    settings = {
+        "rollout.engine": "vllm-server", "run.dir": run, "run.steps": num_steps, "optimizer.warmup_steps": 1,
+        "rollout.questions_per_step": 4, "rollout.group_size": 4, "rollout.batch_size": 4,
+        "evaluation.sets": f"{{few: {questions}}}", "evaluation.num_samples": 2, "evaluation.every": 2,
+        "run.checkpoint_every": 2,
+    }  # fmt: skip
+    return [sys.executable, "-m", "expo.train", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def wait_for(condition, what):
+    end = time.monotonic() + LONGEST_WAIT
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"after {LONGEST_WAIT:.0f} s: {what}")
+        time.sleep(0.01)
+
+
+def num_steps_of(run):
+    return len(rows_of(run, "metrics")) if (run / "metrics.jsonl").exists() else 0
+
+
+def run_killed(folder, number, seed=0):
+    """One line for each kill; `folder` is new."""
+    folder.mkdir(parents=True)
+    draws = random.Random(seed)
+    num_steps = STEPS_PER_KILL * number + 2
+    whole, killed = folder / "whole", folder / "killed"
+    subprocess.run(command(whole, num_steps), check=True, stdout=subprocess.DEVNULL)
+    lines = []
+    for kill in range(number):
+        process = subprocess.Popen(
+            [*command(killed, num_steps), *(["--resume"] if kill else [])], stdout=subprocess.DEVNULL
+        )
+        step = num_steps_of(killed) + draws.randint(0, STEPS_PER_KILL)
+        wait_for(
+            lambda process=process, step=step: process.poll() is not None or num_steps_of(killed) >= step,
+            f"step {step} is not reached",
+        )
+        time.sleep(draws.uniform(0, 20 if step == 0 else 2))  # the start takes longer than a step
+        process.kill()
+        if process.wait() != -9:
+            raise RuntimeError(f"the run ended with {process.returncode} before kill {kill + 1}")
+        lines.append(f"killed after {num_steps_of(killed)} steps")
+        wait_for(lambda: not processes_naming(str(killed)), "processes of the killed run still run")
+    subprocess.run([*command(killed, num_steps), "--resume"], check=True, stdout=subprocess.DEVNULL)
+    if outcome_of(killed) != outcome_of(whole):
+        raise RuntimeError("the killed run differs from the whole one")
+    return lines
+
+
+if __name__ == "__main__":
+    print(*run_killed(Path(sys.argv[1]).resolve(), int(sys.argv[2])), "equal bits", sep="\n")
