@@ -20,9 +20,7 @@ STEPS_PER_KILL = 3
 def command(run, num_steps):
     """A run with a server, checkpoints and evaluations between the kills."""
     questions = run.parent / "few.jsonl"
-    questions.write_text(
-        "".join(json.dumps({"question": f"{n}+8+2-9+5-6+1=", "answer": n + 1}) + "\n" for n in (1, 8))
-    )
+    questions.write_text("".join(json.dumps({"question": f"{n}+8+2-9+5-6+1=", "answer": n + 1}) + "\n" for n in (1, 8)))
     settings = {
         "rollout.engine": "vllm-server", "run.dir": run, "run.steps": num_steps, "optimizer.warmup_steps": 1,
         "rollout.questions_per_step": 4, "rollout.group_size": 4, "rollout.batch_size": 4,
