@@ -266,11 +266,15 @@ def _distances_from_mean(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     for _, part in _products.widened(weight, dtype):
         for rows in torch.split(part, _launch.rows_in_cache(part)):
             squares = torch.linalg.vector_norm(rows, dim=1).square_()
-            # the rounding error of the difference is added: a bound may be too large, never too small
-            slack = (squares + mean.dot(mean)).mul_(8 * torch.finfo(dtype).eps)
+            slack = (squares + mean.dot(mean)).mul_(rounding_of_squares(weight.shape[1], dtype))
             squares = squares.addmv_(rows, mean, alpha=-2.0).add_(mean.dot(mean)).clamp_(min=0.0)
             distances.append(squares.add_(slack).sqrt_())
     return mean, torch.cat(distances)
+
+
+def rounding_of_squares(hidden_size: int, dtype: torch.dtype) -> float:
+    """The largest rounding error of |a|^2 - 2 a.b + |b|^2 over |a|^2 + |b|^2, for sums of H terms in any order."""
+    return (hidden_size + 8) * torch.finfo(dtype).eps
 
 
 def _spectral_norm_bound(rows: Tensor) -> float:

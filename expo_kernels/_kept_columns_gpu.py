@@ -17,7 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expo_kernels._kept_columns import LEVEL_RATIO, MOST_KEPT, NUM_LEVELS, ROWS_IN_MEAN, SAFETY, WEIGHT_SHARE
+from expo_kernels._kept_columns import (
+    LEVEL_RATIO,
+    MOST_KEPT,
+    NUM_LEVELS,
+    ROWS_IN_MEAN,
+    SAFETY,
+    WEIGHT_SHARE,
+    rounding_of_squares,
+)
 from expo_kernels._plans import HostCopy
 from expo_kernels._products_gpu import product
 
@@ -171,8 +179,7 @@ def _distances_from_mean(weight: Tensor) -> tuple[Tensor, Tensor]:
     dots = product(dots, weight, mean.unsqueeze(1), is_first=True).squeeze(1)
     mean = mean.float()
     mean_square = mean.square().sum()
-    # the rounding error of the difference is added: a bound may be too large, never too small
-    slack = (squares + mean_square).mul_(8 * torch.finfo(torch.float32).eps)
+    slack = (squares + mean_square).mul_(rounding_of_squares(weight.shape[1], torch.float32))
     return mean, (squares - 2.0 * dots + mean_square).clamp_(min=0.0).add_(slack).sqrt_()
 
 

@@ -36,7 +36,7 @@ class PolicySection(Section):
     gradient_tolerance: Fraction = 0.0
     """Largest relative error of the gradients of the output head and of the hidden states that enter it; 0: none but
     rounding. Above 0, their products leave out columns of the vocabulary whose probabilities are too small to matter:
-    faster on a CPU."""
+    less time in the loss, if the policy's entropy is low."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_rank: Annotated[int, Field(ge=0, le=2**12)] = 0

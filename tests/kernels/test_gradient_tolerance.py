@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo_kernels import LinearExpoLoss, Objective, _kept_columns, _products, linear_expo_loss, linear_token_logps
+from expo_kernels import (
+    LinearExpoLoss,
+    Objective,
+    _kept_columns,
+    _kept_columns_gpu,
+    _products,
+    linear_expo_loss,
+    linear_token_logps,
+)
 from tests.kernels.test_policy_loss import AGGREGATIONS, OBJECTIVES
 from tests.numerics import make_batch, relative_error
 
@@ -168,6 +176,20 @@ def test_chunks_that_cancel_are_computed_again_in_full():
     out, grads = run(batch, 1e-2, **options)
     assert_within(out, grads, exact, 1e-2)
     assert out.metrics["kept_columns"] == 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("module", [_kept_columns, _kept_columns_gpu])
+def test_distances_from_the_mean_row_are_never_too_small(module, spread):
+    generator = torch.Generator().manual_seed(2)
+    common = torch.randn(4096, generator=generator).abs()
+    weight = common + spread * torch.randn(512, 4096, generator=generator)
+    dtype = [torch.float32] if module is _kept_columns else []
+    mean, distances = module._distances_from_mean(weight, *dtype)
+    exact = (weight.double() - mean.double()).norm(dim=1)
+    assert (distances.double() >= exact).all()
+    # and not larger by more than rounding explains
+    assert (distances.double() ** 2 <= exact**2 + 5e-3 * weight.double().square().sum(1)).all()
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan, "small", None])

@@ -180,6 +180,24 @@ class LaneGroup:
             whole[active] = loaded
         return out
 
+    def load_matrices(
+        self, address: Lanes, count: int, is_transposed: bool, mask: Mask, instruction: int
+    ) -> list[Lanes]:
+        """`ldmatrix` of 8 x 8 matrices of 16 bits: lane 8 k + r has the address of row r of matrix k."""
+        self.converge(mask, instruction)
+        lane, rows = np.arange(WARP), address.reshape(-1, WARP)
+        if (rows[:, : 8 * count] % 16 != 0).any():
+            self.launch.note(MISALIGNED, instruction, "a row of a matrix is not at a multiple of 16 bytes")
+
+        def read(matrix: int, row: np.ndarray, column: np.ndarray, size: int) -> Lanes:
+            at = rows[:, 8 * matrix + row] + (2 * column).astype(address.dtype)
+            return self.load("shared", at.ravel(), size, 1, mask, instruction)[0]
+
+        if not is_transposed:
+            return [read(matrix, lane // 4, lane % 4 * 2, 4) for matrix in range(count)]
+        halves = [[read(matrix, lane % 4 * 2 + half, lane // 4, 2) for half in (0, 1)] for matrix in range(count)]
+        return [low.astype(U4) | (high.astype(U4) << U4(16)) for low, high in halves]
+
     def store(
         self, space: str, address: Lanes, size: int, values: Sequence[Lanes], mask: Mask, instruction: int
     ) -> None:

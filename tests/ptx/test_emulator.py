@@ -170,6 +170,37 @@ def test_shuffles(mode, operand, expected):
     assert values.tolist() == [thread // 32 * 32 + expected(thread % 32) for thread in range(NUM_THREADS)]
 
 
+# each lane has the address of a row of 8 numbers of 16 bits; word w of shared memory holds w
+ROWS_OF_MATRICES = ["st.shared.b32 [%r2], %r1;", "bar.sync 0;", "and.b32 %r3, %r1, 15;", "shl.b32 %r3, %r3, 4;"]
+
+
+def test_matrices_are_loaded_from_shared_memory():
+    load = "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r4, %r5}, [%r3];"
+    for register, first in (("%r4", 0), ("%r5", 32)):
+        values, found = execute([*ROWS_OF_MATRICES, load, f"st.global.b32 [%rd3], {register};", "ret;"])
+        assert values.tolist() == [first + lane for lane in range(32)] * 2
+        assert not found.findings
+
+
+def test_matrices_are_transposed():
+    load = "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r4}, [%r3];"
+    values, found = execute([*ROWS_OF_MATRICES, load, "st.global.b32 [%rd3], %r4;", "ret;"])
+    matrix = [[(8 * row + column) // 2 if column % 2 == 0 else 0 for column in range(8)] for row in range(8)]
+    expected = [
+        matrix[2 * (lane % 4)][lane // 4] + (matrix[2 * (lane % 4) + 1][lane // 4] << 16) for lane in range(32)
+    ]
+    assert values.tolist() == expected * 2
+    assert not found.findings
+
+
+def test_faults_of_loads_of_matrices_are_reported():
+    load = ["ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r4}, [%r3];", "ret;"]
+    unordered = [line for line in ROWS_OF_MATRICES if not line.startswith("bar")]
+    assert report.SHARED_RACE in execute([*unordered, *load])[1].errors
+    assert report.UNINITIALISED in execute([*unordered[1:], *load])[1].errors
+    assert report.MISALIGNED in execute([*ROWS_OF_MATRICES, "add.s32 %r3, %r3, 4;", *load])[1].errors
+
+
 @pytest.mark.parametrize(
     "line", ["ex2.approx.f64 %rd4, %rd4;", "cp.async.ca.shared.global [%r2], [%rd1], 16;", "call foo, ();"]
 )

@@ -69,6 +69,8 @@ class Translator(ArithmeticInstructions):
             return self._parameter(TYPES[parts[-1]])
         if parts[0] in ("ld", "st", "atom"):
             return self._memory(parts)
+        if parts[:4] == ["ldmatrix", "sync", "aligned", "m8n8"]:
+            return self._matrices(parts[4:])
         if parts[:2] == ["shfl", "sync"] and "|" not in args[0]:
             operands = ", ".join(self.read(arg, U4) for arg in args[1:])
             return [f"t = g.shuffle('{parts[2]}', {operands}, {self._site()})", *self.write(args[0], "t", U4)]
@@ -92,6 +94,18 @@ class Translator(ArithmeticInstructions):
         if size_of(self.program.params[index][1]) != size_of(dtype):
             raise ValueError("a part of a parameter is read")
         return self.write_extended(register, f"g.parameter({index}, {name_of(dtype)})", dtype)
+
+    def _matrices(self, modifiers: list[str]) -> list[str]:
+        count, *rest = modifiers
+        is_transposed = rest[0] == "trans"
+        if rest[is_transposed:] not in (["shared", "b16"], ["shared::cta", "b16"]):
+            raise UnknownInstructionError
+        registers, address = self.instruction.args
+        operands = f"{self.address(address, U4)}, {int(count.removeprefix('x'))}, {is_transposed}"
+        lines = [f"t = g.load_matrices({operands}, {self._site()})"]
+        for index, register in enumerate(registers.strip("{} ").split(",")):
+            lines += self.write(register.strip(), f"t[{index}]", U4)
+        return lines
 
     def _memory(self, parts: list[str]) -> list[str]:
         what, *modifiers, kind = parts
