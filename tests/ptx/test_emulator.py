@@ -186,9 +186,7 @@ def test_matrices_are_transposed():
     load = "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r4}, [%r3];"
     values, found = execute([*ROWS_OF_MATRICES, load, "st.global.b32 [%rd3], %r4;", "ret;"])
     matrix = [[(8 * row + column) // 2 if column % 2 == 0 else 0 for column in range(8)] for row in range(8)]
-    expected = [
-        matrix[2 * (lane % 4)][lane // 4] + (matrix[2 * (lane % 4) + 1][lane // 4] << 16) for lane in range(32)
-    ]
+    expected = [matrix[2 * (lane % 4)][lane // 4] + (matrix[2 * (lane % 4) + 1][lane // 4] << 16) for lane in range(32)]
     assert values.tolist() == expected * 2
     assert not found.findings
 
