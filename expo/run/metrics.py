@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from expo.config import RunConfig
-from expo.rewards.groups import GradedRollouts
+from expo.rewards.groups import GradedRollouts, has_unequal_rewards
 from expo.runtime.timer import PhaseTimer
 from expo_kernels import CurriculumTable
 
@@ -50,7 +50,8 @@ STEP_METRICS = {
     "groups_sampled": "groups of replies sampled in the step, one for each question, over all rounds",
     "groups_dropped": "of these, the groups not trained on, since their rewards are all equal",
     "resampling_rounds": "rounds in which further groups were sampled to replace them",
-    "zero_variance_fraction": "share of the groups sampled whose replies are all correct or all wrong",
+    "zero_variance_fraction": "share of the groups sampled whose rewards, those that advantages are computed from, are "
+    "all equal",
     "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
     "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of the rollout phase",
     "training_tokens_per_second": "prompt and reply tokens of all ranks over the seconds of the update phase",
@@ -74,7 +75,6 @@ def step_row(
 ) -> dict[str, Any]:
     """The row of a step in metrics.jsonl; `STEP_METRICS` describes its entries."""
     correct = graded.correct
-    num_correct, group_size = correct.sum(dim=1), correct.shape[1]
     applied = [update for update in updates if not update["skipped"]] or updates[-1:]
     return {
         "step": step,
@@ -89,7 +89,7 @@ def step_row(
         "completion_length": graded.num_tokens / correct.numel(),
         "tokens_per_second": graded.num_tokens / timer.total(),
         **graded.fractions(),
-        "zero_variance_fraction": float(((num_correct == 0) | (num_correct == group_size)).float().mean()),
+        "zero_variance_fraction": float((~has_unequal_rewards(graded.rewards)).float().mean()),
         "effective_sample_size": float(curriculum.effective_sample_size),
         **timer.metrics(),
     }
