@@ -1,7 +1,7 @@
 """Compares two evaluations of the same questions: `python -m expo.evaluate compare A B`.
 
-The interval of a difference B - A is that of the paired differences over questions (`expo.evaluation.intervals`), so the
-spread of the questions' difficulty does not widen it.
+The interval of a difference B - A is that of the paired differences over questions (`expo.evaluation.intervals`), so
+the spread of the questions' difficulty does not widen it.
 """
 
 import json

@@ -7,6 +7,7 @@ import torch
 
 from expo.config import RunConfig
 from expo.rewards.groups import GradedRollouts, has_unequal_rewards
+from expo.runtime.console import Note
 from expo.runtime.timer import PhaseTimer
 from expo_kernels import CurriculumTable
 
@@ -106,16 +107,30 @@ def curriculum_row(step: int, curriculum: CurriculumTable) -> dict[str, Any]:
     }
 
 
-def progress_note(row: Mapping[str, Any], signs: Sequence[str] = ()) -> str:
-    """The metrics of a step that the progress bar shows; first of all, that no reply has an answer or an end, and signs
-    of a collapse.
+def progress_note(row: Mapping[str, Any], signs: Sequence[str] = ()) -> Note:
+    """The metrics of a step that the progress bar shows, the most important first; alarms are that no reply has an
+    answer or an end, and signs of a collapse.
     """
-    alarms = [f"COLLAPSE: {', '.join(signs)}  "] if signs else []
-    alarms += [f"ALL REPLIES {name.upper()}  " for name in ("truncated", "unparsed") if row[f"{name}_fraction"] == 1.0]
-    return "".join(alarms) + (
-        f"accuracy {row['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  "
-        f"length {row['completion_length']:.1f}  {row['tokens_per_second']:.0f} tokens/s"
+    alarms = [f"COLLAPSE: {', '.join(signs)}"] if signs else []
+    alarms += [f"ALL REPLIES {name.upper()}" for name in ("truncated", "unparsed") if row[f"{name}_fraction"] == 1.0]
+    metrics = (
+        f"acc {row['accuracy']:.3f}",
+        f"unparsed {share_text(row['unparsed_fraction'])}",
+        f"truncated {share_text(row['truncated_fraction'])}",
+        f"kl {row['kl']:.4f}",
+        f"len {row['completion_length']:.1f}",
+        f"entropy {row['entropy']:.3f}",
+        f"{row['tokens_per_second']:.0f} tokens/s",
     )
+    return Note(tuple(alarms), metrics)
+
+
+def share_text(share: float) -> str:
+    """A share in whole per cent; 0 % and 100 % are exactly that, as in "<1%" for a small one."""
+    percent = round(100 * share)
+    if share in (0.0, 1.0) or 0 < percent < 100:
+        return f"{percent}%"
+    return "<1%" if percent == 0 else ">99%"
 
 
 def step_advice(row: Mapping[str, Any], config: RunConfig) -> str | None:
