@@ -10,7 +10,6 @@
 """
 
 import difflib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -69,7 +68,7 @@ def _load_named(source: str, named: NamedSet, reader: TableReader, options: Read
 def _exists(source: str) -> bool:
     """Whether a source is a file or folder. Raises: ConfigError if it cannot be one: too long a name, for instance."""
     try:
-        os.stat(source)
+        Path(source).stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
