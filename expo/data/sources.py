@@ -65,12 +65,24 @@ def _load_named(source: str, named: NamedSet, reader: TableReader, options: Read
     return replace(loaded, notes=(*loaded.notes, note))
 
 
+def _exists(source: str) -> bool:
+    """Whether a source is a file or folder. Raises: ConfigError if it cannot be one: too long a name, for instance."""
+    try:
+        Path(source).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"the source {source[:80]!r} cannot be read ({reason}); give another file or name") from error
+    return True
+
+
 def _rows_of(source: str, reader: TableReader, options: ReadOptions) -> Iterator[Row]:
     if source in BUILT_IN:
         return (Row(source, q.question, q.answer, level=q.level) for q in BUILT_IN[source]())
     if source.startswith(PREFIX):
         return reasoning_rows(source)
-    if Path(source).exists() or source.endswith(SUFFIXES):
+    if _exists(source) or source.endswith(SUFFIXES):
         return chain.from_iterable(map(reader.rows, local_tables(Path(source), options)))
     on_hub = parse_hub_source(source)
     if on_hub is not None:

@@ -1,7 +1,7 @@
 """Compares two evaluations of the same questions: `python -m expo.evaluate compare A B`.
 
-The interval of a difference B - A is a percentile bootstrap of the paired differences over questions, so the spread of
-the questions' difficulty does not widen it.
+The interval of a difference B - A is that of the paired differences over questions (`expo.evaluation.intervals`), so
+the spread of the questions' difficulty does not widen it.
 """
 
 import json
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from expo.errors import ConfigError, FolderError, first_line
+from expo.evaluation.intervals import difference_with_interval
 from expo.evaluation.protocol import RESULTS, differences
-from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
+from expo.evaluation.scores import pass_at_k, powers_of_two
 from expo.evaluation.tables import estimates_of, fractions_text
-from expo.reporting.comparison import Comparison, Estimate, pass_at, table_cells, text_table
+from expo.reporting.comparison import Comparison, Estimate, comparison_text, pass_at
 from expo.reporting.figures import RenderedFigure, draw_curves
 from expo.reporting.templates import comparison_table
 from expo.reporting.templates import render as render_template
@@ -24,6 +25,7 @@ from expo.runtime.console import write_stdout
 from expo.runtime.endings import errors_on_one_line
 
 PROGRAM = "python -m expo.evaluate compare"
+SAME = 1e-9  # between scores of a question that are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def _compare_set(a: Results, b: Results, name: str) -> list[Comparison]:
 def _line(
     name: str, metric: str, before: Mapping[str, Estimate], after: Mapping[str, Estimate], gains: Sequence[float]
 ) -> Comparison:
-    difference = Estimate(**mean_with_interval(gains))
-    return Comparison(name, len(gains), metric, before[metric], after[metric], difference)
+    difference = Estimate(**difference_with_interval(gains))
+    num_differing = sum(abs(gain) > SAME for gain in gains)
+    return Comparison(name, len(gains), metric, before[metric], after[metric], difference, num_differing)
 
 
 def read_results(folder: Path) -> Results:
@@ -180,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
             text = _write_comparison(arguments.a, arguments.b, arguments.out or arguments.b, arguments.anyway)
         except OSError as error:
             raise FolderError(f"the comparison cannot be written ({error}); give another folder as --out") from error
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
             kind = type(error).__name__
@@ -195,7 +198,7 @@ def _write_comparison(folder_a: Path, folder_b: Path, out: Path, anyway: bool) -
     a, b = read_results(folder_a), read_results(folder_b)
     lines = compare(a, b, anyway=anyway)
     heads = ("set", "questions", "metric", "A [95 %]", "B [95 %]", "B - A [95 %]")
-    table = text_table(heads, [table_cells(line) for line in lines])
+    table = comparison_text(heads, lines)
     out.mkdir(parents=True, exist_ok=True)
     figures = draw(a, b, lines)
     for figure in figures:

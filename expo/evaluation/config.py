@@ -1,6 +1,7 @@
 """The command line of `python -m expo.evaluate`, and what its MODEL stands for.
 
 If MODEL is a run, settings that are not given are those of the run; otherwise they have the defaults of `expo.config`.
+With --like, those on which the scores depend are the ones of another run or evaluation.
 """
 
 import argparse
@@ -12,8 +13,9 @@ from typing import Any
 
 from expo.config import EVALUATION_FIELDS, EvalConfig, evaluation_values, load_config
 from expo.errors import ConfigError
+from expo.evaluation.like import Like, like_evaluation, like_run
 from expo.runtime.cli import add_field, fail, filled, flag_parser, read_flags, sections_of
-from expo.runtime.config_errors import Overrides
+from expo.runtime.config_errors import Overrides, merged
 from expo.runtime.flag_help import most_used
 
 PROGRAM = "python -m expo.evaluate"
@@ -46,7 +48,8 @@ COMMON = {
 SETS_AND_STEP = """\
   MODEL                     transformers folder, hub id, run, checkpoint, ledger
   --sets [NAME=]SOURCE ...  question sets, as data.train (those of the run)
-  --step N                  this checkpoint of a run (export, or newest)"""
+  --step N                  this checkpoint of a run (export, or newest)
+  --like RUN                sets and protocol of this run or evaluation"""
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -55,13 +58,15 @@ class EvalArguments:
     """A parsed command line of `python -m expo.evaluate`.
 
     model: MODEL as it was given; config: model.path is the model to load, run.dir the folder of results; run: the run
-    whose checkpoint holds the weights, None if model.path holds them; step: of that checkpoint, None for the newest.
+    whose checkpoint holds the weights, None if model.path holds them; step: of that checkpoint, None for the newest;
+    notes: of --like, lines to show.
     """
 
     model: str
     config: EvalConfig
     run: Path | None = None
     step: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def parse_command_line(argv: Sequence[str], prog: str = PROGRAM) -> EvalArguments:
@@ -70,13 +75,13 @@ def parse_command_line(argv: Sequence[str], prog: str = PROGRAM) -> EvalArgument
     Exits: 0 after --help or --help-all; 2 with one line on stderr if the command line is wrong.
     """
     parser = _parser(prog)
-    known = ["--sets", "--step", *SHORT_FLAGS.values(), *(f"--{name}" for name in EVALUATION_FIELDS)]
+    known = ["--sets", "--step", "--like", *SHORT_FLAGS.values(), *(f"--{name}" for name in EVALUATION_FIELDS)]
     try:
         options, overrides = read_flags(parser, argv, known)
         if options["sets"] is not None:
             overrides.append(("evaluation.sets", name_sets(options["sets"])))
         step = None if options["step"] is None else _step_number(options["step"])
-        return resolve(options["model"], step, overrides)
+        return resolve(options["model"], step, overrides, options["like"])
     except ConfigError as error:
         fail(prog, error)
 
@@ -84,7 +89,7 @@ def parse_command_line(argv: Sequence[str], prog: str = PROGRAM) -> EvalArgument
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = flag_parser(
         prog,
-        usage="%(prog)s MODEL [--sets [NAME=]SOURCE ...] [--step N] [...]\n       %(prog)s compare A B [...]",
+        usage="%(prog)s MODEL [--sets SOURCE ...] [--like RUN] [...]\n       %(prog)s compare A B [...]",
         description="pass@k, mean@n and maj@n of a model on sets of questions, with 95 % intervals.\n"
         "The same command resumes an interrupted evaluation.",
         short="\n\n".join((SETS_AND_STEP, most_used(sections_of(EvalConfig), COMMON, SHORT_FLAGS))),
@@ -100,6 +105,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="question sets, as data.train (default: evaluation.sets of the run)",
     )
     parser.add_argument("--step", metavar="N", help="this checkpoint of a run (default: its export, else the newest)")
+    parser.add_argument(
+        "--like",
+        metavar="RUN",
+        help="take the sets and every setting on which scores depend from this run, or from the folder of an "
+        "evaluation; settings that are given too replace them, and are named",
+    )
     for name in EVALUATION_FIELDS:
         add_field(parser, EvalConfig, name, *([SHORT_FLAGS[name]] if name in SHORT_FLAGS else []))
     return parser
@@ -133,20 +144,29 @@ def _last_part(source: str) -> str:
     return name
 
 
-def resolve(model: str, step: int | None, overrides: Overrides) -> EvalArguments:
-    """Finds the weights that MODEL stands for, and builds the configuration.
+def resolve(model: str, step: int | None, overrides: Overrides, like: str | None = None) -> EvalArguments:
+    """Finds the weights that MODEL stands for, and builds the configuration, with the protocol of `like` if given.
 
-    Raises: ConfigError if --step does not fit MODEL, or a value is wrong.
+    Raises: ConfigError if --step does not fit MODEL, `like` is neither a run nor an evaluation, or a value is wrong.
     """
     run, step = _find_run(model, step)
     name = _last_part(str(run or model)) + ("" if step is None else f"-step-{step}")
-    config = _build_config(model, run, [("run.dir", str(FOLDER / name)), *overrides])
+    protocol = None if like is None else _read_like(like)
+    config = _build_config(model, run, protocol, [("run.dir", str(FOLDER / name)), *overrides])
+    notes = () if protocol is None else protocol.notes(config, overrides)
     if not config.evaluation.sets:
         raise ConfigError("no questions; give --sets [NAME=]SOURCE ...")
     if run is not None and step is None and (run / EXPORT / "config.json").is_file():
         exported = config.model.model_copy(update={"path": str(run / EXPORT), "revision": None})
-        return EvalArguments(model, config.model_copy(update={"model": exported}))
-    return EvalArguments(model, config, run, step)
+        return EvalArguments(model, config.model_copy(update={"model": exported}), notes=notes)
+    return EvalArguments(model, config, run, step, notes)
+
+
+def _read_like(like: str) -> Like:
+    run, _ = _find_run(like, None)
+    if run is None:
+        return like_evaluation(Path(like))
+    return like_run(run / "config.yaml", load_config(run / "config.yaml"))
 
 
 def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
@@ -176,29 +196,34 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def _build_config(model: str, run: Path | None, overrides: Overrides) -> EvalConfig:
+def _build_config(model: str, run: Path | None, like: Like | None, overrides: Overrides) -> EvalConfig:
     values: dict[str, Any] = {"model": {"path": model}}
     if run is not None or model == "ledger":
         values = evaluation_values(load_config(run and run / "config.yaml"))
-    if run is not None:
-        _require_given_code(run, values, [name for name, _ in overrides])
-    return filled(EvalConfig, values, overrides, f"{run / 'config.yaml'}: " if run else "")
+    file, given = run and run / "config.yaml", [name for name, _ in overrides]
+    if like is not None:
+        _require_given_code(like.file, like.sections(), given)
+        given += like.values
+    if file is not None:
+        _require_given_code(file, values, given)
+    if like is not None:
+        file, values = like.file, merged(values, like.sections())
+    return filled(EvalConfig, values, overrides, f"{file}: " if file else "")
 
 
-def _require_given_code(run: Path, values: Mapping[str, Mapping[str, Any]], given: Collection[str]) -> None:
-    """A run's folder is data and may come from anybody: code that its configuration names runs only if the command line
-    names it too.
+def _require_given_code(file: Path, values: Mapping[str, Mapping[str, Any]], given: Collection[str]) -> None:
+    """A folder of a run or an evaluation is data and may come from anybody: code that it names runs only if the command
+    line names it too.
 
     Raises: ConfigError that says what to give.
     """
-    verifier, remote = values["reward"]["verifier"], values["model"]["trust_remote_code"]
+    verifier, remote = values["reward"].get("verifier"), values["model"].get("trust_remote_code")
     code = {
-        "reward.verifier": verifier if ":" in verifier else None,  # module:function
+        "reward.verifier": verifier if ":" in str(verifier) else None,  # module:function
         "model.trust_remote_code": "true" if remote else None,
     }
     for name, value in code.items():
         if value is not None and name not in given:
             raise ConfigError(
-                f"{run / 'config.yaml'} names code: {name} = {value}; if you trust it, give --{name}={value}, "
-                f"otherwise another value"
+                f"{file} names code: {name} = {value}; if you trust it, give --{name}={value}, otherwise another value"
             )

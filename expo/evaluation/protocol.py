@@ -14,37 +14,57 @@ RESULTS = "results.json"  # the metadata and the scores
 MAX_SHOWN = 40  # characters of a value in a message; prompts and checksums are longer
 
 
+PROTOCOL_FIELDS = {
+    "num_samples": "evaluation.num_samples",
+    "temperature": "evaluation.temperature",
+    "top_p": "evaluation.top_p",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "seed": "run.seed",
+    "prompt": "data.prompt",
+    "chat_template": "data.chat_template",
+    "max_prompt_tokens": "data.max_prompt_tokens",
+    "engine": "rollout.engine",
+    "dtype": "policy.dtype",
+    "attention": "model.attention",
+    "verifier": "reward.verifier",
+    "unevaluated": "reward.unevaluated",
+    "think_tags": "reward.think_tags",
+    "answer_timeout_s": "reward.timeout_s",
+    "template": "data.template",
+    "system": "data.system",
+    "chat_template_kwargs": "data.chat_template_kwargs",
+    "stop_tokens": "rollout.stop_tokens",
+}
+"""Every setting on which the scores depend, and the field that sets it."""
+QUESTION_FIELDS = {"columns": "data.columns", "skip_bad_answers": "data.skip_bad_answers"}
+"""How the questions were read, in the metadata of a set, and the field that sets it."""
+NONE_IF_NOT_SET = ("template", "system", "chat_template_kwargs", "stop_tokens", *QUESTION_FIELDS)
+"""So that an evaluation that was started before these settings were recorded can be resumed."""
+
+
 def evaluation_protocol(config: EvalConfig) -> dict[str, Any]:
-    """Every setting on which the scores depend."""
-    section = config.evaluation
-    return {
-        "num_samples": section.num_samples,
-        "temperature": section.temperature,
-        "top_p": section.top_p,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "seed": config.run.seed,
-        "prompt": config.data.prompt,
-        "chat_template": config.data.chat_template,
-        "max_prompt_tokens": config.data.max_prompt_tokens,
-        "engine": config.rollout.engine,
-        "dtype": config.policy.dtype,
-        "attention": config.model.attention,
-        "verifier": config.reward.verifier,
-        "unevaluated": config.reward.unevaluated,
-        "think_tags": config.reward.think_tags,
-        "answer_timeout_s": config.reward.timeout_s,
-        # None if not set: an evaluation that was started before these settings existed can be resumed
-        "template": config.data.template,
-        "system": config.data.system,
-        "chat_template_kwargs": config.data.chat_template_kwargs or None,
-        "stop_tokens": config.rollout.stop_tokens or None,
-    }
+    """The values of `PROTOCOL_FIELDS`."""
+    return _recorded(config, PROTOCOL_FIELDS)
 
 
-def question_metadata(questions: QuestionSet, prompts: Sequence[Prompt], first_prompt: str) -> dict[str, Any]:
-    """The source of a set, checksums of its questions and of their prompts' token ids, and one prompt as text."""
+def _recorded(config: EvalConfig, fields: Mapping[str, str]) -> dict[str, Any]:
+    values = {}
+    for name, field in fields.items():
+        section, in_section = field.split(".")
+        value = getattr(getattr(config, section), in_section)
+        values[name] = value or None if name in NONE_IF_NOT_SET else value
+    return values
+
+
+def question_metadata(
+    questions: QuestionSet, prompts: Sequence[Prompt], first_prompt: str, config: EvalConfig
+) -> dict[str, Any]:
+    """The source of a set and how it was read, checksums of its questions and of their prompts' token ids, and one
+    prompt as text.
+    """
     return {
         "source": questions.source,
+        **_recorded(config, QUESTION_FIELDS),
         "num_questions": len(questions.questions),
         "left_out": left_out(questions, 0),
         "questions_sha256": questions.digest,

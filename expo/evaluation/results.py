@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expo.evaluation.intervals import mean_with_interval
 from expo.evaluation.scores import (
     Agree,
     Row,
     group_by_question,
     majority_scores,
-    mean_with_interval,
     num_correct,
     powers_of_two,
     score_set,

@@ -1,23 +1,18 @@
-"""Scores of graded replies: pass@k, the majority vote, and confidence intervals.
+"""Scores of graded replies: pass@k and the majority vote.
 
 Source: the unbiased estimator of Chen et al. (arXiv 2107.03374, eq. 1), pass@k = 1 - C(n - c, k) / C(n, k).
 Letters: n replies to each question, c of them correct.
 """
 
-import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from expo.evaluation.intervals import mean_with_interval
 from expo.rewards.answers import normalise
 from expo.rewards.groups import fractions
-
-NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then vary by less than 5 % of its width
 
 Row = Mapping[str, Any]  # one reply, as `GradedRollouts.rows` has it
 Agree = Callable[[Sequence[tuple[str, str]]], list[bool]]  # for each pair of stated answers, whether they agree
@@ -40,20 +35,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, ... up to n: the k of tables and levels."""
     return [2**power for power in range(n.bit_length())]
-
-
-def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """The mean over questions and its 95 % percentile-bootstrap interval, as mean, low, high."""
-    data = torch.tensor(values, dtype=torch.float64)
-    means = data[_resamples(len(values))].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": float(data.mean()), "low": low, "high": high}
-
-
-@functools.lru_cache(maxsize=8)
-def _resamples(count: int) -> Tensor:
-    """Indices [NUM_RESAMPLES, count] int64 that the bootstrap draws; the same for every metric of a set."""
-    return torch.randint(count, (NUM_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
 
 
 def score_set(rows: Sequence[Row], n: int, ks: Sequence[int], level_ks: Sequence[int]) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
             if config.run.threads is not None:
                 torch.set_num_threads(config.run.threads)
             display = Display(is_shown=ranks.is_rank0)
+            for note in arguments.notes:
+                display.line(note)
             require_same_settings(config, ranks)
             questions = ranks.raise_on_all_ranks(lambda: _load_sets(config, display))
             checkpoint = _find_checkpoint(arguments.run, arguments.step, ranks)
@@ -190,7 +192,9 @@ def _metadata(
         },
         "protocol": evaluation_protocol(arguments.config),
         "questions": {
-            name: question_metadata(loaded, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids))
+            name: question_metadata(
+                loaded, sets[name], policy.tokenizer.decode(sets[name][0].prompt_ids), arguments.config
+            )
             for name, loaded in questions.items()
         },
         "software": {"commit": environment["commit"], "versions": environment["versions"]},

@@ -4,15 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from expo.evaluation.scores import powers_of_two
-from expo.reporting.comparison import Estimate, interval_text, text_table
+from expo.reporting import clean
+from expo.reporting.comparison import Estimate, interval_text, text_table, wilson_notes
 
 FRACTIONS = ("truncated", "unparsed", "timeout")
 
 
 def estimates_of(scores: Mapping[str, Any], n: int) -> dict[str, Estimate]:
-    """The metrics of a set by name: pass@k at powers of two, and maj@n."""
+    """The metrics of a set by name: pass@k at powers of two, and maj@n.
+
+    Raises: ValueError if one is no mean with its interval.
+    """
     named = {f"pass@{k}": scores["pass_at"][str(k)] for k in powers_of_two(n)}
-    return {name: Estimate(**value) for name, value in {**named, f"maj@{n}": scores["maj_at_n"]}.items()}
+    return {name: _estimate(name, value) for name, value in {**named, f"maj@{n}": scores["maj_at_n"]}.items()}
+
+
+def _estimate(name: str, value: Any) -> Estimate:
+    found = clean.estimate(value)
+    if found is None:
+        raise ValueError(f"{name} has no finite mean, low and high")
+    return Estimate(**found)
 
 
 def fractions_text(scores: Mapping[str, Any]) -> str:
@@ -28,4 +39,5 @@ def scores_table(scores: Mapping[str, Mapping[str, Any]], n: int) -> str:
         rows += [(name, str(of_set["num_questions"]), metric, interval_text(e)) for metric, e in estimates.items()]
         notes.append(f"{name}: {fractions_text(of_set)}, {of_set['mean_length']:.1f} tokens a reply")
     notes.append(f"{n} replies a question; pass@1 is mean@{n}")
-    return "\n".join([text_table(("set", "questions", "metric", "mean [95 %]"), rows), *notes])
+    table = text_table(("set", "questions", "metric", "mean [95 %]"), rows)
+    return "\n".join([table, *wilson_notes(table), *notes])

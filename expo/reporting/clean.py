@@ -37,11 +37,14 @@ def is_step(value: Any) -> bool:
     return type(value) is int and 0 <= value < MOST_STEPS
 
 
-def estimate(value: Any) -> dict[str, float] | None:
-    """A mean with its interval; None if a number is missing."""
+def estimate(value: Any) -> dict[str, Any] | None:
+    """A mean with its interval, and how the interval was made if that is recorded; None if a number is missing."""
     numbers = {name: number(mapping(value).get(name)) for name in ("mean", "low", "high")}
-    known = {name: found for name, found in numbers.items() if found is not None}
-    return known if len(known) == len(numbers) else None
+    known: Record = {name: found for name, found in numbers.items() if found is not None}
+    if len(known) < len(numbers):
+        return None
+    interval = mapping(value).get("interval")
+    return {**known, "interval": interval} if interval in ("bootstrap", "wilson") else known
 
 
 def scores(value: Any) -> Record:

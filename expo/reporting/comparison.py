@@ -7,18 +7,29 @@ from typing import Any, NamedTuple
 Scores = dict[str, Any]  # the scores of one evaluation: set name -> {"num_questions", "pass_at", "by_level", ...}
 
 TABLE_KS = (1, 8, 32)  # the values of k that tables show
+TOO_FEW = "too few to tell"
+FEWEST_TO_TELL = 6  # questions that differ: with five, all in one direction, the sign test has p = 2 * 0.5^5 > 0.05
+WILSON_MARK = "*"
+WILSON_NOTE = (
+    f"{WILSON_MARK} Wilson's interval with n = questions: scores of 0 and 1 only, or too few different ones for a "
+    "bootstrap"
+)
 
 
 class Estimate(NamedTuple):
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % interval, and how that was made: "bootstrap", "wilson", or "" if it is not recorded."""
 
     mean: float
     low: float
     high: float
+    interval: str = ""
 
 
 class Comparison(NamedTuple):
-    """One row of a table: one metric of one evaluation set, before and after, and the change."""
+    """One row of a table: one metric of one evaluation set, before and after, and the change.
+
+    num_differing: questions of a paired comparison whose scores differ; None if it is not paired.
+    """
 
     set_name: str
     num_questions: int | None
@@ -26,12 +37,30 @@ class Comparison(NamedTuple):
     before: Estimate | None
     after: Estimate | None
     change: Estimate | None
+    num_differing: int | None = None
+
+    @property
+    def trend(self) -> str:
+        """What the change permits to claim: "up" or "down" if its interval excludes 0 and enough questions make it up,
+        else ""; "" too without a change.
+        """
+        if self.change is None or self.change.low <= 0 <= self.change.high:
+            return ""
+        num = self.num_questions if self.num_differing is None else self.num_differing
+        if num is not None and num < FEWEST_TO_TELL:
+            return ""
+        return "up" if self.change.mean > 0 else "down"
+
+    @property
+    def remark(self) -> str:
+        """`TOO_FEW` if there is a change that permits no claim, else ""."""
+        return TOO_FEW if self.change is not None and not self.trend else ""
 
 
 def pass_at(scores: dict[str, Any], k: int | str) -> Estimate | None:
     """pass@k of one set or level; None where it was not evaluated."""
     value = scores.get("pass_at", {}).get(str(k))
-    return Estimate(value["mean"], value["low"], value["high"]) if value else None
+    return Estimate(**value) if value else None
 
 
 def headline_set(scores: Scores) -> str | None:
@@ -60,10 +89,10 @@ def difference(before: Estimate | None, after: Estimate | None) -> Estimate | No
     """
     if before is None or after is None:
         return None
-    mean = after.mean - before.mean
+    mean, interval = after.mean - before.mean, "wilson" if "wilson" in (before.interval, after.interval) else ""
     low = mean - math.hypot(after.mean - after.low, before.high - before.mean)
     high = mean + math.hypot(after.high - after.mean, before.mean - before.low)
-    return Estimate(mean, low, high)
+    return Estimate(mean, low, high, interval)
 
 
 def results_table(before: Scores, after: Scores) -> str:
@@ -74,7 +103,20 @@ def results_table(before: Scores, after: Scores) -> str:
         after: the sets of the last evaluation; `{}` if there was only one.
     """
     headers = ("set", "n", "metric", "before [95 %]", "after [95 %]", "change [95 %]")
-    return text_table(headers, [table_cells(row) for row in compare_scores(before, after)])
+    return comparison_text(headers, compare_scores(before, after))
+
+
+def comparison_text(headers: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    """The comparisons as a plain-text table, with a note below it if it has Wilson's intervals."""
+    cells = [table_cells(row) for row in comparisons]
+    remarks = [f"{row[-1]} {item.remark}".rstrip() for row, item in zip(cells, comparisons, strict=True)]
+    table = text_table(headers, [(*row[:-1], remark) for row, remark in zip(cells, remarks, strict=True)])
+    return "\n".join([table, *wilson_notes(table)])
+
+
+def wilson_notes(text: str) -> list[str]:
+    """The note that explains the marks of Wilson's intervals; none if the text has no mark."""
+    return [WILSON_NOTE] if f"]{WILSON_MARK}" in text else []
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -94,8 +136,11 @@ def table_cells(row: Comparison) -> tuple[str, ...]:
 
 
 def interval_text(estimate: Estimate | None, sign: str = "") -> str:
-    """Mean and 95 % interval as text, "-" for None; `sign` "+" writes the sign of positive numbers too."""
+    """Mean and 95 % interval as text, "-" for None; `sign` "+" writes the sign of positive numbers too.
+
+    Wilson's intervals have a mark, which `WILSON_NOTE` explains.
+    """
     if estimate is None:
         return "-"
-    mean, low, high = (f"{value:{sign}.3f}" for value in estimate)
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = (f"{value:{sign}.3f}" for value in estimate[:3])
+    return f"{mean} [{low}, {high}]{WILSON_MARK if estimate.interval == 'wilson' else ''}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.reporting import clean
-from expo.reporting.comparison import Comparison, Scores, compare_scores, headline_set, interval_text
+from expo.reporting.comparison import TOO_FEW, Comparison, Scores, compare_scores, headline_set, interval_text
 from expo.reporting.figures import RenderedFigure
 from expo.reporting.reader import Record, RunRecords, TrainingHistory, is_correct, series, starts_of
 from expo.reporting.templates import Table, comparison_table, render, with_minus_signs
@@ -58,11 +58,23 @@ def render_page(run: RunRecords, figures: Sequence[RenderedFigure]) -> str:
 
 
 def _subtitle(run: RunRecords) -> str:
-    model, data = (_section_label(run.history.config.get(name)) for name in ("model", "data"))
-    parts = [f"Run {run.folder.name}", _method(run.history)]
-    parts += [f"model {model}"] if model else []
-    parts += [f"data {data}"] if data else []
-    return " · ".join(parts)
+    model, data = (_first_text(run.history.config.get(name)) for name in ("model", "data"))
+    parts = [f"Run {run.folder.name}", _method(run.history), _named("model", model), _named("data", data)]
+    return " · ".join(part for part in parts if part)
+
+
+def _named(word: str, path: str) -> str:
+    """The word and the last part of a path, as in "model Qwen3-8B"; "" without a path.
+
+    If that part is the word itself, the part before it is named too ("model sft/model"), or the word once.
+    """
+    parts = Path(path).parts
+    if not parts:
+        return ""
+    if parts[-1].lower() != word.lower():
+        return f"{word} {parts[-1]}"
+    before = parts[-2] if len(parts) > 1 else ""
+    return f"{word} {before}/{parts[-1]}" if before.strip("./") else word
 
 
 def _method(history: TrainingHistory) -> str:
@@ -78,10 +90,9 @@ def _method(history: TrainingHistory) -> str:
     return names[is_gaussian, is_conditioned]
 
 
-def _section_label(section: Any) -> str:
-    """The first text of a section of the configuration; of a path, its last part."""
-    texts = [value for value in section.values() if isinstance(value, str)] if isinstance(section, dict) else []
-    return Path(texts[0]).name if texts else ""
+def _first_text(section: Any) -> str:
+    """The first text of a section of the configuration."""
+    return next((value for value in clean.mapping(section).values() if isinstance(value, str)), "")
 
 
 def _headline(before: Scores, after: Scores) -> str:
@@ -94,11 +105,12 @@ def _headline(before: Scores, after: Scores) -> str:
     first, last, change = rows[0].before, rows[0].after, rows[0].change
     if first is None or last is None or change is None:
         return f"{title} pass@1 is {interval_text(first or last)}; there is no second evaluation to compare it with yet"
-    verb = "rose" if change.low > 0 else "fell" if change.high < 0 else "did not change significantly: it went"
-    mean, interval = with_minus_signs(interval_text(change, "+")).split(" ", 1)
+    mean, low, high = with_minus_signs(f"{change.mean:+.3f} {change.low:+.3f} {change.high:+.3f}").split()
+    verb = {"up": "rose", "down": "fell", "": "went"}[rows[0].trend]
+    remark = f" ({TOO_FEW})" if rows[0].remark else ""
     return (
-        f"{title} pass@1 {verb} from {first.mean:.3f} to {last.mean:.3f}, a change of {mean} "
-        f"(95\u00a0% interval {interval.strip('[]').replace(', ', ' to ')})"
+        f"{title} pass@1 {verb} from {first.mean:.3f} to {last.mean:.3f}{remark}, a change of {mean} "
+        f"(95\u00a0% interval {low} to {high})"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from expo.reporting.comparison import Comparison, table_cells
+from expo.reporting.comparison import Comparison, table_cells, wilson_notes
 
 
 def _encode_base64(content: bytes) -> str:
@@ -48,15 +48,17 @@ class Row:
     before: Cell
     after: Cell
     change: Cell
-    trend: str  # CSS class of the change: "up" or "down" if its interval excludes zero, else ""
+    trend: str  # CSS class of the change: "up" or "down" if it permits a claim, else ""
+    remark: str  # on a change that permits none
 
 
 @dataclass(frozen=True)
 class Table:
-    """A comparison table: headers of set, number of questions, metric, before, after and change, and the rows."""
+    """A comparison table: headers of set, number of questions, metric, before, after and change; rows; notes below."""
 
     headers: tuple[str, ...]
     rows: tuple[Row, ...]
+    notes: tuple[str, ...]
 
 
 def render(template: str, **values: Any) -> str:
@@ -78,19 +80,14 @@ def comparison_table(
     for comparison in comparisons:
         rows.append(_row(comparison, is_first=comparison.set_name != previous_set))
         previous_set = comparison.set_name
-    return Table((set_header, "Questions", *headers), tuple(rows))
+    intervals = " ".join(cell.interval for row in rows for cell in (row.before, row.after, row.change))
+    return Table((set_header, "Questions", *headers), tuple(rows), tuple(wilson_notes(intervals)))
 
 
 def _row(comparison: Comparison, *, is_first: bool) -> Row:
-    name, num_questions, metric, before, after, change = table_cells(comparison)
-    return Row(name, num_questions, is_first, metric, _cell(before), _cell(after), _cell(change), _trend(comparison))
-
-
-def _trend(comparison: Comparison) -> str:
-    change = comparison.change
-    if change is None or change.low <= 0 <= change.high:
-        return ""
-    return "up" if change.mean > 0 else "down"
+    name, num_questions, metric, *estimates = table_cells(comparison)
+    before, after, change = (_cell(text) for text in estimates)
+    return Row(name, num_questions, is_first, metric, before, after, change, comparison.trend, comparison.remark)
 
 
 def _cell(text: str) -> Cell:

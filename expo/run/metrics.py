@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from expo.config import RunConfig
-from expo.rewards.groups import GradedRollouts
+from expo.rewards.groups import GradedRollouts, has_unequal_rewards
+from expo.runtime.console import Note
 from expo.runtime.timer import PhaseTimer
 from expo_kernels import CurriculumTable
 
@@ -50,7 +51,8 @@ STEP_METRICS = {
     "groups_sampled": "groups of replies sampled in the step, one for each question, over all rounds",
     "groups_dropped": "of these, the groups not trained on, since their rewards are all equal",
     "resampling_rounds": "rounds in which further groups were sampled to replace them",
-    "zero_variance_fraction": "share of the groups sampled whose replies are all correct or all wrong",
+    "zero_variance_fraction": "share of the groups sampled whose rewards, those that advantages are computed from, are "
+    "all equal",
     "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
     "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of the rollout phase",
     "training_tokens_per_second": "prompt and reply tokens of all ranks over the seconds of the update phase",
@@ -74,7 +76,6 @@ def step_row(
 ) -> dict[str, Any]:
     """The row of a step in metrics.jsonl; `STEP_METRICS` describes its entries."""
     correct = graded.correct
-    num_correct, group_size = correct.sum(dim=1), correct.shape[1]
     applied = [update for update in updates if not update["skipped"]] or updates[-1:]
     return {
         "step": step,
@@ -89,7 +90,7 @@ def step_row(
         "completion_length": graded.num_tokens / correct.numel(),
         "tokens_per_second": graded.num_tokens / timer.total(),
         **graded.fractions(),
-        "zero_variance_fraction": float(((num_correct == 0) | (num_correct == group_size)).float().mean()),
+        "zero_variance_fraction": float((~has_unequal_rewards(graded.rewards)).float().mean()),
         "effective_sample_size": float(curriculum.effective_sample_size),
         **timer.metrics(),
     }
@@ -106,16 +107,30 @@ def curriculum_row(step: int, curriculum: CurriculumTable) -> dict[str, Any]:
     }
 
 
-def progress_note(row: Mapping[str, Any], signs: Sequence[str] = ()) -> str:
-    """The metrics of a step that the progress bar shows; first of all, that no reply has an answer or an end, and signs
-    of a collapse.
+def progress_note(row: Mapping[str, Any], signs: Sequence[str] = ()) -> Note:
+    """The metrics of a step that the progress bar shows, the most important first; alarms are that no reply has an
+    answer or an end, and signs of a collapse.
     """
-    alarms = [f"COLLAPSE: {', '.join(signs)}  "] if signs else []
-    alarms += [f"ALL REPLIES {name.upper()}  " for name in ("truncated", "unparsed") if row[f"{name}_fraction"] == 1.0]
-    return "".join(alarms) + (
-        f"accuracy {row['accuracy']:.3f}  kl {row['kl']:.4f}  entropy {row['entropy']:.3f}  "
-        f"length {row['completion_length']:.1f}  {row['tokens_per_second']:.0f} tokens/s"
+    alarms = [f"COLLAPSE: {', '.join(signs)}"] if signs else []
+    alarms += [f"ALL REPLIES {name.upper()}" for name in ("truncated", "unparsed") if row[f"{name}_fraction"] == 1.0]
+    metrics = (
+        f"acc {row['accuracy']:.3f}",
+        f"unparsed {share_text(row['unparsed_fraction'])}",
+        f"truncated {share_text(row['truncated_fraction'])}",
+        f"kl {row['kl']:.4f}",
+        f"len {row['completion_length']:.1f}",
+        f"entropy {row['entropy']:.3f}",
+        f"{row['tokens_per_second']:.0f} tokens/s",
     )
+    return Note(tuple(alarms), metrics)
+
+
+def share_text(share: float) -> str:
+    """A share in whole per cent; 0 % and 100 % are exactly that, as in "<1%" for a small one."""
+    percent = round(100 * share)
+    if share in (0.0, 1.0) or 0 < percent < 100:
+        return f"{percent}%"
+    return "<1%" if percent == 0 else ">99%"
 
 
 def step_advice(row: Mapping[str, Any], config: RunConfig) -> str | None:

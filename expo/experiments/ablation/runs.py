@@ -10,7 +10,7 @@ from pathlib import Path
 from expo.errors import AblationError
 from expo.experiments.ablation.plan import PlannedRun
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.console import Display
+from expo.runtime.console import Display, Note
 
 POLL_SECONDS = 0.2
 LOG = "log.txt"  # in the folder of a run: its output
@@ -33,7 +33,7 @@ def run_all(runs: Sequence[PlannedRun], num_jobs: int, display: Display) -> None
                 for process in [process for process in processes if process.poll() is not None]:
                     run = processes.pop(process)
                     _require_finished(run, process.returncode)
-                    bar.advance(note=run.name)
+                    bar.advance(note=Note((run.name,)))
         finally:
             for process in processes:
                 process.terminate()  # on SIGTERM a run saves a checkpoint and stops

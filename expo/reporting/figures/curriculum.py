@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from expo.reporting.clean import number
-from expo.reporting.figures.drawing import BLUE, VERMILION, make_panels, percent_format, step_axis, step_edges
+from expo.reporting.figures.drawing import BLUE, VERMILION, Width, make_panels, percent_format, step_axis, step_edges
 from expo.reporting.reader import Record, TrainingHistory, steps_of
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+RATIOS: dict[Width, tuple[float, float, float]] = {"full": (5, 1.3, 1.3), "narrow": (1.6, 1, 1)}
 LEAST_STD = 1e-6  # a narrower weight cannot be drawn, and the square of a far smaller one is 0
 
 
@@ -23,14 +24,14 @@ def gaussian_weight(pass_rate: float, mean: float, std: float) -> float:
     return math.exp(-((pass_rate - mean) ** 2) / (2 * std**2))
 
 
-def draw_curriculum(history: TrainingHistory) -> "Figure | None":
+def draw_curriculum(history: TrainingHistory, width: Width = "full") -> "Figure | None":
     """The distribution of the questions' pass rates over time, beside the sampling weight by pass rate."""
     rows = [row for row in history.curriculum if sum(row.get("histogram", ())) > 0]
     # a heat map needs one number of bins: that of the newest record
     rows = [row for row in rows if len(row["histogram"]) == len(rows[-1]["histogram"])]
     if not rows:
         return None
-    figure, (heat, last, weight) = make_panels(3, wide=True, sharey=True, width_ratios=(5, 1.3, 1.3))
+    figure, (heat, last, weight) = make_panels(3, width, RATIOS[width], sharey=True)
     _heat_map(figure, heat, rows)
     shares = _shares(rows[-1])
     middles = [(i + 0.5) / len(shares) for i in range(len(shares))]

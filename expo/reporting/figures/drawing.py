@@ -7,7 +7,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from expo.reporting.comparison import Estimate
 
@@ -23,6 +23,7 @@ LINE_COLOURS = (GREY, BLUE, GREEN, VERMILION, PURPLE, ORANGE, SKY, BLACK)
 
 DPI = 144  # dots per inch: twice what the page shows, for high-density screens
 SIZE, WIDE_SIZE = (5.6, 3.4), (10.4, 4.2)  # inches
+Width = Literal["half", "full", "narrow"]  # of a figure on the page: beside another, across it, on a telephone
 
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
@@ -52,13 +53,17 @@ Line = Sequence[tuple[float, float, float]]  # x, mean, error
 
 @dataclass(frozen=True)
 class RenderedFigure:
-    """One figure of a page; `png` is None where there is no data yet."""
+    """One figure of a page; `png` is None where there is no data yet.
+
+    narrow_png: the same of a wide figure for narrow screens, with its panels below each other; None: `png` serves.
+    """
 
     name: str
     title: str
     caption: str
     is_wide: bool
     png: bytes | None
+    narrow_png: bytes | None = None
 
 
 def as_png(figure: "Figure") -> bytes:
@@ -68,13 +73,25 @@ def as_png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def make_panels(num: int = 1, *, wide: bool = False, **layout: Any) -> "tuple[Figure, list[Axes]]":
-    """A figure with `num` axes side by side; `layout` is passed to `Figure.subplots`."""
+def make_panels(
+    num: int = 1, width: Width = "half", ratios: Sequence[float] | None = None, **layout: Any
+) -> "tuple[Figure, list[Axes]]":
+    """A figure with `num` axes side by side, or below each other if it is narrow.
+
+    Args:
+        num: number of axes.
+        width: of the figure.
+        ratios: of the axes' widths, or of their heights if it is narrow; None: all equal.
+        layout: passed to `Figure.subplots`.
+    """
     # pyplot would keep figures and a GUI backend in global state
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=WIDE_SIZE if wide else SIZE, layout="constrained")
-    return figure, list(figure.subplots(1, num, squeeze=False, **layout)[0])
+    if width == "narrow":
+        figure = Figure(figsize=(SIZE[0], SIZE[1] * (1 + 0.8 * (num - 1))), layout="constrained")
+        return figure, list(figure.subplots(num, 1, squeeze=False, height_ratios=ratios, **layout)[:, 0])
+    figure = Figure(figsize=WIDE_SIZE if width == "full" else SIZE, layout="constrained")
+    return figure, list(figure.subplots(1, num, squeeze=False, width_ratios=ratios, **layout)[0])
 
 
 def legend(figure: "Figure") -> None:
@@ -141,7 +158,7 @@ def draw_lines(panels: Mapping[str, Mapping[str, Line]], x_label: str, y_label: 
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure, axes_of = make_panels(len(panels), wide=True, sharey=True)
+        figure, axes_of = make_panels(len(panels), "full", sharey=True)
         for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
             axes.set_title(title)
             axes.set_xlabel(x_label)

@@ -12,6 +12,7 @@ from expo.reporting.figures.drawing import (
     GREY,
     STYLE,
     RenderedFigure,
+    Width,
     as_png,
     error_bars,
     legend,
@@ -25,33 +26,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_pass_at_k(history: TrainingHistory) -> "Figure | None":
+def draw_pass_at_k(history: TrainingHistory, width: Width = "full") -> "Figure | None":
     """pass@k over k, before and after, one panel per set."""
     sets = _set_names(history)
     if not sets:
         return None
-    figure, panels = make_panels(len(sets), wide=True, sharey=True)
+    figure, panels = make_panels(len(sets), width, sharey=True)
     for axes, name in zip(panels, sets, strict=True):
         axes.set_title(label_text(name.replace("_", " ")))
         for scores, label, colour in _both(history):
             _pass_at_line(axes, scores.get(name, {}), label, colour)
         _k_axis(axes)
-    share_axis(panels[0], "pass@k", full=True)
+    for axes in panels if width == "narrow" else panels[:1]:
+        share_axis(axes, "pass@k", full=True)
     legend(figure)
     return figure
 
 
-def draw_levels(history: TrainingHistory) -> "Figure | None":
+def draw_levels(history: TrainingHistory, width: Width = "full") -> "Figure | None":
     """pass@1 of every level, before and after."""
     levels = [(name, level) for name in _set_names(history) for level in _level_names(history, name)]
     if not levels:
         return None
-    figure, (axes,) = make_panels(wide=True)
+    figure, (axes,) = make_panels(width=width)
     for offset, (scores, label, colour) in zip((-0.13, 0.13), _both(history), strict=False):
         _level_points(axes, scores, levels, offset, label, colour)
     axes.set_xticks(range(len(levels)), [label_text(level) for _, level in levels])
-    if len(levels) > 8:
-        axes.tick_params(axis="x", rotation=35)
+    if len(levels) > (4 if width == "narrow" else 8):
+        axes.tick_params(axis="x", rotation=60 if width == "narrow" else 35)
     axes.set_xlim(-0.6, len(levels) - 0.4)
     axes.grid(visible=False, axis="x")
     _mark_sets(axes, [name for name, _ in levels])

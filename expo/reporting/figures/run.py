@@ -24,9 +24,9 @@ from expo.reporting.reader import TrainingHistory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw = Callable[[TrainingHistory], "Figure | None"]
+Draw = Callable[..., "Figure | None"]
 
-# function, title, whether it takes the full width, caption
+# function, title, whether it takes the full width (then its width is an argument too), caption
 FIGURES: tuple[tuple[Draw, str, bool, str], ...] = (
     (
         draw_accuracy,
@@ -93,8 +93,8 @@ FIGURES: tuple[tuple[Draw, str, bool, str], ...] = (
         "Replies and groups without signal",
         False,
         "Unparsed and truncated replies and verifier timeouts should approach zero. A group whose "
-        "rewards are all equal gives no gradient: that share rises as questions are mastered, and a good "
-        "curriculum keeps it low.",
+        "rewards are all equal, with shaping terms included, has advantage 0 and teaches nothing: that share rises as "
+        "questions are mastered, and a good curriculum keeps it low.",
     ),
     (
         draw_phases,
@@ -108,7 +108,7 @@ FIGURES: tuple[tuple[Draw, str, bool, str], ...] = (
         "The curriculum's pass rates",
         True,
         "Each column is the distribution of all questions over their estimated pass rate at that step. "
-        "All start at one value and then spread; ideally the distribution moves upwards. The right panel "
+        "All start at one value and then spread; ideally the distribution moves upwards. The last panel "
         "is the sampling weight by pass rate: training concentrates where it is largest.",
     ),
 )
@@ -121,7 +121,12 @@ def draw_figures(history: TrainingHistory) -> list[RenderedFigure]:
     figures = []
     with matplotlib.rc_context(STYLE):
         for draw, title, is_wide, caption in FIGURES:
-            figure = draw(history)
-            png = None if figure is None else as_png(figure)
-            figures.append(RenderedFigure(draw.__name__.removeprefix("draw_"), title, caption, is_wide, png))
+            name = draw.__name__.removeprefix("draw_")
+            png = _png(draw(history))
+            narrow_png = _png(draw(history, "narrow")) if is_wide and png is not None else None
+            figures.append(RenderedFigure(name, title, caption, is_wide, png, narrow_png))
     return figures
+
+
+def _png(figure: "Figure | None") -> bytes | None:
+    return None if figure is None else as_png(figure)

@@ -20,6 +20,7 @@ from expo.reporting.figures.drawing import (
     PURPLE,
     SKY,
     VERMILION,
+    Width,
     error_bars,
     legend,
     make_panels,
@@ -43,11 +44,11 @@ def tanh_rho(accuracy: float) -> float:
     return (math.tanh(accuracy) + 1) / 2
 
 
-def draw_accuracy(history: TrainingHistory) -> "Figure | None":
+def draw_accuracy(history: TrainingHistory, width: Width = "full") -> "Figure | None":
     """Accuracy of each step's rollouts, and held-out pass@k at the evaluated steps."""
     if not history.metrics and not history.evaluations:
         return None
-    figure, (axes,) = make_panels(wide=True)
+    figure, (axes,) = make_panels(width=width)
     _noisy_line(axes, history.metrics, "accuracy", GREY, "training rollouts, each step")
     for k, colour in ((1, BLUE), (8, GREEN), (32, VERMILION)):
         _evaluated_line(axes, history.evaluations, k, colour)
@@ -169,7 +170,7 @@ def draw_clip_fractions(history: TrainingHistory) -> "Figure | None":
 def draw_health(history: TrainingHistory) -> "Figure | None":
     """Shares of replies and groups that give no learning signal."""
     lines = (
-        ("zero_variance_fraction", "groups with equal rewards", GREY),
+        ("zero_variance_fraction", "groups of equal rewards", GREY),
         ("unparsed_fraction", "unparsed replies", VERMILION),
         ("truncated_fraction", "truncated replies", BLUE),
         ("timeout_fraction", "verifier timeouts", GREEN),
@@ -190,12 +191,12 @@ def _share_lines(history: TrainingHistory, lines: Sequence[tuple[str, str, str]]
     return figure
 
 
-def draw_phases(history: TrainingHistory) -> "Figure | None":
+def draw_phases(history: TrainingHistory, width: Width = "full") -> "Figure | None":
     """Seconds of each step, stacked by phase."""
     names = _phase_names(history.metrics)
     if not names:
         return None
-    figure, (axes,) = make_panels(wide=True)
+    figure, (axes,) = make_panels(width=width)
     # each step extends half a step to both sides, so that a single step is visible too
     edges = step_edges(steps_of(history.metrics))
     lower = [0.0] * len(edges)

@@ -276,3 +276,10 @@ def test_wrong_sources_end_the_command_with_one_line(capsys):
     assert error.startswith("python -m expo.data: error: ")
     assert "did you mean aime-2025" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["a\0b", "a\0b.jsonl", "x" * 5000, "x" * 5000 + ".jsonl"])
+def test_a_name_that_no_file_can_have_is_one_line(source):
+    with pytest.raises(ConfigError, match=r"the source .* cannot be read .*; give another file or name") as error:
+        load_questions(source)
+    assert len(str(error.value)) < 200

@@ -11,7 +11,8 @@ import pytest
 from expo.errors import ConfigError
 from expo.evaluate import main
 from expo.evaluation.compare import Results, compare
-from expo.evaluation.scores import mean_with_interval, pass_at_k, powers_of_two
+from expo.evaluation.intervals import mean_with_interval
+from expo.evaluation.scores import pass_at_k, powers_of_two
 
 
 def results(correct, n, label="a", **protocol):
@@ -43,7 +44,9 @@ def test_a_known_difference_is_reported_at_every_k():
     n, correct = 8, [c % 6 for c in range(40)]
     found = by_metric(compare(results(correct, n), results([c + 1 for c in correct], n)))
     assert list(found) == ["pass@1", "pass@2", "pass@4", "pass@8", "maj@8"]
-    assert tuple(found["pass@1"]) == pytest.approx((1 / 8, 1 / 8, 1 / 8))
+    # equal gains have no spread to resample: Wilson's interval
+    assert found["pass@1"].mean == pytest.approx(1 / 8)
+    assert 0 < found["pass@1"].low < 0.05 < 0.25 < found["pass@1"].high
     for k in powers_of_two(n):
         gains = [pass_at_k(n, c + 1, k) - pass_at_k(n, c, k) for c in correct]
         assert found[f"pass@{k}"].mean == pytest.approx(sum(gains) / 40)
@@ -73,6 +76,25 @@ def test_without_a_difference_about_one_interval_in_twenty_excludes_zero():
     # 5 % of 200 are 10, with a standard deviation of 3.1; a percentile bootstrap of 60 questions is a little narrow
     for metric, count in num_false.items():
         assert 1 <= count <= 21, (metric, count)
+
+
+@pytest.mark.parametrize("correct", [[0] * 16, [4] * 16, [2], [1, 3, 0, 4] * 5])
+def test_ties_are_too_few_to_tell(correct, tmp_path, capsys):
+    a, b = (write(tmp_path / name, results(correct, 4, name)) for name in "ab")
+    for line in compare(results(correct, 4), results(correct, 4)):
+        assert line.change.low < line.change.mean == 0 < line.change.high
+        assert (line.num_differing, line.remark) == (0, "too few to tell")
+    assert main(["compare", str(a), str(b)]) == 0
+    assert capsys.readouterr().out.count("too few to tell") == 4  # pass@1, 2, 4 and maj@4
+    assert (b / "compare.html").read_text().count("<small>too few to tell</small>") == 4
+
+
+def test_five_questions_that_differ_are_too_few_and_six_are_not():
+    for num, trend in ((1, ""), (5, ""), (6, "up"), (16, "up")):
+        (line, *_) = compare(results([0] * num, 4), results([4] * num, 4))
+        assert (line.change.mean, line.trend) == (1.0, trend)
+        (line, *_) = compare(results([4] * num, 4), results([0] * num, 4))
+        assert line.trend == ("down" if trend else "")
 
 
 def test_evaluations_of_other_protocols_are_refused_without_anyway():
@@ -110,7 +132,8 @@ def test_the_command_prints_the_table_and_writes_a_page_with_curves(tmp_path, ca
     a = write(tmp_path / "a", results(correct, 8))
     b = write(tmp_path / "b", results([c + 1 for c in correct], 8, "<b>"))
     assert main(["compare", str(a), str(b)]) == 0
-    assert re.search(r"set +40 +pass@1 .* \+0\.125 \[\+0\.125, \+0\.125\]", capsys.readouterr().out)
+    assert re.search(r"set +40 +pass@1 .* \+0\.125 \[\+0\.013, \+0\.261\]\*\n", out := capsys.readouterr().out)
+    assert "\n* Wilson's interval with n = questions" in out
     page = (b / "compare.html").read_text()
     assert page.count("data:image/png;base64,") == 1
     assert "<td>maj@8</td>" in page

@@ -61,14 +61,45 @@ def test_replies_that_are_no_file_are_one_error(tmp_path):
 
 
 SETS = {"sums": {"pass_at": {}, "questions": []}}
+
+
+def whole(correct=1, majority=1.0, estimate=None):
+    """Results of one question with one value replaced."""
+    estimate = estimate or {"mean": 1.0, "low": 0.2, "high": 1.0}
+    question = {"id": "a", "level": "", "correct": correct, "majority": majority}
+    fractions = {f"{name}_fraction": 0.0 for name in ("truncated", "unparsed", "timeout")}
+    scores = {
+        "num_questions": 1,
+        "pass_at": {"1": estimate},
+        "maj_at_n": estimate,
+        "questions": [question],
+        **fractions,
+    }
+    questions = {"sums": {"questions_sha256": "0"}}
+    return {"model": {}, "protocol": {"num_samples": 1}, "questions": questions, "sets": {"sums": scores}}
+
+
 RESULTS = {
     "empty": {},
     "sets of no form": {"model": {}, "protocol": {"num_samples": 1}, "questions": {}, "sets": []},
     "no protocol": {"model": {}, "protocol": None, "questions": {}, "sets": SETS},
     "no number": {"model": {}, "protocol": {"num_samples": "n"}, "questions": {}, "sets": SETS},
     "no ids": {"model": {}, "protocol": {"num_samples": 1}, "questions": {}, "sets": {"sums": {"questions": [1]}}},
+    "a score that is no number": whole(majority=float("nan")),
+    "no score": whole(majority=None),
+    "more correct replies than samples": whole(correct=9),
+    "no interval": whole(estimate={"mean": 1.0, "low": None, "high": 1.0}),
+    "an interval that is no number": whole(estimate={"mean": float("nan"), "low": 0.0, "high": 1.0}),
+    "endless samples": {"model": {}, "protocol": {"num_samples": float("inf")}, "questions": {}, "sets": SETS},
     "no checksums": {"model": {}, "protocol": {"num_samples": 1}, "questions": {"sums": 1}, "sets": SETS},
 }
+
+
+def test_whole_results_are_compared(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(whole()))
+    assert compare_main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
 
 
 @pytest.mark.parametrize("case", RESULTS)

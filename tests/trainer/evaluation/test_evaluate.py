@@ -10,7 +10,7 @@ import pytest
 from expo import ledger
 from expo.config import EvaluationSection
 from expo.errors import ConfigError
-from expo.evaluate import evaluate, evaluate_model, pass_at_k
+from expo.evaluate import evaluate, evaluate_model, main, pass_at_k
 from expo.evaluation.config import parse_command_line
 from expo.rewards.verifier import Verifier
 from expo.rollout.data_parallel import DataParallelEngine
@@ -125,6 +125,16 @@ def test_the_protocol_is_in_the_results(whole):
 def test_two_evaluations_with_different_batches_give_equal_bytes(whole, questions, tmp_path):
     measured(questions, tmp_path / "again", "--rollout.batch_size=24")
     assert_same_bytes(tmp_path / "again", whole)
+
+
+def test_like_an_evaluation_repeats_it_and_is_compared_with_it(whole, tmp_path, capsys):
+    evaluate_model(parse_command_line(["ledger", "--like", str(whole), "--out", str(tmp_path / "again")]))
+    out = capsys.readouterr().out
+    assert f"protocol: that of {whole / 'results.json'}\n" in out
+    assert "other than there" not in out
+    assert_same_bytes(tmp_path / "again", whole)
+    assert main(["compare", str(whole), str(tmp_path / "again")]) == 0
+    assert "too few to tell" in capsys.readouterr().out
 
 
 KILLED = """

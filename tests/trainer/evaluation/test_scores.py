@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from expo.evaluate import pass_at_k
-from expo.evaluation.scores import majority_scores, mean_with_interval, powers_of_two
+from expo.evaluation.scores import majority_scores, powers_of_two, score_set
 from expo.rewards.verifier import Verifier
 
 
@@ -32,20 +32,19 @@ def test_pass_at_k_refuses_impossible_counts(n, c, k):
         pass_at_k(n, c, k)
 
 
-def test_interval_holds_the_mean_and_shrinks_with_questions():
-    few, many = mean_with_interval([0.0, 1.0] * 10), mean_with_interval([0.0, 1.0] * 1000)
-    for interval in (few, many):
-        assert interval["low"] < interval["mean"] == 0.5 < interval["high"]
-    # half-width of a mean of n fair coins: 1.96 * 0.5 / sqrt(n)
-    assert few["high"] - 0.5 == pytest.approx(0.219, abs=0.04)
-    assert many["high"] - 0.5 == pytest.approx(0.0219, abs=0.003)
-    assert mean_with_interval([1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
-
-
 def test_the_ks_of_tables_end_at_n():
     assert powers_of_two(1) == [1]
     assert powers_of_two(8) == [1, 2, 4, 8]
     assert powers_of_two(9) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("verdict", "low", "high"), [("wrong", 0.0, 0.1936), ("correct", 0.8064, 1.0)])
+def test_the_interval_of_a_set_with_one_score_counts_questions_not_replies(verdict, low, high):
+    row = {"verdict": verdict, "level": "hard", "truncated": False}
+    scores = score_set([row] * 16 * 4, 4, (1, 4), (1,))
+    for found in (scores["pass_at"]["1"], scores["pass_at"]["4"], scores["by_level"]["hard"]["pass_at"]["1"]):
+        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
+        assert found["interval"] == "wilson"
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,11 @@ def test_the_headline_gives_the_change_with_its_interval(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("after", "verb"),
-    [((0.5, 0.47, 0.53), "rose"), ((0.41, 0.38, 0.44), "did not change significantly"), ((0.2, 0.17, 0.23), "fell")],
+    [
+        ((0.5, 0.47, 0.53), "rose"),
+        ((0.41, 0.38, 0.44), "went from 0.400 to 0.410 (too few to tell), a change of"),
+        ((0.2, 0.17, 0.23), "fell"),
+    ],
 )
 def test_the_headline_claims_only_what_the_interval_supports(
     after: tuple[float, float, float], verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +86,34 @@ def test_model_text_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     page = page_of(run)
     assert "<script" not in page
     assert page.count(escape(HOSTILE)) >= 10
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("model", "model"),
+        ("/work/sft/model", "model sft/model"),
+        ("./Model/", "model"),
+        ("../model", "model"),
+        ("a/model-7b", "model model-7b"),
+        ("org/name", "model name"),
+        ("/", "model /"),
+        ("", ""),
+    ],
+)
+def test_a_model_folder_named_model_is_not_named_twice(path, shown, tmp_path, monkeypatch):
+    without_figures(monkeypatch)
+    run = fake_run(tmp_path / "run", num_steps=1)
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "model": {"path": path}, "data": {"train": "x/data"}}))
+    assert f"Run run · EXPO · {shown + ' · ' if shown else ''}data x/data</p>" in page_of(run)
+
+
+def test_a_row_on_a_narrow_screen_names_its_values(finished: Path) -> None:
+    row = (finished / "report.html").read_text().split('<tr class="first">')[1].split("</tr>")[0]
+    assert re.findall(r'data-label="(\w+)"', row) == ["Set", "Questions", "Before", "After", "Change"]
+    assert "<td>pass@1</td>" in row
+    # a style that moved out of the page, or a header without a label, would lose the columns
+    assert "content: attr(data-label)" in (finished / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

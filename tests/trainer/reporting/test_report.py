@@ -2,6 +2,7 @@
 
 import base64
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from expo.errors import NotARunError
 from expo.report import main, write_report
-from expo.reporting.figures import FIGURES
+from expo.reporting.figures import FIGURES, drawing
 from expo.runtime import atomic_io
 from tests.trainer.reporting.run_folders import CONFIG, fake_run, page_of, report_code, without_figures, write_lines
 
@@ -24,6 +25,28 @@ def test_every_figure_is_a_file_and_is_embedded_in_the_page(finished: Path) -> N
     files = [(finished / "pictures" / f"{name}.png").read_bytes() for name in FIGURE_NAMES]
     assert [base64.b64decode(data) for data in embedded] == files
     assert all(content.startswith(b"\x89PNG") for content in files)
+
+
+def test_a_narrow_screen_gets_every_wide_figure_redrawn_with_its_panels_below_each_other(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    blocks = re.findall(r'<figure id="(\w+)"(.*?)</figure>', page, flags=re.DOTALL)
+    assert [name for name, _ in blocks] == FIGURE_NAMES
+    for (name, block), (_, _, is_wide, _) in zip(blocks, FIGURES, strict=True):
+        images = [
+            png_size(base64.b64decode(data)) for data in re.findall(r'(?:srcset|src)="[^,"]*base64,([^"]+)"', block)
+        ]
+        assert len(images) == 1 + is_wide, name
+        narrow_width, narrow_height = images[0]
+        # text of 10.5 points is then 9 pixels high or more on a screen of 390
+        assert narrow_width <= 5.6 * drawing.DPI + 1, name
+        if name in ("pass_at_k", "curriculum"):
+            assert narrow_height > narrow_width, name
+    assert page.count('<source media="(max-width: 40rem)"') == sum(is_wide for _, _, is_wide, _ in FIGURES)
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header of a PNG file."""
+    return struct.unpack(">II", content[16:24])  # type: ignore[return-value]
 
 
 def test_only_the_report_is_added_to_the_folder(finished: Path, tmp_path: Path) -> None:

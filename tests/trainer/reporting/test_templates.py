@@ -61,9 +61,10 @@ def test_a_missing_value_is_an_error() -> None:
 
 def test_a_change_is_marked_if_its_interval_excludes_zero() -> None:
     changes = [(0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.1, 0.0, 0.2)]
-    comparisons = [Comparison("set", 3, "pass@1", None, None, Estimate(*change)) for change in changes]
+    comparisons = [Comparison("set", 30, "pass@1", None, None, Estimate(*change)) for change in changes]
     rows = comparison_table(comparisons, "Set").rows
     assert [row.trend for row in rows] == ["up", "down", ""]
+    assert [row.remark for row in rows] == ["", "", "too few to tell"]
     assert [row.is_first for row in rows] == [True, False, False]
     assert (rows[1].change.mean, rows[1].change.interval) == ("−0.100", "[−0.150, −0.050]")
     assert (rows[0].before.mean, rows[0].before.interval) == ("–", "")

@@ -28,6 +28,7 @@ def echo(replies, answers, questions): return [float(q == "q" and a == "1") for 
 def too_few(replies, answers, questions): return [1.0]
 def nothing(replies, answers, questions): return None
 def words(replies, answers, questions): return ["good" for _ in replies]
+def not_a_number(replies, answers, questions): return [math.nan for _ in replies]
 def infinite(replies, answers, questions): return [math.inf if reply == "cc" else 0.0 for reply in replies]
 def chokes(replies, answers, questions):
     if any(len(reply) == 2 for reply in replies): raise ValueError("two\\nlines")
@@ -103,6 +104,7 @@ def test_functions_that_cannot_be_imported_are_named_at_load(functions, name, ex
         ("nothing", "returned None; return a list"),
         ("words", r"returned \['good', 'good'\]; return a list"),
         ("infinite", "returned inf for the reply 'cc' to 'q'"),
+        ("not_a_number", "returned nan for the reply 'a' to 'q'"),
         ("leaves", "raised SystemExit: 0, given the reply 'a' to 'q'"),
         ("interrupts", "raised KeyboardInterrupt:, given the reply 'a' to 'q'"),
         ("chokes", "raised ValueError: two lines, given the reply 'cc' to 'q'"),
@@ -115,6 +117,14 @@ def test_functions_that_fail_are_named_with_the_reply(functions, name, expected)
     assert "\n" not in str(error.value)
 
 
+def share_of_equal_rewards(replies):
+    """Of the groups in completions.jsonl."""
+    groups = {}
+    for reply in replies:
+        groups.setdefault(reply["question_id"], set()).add(reply["shaped_reward"])
+    return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
+
+
 def test_shaping_changes_advantages_but_not_accuracy_beta_or_pass_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(expo.run.lifecycle, "write_report", lambda _: "left out here")
     plain = train(quick(tmp_path, run__steps=1, optimizer__warmup_steps=0))
@@ -122,8 +132,11 @@ def test_shaping_changes_advantages_but_not_accuracy_beta_or_pass_rates(tmp_path
     run = train(quick(tmp_path, "shaped", run__steps=1, optimizer__warmup_steps=0, **options))
     (before,), (row,) = rows_of(plain, "metrics"), rows_of(run, "metrics")
     assert row["loss"] != before["loss"]
-    for name in ("accuracy", "beta_eff", "zero_variance_fraction", "completion_length"):
+    for name in ("accuracy", "beta_eff", "completion_length"):
         assert row[name] == before[name]
+    for found, of_run in ((before, plain), (row, run)):
+        assert found["zero_variance_fraction"] == share_of_equal_rewards(rows_of(of_run, "completions"))
+    assert row["zero_variance_fraction"] < before["zero_variance_fraction"]
     assert rows_of(plain, "curriculum") == rows_of(run, "curriculum")
     assert before["reward"] == before["accuracy"]
     assert 0 < row["reward/boxed"] <= 1
