@@ -106,7 +106,11 @@ def test_every_command_ends_with_one_line(capsys, tmp_path, monkeypatch, name, e
 
 def test_before_the_ranks_join_the_first_of_each_node_prints_its_error(capsys, monkeypatch):
     named = "program: error: rank 3: wrong\n"
-    for rank, local_rank, has_joined, printed in [("3", "0", False, named), ("4", "1", False, ""), ("3", "0", True, "")]:
+    for rank, local_rank, has_joined, printed in [
+        ("3", "0", False, named),
+        ("4", "1", False, ""),
+        ("3", "0", True, ""),
+    ]:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         monkeypatch.setattr("torch.distributed.is_initialized", lambda joined=has_joined: joined)
