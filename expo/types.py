@@ -8,7 +8,7 @@ VerdictKind = Literal["correct", "wrong", "unparsed", "timeout"]
 
 
 @dataclass(frozen=True)
-class Parts:
+class QuestionParts:
     """What the text of a question is made of; the variables of data.template.
 
     question: without context and options; context: the text before it, or ""; options: label and text of each choice;
@@ -46,7 +46,7 @@ class Question:
     level: str = ""
     alternatives: tuple[str, ...] = ()
     system: str = ""
-    parts: Parts | None = None
+    parts: QuestionParts | None = None
 
     @property
     def golds(self) -> tuple[str, ...]:

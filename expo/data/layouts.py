@@ -15,7 +15,7 @@ from expo.config import DataSection
 from expo.data import values
 from expo.data.questions import Row
 from expo.errors import ConfigError
-from expo.types import Parts
+from expo.types import QuestionParts
 
 Record = Mapping[str, Any]
 Names = str | tuple[str, ...]  # one column, or one for each option
@@ -220,12 +220,11 @@ class TableReader:
         if choices is not None:
             golds, is_no_choice = choices.golds(value, golds), bool(golds)
         if not golds and not self._options.skip_bad_answers:
-            of_options = "; it is none of the options" if is_no_choice else ""
-            raise _unusable(
-                where, layout.answer, record, f"correct or drop it, or set --data.skip_bad_answers=true{of_options}"
-            )
+            of_options = "it is none of the options; " if is_no_choice else ""
+            advice = f"{of_options}correct or drop it, or set --data.skip_bad_answers=true"
+            raise _unusable(where, layout.answer, record, advice)
         options = choices.options if choices else ()
-        parts = Parts(question, context, options) if context or options else None
+        parts = QuestionParts(question, context, options) if context or options else None
         given_id = record.get(layout.id) if table.keeps_ids and layout.id else None
         level = record.get(layout.level) if layout.level else None
         return Row(

@@ -6,9 +6,21 @@ from typing import Any
 from expo.config import DataSection
 from expo.config.templates import PROMPTS, parse_template, shorten_error
 from expo.errors import ConfigError
+from expo.rewards.extract import MARKS, READS
 from expo.types import Prompt, Question, shown_options
 
-__all__ = ["PROMPTS", "render_prompt", "render_prompts", "render_whole_set", "user_text"]
+__all__ = [
+    "PROMPTS",
+    "asks_for_answer",
+    "render_prompt",
+    "render_prompts",
+    "render_whole_set",
+    "unasked_warning",
+    "user_text",
+]
+
+NUM_SEARCHED = 20  # prompts of a set
+ASKING = ("boxed", "answer", "think-answer")  # the names of templates that ask for a form of answer
 
 
 class _Options(tuple[tuple[str, str], ...]):
@@ -117,3 +129,23 @@ def render_whole_set(name: str, questions: Sequence[Question], config: DataSecti
             f"{config.max_prompt_tokens}, and dropping them would change the set; raise it to {max(lengths)}"
         )
     return rendered
+
+
+def asks_for_answer(text: str) -> bool:
+    """Whether a prompt mentions a form of answer that the verifier reads."""
+    return any(mark.casefold() in text.casefold() for mark in MARKS)
+
+
+def unasked_warning(
+    name: str, prompts: Sequence[Prompt], config: DataSection, verifier: str, tokenizer: Any
+) -> list[str]:
+    """A warning, if none of the first chat prompts of a set mentions a form of answer that the verifier reads."""
+    if ":" in verifier or not config.chat_template:  # what it reads is not known; a base model continues examples
+        return []
+    texts = (tokenizer.decode(prompt.prompt_ids) for prompt in prompts[:NUM_SEARCHED])
+    if any(map(asks_for_answer, texts)):
+        return []
+    return [
+        f"warning: no prompt of {name} asks for an answer that can be read; the verifier reads {READS}; set "
+        f"data.prompt to {' or '.join(ASKING)}, or say it in data.template or data.system"
+    ]

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.types import Parts, Question
+from expo.types import Question, QuestionParts
 
 NUM_EXAMPLES = 5  # ids named in a note
 
@@ -72,7 +72,7 @@ class Row:
     level: str = ""
     alternatives: tuple[str, ...] = ()
     system: str = ""
-    parts: Parts | None = None
+    parts: QuestionParts | None = None
 
 
 @dataclass

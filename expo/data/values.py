@@ -155,7 +155,7 @@ class Choices:
             value: of the answer's column.
             golds: what that column holds by itself, the answer where the choices have no labels.
         """
-        if not golds or not self.labels:
+        if not golds or not self.labels or not self.by_label:
             return golds
         if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and not self.are_numbers:
             label = self.labels[int(value)] if value == int(value) and 0 <= value < len(self.labels) else ""

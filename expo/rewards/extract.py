@@ -27,9 +27,7 @@ MAX_CANDIDATES: Final = 200
 _MAX_PREFIX_CHARS: Final = 100
 THINK_TAGS: Final = (("<think>", "</think>"),)
 
-READS: Final = (
-    r"the last \boxed{...}, line that begins with Answer:, or <answer>...</answer> after the thinking, whichever comes last"
-)
+READS: Final = r"the last of \boxed{...}, a line that begins with Answer:, and <answer>...</answer>, after the thinking"
 """What is read of a reply, for messages."""
 MARKS: Final = (r"\boxed", "Answer:", "<answer>")
 """What a prompt that asks for an answer which can be read has one of."""
@@ -45,11 +43,12 @@ _ANSWER_LINE = re.compile(
 )
 _LIST_GLUE = re.compile(r"(?:[\s$,;]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)*")
 _DISPLAY_MARKS: Final = ((r"\[", r"\]"), (r"\(", r"\)"))
+_MOST_SEARCHED: Final = 100_000  # characters at the end of a reply
 # What may have been meant as an answer, in the order in which it is looked for; of a reply without one.
 _ALMOST: Final = (
     ("its box is empty, does not end or is too long", re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")),
     ("its <answer> is empty, does not end or is too long", re.compile(r"<answer>")),
-    ("it says Answer: with nothing after it, or within a line", re.compile(r"(?:answer|答案)(?:\*\*)?[ \t]{0,9}[:：]", re.I)),
+    ("it says Answer: within a line or with nothing after it", re.compile(r"(?:answer|答案)\*{0,2} ?[:：]", re.I)),
     ("it names an answer, but not after Answer: at the start of a line", re.compile(r"answer|答案", re.I)),
 )
 Span = tuple[int, int, int]  # of a box: start of the command, start and end of the content
@@ -100,7 +99,8 @@ def why_unparsed(
         return f"its thinking does not end with {closing}"
     if not reply[start:].strip():
         return "nothing follows its thinking"
-    return next((reason for reason, found in _ALMOST if found.search(reply, start)), "it has none of these")
+    end_only = max(start, len(reply) - _MOST_SEARCHED)
+    return next((reason for reason, found in _ALMOST if found.search(reply, end_only)), "it has none of these")
 
 
 def has_box(reply: str) -> bool:

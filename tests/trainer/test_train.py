@@ -283,7 +283,7 @@ def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
         ({"model.path": "./lost"}, "model.path = ./lost does not exist"),
         ({"data.train": "empty.jsonl"}, "empty.jsonl holds no questions"),
         ({"data.train": "lost.jsonl"}, "cannot read the question file lost.jsonl"),
-        ({"data.train": "one.jsonl"}, "lower it to 1 or less"),
+        ({"data.train": "one.jsonl"}, "add --rollout.questions_per_step=1"),
         ({"data.train": "odd.jsonl"}, "odd.jsonl"),
         ({"run.device": "warp"}, "run.device = 'warp'"),
         ({"run.dir": "odd.jsonl/run"}, "the folder odd.jsonl/run cannot be written"),
