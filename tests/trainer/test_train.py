@@ -339,6 +339,18 @@ def test_a_step_whose_replies_state_no_answer_says_what_to_change(tmp_path, caps
     assert "data.prompt = plain does not ask for one: take boxed or dapo" in advice
 
 
+def test_a_run_without_answers_shows_its_first_replies_in_steps_and_evaluations(tmp_path, capsys):
+    train(quick(tmp_path, run__steps=2, rollout__stop_tokens=[str(digit) for digit in range(10)]))
+    lines = capsys.readouterr().out.splitlines()
+    warned = [index for index, line in enumerate(lines) if line.startswith("warning: no reply of")]
+    assert [lines[index].partition("no reply of ")[2].partition(" states")[0] for index in warned] == [
+        "the evaluation set few",
+        "step 1",
+        "the evaluation set few",
+    ]
+    assert all(lines[index + 1].startswith("  unparsed, since its box ") for index in warned)
+
+
 def test_an_ordinary_step_gives_no_advice(tmp_path, capsys):
     (step,) = one_step(tmp_path, capsys)
     assert "ALL REPLIES" not in step
