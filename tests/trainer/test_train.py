@@ -346,6 +346,7 @@ def test_a_run_without_answers_shows_its_first_replies_in_steps_and_evaluations(
     assert [lines[index].partition("no reply of ")[2].partition(" states")[0] for index in warned] == [
         "the evaluation set few",
         "step 1",
+        "step 2",
         "the evaluation set few",
     ]
     assert all(lines[index + 1].startswith("  unparsed, since its box ") for index in warned)
