@@ -349,7 +349,7 @@ def test_a_run_without_answers_shows_its_first_replies_in_steps_and_evaluations(
         "step 2",
         "the evaluation set few",
     ]
-    assert all(lines[index + 1].startswith("  unparsed, since its box ") for index in warned)
+    assert all(lines[index + 1].startswith("  unparsed, since it") for index in warned)
 
 
 def test_an_ordinary_step_gives_no_advice(tmp_path, capsys):
