@@ -11,6 +11,7 @@ batch changes the rounding of its log-probs and so, occasionally, a sampled toke
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from expo.errors import StopRequested
 from expo.evaluation import compare
 from expo.evaluation.config import PROGRAM, EvalArguments, parse_command_line
 from expo.evaluation.protocol import RESULTS
-from expo.evaluation.replies import REPLIES, read_replies, reply_rows
+from expo.evaluation.replies import REPLIES, read_replies, reply_rows, rows_of_set
 from expo.evaluation.results import summarise
 from expo.evaluation.scores import pass_at_k, score_set
 from expo.evaluation.session import open_evaluation
 from expo.evaluation.tables import scores_table
 from expo.rewards.groups import GradedRollouts, Grader, grade
 from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_seed
+from expo.run.advice import first_unparsed, set_advice
 from expo.run.environment import describe_environment
 from expo.runtime.distributed import leave_ranks
 from expo.runtime.endings import errors_on_one_line
@@ -67,10 +69,12 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
+    on_scores: Callable[[str, dict[str, Any], GradedRollouts], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates the policy of a run.
 
-    All evaluations of a run use the same random numbers, so they differ by the policies alone.
+    All evaluations of a run use the same random numbers, so they differ by the policies alone. `on_scores` is called
+    with the name of each set, its scores and its replies.
 
     Returns: pass@k for k = 1, 8, 32 (where n allows) of every set and of its levels, and the fractions of replies that
         were truncated, unparsed or timed out.
@@ -82,6 +86,8 @@ def evaluate(
     for name, prompts in sets.items():
         graded = sample_and_grade(engine, verifier, prompts, config, max_new_tokens, seed, on_progress)
         scores[name] = score_set(graded.rows(), n, ks, ks)
+        if on_scores is not None:
+            on_scores(name, scores[name], graded)
     return {
         "seconds": time.perf_counter() - started,
         "num_samples": n,
@@ -135,6 +141,11 @@ def evaluate_model(arguments: EvalArguments) -> Path:
             # equal replies give an equal file, byte for byte
             folder.write_json(RESULTS, {**evaluation.metadata, "sets": scores})
             display.line(scores_table(scores, n))
+            for name, found in scores.items():
+                unparsed = first_unparsed(partial(rows_of_set, folder.path / f"{REPLIES}.jsonl", name))
+                warning = set_advice(name, found, unparsed, evaluation.verifier.why_unparsed, config)
+                if warning is not None:
+                    display.line(warning)
             display.line(f"results: {folder.path / RESULTS}")
         return folder.path
 

@@ -20,12 +20,13 @@ from expo.learner.policy import Policy
 from expo.planning.plan import print_plan
 from expo.rewards.groups import GradedRollouts, Rollouts, grade
 from expo.rollout import GenerationRequest, Sampling, request_seed
+from expo.run.advice import step_advice
 from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import current_position, random_states
 from expo.run.collapse import collapse_advice
 from expo.run.divergence import end_if_collapsed, last_good_step, with_advice
 from expo.run.lifecycle import evaluate_if_due, finish, resume_run, save_checkpoint, stop
-from expo.run.metrics import curriculum_row, progress_note, step_advice, step_row
+from expo.run.metrics import curriculum_row, progress_note, step_row
 from expo.run.schedule import is_due, is_over
 from expo.run.setup import RunRollout, open_run
 from expo.runtime.distributed import leave_ranks
@@ -111,8 +112,9 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                         good_step=last_good_step(watch, step, num_bad, position.good_step),
                     )
                     bar.advance(note=progress_note(row, watch.signs))
-                    for advice in filter(None, (step_advice(row, config), collapse_advice(step, watch, config))):
-                        books.display.line(advice)
+                    advice = step_advice(row, sampled, rollout.verifier.why_unparsed, config)
+                    for warning in filter(None, (advice, collapse_advice(step, watch, config))):
+                        books.display.line(warning)
                     end_if_collapsed(run, watch, step)
                     score = evaluate_if_due(run, position)
                     position = replace(position, random=random_states())  # an evaluation may draw random numbers

@@ -1,6 +1,6 @@
 """The values on the way from a question to the gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +8,36 @@ VerdictKind = Literal["correct", "wrong", "unparsed", "timeout"]
 
 
 @dataclass(frozen=True)
+class QuestionParts:
+    """What the text of a question is made of; the variables of data.template.
+
+    question: without context and options; context: the text before it, or ""; options: label and text of each choice;
+    choices that are one text have the label "".
+    """
+
+    question: str
+    context: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+
+    def text(self, without: Container[str] = ()) -> str:
+        """Context, question and options as one text, but for the parts that `without` names."""
+        context = f"{self.context}\n\n" if self.context and "context" not in without else ""
+        options = f"\n{shown_options(self.options)}" if self.options and "options" not in without else ""
+        return f"{context}{self.question}{options}"
+
+
+def shown_options(options: Iterable[tuple[str, str]]) -> str:
+    """The choices of a question, each as "(A) text" in a line of its own."""
+    return "\n".join(f"({label}) {text}" if label else text for label, text in options)
+
+
+@dataclass(frozen=True)
 class Question:
     """A question with a checkable answer.
 
     id: stable, unique in its set; text: its wording; answer: the gold answer; level: name of its difficulty, or "";
-    alternatives: further gold answers, any of which is right too; system: the system message of its prompt, or "".
+    alternatives: further gold answers, any of which is right too; system: the system message of its prompt, or "";
+    parts: what the text is made of, None if it is one part.
     """
 
     id: str
@@ -21,6 +46,7 @@ class Question:
     level: str = ""
     alternatives: tuple[str, ...] = ()
     system: str = ""
+    parts: QuestionParts | None = None
 
     @property
     def golds(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ ONLY_IN = {
     "httpx2": {"expo/rollout/vllm/client.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/learner/_compat_deepspeed.py", "expo/evaluation/saved_weights.py"},
-    "jinja2": {"expo/reporting/templates.py"},
+    "jinja2": {"expo/config/templates.py", "expo/reporting/templates.py"},
     "math_verify": {"expo/rewards/maths/algebra.py"},
     "matplotlib": {
         f"expo/reporting/figures/{name}.py" for name in ("curriculum", "drawing", "evaluations", "run", "steps")

@@ -6,8 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from expo.config.section import YEAR_S, Count, Index, Length, Positive, Seconds, Section, Several
+from expo.config.templates import read_template
 
-Column = Literal["question", "answer", "accepted", "context", "choices", "id", "level"]
+Column = Literal["question", "answer", "accepted", "context", "options", "choices", "id", "level"]
+MOST_OPTIONS = 26
+OPTIONS: tuple[Column, ...] = ("options", "choices")  # two names for the same
 
 
 class RunSection(Section):
@@ -91,20 +94,23 @@ class DataSection(Section):
     """Source of the training questions: a JSON-lines or Parquet file or a folder of them,
     "owner/name[/configuration][:split][@revision]" on the Hugging Face hub, a named set such as dapo-17k,
     "reasoning-gym:FAMILY?level=1&size=500&seed=0", or a built-in set such as "ledger:train" (docs/data.md)."""
-    columns: dict[Column, str | None] = {}
+    columns: dict[Column, str | list[str] | None] = {}
     """Columns of the questions, for a table whose columns are not known (docs/data.md): {question: Q, answer: A}, with
-    accepted in place of answer for a list of which any member is right; context, choices, id and level where there are
-    such columns, null to leave one out. An evaluation set without these columns is read by the known ones."""
+    accepted in place of answer for a list of which any member is right; context, options (also choices; a list names a
+    column for each option), id and level where there are such columns, null to leave one out. An evaluation set without
+    these columns is read by the known ones."""
     drop_overlap: Literal["none", "exact", "near"] = "none"
     """Training questions to drop because evaluation.sets contain them; exact: with the same text, near: also with
     nearly the same text, none: they are only reported, so that the training set is the paper's and does not depend on
     the evaluation."""
     skip_bad_answers: bool = False
     """Drop and count questions whose gold answer is missing or cannot be parsed; false: refuse a set that has any."""
-    prompt: Literal["plain", "boxed", "dapo"] = "dapo"
-    """Template around a question; plain: the question alone, boxed: asks for \\boxed{}, dapo: asks for Answer:."""
+    prompt: Literal["plain", "boxed", "answer", "think-answer", "dapo"] = "dapo"
+    """Template around a question; plain: the question alone, boxed: asks for \\boxed{}, answer and dapo: ask for a line
+    Answer:, think-answer: asks for <think> and <answer>."""
     template: str | None = None
-    """Template of your own in place of data.prompt: a text with {question} where the question belongs. If unset:
+    """Template in place of data.prompt: a name as there, a text with {question} where the question belongs, a Jinja
+    template with the variables question, options and context, or a Jinja file (.jinja, .jinja2, .j2). If unset:
     data.prompt."""
     chat_template: bool = True
     """Wrap the prompt as one user message in the tokenizer's chat template."""
@@ -119,14 +125,19 @@ class DataSection(Section):
 
     @field_validator("template")
     @classmethod
-    def _template_has_a_question(cls, value: str | None) -> str | None:
-        if value is not None and value.count("{question}") != 1:
-            raise ValueError("it must contain {question} once, where the question belongs")
-        return value
+    def _template_is_one(cls, value: str | None) -> str | None:
+        return None if value is None else read_template(value)
 
     @field_validator("columns")
     @classmethod
-    def _columns_go_together(cls, value: dict[Column, str | None]) -> dict[Column, str | None]:
+    def _columns_go_together(cls, value: dict[Column, str | list[str] | None]) -> dict[Column, str | list[str] | None]:
+        lists = [name for name, column in value.items() if isinstance(column, list) and name not in OPTIONS]
+        if lists:
+            raise ValueError(f"{lists[0]} is one column; only options may be a list of columns")
+        if any(isinstance(column, list) and len(column) > MOST_OPTIONS for column in value.values()):
+            raise ValueError(f"give at most {MOST_OPTIONS} columns of options, one for each letter")
+        if all(name in value for name in OPTIONS) or any(column in ([], "") for column in value.values()):
+            raise ValueError("give each of them a column, or null, and only one of options and choices")
         has_question = value.get("question") is not None
         num_answers = sum(value.get(name) is not None for name in ("answer", "accepted"))
         if num_answers != has_question:

@@ -3,7 +3,7 @@
 from expo.data.gradable import bad_questions, only_gradable
 from expo.data.layouts import ReadOptions
 from expo.data.overlap import Overlap, find_overlap
-from expo.data.prompts import PROMPTS, render_prompt, render_prompts, render_whole_set
+from expo.data.prompts import PROMPTS, render_prompt, render_prompts, render_whole_set, unasked_warning
 from expo.data.questions import QuestionSet, question_id
 from expo.data.sources import BUILT_IN, load_questions
 
@@ -21,4 +21,5 @@ __all__ = [
     "render_prompt",
     "render_prompts",
     "render_whole_set",
+    "unasked_warning",
 ]

@@ -8,18 +8,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from expo.config import DataSection, ModelSection
+from expo.config import DataSection, ModelSection, RewardSection
 from expo.data import sources
 from expo.data.gradable import bad_questions
 from expo.data.layouts import ReadOptions
 from expo.data.overlap import find_overlap
-from expo.data.prompts import PROMPTS, render_prompt
+from expo.data.prompts import PROMPTS, render_prompt, unasked_warning
 from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.runtime.cli import OneLineParser, flag_value
+from expo.rewards.methods import what_is_read
+from expo.runtime.cli import FlagText, OneLineParser, flag_value
+from expo.runtime.config_errors import explain
+from expo.runtime.console import printable
 from expo.runtime.endings import errors_on_one_line
+from expo.types import Prompt, Question
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -27,19 +31,32 @@ YAML_FLAGS = ("columns", "template", "system", "chat_template_kwargs")
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """Prints some prompts exactly as the model gets them, with special tokens, and their gold answers."""
-    loaded = sources.load_questions(arguments.source, ReadOptions.of(_section(arguments)))
-    section, tokenizer = _section(arguments), _tokenizer(arguments.model)
-    for number, question in enumerate(loaded.questions[: arguments.n], 1):
-        prompt_ids = render_prompt(question, section, tokenizer)
-        text = tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """Prints some prompts exactly as the model gets them, with special tokens, their gold answers, and what the
+    verifier reads of a reply. Control characters are shown as escapes.
+    """
+    section = _section(arguments)
+    reads = what_is_read(arguments.verifier)
+    loaded = sources.load_questions(arguments.source, ReadOptions.of(section))
+    tokenizer = _tokenizer(arguments.model)
+    prompts = [Prompt(question, render_prompt(question, section, tokenizer)) for question in _first(loaded, arguments)]
+    for number, prompt in enumerate(prompts, 1):
+        question = prompt.question
+        text = tokenizer.decode(prompt.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         level = f", level {question.level}" if question.level else ""
-        print(f"question {number} of {len(loaded.questions)}: id {question.id}{level}, {len(prompt_ids)} tokens")
-        print("-" * 80, text, "-" * 80, sep="\n")
+        title = f"question {number} of {len(loaded.questions)}: id {question.id}{level}"
+        print(f"{printable(title)}, {len(prompt.prompt_ids)} tokens")
+        print("-" * 80, printable(text, keep="\n\t"), "-" * 80, sep="\n")
         for gold in question.golds:
-            print(f"gold answer: {gold}    graded as: {normalise_gold(gold)}")
+            print(printable(f"gold answer: {gold}    graded as: {normalise_gold(gold)}"))
         print()
+    print(f"the verifier ({arguments.verifier}) reads {reads}")
+    for line in unasked_warning(arguments.source, prompts, section, arguments.verifier, tokenizer):
+        print(line)
     return 0
+
+
+def _first(loaded: QuestionSet, arguments: argparse.Namespace) -> Sequence[Question]:
+    return loaded.questions[: max(arguments.n, 1)]
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -56,7 +73,7 @@ def check(arguments: argparse.Namespace) -> int:
     bad = bad_questions(loaded)
     print(f"{len(bad):,} gold answers cannot be graded" + (":" if bad else ""))
     for question in bad:
-        print(f"  {question.id}  {question.answer!r}")
+        print(f"  {printable(question.id)}  {question.answer!r}")
     return 1 if bad else 0
 
 
@@ -78,8 +95,8 @@ def _section(arguments: argparse.Namespace) -> DataSection:
     try:
         return DataSection(train=arguments.source, **values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"these settings do not work: {problems}") from error
+        problems = "; ".join(f"--{explain(item, ())}" for item in error.errors())
+        raise ConfigError(problems) from error
 
 
 def _tokenizer(path: str) -> Any:
@@ -108,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         for field in YAML_FLAGS:
             flag = f"--{field.replace('_', '-')}"
-            command.add_argument(flag, dest=field, metavar="VALUE", help=f"as data.{field}")
+            kind = FlagText if field in ("template", "system") else str
+            command.add_argument(flag, dest=field, metavar="VALUE", type=kind, help=f"as data.{field}")
+    commands.choices["show"].add_argument(
+        "--verifier", metavar="NAME", default=RewardSection().verifier, help="as reward.verifier (default: math)"
+    )
     commands.choices["show"].add_argument("-n", type=int, default=3, metavar="N", help="how many (default: 3)")
     commands.choices["check"].add_argument(
         "--against", nargs="+", default=[], metavar="SOURCE", help="evaluation sets to search for the same questions"

@@ -4,23 +4,28 @@ The columns of a table's first row choose its layout, unless data.columns names 
 from the data sets' pages on the Hugging Face hub; `hub.NAMED` lists the sets. `values.py` reads the values.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from string import ascii_uppercase
+from typing import Any, TypeVar
 
 from expo.config import DataSection
 from expo.data import values
 from expo.data.questions import Row
 from expo.errors import ConfigError
+from expo.types import QuestionParts
 
 Record = Mapping[str, Any]
-Columns = Mapping[Any, str | None]  # data.columns: what a column holds, and its name
+Names = str | tuple[str, ...]  # one column, or one for each option
+Columns = Mapping[Any, str | list[str] | None]  # data.columns: what a column holds, and its name
 
 CONTEXTS = ("context", "passage", "body", "Body")  # SQuAD's kind; ASDiv and SVAMP: the story before the question
 CHOICES = ("choices", "options")  # MMLU, ARC; MMLU-Pro, AQuA-RAT
 # what a text model cannot be shown; such a column may be empty
 _MEDIA = re.compile(r"(?:decoded_)?images?(?:_?\d+)?|audio|video", re.IGNORECASE)
+T = TypeVar("T")
 COLUMNS_HINT = "--data.columns='{question: COLUMN, answer: COLUMN}'"
 
 
@@ -53,7 +58,8 @@ class ReadOptions:
     @classmethod
     def of(cls, section: DataSection, *, needs_columns: bool = True) -> "ReadOptions":
         """Those of a configuration."""
-        return cls(dict(section.columns), needs_columns, section.skip_bad_answers)
+        columns = {"choices" if holds == "options" else holds: name for holds, name in section.columns.items()}
+        return cls(columns, needs_columns, section.skip_bad_answers)
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -61,19 +67,22 @@ DEFAULT_OPTIONS = ReadOptions()
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a table, None where it has no such column, and the function that reads the answer's value."""
+    """The columns of a table, None where it has no such column, and the function that reads the answer's value; choices
+    may be a column for each.
+    """
 
     question: str
     answer: str
     read_answer: Callable[[Any], values.Golds] = values.single_gold
     context: str | None = None
-    choices: str | None = None
+    choices: Names | None = None
     id: str | None = None
     level: str | None = None
 
     def columns(self) -> list[str]:
         """The columns that are read."""
-        named = (self.question, self.answer, self.context, self.choices, self.id, self.level)
+        choices = self.choices if isinstance(self.choices, tuple) else (self.choices,)
+        named = (self.question, self.answer, self.context, *choices, self.id, self.level)
         return [column for column in named if column is not None]
 
 
@@ -86,7 +95,10 @@ LAYOUTS = (
     Layout("Problem", "Answer"),  # Maxwell-Jia/AIME_2024
     Layout("Question", "Answer"),  # SVAMP
     Layout("question", "answerKey"),  # ARC, CommonsenseQA
-    Layout("problem", "solution", values.boxed_gold),  # MATH: a worked solution
+    Layout("prompt", "answer"),
+    Layout("prompt", "ground_truth", values.accepted_golds),
+    Layout("problem", "solution", values.worked_gold),  # MATH
+    Layout("question", "solution", values.worked_gold),
 )
 """Tried in this order: a table with `final_answer` or `answer` may also have a `solution`, a worked one."""
 
@@ -97,7 +109,8 @@ def choose_layout(name: str, columns: Iterable[str], options: ReadOptions) -> La
     Raises: ConfigError, which names the columns, if no layout fits.
     """
     present, chosen = list(columns), options.columns
-    missing = [column for column in chosen.values() if column is not None and column not in present]
+    named = itertools.chain.from_iterable(name if isinstance(name, list) else [name] for name in chosen.values())
+    missing = [column for column in named if column is not None and column not in present]
     if missing and options.needs_columns:
         raise ConfigError(
             f"data.columns names {', '.join(missing)}, but {name} has the columns {', '.join(present) or '(none)'}"
@@ -117,24 +130,34 @@ def choose_layout(name: str, columns: Iterable[str], options: ReadOptions) -> La
 
     def optional(kind: str, known: tuple[str, ...]) -> str | None:
         if kind in chosen:
-            return chosen[kind]
+            return _one(chosen[kind])
         return next((column for column in known if column in present and column not in used), None)
 
+    given = chosen.get("choices")
+    choices: Names | None = tuple(given) if isinstance(given, list) else optional("choices", CHOICES)
+    if choices is None and "choices" not in chosen:
+        letters = tuple(itertools.takewhile(lambda letter: letter in present and letter not in used, ascii_uppercase))
+        choices = letters if len(letters) > 1 else None
     return replace(
         layout,
         context=optional("context", CONTEXTS),
-        choices=optional("choices", CHOICES),
+        choices=choices,
         id=optional("id", ("id",)),
         level=optional("level", ("level",)),
     )
 
 
+def _one(column: str | list[str] | None) -> str | None:
+    assert not isinstance(column, list), "DataSection allows a list of columns for options alone"
+    return column
+
+
 def _mapped_layout(columns: Columns) -> Layout | None:
     """The layout that data.columns names; None if it names no question."""
-    question = columns.get("question")
+    question = _one(columns.get("question"))
     if question is None:
         return None
-    accepted = columns.get("accepted")
+    accepted = _one(columns.get("accepted"))
     if accepted is not None:
         return Layout(question, accepted, values.accepted_golds)
     return Layout(question, str(columns["answer"]), values.any_gold)
@@ -189,27 +212,47 @@ class TableReader:
         system, question = values.read_question(record.get(layout.question))
         if not question:
             raise _unusable(where, layout.question, record, "correct or drop it")
-        context = values.text(record.get(layout.context)) if layout.context else ""
+        context = _read(where, "context", layout.context, record, values.context_text) if layout.context else ""
         value = record.get(layout.answer)
         golds = layout.read_answer(value)
-        if layout.choices and record.get(layout.choices) is not None:
-            choices = values.Choices.read(record[layout.choices])
-            golds = choices.golds(value, golds)
-            question = f"{question}\n{choices.text}"
+        choices = _read(where, "options", layout.choices, record, values.Choices.read) if layout.choices else None
+        is_no_choice = False
+        if choices is not None:
+            golds, is_no_choice = choices.golds(value, golds), bool(golds)
         if not golds and not self._options.skip_bad_answers:
-            raise _unusable(where, layout.answer, record, "correct or drop it, or set --data.skip_bad_answers=true")
-        text = f"{context}\n\n{question}" if context else question
+            of_options = "it is none of the options; " if is_no_choice else ""
+            advice = f"{of_options}correct or drop it, or set --data.skip_bad_answers=true"
+            raise _unusable(where, layout.answer, record, advice)
+        options = choices.options if choices else ()
+        parts = QuestionParts(question, context, options) if context or options else None
         given_id = record.get(layout.id) if table.keeps_ids and layout.id else None
         level = record.get(layout.level) if layout.level else None
         return Row(
             where,
-            text,
+            parts.text() if parts else question,
             golds[0] if golds else "",
             None if given_id is None else str(given_id),
             "" if level is None else str(level),
             golds[1:],
             system,
+            parts,
         )
+
+
+def _read(where: str, holds: str, names: Names, record: Record, read: Callable[[Any], T]) -> T:
+    """What a column holds, or several columns, one for each option. Raises: ConfigError if `read` refuses it."""
+    if isinstance(names, tuple):
+        value: Any = {ascii_uppercase[index]: record.get(name) for index, name in enumerate(names)}
+    else:
+        value = record.get(names)
+    try:
+        return read(value)
+    except ValueError as error:
+        column = names if isinstance(names, str) else ", ".join(names)
+        raise ConfigError(
+            f"{where} has no usable {holds} in `{column}`: {str(value)[:80]!r}; {error}; correct it, or leave it out: "
+            f"--data.columns='{{{holds}: null}}'"
+        ) from error
 
 
 def _unusable(where: str, column: str, record: Record, advice: str) -> ConfigError:

@@ -1,34 +1,69 @@
-"""Turns questions into prompts: a named template, then the tokenizer's chat template."""
+"""Turns questions into prompts: the template of data.template or data.prompt, then the tokenizer's chat template."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from expo.config import DataSection
+from expo.config.templates import PROMPTS, parse_template, shorten_error
 from expo.errors import ConfigError
-from expo.types import Prompt, Question
+from expo.rewards.extract import MARKS, READS
+from expo.types import Prompt, Question, shown_options
 
-PROMPTS = {
-    "plain": "{question}",
-    "boxed": "{question}\nReason step by step, and put your final answer within \\boxed{{}}.",
-    "dapo": (
-        "Solve the following math problem step by step. The last line of your response should be of the form "
-        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
-        'Remember to put your answer on its own line after "Answer:".'
-    ),
-}
-"""Templates by name; `dapo` is the wording of DAPO-17K (arXiv 2503.14476)."""
+__all__ = [
+    "PROMPTS",
+    "asks_for_answer",
+    "render_prompt",
+    "render_prompts",
+    "render_whole_set",
+    "unasked_warning",
+    "user_text",
+]
+
+NUM_SEARCHED = 20  # prompts of a set
+ASKING = ("boxed", "answer", "think-answer")  # the names of templates that ask for a form of answer
+
+
+class _Options(tuple[tuple[str, str], ...]):
+    """Label and text of each choice; as text, a line for each."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return shown_options(self)
+
+
+def user_text(question: Question, config: DataSection) -> str:
+    """The text of a question in its template, before the tokenizer's chat template.
+
+    A context or options that the template does not use are part of its `question`.
+
+    Raises: ConfigError, which names the question, if the template fails on it.
+    """
+    template = parse_template(config.prompt if config.template is None else config.template)
+    if question.parts is None:
+        values: dict[str, Any] = {"question": question.text, "context": "", "options": _Options()}
+    else:
+        parts = question.parts
+        values = {
+            "question": parts.text(without=template.variables),
+            "context": parts.context,
+            "options": _Options(parts.options),
+        }
+    try:
+        return template.render(values)
+    except Exception as error:  # a template is a program: it raises its own errors and those of its expressions
+        raise ConfigError(
+            f"data.template fails on question {question.id}: {shorten_error(error)}; correct the template"
+        ) from error
 
 
 def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> list[int]:
     """Token ids of a question's prompt, up to the first token of the reply.
 
     Raises: ConfigError if data.chat_template is true and the tokenizer has no chat template or its template fails, or
-        if the question has a system message that could not be shown.
+        if the question has a system message that could not be shown; or as `user_text`.
     """
-    if config.template is not None:
-        text = config.template.replace("{question}", question.text)
-    else:
-        text = PROMPTS[config.prompt].format(question=question.text)
+    text = user_text(question, config)
     system = question.system if config.system is None else config.system
     if not config.chat_template:
         if system:
@@ -49,9 +84,8 @@ def render_prompt(question: Question, config: DataSection, tokenizer: Any) -> li
             messages, add_generation_prompt=True, return_dict=True, **config.chat_template_kwargs
         )
     except Exception as error:  # a template is a program: it raises its own errors and those of its expressions
-        problem = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"the tokenizer's chat template fails on question {question.id}: {type(error).__name__}: {problem}; change "
+            f"the tokenizer's chat template fails on question {question.id}: {shorten_error(error)}; change "
             f"data.system or data.chat_template_kwargs, or set --data.chat_template=false"
         ) from error
     return list(encoded["input_ids"])
@@ -95,3 +129,23 @@ def render_whole_set(name: str, questions: Sequence[Question], config: DataSecti
             f"{config.max_prompt_tokens}, and dropping them would change the set; raise it to {max(lengths)}"
         )
     return rendered
+
+
+def asks_for_answer(text: str) -> bool:
+    """Whether a prompt mentions a form of answer that the verifier reads."""
+    return any(mark.casefold() in text.casefold() for mark in MARKS)
+
+
+def unasked_warning(
+    name: str, prompts: Sequence[Prompt], config: DataSection, verifier: str, tokenizer: Any
+) -> list[str]:
+    """A warning, if none of the first chat prompts of a set mentions a form of answer that the verifier reads."""
+    if ":" in verifier or not config.chat_template:  # what it reads is not known; a base model continues examples
+        return []
+    texts = (tokenizer.decode(prompt.prompt_ids) for prompt in prompts[:NUM_SEARCHED])
+    if any(map(asks_for_answer, texts)):
+        return []
+    return [
+        f"warning: no prompt of {name} asks for an answer that can be read; the verifier reads {READS}; set "
+        f"data.prompt to {' or '.join(ASKING)}, or say it in data.template or data.system"
+    ]

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.types import Question
+from expo.types import Question, QuestionParts
 
 NUM_EXAMPLES = 5  # ids named in a note
 
@@ -72,6 +72,7 @@ class Row:
     level: str = ""
     alternatives: tuple[str, ...] = ()
     system: str = ""
+    parts: QuestionParts | None = None
 
 
 @dataclass
@@ -97,7 +98,7 @@ class _Merger:
         key = row.given_id or (self.questions[normal].id if normal in self.questions else _digest(normal))
         if self.texts_of_ids.setdefault(key, normal) != normal:
             raise ConfigError(f"{row.where}: the id {key} belongs to another question already; make ids unique")
-        question = Question(key, row.text, row.answer, row.level, row.alternatives, row.system)
+        question = Question(key, row.text, row.answer, row.level, row.alternatives, row.system, row.parts)
         seen = self.questions.setdefault(normal, question)
         if seen.golds != question.golds and _normal_golds(seen) != _normal_golds(question):
             self.conflicts[normal] = None

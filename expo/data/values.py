@@ -8,7 +8,7 @@ from decimal import Decimal
 from string import ascii_uppercase
 from typing import Any
 
-from expo.data.prompts import PROMPTS
+from expo.config.templates import PROMPTS
 from expo.rewards.answers import normalise_gold, stated_gold
 
 Golds = tuple[str, ...]
@@ -16,6 +16,7 @@ Golds = tuple[str, ...]
 
 GSM8K_MARK = "####"  # before the answer, after a worked solution
 _DAPO = tuple(part.strip() for part in PROMPTS["dapo"].split("{question}"))
+_BRACKETED_LABEL = re.compile(r"\(?\s*(\w{1,9}?)\s*[).:]{0,2}")  # "(b)", "B."
 _UNIT_IN_BRACKETS = re.compile(r"(\S+) \([a-zA-Z .'/-]+\)")  # ASDiv: "9 (apples)"
 
 
@@ -83,6 +84,11 @@ def ground_truth(value: Any) -> Golds:
     return accepted_golds(truth.get("target") if isinstance(truth, Mapping) else truth)
 
 
+def worked_gold(value: Any) -> Golds:
+    """The answer of a worked solution: its last box, or what follows GSM8K's "####"."""
+    return boxed_gold(value) or (single_gold(value) if GSM8K_MARK in text(value) else ())
+
+
 def boxed_gold(value: Any) -> Golds:
     """The last boxed answer of a worked solution."""
     solution = text(value)
@@ -97,31 +103,50 @@ def any_gold(value: Any) -> Golds:
     return boxed_gold(value) or single_gold(value)
 
 
+def context_text(value: Any) -> str:
+    """The text of a context column: a text, or a list of texts; "" for none. Raises: ValueError for another value."""
+    if value is None:
+        return ""
+    paragraphs = value if isinstance(value, list) else [value]
+    if not all(isinstance(paragraph, str) for paragraph in paragraphs):
+        raise ValueError("expected a text or a list of texts")
+    return "\n\n".join(filter(None, map(str.strip, paragraphs)))
+
+
 @dataclass(frozen=True)
 class Choices:
-    """The choices of a question: their labels with their texts, and how the question shows them."""
+    """The choices of a question: their texts by label, "" for choices that are one text; the labels in order, those of
+    choices that are null too; and whether they were numbers.
+    """
 
     by_label: Mapping[str, str]
-    text: str
+    labels: tuple[str, ...] = ()
     are_numbers: bool = False
 
     @classmethod
     def read(cls, value: Any) -> "Choices":
-        """Choices from a list, from {"label": [...], "text": [...]} (ARC), {"A": ..., "B": ...} (MedQA), or a text."""
-        if isinstance(value, str):
-            return cls({}, value.strip())
-        if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-            members, labels = value["text"], value.get("label") or list(ascii_uppercase[: len(value["text"])])
-        elif isinstance(value, Mapping):
-            labels = [label for label, member in value.items() if member is not None]
-            members = [value[label] for label in labels]
-        else:
-            members = list(value)
-            labels = list(ascii_uppercase[: len(members)])
-        texts = _without_labels([str(member).strip() for member in members], [str(label) for label in labels])
-        by_label = dict(zip(map(str, labels), texts, strict=False))
-        shown = "\n".join(f"({label}) {member}" for label, member in by_label.items())
-        return cls(by_label, shown, any(not isinstance(member, str) for member in members))
+        """Choices from a list, from {"label": [...], "text": [...]} (ARC), a list of {"label": ..., "text": ...},
+        {"A": ..., "B": ...} (MedQA), or a text. A choice that is null is left out.
+
+        Raises: ValueError for another value.
+        """
+        if value is None or isinstance(value, str):
+            return cls({"": value.strip()} if value and value.strip() else {})
+        labels, members = _labels_and_members(value)
+        labels = [str(label) for label in labels]
+        known = [(label, member) for label, member in zip(labels, members, strict=True) if member is not None]
+        if not all(isinstance(member, str | int | float | Decimal) for _, member in known):
+            raise ValueError("expected texts or numbers")
+        if len(set(labels)) < len(labels):
+            raise ValueError("two options have the same label")
+        texts = _without_labels([str(member).strip() for _, member in known], [label for label, _ in known])
+        by_label = {label: member for (label, _), member in zip(known, texts, strict=True)}
+        return cls(by_label, tuple(labels), any(not isinstance(member, str) for _, member in known))
+
+    @property
+    def options(self) -> tuple[tuple[str, str], ...]:
+        """Label and text of each choice."""
+        return tuple(self.by_label.items())
 
     def golds(self, value: Any, golds: Golds) -> Golds:
         """The label of the right choice: `value` is its index from 0, its label or its text; () if it is none.
@@ -130,16 +155,41 @@ class Choices:
             value: of the answer's column.
             golds: what that column holds by itself, the answer where the choices have no labels.
         """
-        if not self.by_label or not golds:
+        if not golds or not self.labels or not self.by_label:
             return golds
-        labels = list(self.by_label)
-        if isinstance(value, int) and not isinstance(value, bool) and not self.are_numbers:
-            return (labels[value],) if 0 <= value < len(labels) else ()
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and not self.are_numbers:
+            label = self.labels[int(value)] if value == int(value) and 0 <= value < len(self.labels) else ""
+            return (label,) if label in self.by_label else ()
         stated = golds[0]
         if stated in self.by_label:
             return (stated,)
         same = [label for label, member in self.by_label.items() if member == stated]
+        if not same and (match := _BRACKETED_LABEL.fullmatch(stated)):
+            same = [label for label in self.by_label if label.upper() == match[1].upper()]
         return (same[0],) if len(same) == 1 else ()
+
+
+def _labels_and_members(value: Any) -> tuple[list[Any], list[Any]]:
+    if isinstance(value, list) and value and all(isinstance(member, Mapping) for member in value):
+        if not all({"label", "text"} <= set(member) for member in value):
+            raise ValueError("expected a label and a text in each option")
+        return [member["label"] for member in value], [member["text"] for member in value]
+    if isinstance(value, list):
+        return _letters(len(value)), value
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a list, an object or a text")
+    if not isinstance(value.get("text"), list):
+        return list(value), list(value.values())
+    labels = value.get("label") or _letters(len(value["text"]))
+    if not isinstance(labels, list) or len(labels) != len(value["text"]):
+        raise ValueError("expected as many labels as texts")
+    return labels, value["text"]
+
+
+def _letters(count: int) -> list[str]:
+    if count > len(ascii_uppercase):
+        raise ValueError(f"{count} options are more than there are letters")
+    return list(ascii_uppercase[:count])
 
 
 def _without_labels(texts: list[str], labels: list[str]) -> list[str]:

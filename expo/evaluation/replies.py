@@ -63,3 +63,9 @@ def read_replies(path: Path, set_names: Sequence[str]) -> dict[str, list[dict[st
             del row["reply"], row["question"]
             rows[row["set"]].append(row)
     return rows
+
+
+def rows_of_set(path: Path, set_name: str) -> Iterator[dict[str, Any]]:
+    """The replies of one set with their texts, in order."""
+    with path.open(encoding="utf-8") as file:
+        yield from (row for row in map(json.loads, file) if row["set"] == set_name)

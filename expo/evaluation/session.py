@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from expo.config import EvalConfig
-from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, render_whole_set
+from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, render_whole_set, unasked_warning
 from expo.data.record import set_lines
 from expo.errors import CheckpointError, ConfigError
 from expo.evaluation.agreement import AnswerComparer
@@ -99,7 +99,7 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
             # vLLM holds a copy of the weights, so the policy leaves the GPU's memory to it
             device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
             policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config.model, config.policy, device, checkpoint))
-            sets = ranks.raise_on_all_ranks(lambda: _render_sets(config, questions, policy.tokenizer))
+            sets = ranks.raise_on_all_ranks(lambda: _render_sets(config, questions, policy.tokenizer, display))
             files = ranks.raise_on_all_ranks(lambda: file_digests(config.model, policy.model.config))
             require_same_inputs(questions, sets, files, ranks)
             check_same_weights(config.model.path, policy.model, ranks)
@@ -168,10 +168,15 @@ def _find_checkpoint(run: Path | None, step: int | None, ranks: Ranks) -> Path |
     return checkpoint
 
 
-def _render_sets(config: EvalConfig, sets: dict[str, QuestionSet], tokenizer: Any) -> dict[str, list[Prompt]]:
+def _render_sets(
+    config: EvalConfig, sets: dict[str, QuestionSet], tokenizer: Any, display: Display
+) -> dict[str, list[Prompt]]:
     rendered = {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
     prompts = (prompt.prompt_ids for group in rendered.values() for prompt in group)
     check_token_ids(load_model_config(config.model), tokenizer, prompts)
+    for name, group in rendered.items():
+        for line in unasked_warning(name, group, config.data, config.reward.verifier, tokenizer):
+            display.line(line)
     return rendered
 
 

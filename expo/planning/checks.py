@@ -32,6 +32,7 @@ from expo.run.inputs import (
     check_prompts,
     check_settings,
     drop_overlap,
+    prompt_warnings,
     read_model_config,
     read_set,
     read_tokenizer,
@@ -92,13 +93,14 @@ def check_run(config: RunConfig, machine: Machine, *, resume: bool = False) -> F
             lines = overlap.lines()
         if resume and sets:
             require_same_questions(folder / "data.json", sets)
-        prompts = _render(config, here, model_config, sets, unchecked)
+        prompts, warnings = _render(config, here, model_config, sets, unchecked)
         check_weights(config, machine, here, unchecked)
     counts = _count(config, sets, prompts)
     if TRAINING in counts:
         require_enough_questions(config, counts[TRAINING])
     left_out = {name: len(sets[name].questions) - len(group) for name, group in prompts.items()}
     lines = [line for name, loaded in sets.items() for line in set_lines(loaded, left_out.get(name, 0))] + lines
+    lines += warnings
     lengths = tuple(len(prompt.prompt_ids) for prompt in prompts.get(TRAINING, ()))
     shape = ModelShape.from_config(model_config)
     return Facts(shape, source, folder, counts, lengths, tuple(lines), tuple(unchecked))
@@ -217,17 +219,18 @@ def _render(
     model_config: Any,
     sets: Mapping[str, QuestionSet],
     unchecked: list[str],
-) -> dict[str, Sequence[Prompt]]:
+) -> tuple[dict[str, Sequence[Prompt]], list[str]]:
+    """The prompts of each set, and the warnings about them."""
     if not here.has_tokenizer:
         if sets:
             unchecked.append("the lengths of the prompts: they need the tokenizer")
-        return {}
+        return {}, []
     tokenizer = read_tokenizer(config)
     prompts: dict[str, Sequence[Prompt]] = {
         name: render_set(config, name, loaded, tokenizer) for name, loaded in sets.items()
     }
     check_prompts(model_config, tokenizer, prompts)
-    return prompts
+    return prompts, prompt_warnings(config, prompts, tokenizer)
 
 
 def _count(

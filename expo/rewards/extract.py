@@ -1,9 +1,11 @@
 r"""Finds the answer that a reply states; the time is linear in the reply's length.
 
-The answer is the content of the last `\boxed{...}`, or the text after the last `Answer:` at the start of a line (the
-format of DAPO, arXiv 2503.14476), whichever comes later. Boxes separated only by "and", "or" or a comma are one list,
+The answer is the content of the last `\boxed{...}`, the text after the last `Answer:` at the start of a line (the
+format of DAPO, arXiv 2503.14476), or the content of the last `<answer>...</answer>` (the format of DeepSeek-R1-Zero,
+arXiv 2501.12948), whichever begins last. Boxes separated only by "and", "or" or a comma are one list,
 in which every member must be right. Earlier boxes count as working, not as answers, so listing guesses earns nothing.
-A box without its closing brace (a truncated reply) or without content does not count.
+A box without its closing brace (a truncated reply), tags without the closing one, and either without content do not
+count.
 
 Only what follows the last closed thinking tag is read; a reply whose thinking never ends states no answer.
 
@@ -25,8 +27,14 @@ MAX_CANDIDATES: Final = 200
 _MAX_PREFIX_CHARS: Final = 100
 THINK_TAGS: Final = (("<think>", "</think>"),)
 
+READS: Final = r"the last of \boxed{...}, a line that begins with Answer:, and <answer>...</answer>, after the thinking"
+"""What is read of a reply, for messages."""
+MARKS: Final = (r"\boxed", "Answer:", "<answer>")
+"""What a prompt that asks for an answer which can be read has one of."""
+
 _BOX_COMMAND = re.compile(r"\\\\?(?:boxed|fbox)\s{0,9}\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_TAGS: Final = ("<answer>", "</answer>")
 _ANSWER_WORDS: Final = ("nswer", "NSWER", "答案")
 _ANSWER_LINE = re.compile(
     r"[^\w\n]*(?:(?:so|thus|hence|therefore|the|my|final|correct)[^\w\n]+)*(?:answer|答案)(?:\*\*)?\s{0,9}[:：](?:\*\*)?"
@@ -35,6 +43,14 @@ _ANSWER_LINE = re.compile(
 )
 _LIST_GLUE = re.compile(r"(?:[\s$,;]|\\[()\[\],;]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)*")
 _DISPLAY_MARKS: Final = ((r"\[", r"\]"), (r"\(", r"\)"))
+_MOST_SEARCHED: Final = 100_000  # characters at the end of a reply
+# What may have been meant as an answer, in the order in which it is looked for; of a reply without one.
+_ALMOST: Final = (
+    ("its box is empty, does not end or is too long", re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")),
+    ("its <answer> is empty, does not end or is too long", re.compile(r"<answer>")),
+    ("it says Answer: within a line or with nothing after it", re.compile(r"(?:answer|答案)\*{0,2} ?[:：]", re.I)),
+    ("it names an answer, but not after Answer: at the start of a line", re.compile(r"answer|答案", re.I)),
+)
 Span = tuple[int, int, int]  # of a box: start of the command, start and end of the content
 
 
@@ -52,7 +68,12 @@ def extract_answer(
     if start is None:
         return None
     last_box = next(_boxes(reply, start), None)
-    line = _answer_line(reply, start if last_box is None else last_box[0] + 1)
+    after_box = start if last_box is None else last_box[0] + 1
+    tagged = next(_tagged(reply, after_box), None)
+    line = _answer_line(reply, after_box if tagged is None else tagged[1] + len(_TAGS[1]))
+    if line is None and tagged is not None:
+        content = reply[slice(*tagged)].strip()
+        line = _answer_line(content, 0) or content
     if line is not None:
         answer = _without_marks(line)
         if _BOX_COMMAND.search(answer) and not has_box(answer):
@@ -62,6 +83,24 @@ def extract_answer(
     else:
         return None
     return answer if len(answer) <= MAX_ANSWER_CHARS and undress(answer) else None
+
+
+def why_unparsed(
+    reply: str, think_tags: Sequence[tuple[str, str]] = THINK_TAGS, *, is_thinking: bool = False
+) -> str | None:
+    """Why `extract_answer` finds no answer in a reply, for people; None if it finds one. The arguments are the same."""
+    if extract_answer(reply, think_tags, is_thinking=is_thinking) is not None:
+        return None
+    if not reply.strip():
+        return "it is empty"
+    start = _end_of_thinking(reply, think_tags, is_thinking)
+    if start is None:
+        closing = " or ".join(closing for _, closing in think_tags)
+        return f"its thinking does not end with {closing}"
+    if not reply[start:].strip():
+        return "nothing follows its thinking"
+    end_only = max(start, len(reply) - _MOST_SEARCHED)
+    return next((reason for reason, found in _ALMOST if found.search(reply, end_only)), "it has none of these")
 
 
 def has_box(reply: str) -> bool:
@@ -150,6 +189,17 @@ def _join_last_boxes(reply: str, start: int) -> str:
         members[reply[inner:end].strip()] = None
         following = command
     return ", ".join(reversed(members))
+
+
+def _tagged(reply: str, start: int) -> Iterator[tuple[int, int]]:
+    """Start and end of the content of complete `<answer>` tags that begin at `start` or later, the last one first."""
+    for closing in _last_positions(reply, (_TAGS[1],), start):
+        opening = reply.rfind(_TAGS[0], start, closing)
+        if opening < 0:
+            return
+        inner = opening + len(_TAGS[0])
+        if reply[inner:closing].strip():
+            yield inner, closing
 
 
 def _answer_line(reply: str, start: int) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from expo.rewards.answers import is_missing, normalise_gold, stated_gold
-from expo.rewards.extract import THINK_TAGS, after_thinking, extract_answer
+from expo.rewards.extract import READS, THINK_TAGS, after_thinking, extract_answer, why_unparsed
 from expo.rewards.families import is_entry, own_answer
 from expo.rewards.maths.compare import Outcome, RationalAlgebra, is_opaque, judge
 from expo.rewards.maths.dressing import undress
@@ -41,6 +41,10 @@ class Reading:
     def answer(self, reply: str) -> str | None:
         """The answer that a reply states; None if it states none."""
         return extract_answer(reply, self.think_tags, is_thinking=self.is_thinking)
+
+    def why_unparsed(self, reply: str) -> str | None:
+        """Why a reply states no answer, in a few words; None if it states one."""
+        return why_unparsed(reply, self.think_tags, is_thinking=self.is_thinking)
 
     def text(self, reply: str) -> str | None:
         """The reply without its thinking; None if it ends inside its thinking."""
@@ -163,6 +167,19 @@ class OwnMethod:
     def needs_check(self, gold: str) -> bool:  # noqa: ARG002
         """No."""
         return False
+
+
+def what_is_read(name: str) -> str:
+    """What a verifier reads of a reply, and what it compares it with, in one line."""
+    compared = {
+        "math": "as mathematics",
+        "exact": "as a text without white space",
+        "choice": "as the letter of a choice",
+        "reasoning-gym": "by the scorer of the question's family, or as mathematics",
+    }
+    if name in compared:
+        return f"{READS}; it is compared {compared[name]}"
+    return f"the reply after its thinking, which {name} gets whole"
 
 
 def find_method(name: str) -> Method:

@@ -123,6 +123,12 @@ class Verifier:
             for pair, text in zip(pairs, stated, strict=True)
         ]
 
+    def why_unparsed(self, reply: str) -> str:
+        """Why a reply has the verdict "unparsed", in a few words."""
+        if self._method.read(reply, self._reading) is not None:
+            return f"{self._method_name} says so"
+        return self._reading.why_unparsed(reply) or "it has none of these"
+
     def agree(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether the two stated answers of each pair are equal, evaluated or not.
 

@@ -126,6 +126,10 @@ class DataParallelVerifier:
                 raise problem
         return self._ranks.unshard(all_gather_verdicts(local_verdicts, self._ranks))
 
+    def why_unparsed(self, reply: str) -> str:
+        """Why a reply has the verdict "unparsed", in a few words."""
+        return self._verifier.why_unparsed(reply)
+
     def close(self) -> None:
         """Ends this rank's worker processes."""
         self._verifier.close()

@@ -1,5 +1,6 @@
 """The inputs of a run that are read before any model loads: questions, prompts and reward functions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from expo.data import (
     only_gradable,
     render_prompts,
     render_whole_set,
+    unasked_warning,
 )
 from expo.data.record import EVALUATION, TRAINING, set_lines, set_record
 from expo.errors import ConfigError
@@ -29,6 +31,8 @@ from expo.run.trackers import check_trackers
 from expo.runtime.console import Display
 from expo.types import Prompt
 
+NO_RESAMPLES = "--rollout.max_resamples=0"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -36,7 +40,7 @@ class Inputs:
 
     train, evaluation: the question sets; train_set, evaluation_sets: their prompts; overlap: the questions that
     training and evaluation sets share; reward_functions: by their name in reward.functions; model_files: digests of the
-    model's files, by name.
+    model's files, by name; warnings: about the prompts.
     """
 
     train: QuestionSet
@@ -46,6 +50,7 @@ class Inputs:
     overlap: Overlap
     reward_functions: dict[str, RewardFunction]
     model_files: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def sets(self) -> dict[str, QuestionSet]:
@@ -76,6 +81,7 @@ def load_inputs(config: RunConfig, num_ranks: int = 1) -> Inputs:
     tokenizer = read_tokenizer(config)
     prompts = {name: render_set(config, name, loaded, tokenizer) for name, loaded in sets.items()}
     check_prompts(model_config, tokenizer, prompts)
+    warnings = prompt_warnings(config, prompts, tokenizer)
     reward_functions = load_reward_functions(config.reward.functions)
     model_files = file_digests(config.model, model_config)
     train, train_set = sets.pop(TRAINING), prompts.pop(TRAINING)
@@ -88,6 +94,7 @@ def load_inputs(config: RunConfig, num_ranks: int = 1) -> Inputs:
         overlap,
         reward_functions,
         model_files,
+        tuple(warnings),
     )
 
 
@@ -174,19 +181,42 @@ def check_prompts(model_config: Any, tokenizer: Any, prompts: Mapping[str, Seque
     check_token_ids(model_config, tokenizer, (prompt.prompt_ids for group in prompts.values() for prompt in group))
 
 
+def prompt_warnings(config: RunConfig, prompts: Mapping[str, Sequence[Prompt]], tokenizer: Any) -> list[str]:
+    """Warnings about prompts that ask for no answer that the verifier reads."""
+    return [
+        line
+        for name, group in prompts.items()
+        for line in unasked_warning(name, group, config.data, config.reward.verifier, tokenizer)
+    ]
+
+
 def require_enough_questions(config: RunConfig, num_questions: int) -> None:
-    """Raises: ConfigError if a step draws more questions than there are."""
-    num_required = config.rollout.questions_per_step
+    """Raises: ConfigError if a step draws more questions than there are; it names flags with which the run starts."""
+    num_required, num_spare = config.rollout.questions_per_step, int(config.rollout.max_resamples > 0)
+    if num_questions >= num_required + num_spare:
+        return
+    flags = _flags_for(config, num_questions - num_spare)
     if num_questions < num_required:
         raise ConfigError(
             f"rollout.questions_per_step = {num_required}, but {config.data.train} has {num_questions} usable "
-            f"questions, and a step draws each question once at most; lower it to {num_questions} or less"
+            f"questions, and a step draws each question once at most; add {flags}"
         )
-    if num_questions == num_required and config.rollout.max_resamples:
-        raise ConfigError(
-            f"rollout.max_resamples = {config.rollout.max_resamples} finds no further questions: every step draws all "
-            f"{num_required} questions of {config.data.train}; set it to 0, or lower rollout.questions_per_step"
-        )
+    other = "" if NO_RESAMPLES in flags else f", or {NO_RESAMPLES}"
+    raise ConfigError(
+        f"rollout.max_resamples = {config.rollout.max_resamples} finds no further questions: every step draws all "
+        f"{num_required} questions of {config.data.train}; add {flags}{other}"
+    )
+
+
+def _flags_for(config: RunConfig, most: int) -> str:
+    """Flags for at most that many questions in a step, whose replies divide among the updates of the step."""
+    if most < 1:  # the only question leaves none to sample again
+        return f"{_flags_for(config, 1)} {NO_RESAMPLES}"
+    group_size, updates = config.rollout.group_size, config.policy.updates_per_step
+    step = updates // math.gcd(updates, group_size)
+    if most >= step:
+        return f"--rollout.questions_per_step={most // step * step}"
+    return f"--rollout.questions_per_step={most} --policy.updates_per_step={math.gcd(updates, most * group_size)}"
 
 
 def record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
@@ -197,6 +227,6 @@ def record_data(inputs: Inputs, folder: RunFolder, display: Display) -> None:
         records[name] = set_record(loaded, num_too_long)
         for line in set_lines(loaded, num_too_long):
             display.line(line)
-    for line in inputs.overlap.lines():
+    for line in [*inputs.overlap.lines(), *inputs.warnings]:
         display.line(line)
     folder.write_json("data.json", {"sets": records, "overlap": inputs.overlap.to_json()})

@@ -7,6 +7,7 @@ from expo.evaluate import evaluate
 from expo.report import write_report
 from expo.reporting.comparison import results_table
 from expo.reporting.reader import commits_of, evaluations_by_step
+from expo.run.advice import first_unparsed, set_advice
 from expo.run.changes import describe
 from expo.run.checkpoint import Position, current_position
 from expo.run.collapse import CollapseWatch
@@ -106,6 +107,7 @@ def evaluate_if_due(run: Run, position: Position) -> float | None:
     num_replies = sum(len(prompts) for prompts in sets.values()) * config.evaluation.num_samples
     if num_replies == 0:
         return None
+    warnings: list[str | None] = []
     with run.guard("evaluation"), books.display.bar(f"evaluation after step {step}, replies", num_replies) as bar:
         result = evaluate(
             run.rollout.engine,
@@ -115,7 +117,12 @@ def evaluate_if_due(run: Run, position: Position) -> float | None:
             config.rollout.max_new_tokens,
             config.run.seed,
             on_progress=bar.advance,
+            on_scores=lambda name, scores, graded: warnings.append(
+                set_advice(name, scores, first_unparsed(graded.rows), run.rollout.verifier.why_unparsed, config)
+            ),
         )
+    for warning in filter(None, warnings):
+        books.display.line(warning)
     row = {"step": step, "reply_tokens": position.reply_tokens, **result, "question_digests": digests}
     books.folder.append("evaluations", row)
     pass_at_1 = [scores["pass_at"]["1"]["mean"] for scores in result["sets"].values()]

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from expo.config import RunConfig
 from expo.rewards.groups import GradedRollouts, has_unequal_rewards
 from expo.runtime.console import Note
 from expo.runtime.timer import PhaseTimer
@@ -131,31 +130,3 @@ def share_text(share: float) -> str:
     if share in (0.0, 1.0) or 0 < percent < 100:
         return f"{percent}%"
     return "<1%" if percent == 0 else ">99%"
-
-
-def step_advice(row: Mapping[str, Any], config: RunConfig) -> str | None:
-    """What to change if every reply of a step was truncated, or none states an answer; None for other steps.
-
-    Args:
-        row: of the step in metrics.jsonl.
-        config: of the run.
-    """
-    data = config.data
-    if row["truncated_fraction"] == 1.0:
-        end = "" if data.chat_template else "; an instruction-tuned model also needs data.chat_template = true"
-        return (
-            f"warning: every reply of step {row['step']} was cut at rollout.max_new_tokens = "
-            f"{config.rollout.max_new_tokens}; raise it, or name the token that ends a reply in "
-            f"rollout.stop_tokens{end}"
-        )
-    if row["unparsed_fraction"] < 1.0:
-        return None
-    if data.template is None and data.prompt == "plain":
-        change = "data.prompt = plain does not ask for one: take boxed or dapo, or data.template"
-    else:
-        named = "data.template" if data.template is not None else f"data.prompt = {data.prompt}"
-        change = f"see completions.jsonl, then change {named}, data.system or data.chat_template"
-    return (
-        f"warning: no reply of step {row['step']} states an answer that can be read, in \\boxed{{}} or after Answer: "
-        f"in a line of its own; {change}"
-    )

@@ -23,6 +23,7 @@ from expo.runtime.flag_help import ShortHelp, long_help, most_used, value_name
 from expo.runtime.nearest import nearest
 
 Config = TypeVar("Config", bound=BaseModel)
+NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
 MOST_LINE = 4000  # characters of a message
 
 
@@ -238,6 +239,7 @@ def add_field(group: Any, kind: type[BaseModel], name: str, *aliases: str) -> No
         f"--{name}",
         dest=name,
         metavar=value_name(info.annotation),
+        type=FlagText if info.annotation in (str, str | None) else str,
         default=argparse.SUPPRESS,
         help=long_help(info),
     )
@@ -259,11 +261,24 @@ def read_flags(
     return options, overrides
 
 
+class FlagText(str):
+    """The value of a flag whose setting is a text: `{question} Be brief.` need not be quoted as in YAML."""
+
+    __slots__ = ()
+
+
 def flag_value(name: str, text: str) -> Any:
-    """The value of a flag, parsed as YAML. Raises: ConfigError if it is not YAML."""
+    """The value of a flag, parsed as YAML; a `FlagText` is taken as it is unless it is YAML's null or a quoted text.
+
+    Raises: ConfigError if it is not YAML.
+    """
+    if isinstance(text, FlagText) and text not in NULLS and text[0] not in "\"'":
+        return str(text)
     try:
         return load_yaml(text)
     except YamlError as error:
+        if isinstance(text, FlagText):
+            return str(text)
         raise ConfigError(f"--{name}={text[:80]} is not a YAML value as expected: {error}") from error
 
 

@@ -143,6 +143,22 @@ def _stdout() -> IO[str]:
     return file
 
 
+def printable(text: str, most: int | None = None, keep: str = "") -> str:
+    """A text that a terminal shows and does not obey: control and other invisible characters are escaped.
+
+    Args:
+        text: any text, such as a reply.
+        most: characters that are kept of a longer text, from its beginning and its end; None: all.
+        keep: invisible characters that stay, such as a line break.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+    return "".join(
+        character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def write_stdout(text: str) -> None:
     """Writes a text to stdout. Raises: OutputError if that is not possible."""
     stdout = _Stdout(_raise_output_error)

@@ -283,7 +283,7 @@ def test_uniform_and_gaussian_runs_draw_different_questions(tmp_path, finished):
         ({"model.path": "./lost"}, "model.path = ./lost does not exist"),
         ({"data.train": "empty.jsonl"}, "empty.jsonl holds no questions"),
         ({"data.train": "lost.jsonl"}, "cannot read the question file lost.jsonl"),
-        ({"data.train": "one.jsonl"}, "lower it to 1 or less"),
+        ({"data.train": "one.jsonl"}, "add --rollout.questions_per_step=1"),
         ({"data.train": "odd.jsonl"}, "odd.jsonl"),
         ({"run.device": "warp"}, "run.device = 'warp'"),
         ({"run.dir": "odd.jsonl/run"}, "the folder odd.jsonl/run cannot be written"),
@@ -337,6 +337,19 @@ def test_a_step_whose_replies_state_no_answer_says_what_to_change(tmp_path, caps
     assert "TRUNCATED" not in step
     assert "no reply of step 1 states an answer that can be read" in advice
     assert "data.prompt = plain does not ask for one: take boxed or dapo" in advice
+
+
+def test_a_run_without_answers_shows_its_first_replies_in_steps_and_evaluations(tmp_path, capsys):
+    train(quick(tmp_path, run__steps=2, rollout__stop_tokens=[str(digit) for digit in range(10)]))
+    lines = capsys.readouterr().out.splitlines()
+    warned = [index for index, line in enumerate(lines) if line.startswith("warning: no reply of")]
+    assert [lines[index].partition("no reply of ")[2].partition(" states")[0] for index in warned] == [
+        "the evaluation set few",
+        "step 1",
+        "step 2",
+        "the evaluation set few",
+    ]
+    assert all(lines[index + 1].startswith("  unparsed, since it") for index in warned)
 
 
 def test_an_ordinary_step_gives_no_advice(tmp_path, capsys):

@@ -8,12 +8,12 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from expo.config import DataSection, load_config
-from expo.data import ReadOptions, load_questions
+from expo.data import ReadOptions, load_questions, question_id
 from expo.data.__main__ import main
 from expo.errors import ConfigError
 from expo.rewards.groups import grade
 from expo.run.inputs import load_inputs
-from expo.types import Prompt, Question, Reply, Verdict
+from expo.types import Prompt, Question, QuestionParts, Reply, Verdict
 
 
 def write(path, *rows):
@@ -74,7 +74,9 @@ def test_a_context_is_part_of_the_question(tmp_path, column):
 
 def test_svamp_and_asdiv_are_read(tmp_path):
     svamp = {"ID": "chal-1", "Body": "Ann has 3 apples.", "Question": "How many?", "Equation": "( 3 )", "Answer": "3.0"}
-    assert only(tmp_path, svamp) == Question(only(tmp_path, svamp).id, "Ann has 3 apples.\n\nHow many?", "3.0")
+    parts = QuestionParts("How many?", "Ann has 3 apples.")
+    text = "Ann has 3 apples.\n\nHow many?"
+    assert only(tmp_path, svamp) == Question(question_id(text), text, "3.0", parts=parts)
     asdiv = {"body": "Ann has 9 apples.", "question": "How many?", "answer": "9 (apples)", "formula": "9=9"}
     assert only(tmp_path, asdiv).answer == "9"
 

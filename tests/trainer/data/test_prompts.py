@@ -81,7 +81,7 @@ def test_a_template_of_ones_own_replaces_the_named_one(prompt_text):
 
 @pytest.mark.parametrize("template", ["Solve it.", "{question} {question}"])
 def test_a_template_without_its_question_is_refused(template):
-    with pytest.raises(ValidationError, match=r"must contain \{question\} once"):
+    with pytest.raises(ValidationError, match=r"must contain .*\{question\} once"):
         DataSection(train="x", template=template)
 
 

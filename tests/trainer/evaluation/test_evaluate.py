@@ -50,6 +50,16 @@ def test_evaluation_reports_each_set_and_level():
     assert found["by_level"]["hard"]["pass_at"]["1"]["mean"] == pytest.approx(0.2)
 
 
+def test_the_scores_of_each_set_are_handed_on_with_its_replies():
+    prompts, found = [Prompt(Question("0", "?", "1"), [0])], []
+    section = EvaluationSection(num_samples=2)
+    scores = evaluate(
+        ScriptedEngine(), Verifier(), {"a": prompts, "b": prompts}, section, 5, 0,
+        on_scores=lambda name, scores, graded: found.append((name, scores, [row["reply"] for row in graded.rows()])),
+    )  # fmt: skip
+    assert found == [(name, scores["sets"][name], ["\\boxed{7}", "no idea"]) for name in ("a", "b")]
+
+
 # --- the command
 
 
@@ -90,6 +100,15 @@ def replies_of(folder):
 def assert_same_bytes(one, other):
     for name in ("results.json", "replies.jsonl", "protocol.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_an_evaluation_whose_replies_state_no_answer_shows_them(tmp_path, capsys):
+    few = write_questions(tmp_path / "few.jsonl", ledger.held_out_questions()[:4])
+    measured(few, tmp_path / "out", f"--rollout.stop_tokens={[str(digit) for digit in range(10)]}")
+    lines = capsys.readouterr().out.splitlines()
+    (start,) = [index for index, line in enumerate(lines) if line.startswith("warning: ")]
+    assert "no reply of the evaluation set few states an answer that can be read; the verifier reads" in lines[start]
+    assert [line.startswith("  unparsed, since its box ") for line in lines[start + 1 :]] == [True, True, True, False]
 
 
 def test_the_results_follow_from_the_saved_replies(whole):

@@ -131,6 +131,10 @@ STARTS = {
         f"--data.train={questions(folder, [{'Q': row['question'], 'A': row['answer']} for row in ROWS])}",
         "--data.columns={question: Q, answer: A}",
     ],
+    "Jinja template": lambda folder: [
+        (folder / "p.jinja").write_text("{{ question }}{% if options %}{{ options }}{% endif %}")
+        and f"--data.template={folder / 'p.jinja'}"
+    ],
     "exact verifier": flags("--reward.verifier=exact"),
     "built-in reward": flags("--reward.functions={'expo.formats:boxed': 0.5}"),
     "own reward": own_function("def own(replies, answers, questions):\n    return [0.0] * len(replies)\n", REWARDS),
@@ -150,6 +154,7 @@ REFUSED = {
         f"--data.train={questions(folder, ROWS[:4])}",
         "--rollout.max_resamples=1",
     ],
+    "template that fails on a question": flags("--data.template={{ question }}{{ options[0] }}"),
     "all prompts too long": flags("--data.max_prompt_tokens=2"),
     "evaluation prompt too long": evaluated_on(LONG),
     "no evaluation file": flags("--evaluation.sets={own: nowhere.jsonl}"),
