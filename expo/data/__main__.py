@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from expo.config import DataSection, ModelSection
 from expo.data import sources
@@ -18,8 +19,10 @@ from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
-from expo.runtime.cli import OneLineParser, flag_value
+from expo.runtime.cli import flag_value
+from expo.runtime.config_errors import explain
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.parser import OneLineParser
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -28,6 +31,8 @@ YAML_FLAGS = ("columns", "template", "system", "chat_template_kwargs")
 
 def show(arguments: argparse.Namespace) -> int:
     """Prints some prompts exactly as the model gets them, with special tokens, and their gold answers."""
+    if arguments.n < 1:
+        raise ConfigError(f"-n = {arguments.n}; expected a number of prompts, at least 1")
     loaded = sources.load_questions(arguments.source, ReadOptions.of(_section(arguments)))
     section, tokenizer = _section(arguments), _tokenizer(arguments.model)
     for number, question in enumerate(loaded.questions[: arguments.n], 1):
@@ -78,8 +83,13 @@ def _section(arguments: argparse.Namespace) -> DataSection:
     try:
         return DataSection(train=arguments.source, **values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"these settings do not work: {problems}") from error
+        raise ConfigError("; ".join(_flag_problem(item) for item in error.errors())) from error
+
+
+def _flag_problem(item: ErrorDetails) -> str:
+    text = explain(item, ())
+    field = str(item["loc"][0]) if item["loc"] else ""
+    return f"--{text.replace(field, field.replace('_', '-'), 1)}" if field else text
 
 
 def _tokenizer(path: str) -> Any:
@@ -89,8 +99,8 @@ def _tokenizer(path: str) -> Any:
     return load_tokenizer(ModelSection(path=path))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="show | check")
     for run, summary in ((show, "print a few prompts"), (check, "report the size and the problems of a set")):
         command = commands.add_parser(
@@ -116,14 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line.
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`.
 
     Exit codes: 0; 1 if a check finds ungradable answers; 2, with one line on stderr, if a source is wrong; 130 after
     Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
-    with errors_on_one_line(PROGRAM):
+    arguments = _parser(prog).parse_args(argv)
+    with errors_on_one_line(prog):
         return int(arguments.run(arguments))
 
 
