@@ -171,17 +171,17 @@ def remaining_chunks(
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. An error is one line on stderr.
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`. An error is one line on stderr.
 
     Exit codes: 0 if the evaluation is complete, 1 if it was stopped or failed, 2 if it cannot start, 75 if a phase
     outlasted its deadline, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
-        return compare.main(arguments[1:])
-    parsed = parse_command_line(arguments)
-    with errors_on_one_line(PROGRAM):
+        return compare.main(arguments[1:], f"{prog} compare")
+    parsed = parse_command_line(arguments, prog)
+    with errors_on_one_line(prog):
         try:
             evaluate_model(parsed)
         except StopRequested as request:

@@ -9,9 +9,9 @@ from expo.reporting.figures import draw_figures
 from expo.reporting.page import render_page
 from expo.reporting.reader import read_run
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser
-from expo.runtime.console import write_stdout
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.parser import OneLineParser
+from expo.runtime.stdout import write_stdout
 
 PROGRAM = "python -m expo.report"
 
@@ -36,13 +36,15 @@ def write_report(run_dir: Path) -> Path:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0, 1 if the report cannot be written, 2 if the folder is not a run folder, 130
-    after Ctrl-C."""
-    parser = OneLineParser(prog=PROGRAM, description="Write RUN/report.html and pictures.")
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`.
+
+    Exit codes: 0, 1 if the report cannot be written, 2 if the folder is not a run folder, 130 after Ctrl-C.
+    """
+    parser = OneLineParser(prog=prog, description="Write RUN/report.html and pictures.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder; the run may still be in progress")
-    run_dir = parser.parse_args(arguments).run
-    with errors_on_one_line(PROGRAM):
+    run_dir = parser.parse_args(argv).run
+    with errors_on_one_line(prog):
         try:
             report = write_report(run_dir)
         except OSError as error:

@@ -5,6 +5,7 @@ vLLM's HTTP server with the settings that the run needs. Every call needs the se
 vllm.key_file names, or in the environment variable VLLM_API_KEY.
 """
 
+import argparse
 import json
 import os
 import runpy
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from expo.config import RunConfig, parse_command_line
+from expo.config import RunConfig, load_config
 from expo.config.run import MOST_PORT
 from expo.errors import ConfigError
 from expo.learner.model_files import check_model_path, hub_options
@@ -25,13 +26,30 @@ from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings,
 from expo.rollout.vllm.key import VARIABLE, read_key
 from expo.rollout.vllm.supervisor import fork_guarded
 from expo.rollout.vllm.transfer.group import BACKEND
-from expo.runtime.cli import OneLineParser
+from expo.runtime.cli import add_field, field_names, flag_parser, read_flags, sections_of
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.flag_help import most_used
 
 PROGRAM = "python -m expo.serve"
 WORKER = "expo.rollout.vllm.worker.WeightReader"
 GUARD = "expo.rollout.vllm.guard.RequireKey"
 MODULE = "vllm.entrypoints.openai.api_server"  # runs vLLM's HTTP server
+HOST, PORT = "127.0.0.1", "8000"
+HOST_AND_PORT = f"""\
+  --host HOST   address to listen at ({HOST}: this machine only)
+  --port PORT   ({PORT})"""
+COMMON = {
+    "model.path": "transformers folder or hub id",
+    "policy.dtype": "",
+    "data.max_prompt_tokens": "longest prompt",
+    "rollout.max_new_tokens": "longest reply",
+    "vllm.key_file": "file with the key, else VLLM_API_KEY",
+    "vllm.tensor_parallel": "GPUs of an engine",
+    "vllm.gpu_memory_utilization": "share of a GPU's memory",
+    "vllm.transfer": "",
+    "run.device": "",
+}
+"""The settings that --help shows."""
 
 
 def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -> list[str]:
@@ -64,25 +82,41 @@ def _flag(name: str, value: Any) -> str:
     return f"--{name}={value}"
 
 
+def _parser(prog: str) -> argparse.ArgumentParser:
+    names = field_names(RunConfig)
+    parser = flag_parser(
+        prog,
+        usage="%(prog)s [CONFIG.yaml] [--host=HOST] [--port=PORT]\n       [--section.field=value ...]",
+        description="Serve a run's rollouts by vLLM; takes the configuration of the run.",
+        short=f"{HOST_AND_PORT}\n\n{most_used(sections_of(RunConfig), COMMON)}",
+        num_settings=len(names),
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="the configuration of the run")
+    parser.add_argument("--host", default=HOST, help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", default=PORT, help="(default: %(default)s)")
+    parser.add_argument("--guarded", action="store_true", help=argparse.SUPPRESS)  # ends the server when stdin closes
+    parser.add_argument("--cleanup-dir", type=Path, help=argparse.SUPPRESS)  # removed when stdin closes
+    for name in names:
+        add_field(parser, RunConfig, name)
+    return parser
+
+
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) <= MOST_PORT):
         raise ConfigError(f"--port = {text[:80]!r}; expected a number from 1 to {MOST_PORT}")
     return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is stopped; exits with code 2 and one line on stderr if it cannot start."""
-    parser = OneLineParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", default="8000")
-    parser.add_argument("--guarded", action="store_true")  # ends the server when stdin closes
-    parser.add_argument("--cleanup-dir", type=Path)  # removed when stdin closes
-    own, others = parser.parse_known_args(argv)
-    if own.guarded:
-        fork_guarded(own.cleanup_dir)
-    config = parse_command_line(others, PROGRAM).config
-    with errors_on_one_line(PROGRAM):
-        port = _port(own.port)
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`. Serves until it is stopped; exits with code 2 and one line if it cannot start."""
+    with errors_on_one_line(prog):
+        known = ["--host", "--port", *(f"--{name}" for name in field_names(RunConfig))]
+        options, overrides = read_flags(_parser(prog), sys.argv[1:] if argv is None else argv, known)
+    if options["guarded"]:
+        fork_guarded(options["cleanup_dir"])
+    with errors_on_one_line(prog):
+        config = load_config(options["config"], overrides)
+        port = _port(options["port"])
         os.environ[VARIABLE] = read_key(config.vllm.key_file)  # for the guard, and for vLLM's worker processes
         check_vllm()
         if find_spec(MODULE) is None:
@@ -96,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if own.guarded:
+    if options["guarded"]:
         share_port()
-    sys.argv = [MODULE, *server_arguments(config, own.host, port, is_cpu=is_cpu)]
+    sys.argv = [MODULE, *server_arguments(config, options["host"], port, is_cpu=is_cpu)]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
     return 0
 

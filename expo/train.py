@@ -215,13 +215,14 @@ def update_policy(
     return updates, num_bad
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit codes: 0 if the run ended well or was asked to stop, 1 if it could not continue, 2 if it
-    could not start, 3 if the policy collapsed, 75 if a phase exceeded its deadline, 130 after Ctrl-C. An error is one
-    line on stderr.
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`. An error is one line on stderr.
+
+    Exit codes: 0 if the run ended well or was asked to stop, 1 if it could not continue, 2 if it could not start, 3 if
+    the policy collapsed, 75 if a phase exceeded its deadline, 130 after Ctrl-C.
     """
-    with errors_on_one_line(PROGRAM):
-        invocation = parse_command_line(sys.argv[1:] if argv is None else argv, PROGRAM)
+    with errors_on_one_line(prog):
+        invocation = parse_command_line(sys.argv[1:] if argv is None else argv, prog)
         if invocation.dry_run:
             return print_plan(invocation)
         train(invocation.config, invocation.resume)

@@ -6,8 +6,7 @@ the rest relative.
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -115,6 +114,15 @@ def table_checks(device: torch.device) -> Iterator[Check]:
     yield "CurriculumTable, questions drawn twice", float(64 - torch.unique(table.sample(64)).numel()), 0.0
 
 
+def all_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
+    """Run every check on a device; yield the name of the inputs' dtype and the check."""
+    for check in table_checks(device):
+        yield "float32", check
+    for dtype in GRADIENT_BOUND:
+        for check in checks(dtype, device):
+            yield str(dtype).removeprefix("torch."), check
+
+
 def _largest(difference: Tensor) -> float:
     return float(difference.detach().abs().max())
 
@@ -130,10 +138,10 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def _verdicts(name: str, run: Callable[[], Iterator[Check]]) -> int:
+def _verdicts(device: torch.device) -> int:
     """Print a line for each check; return how many exceed their bound."""
     num_off = 0
-    for op, error, bound in run():
+    for name, (op, error, bound) in all_checks(device):
         # NaN <= bound is False, so a NaN fails the check
         is_right = error <= bound
         num_off += not is_right
@@ -148,9 +156,7 @@ def main() -> int:
     packages = "torch " + torch.__version__ + "".join(f", {name} {_installed(name)}" for name in ("triton", "expo-rl"))
     print(f"Python {platform.python_version()}, {packages}; {platform.system()}")
     print(f"device {device.type} ({device_name}), {torch.get_num_threads()} CPU threads")
-    num_off = _verdicts("float32", partial(table_checks, device))
-    for dtype in GRADIENT_BOUND:
-        num_off += _verdicts(str(dtype).removeprefix("torch."), partial(checks, dtype, device))
+    num_off = _verdicts(device)
     print(
         "every op agrees with its reference" if num_off == 0 else f"{num_off} checks are off: please report this text"
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from expo.config import DataSection, ModelSection, RewardSection
 from expo.data import sources
@@ -19,11 +20,12 @@ from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.rewards.answers import normalise_gold
 from expo.rewards.methods import what_is_read
-from expo.runtime.cli import FlagText, OneLineParser, flag_value
+from expo.runtime.cli import FlagText, flag_value
 from expo.runtime.config_errors import explain
 from expo.runtime.console import printable
 from expo.runtime.endings import errors_on_one_line
-from expo.types import Prompt, Question
+from expo.runtime.parser import OneLineParser
+from expo.types import Prompt
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
@@ -34,11 +36,15 @@ def show(arguments: argparse.Namespace) -> int:
     """Prints some prompts exactly as the model gets them, with special tokens, their gold answers, and what the
     verifier reads of a reply. Control characters are shown as escapes.
     """
+    if arguments.n < 1:
+        raise ConfigError(f"-n = {arguments.n}; expected a number of prompts, at least 1")
     section = _section(arguments)
     reads = what_is_read(arguments.verifier)
     loaded = sources.load_questions(arguments.source, ReadOptions.of(section))
     tokenizer = _tokenizer(arguments.model)
-    prompts = [Prompt(question, render_prompt(question, section, tokenizer)) for question in _first(loaded, arguments)]
+    prompts = [
+        Prompt(question, render_prompt(question, section, tokenizer)) for question in loaded.questions[: arguments.n]
+    ]
     for number, prompt in enumerate(prompts, 1):
         question = prompt.question
         text = tokenizer.decode(prompt.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -53,10 +59,6 @@ def show(arguments: argparse.Namespace) -> int:
     for line in unasked_warning(arguments.source, prompts, section, arguments.verifier, tokenizer):
         print(line)
     return 0
-
-
-def _first(loaded: QuestionSet, arguments: argparse.Namespace) -> Sequence[Question]:
-    return loaded.questions[: max(arguments.n, 1)]
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -95,8 +97,13 @@ def _section(arguments: argparse.Namespace) -> DataSection:
     try:
         return DataSection(train=arguments.source, **values)
     except ValidationError as error:
-        problems = "; ".join(f"--{explain(item, ())}" for item in error.errors())
-        raise ConfigError(problems) from error
+        raise ConfigError("; ".join(_flag_problem(item) for item in error.errors())) from error
+
+
+def _flag_problem(item: ErrorDetails) -> str:
+    text = explain(item, ())
+    field = str(item["loc"][0]) if item["loc"] else ""
+    return f"--{text.replace(field, field.replace('_', '-'), 1)}" if field else text
 
 
 def _tokenizer(path: str) -> Any:
@@ -106,8 +113,8 @@ def _tokenizer(path: str) -> Any:
     return load_tokenizer(ModelSection(path=path))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="show | check")
     for run, summary in ((show, "print a few prompts"), (check, "report the size and the problems of a set")):
         command = commands.add_parser(
@@ -137,14 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line.
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`.
 
     Exit codes: 0; 1 if a check finds ungradable answers; 2, with one line on stderr, if a source is wrong; 130 after
     Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
-    with errors_on_one_line(PROGRAM):
+    arguments = _parser(prog).parse_args(argv)
+    with errors_on_one_line(prog):
         return int(arguments.run(arguments))
 
 

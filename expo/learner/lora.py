@@ -3,11 +3,14 @@
 Source: Hu et al., arXiv 2106.09685. Adapted weights are W + (alpha / rank) B A, with B = 0 at the start.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from expo.errors import ConfigError
@@ -70,6 +73,31 @@ def merge_adapters(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         base = state[f"{name}.base_layer.weight"]
         weights[f"{name}.weight"] = torch.addmm(base.float(), up, down, alpha=module.scaling[ADAPTER]).to(base.dtype)
     return weights
+
+
+def write_adapter(folder: Path, state: dict[str, Tensor], model: Any, base: str, revision: str | None) -> None:
+    """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors, in an existing folder.
+
+    Args:
+        folder: to write into.
+        state: the named weights of `model`, adapters included.
+        model: with adapters; its own weights are not used.
+        base: folder or hub id of the model under the adapters.
+        revision: of it on the hub.
+    """
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.target_modules = sorted(config.target_modules)  # a set has another order in every process
+    config.base_model_name_or_path, config.revision, config.task_type = base, revision, "CAUSAL_LM"
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    adapters = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
+        for name, value in state.items()
+        if ".lora_" in name
+    }
+    path = folder / "adapter_model.safetensors"
+    save_file(adapters, path, metadata={"format": "pt"})
+    path.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors makes it readable for its owner alone
 
 
 def _is_adapted(module: Any) -> bool:

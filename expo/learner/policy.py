@@ -4,7 +4,6 @@ Current, old and reference log-probabilities come from one code path (`expo_kern
 at one temperature: before the first update every ratio is exactly 1 and the KL exactly 0.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from expo.learner.lora import add_adapters, disabled_adapters, merge_adapters
 from expo.learner.mismatch import Mismatch
 from expo.learner.model import PolicyModule, check_dtype, load_model, logit_softcap, require_own_logits
 from expo.learner.model_checks import check_finite, check_packing, check_same_weights
+from expo.learner.model_folder import write_model
 from expo.runtime.distributed import Ranks
 from expo.types import Sample
 
@@ -304,15 +304,8 @@ class DeepSpeedPolicy:
     def export(self, folder: Path) -> None:
         """Writes safetensors in `policy.dtype`, config and generation config on rank 0; all ranks call it."""
         state = {name: value.cpu() for name, value in self.named_weights()}
-        if not self._ranks.is_rank0:
-            return
-        names = set(self.model.state_dict())
-        tied = {name: state[kept] for name, kept in getattr(self.model, "all_tied_weights_keys", {}).items()}
-        state.update({name: value for name, value in tied.items() if name in names})
-        self.model.save_pretrained(folder, state_dict=state)
-        config = copy.deepcopy(self.model.config)
-        config.dtype = self.dtype  # save_pretrained records that of the parameters
-        config.save_pretrained(folder)
+        if self._ranks.is_rank0:
+            write_model(folder, self.model, state, self.dtype)
 
 
 # the metrics of the loss; `kept_columns` and `gradient_error_bound` only with a gradient tolerance

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -12,10 +11,10 @@ from expo.planning.gpus import GpuKind, kind_named, parse_gpus
 from expo.planning.memory import GIB
 from expo.runtime.cli import Invocation
 from expo.runtime.distributed import use_device
+from expo.runtime.host import total_memory
 
 ASSUMED_GPU_GIB = 80.0
 GPUS_PER_NODE = 8  # assumed of machines that are not here
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of the container, in bytes or "max"
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,7 @@ def _this_machine(config: RunConfig) -> Machine:
 
 def _cpus(num_ranks: int, *, is_here: bool = False) -> Machine:
     per_node = min(num_ranks, GPUS_PER_NODE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.is_file() else ""
-    if limit.isdecimal():
-        memory = min(memory, int(limit))
+    memory = total_memory()
     source = "this machine's memory" + (f" over {per_node} ranks" if per_node > 1 else "")
     return Machine(num_ranks, per_node, memory / per_node / GIB, source, is_cpu=True, is_here=is_here)
 

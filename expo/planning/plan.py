@@ -16,7 +16,7 @@ from expo.planning.memory import GIB, Footprint
 from expo.planning.tables import count, describe
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.cli import Invocation
-from expo.runtime.console import write_stdout
+from expo.runtime.stdout import write_stdout
 
 NO_FIT = "take more or larger GPUs, a smaller model, or a lower data.max_prompt_tokens"
 

@@ -17,7 +17,7 @@ from expo.run.folder import RunFolder
 from expo.run.schedule import is_due, is_over
 from expo.run.setup import Run
 from expo.runtime.atomic_io import write_whole
-from expo.runtime.endings import disk_error, reason_of
+from expo.runtime.endings import disk_errors, reason_of
 from expo.runtime.signals import raise_reason
 
 SUMMARY = "summary.json"
@@ -250,19 +250,9 @@ def export(run: Run) -> None:
     def write(temporary: Path) -> None:
         policy.export(temporary)
         run.learner.tokenizer.save_pretrained(temporary)
-        mode = (temporary / "config.json").stat().st_mode  # as the umask of this process has it
-        for path in temporary.glob("*.safetensors"):  # which safetensors makes readable for its owner alone
-            path.chmod(mode)
 
     if not run.ranks.is_rank0:
         policy.export(path)
         return
-    try:
+    with disk_errors(path, "free some space, then continue with --resume"):
         write_whole(path, write)
-    except Exception as error:  # libraries wrap errors of the disk in types of their own
-        problem = disk_error(error)
-        if problem is None:
-            raise
-        raise FolderError(
-            f"{path} cannot be written ({problem.strerror or problem}); free some space, then continue with --resume"
-        ) from error

@@ -5,26 +5,23 @@ fields are the text of --help.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from expo.errors import ConfigError, ExpoError, Interrupted, OutputError, RankError
+from expo.errors import ConfigError, OutputError
 from expo.runtime.bounded_yaml import YamlError, load_yaml, read_yaml
 from expo.runtime.config_errors import Overrides, explain, explain_all, merged, with_overrides
-from expo.runtime.console import write_stdout
 from expo.runtime.flag_help import ShortHelp, long_help, most_used, value_name
 from expo.runtime.nearest import nearest
+from expo.runtime.parser import OneLineParser, fail
+from expo.runtime.stdout import write_stdout
 
 Config = TypeVar("Config", bound=BaseModel)
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
-MOST_LINE = 4000  # characters of a message
 
 
 class Invocation(BaseModel, Generic[Config]):
@@ -194,14 +191,6 @@ def _invocation(config: Config, options: dict[str, Any]) -> Invocation[Config]:
         raise ConfigError(problems) from error
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser of command lines that reports a wrong one as one line, without its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with code 2."""
-        fail(self.prog, ConfigError(f"{message}; --help lists what it takes"))
-
-
 def flag_parser(prog: str, usage: str, description: str, short: str, num_settings: int) -> argparse.ArgumentParser:
     """A parser to which a program adds its flags; flags cannot be abbreviated.
 
@@ -280,24 +269,3 @@ def flag_value(name: str, text: str) -> Any:
         if isinstance(text, FlagText):
             return str(text)
         raise ConfigError(f"--{name}={text[:80]} is not a YAML value as expected: {error}") from error
-
-
-def fail(prog: str, error: ExpoError) -> NoReturn:
-    """Exits with the error's exit code; rank 0 prints the error as one line on stderr, and a RankError every rank.
-
-    Before the ranks have joined, the first rank of every node prints it: rank 0 may not have the error.
-    """
-    rank, is_first_of_node = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK") == "0"
-    names_rank = isinstance(error, RankError) or (rank != "0" and is_first_of_node and not _has_joined())
-    kind = "" if isinstance(error, Interrupted) else "error: "
-    text = " ".join(str(error).splitlines())  # names of files may have line breaks
-    text = f"{text[:MOST_LINE]}{'...' if len(text) > MOST_LINE else ''}"
-    if (rank == "0" or names_rank) and sys.stderr is not None:
-        with suppress(OSError, ValueError):  # stderr may be closed, and its disk full
-            sys.stderr.write(f"{prog}: {kind}{f'rank {rank}: ' if names_rank else ''}{text}\n")
-    raise SystemExit(error.exit_code) from None
-
-
-def _has_joined() -> bool:
-    torch = sys.modules.get("torch")  # not imported for the sake of an error
-    return torch is not None and torch.distributed.is_initialized()

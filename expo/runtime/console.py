@@ -1,10 +1,8 @@
 """Progress on the console: a live bar on a terminal, plain lines elsewhere."""
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -21,7 +19,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from expo.errors import OutputError
+from expo.runtime.stdout import Stdout, raise_output_error
 
 PLAIN_WIDTH = 80  # columns of a line that does not go to a terminal, such as a log's
 BAR_FROM = 100  # columns of a terminal from which a bar is shown beside a note
@@ -57,7 +55,7 @@ class Display:
 
     def __init__(self, *, is_shown: bool = True, on_closed: Callable[[str], None] | None = None) -> None:
         # rich would end the process at a closed pipe
-        self._console = Console(quiet=not is_shown, file=cast("IO[str]", _Stdout(on_closed or _raise_output_error)))
+        self._console = Console(quiet=not is_shown, file=cast("IO[str]", Stdout(on_closed or raise_output_error)))
 
     def line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
@@ -109,40 +107,6 @@ class _FittedNote(NamedTuple):
         return Measurement(0, options.max_width)
 
 
-class _Stdout:
-    """The present sys.stdout; calls `on_closed` in place of the first error, and writes nothing afterwards."""
-
-    def __init__(self, on_closed: Callable[[str], None]) -> None:
-        self._on_closed = on_closed
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "rich_proxied_file":
-            raise AttributeError(name)  # rich would bypass this object
-        return getattr(_stdout(), name)
-
-    def write(self, text: str) -> int:
-        """Writes a text."""
-        return self._attempt(lambda: _stdout().write(text)) or 0
-
-    def flush(self) -> None:
-        """Flushes what was written."""
-        self._attempt(lambda: _stdout().flush())
-
-    def _attempt(self, call: Callable[[], int | None]) -> int | None:
-        try:
-            return call()
-        except (OSError, ValueError) as error:  # ValueError: Python's own file is closed
-            discard_stdout()
-            self._on_closed(_reason(error))
-            return None
-
-
-def _stdout() -> IO[str]:
-    # while rich shows a progress bar, sys.stdout is its own object, which prints above the bar
-    file: IO[str] = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-    return file
-
-
 def printable(text: str, most: int | None = None, keep: str = "") -> str:
     """A text that a terminal shows and does not obey: control and other invisible characters are escaped.
 
@@ -157,28 +121,6 @@ def printable(text: str, most: int | None = None, keep: str = "") -> str:
         character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
         for character in text
     )
-
-
-def write_stdout(text: str) -> None:
-    """Writes a text to stdout. Raises: OutputError if that is not possible."""
-    stdout = _Stdout(_raise_output_error)
-    stdout.write(text)
-    stdout.flush()
-
-
-def discard_stdout() -> None:
-    """Has everything written to stdout discarded from now on, also what is still buffered when the process ends."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout().fileno())
-        _stdout().flush()
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _raise_output_error(reason: str) -> None:
-    raise OutputError(f"stdout cannot be written ({reason})")
 
 
 class Bar:

@@ -6,10 +6,11 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from expo.errors import ConfigError, ExpoError, FolderError, Interrupted, OutputError
-from expo.runtime.cli import fail
-from expo.runtime.console import discard_stdout
+from expo.runtime.parser import fail
+from expo.runtime.stdout import discard_stdout
 
 STORAGE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG, errno.EIO,
@@ -56,6 +57,18 @@ def disk_error(error: Exception) -> OSError | None:
         return error
     found = RUST_ERROR.search(str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+@contextmanager
+def disk_errors(path: Path, advice: str) -> Iterator[None]:
+    """Raises an error of the disk in the block, also one that a library has wrapped, as a FolderError about `path`."""
+    try:
+        yield
+    except Exception as error:
+        problem = disk_error(error)
+        if problem is None:
+            raise
+        raise FolderError(f"{path} cannot be written ({problem.strerror or problem}); {advice}") from error
 
 
 def reason_of(error: OSError) -> str:

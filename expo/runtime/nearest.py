@@ -27,6 +27,7 @@ OTHER_NAMES = {
     "epochs": ("run.steps",),
     "epsilon": ("objective.clip_low", "objective.clip_high"),
     "epsilon_high": ("objective.clip_high",),
+    "eval": ("evaluate",),
     "eval_steps": ("evaluation.every",),
     "experiment_name": ("run.dir",),
     "fp16": ("policy.dtype",),
@@ -56,6 +57,7 @@ OTHER_NAMES = {
     "mini_batch_size": ("policy.updates_per_step",),
     "model": ("model.path",),
     "model_name": ("model.path",),
+    "merge": ("export",),
     "model_name_or_path": ("model.path",),
     "n": ("rollout.group_size", "evaluation.num_samples"),
     "norm_adv_by_std_in_grpo": ("objective.advantage_scale",),
@@ -67,6 +69,7 @@ OTHER_NAMES = {
     "output_dir": ("run.dir",),
     "param_offload": ("policy.offload_parameters",),
     "per_device_train_batch_size": ("policy.micro_batch_tokens", "rollout.questions_per_step"),
+    "plot": ("report",),
     "ppo_epochs": ("policy.updates_per_step",),
     "ppo_max_token_len_per_gpu": ("policy.micro_batch_tokens",),
     "ppo_micro_batch_size_per_gpu": ("policy.micro_batch_tokens",),
@@ -98,7 +101,7 @@ OTHER_NAMES = {
     "wandb": ("run.trackers",),
     "warmup_ratio": ("optimizer.warmup_steps",),
 }
-"""Names of settings in TRL, verl and elsewhere, without what stands before a dot, and our settings for the same."""
+"""Names of settings and commands elsewhere, such as in TRL and verl, without what stands before a dot, and ours."""
 
 
 def nearest(given: str, known: Sequence[str], otherwise: str = "; --help-all lists the known ones") -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from expo.config import RunConfig
 from expo.errors import ConfigError, Interrupted
 from expo.experiments.ablation.page import tables, write_record
 from expo.experiments.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, PlannedRun, plan_runs, with_arms
@@ -20,18 +21,20 @@ from expo.experiments.ablation.runs import run_all
 from expo.reporting.reader import starts_of
 from expo.run.environment import ENVIRONMENT
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser
+from expo.runtime.cli import field_names
 from expo.runtime.console import Display
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.nearest import nearest
+from expo.runtime.parser import HELP_HINT, OneLineParser
 
 REPLY_TOKENS = 225_000  # 80 steps of the balanced pool: about half of the default run
 
 BOUNDS = {"seeds": (2, 10_000), "jobs": (1, 1024), "tokens": (1, 10**15)}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog=PROGRAM,
+        prog=prog,
         usage="%(prog)s --out DIR [options] [--section.field=value ...]",
         description="GRPO, each of EXPO's two parts alone, and both: paired runs on two pools of the embedded task.",
         epilog="--section.field=value applies to every run; python -m expo.train --help-all lists the fields.",
@@ -55,11 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 if all runs succeeded, 1 if one failed, 2 if the arguments are invalid, 130 after Ctrl-C."""
-    options, flags = _parser().parse_known_args(argv)
-    with errors_on_one_line(PROGRAM):
-        settings, runs = _plan(options, flags)
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command line of `prog`. Exit codes: 0 if all runs succeeded, 1 if one failed, 2 if the arguments are invalid,
+    130 after Ctrl-C."""
+    options, flags = _parser(prog).parse_known_args(argv)
+    with errors_on_one_line(prog):
+        settings, runs = _plan(options, flags, prog)
         display = Display()
         try:
             run_all(runs, options.jobs, display)
@@ -69,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[str, Any], list[PlannedRun]]:
+def _plan(options: argparse.Namespace, flags: Sequence[str], prog: str) -> tuple[dict[str, Any], list[PlannedRun]]:
     for flag in flags:
         if not re.fullmatch(r"--\w+\.\w+=.*", flag, flags=re.DOTALL):
-            raise ConfigError(f"unknown argument {flag}; --help lists the known ones")
+            raise ConfigError(_unknown(flag, [f"--{name}" for name in (*vars(options), *field_names(RunConfig))]))
     for name, (least, most) in BOUNDS.items():
         if not least <= getattr(options, name) <= most:
             raise ConfigError(f"--{name} is out of range; expected {least} to {most}")
@@ -86,7 +90,13 @@ def _plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[dict[str, 
         "arms": {name: list(arm_flags) for name, arm_flags in arms.items()},
         "shared": shared,
     }
-    return settings, plan_runs(options.out, arms, options.pools, options.seeds, shared)
+    return settings, plan_runs(options.out, arms, options.pools, options.seeds, shared, prog)
+
+
+def _unknown(flag: str, known: Sequence[str]) -> str:
+    if flag in known:
+        return f"{flag} has no value; give it as {flag}=VALUE"
+    return f"unknown argument {flag}{nearest(flag.split('=')[0], known, HELP_HINT)}"
 
 
 def _write_results(runs: Sequence[PlannedRun], settings: dict[str, Any], out: Path) -> str:

@@ -30,8 +30,8 @@ from expo.experiments.ablation.results import (
 )
 from expo.reporting.figures import draw_lines
 from expo.runtime.atomic_io import write_bytes_whole
-from expo.runtime.cli import OneLineParser
 from expo.runtime.endings import errors_on_one_line
+from expo.runtime.parser import OneLineParser
 
 PROGRAM = "python -m expo.ablation.page"
 MARKS = ("<!-- ablation: begin -->", "<!-- ablation: end -->")

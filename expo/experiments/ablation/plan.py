@@ -105,7 +105,12 @@ def with_arms(arms: Mapping[str, Sequence[str]], texts: Sequence[str]) -> dict[s
 
 
 def plan_runs(
-    out: Path, arms: Mapping[str, Sequence[str]], pools: Sequence[str], num_seeds: int, shared: Sequence[str]
+    out: Path,
+    arms: Mapping[str, Sequence[str]],
+    pools: Sequence[str],
+    num_seeds: int,
+    shared: Sequence[str],
+    prog: str = PROGRAM,
 ) -> list[PlannedRun]:
     """All runs, ordered by seed so that pairs finish together; writes the question files of the pools.
 
@@ -115,6 +120,7 @@ def plan_runs(
         pools: names in `POOLS`.
         num_seeds: seeds are 0, 1, ...
         shared: flags of every run; those of an arm override them.
+        prog: the program's name in messages.
 
     Raises: ConfigError if a folder contains a run with other settings, or the measures could not be evaluated. Exits
         like `expo.train` if a flag is invalid.
@@ -126,7 +132,7 @@ def plan_runs(
             for arm, flags in arms.items():
                 folder = out / "runs" / pool / arm / f"seed-{seed}"
                 own_flags = (f"--run.dir={folder}", f"--run.seed={seed}", f"--data.train={questions}")
-                config = parse_command_line([*shared, *flags, *own_flags], PROGRAM).config
+                config = parse_command_line([*shared, *flags, *own_flags], prog).config
                 runs.append(PlannedRun(pool, arm, seed, config))
                 _require_same_settings(runs[-1])
                 _require_measures(config)

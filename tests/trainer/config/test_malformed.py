@@ -11,7 +11,8 @@ from expo.config import EvalConfig, RunConfig, load_config, parse_command_line
 from expo.data.__main__ import main as data_command
 from expo.errors import ConfigError
 from expo.evaluation.config import parse_command_line as parse_evaluation
-from expo.runtime.cli import OneLineParser, flag_value
+from expo.runtime.cli import flag_value
+from expo.runtime.parser import OneLineParser
 from tests.trainer.config.malformed import (
     ALWAYS_WRONG,
     INVALID_FILES,

@@ -73,7 +73,7 @@ def test_sets_are_named_after_their_source():
         (["ledger", "--temperature=0"], "would all be the same;"),
         (["ledger", "--engine=vlm"], "rollout.engine = 'vlm'"),
         (["ledger", "--vllm.servers=[http://h:1]"], "unknown argument --vllm.servers"),
-        (["ledger", "--step=5"], "MODEL = ledger is no run folder; give one, or leave --step out"),
+        (["ledger", "--step=5"], "ledger is no run folder; give one, or leave --step out"),
         (["some/model"], "give --sets"),
     ],
 )

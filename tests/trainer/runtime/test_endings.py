@@ -10,12 +10,14 @@ import sys
 import pytest
 
 from expo.errors import ConfigError, FolderError
-from expo.runtime.console import Display, write_stdout
+from expo.runtime.console import Display
 from expo.runtime.endings import disk_error, errors_on_one_line
+from expo.runtime.stdout import write_stdout
 from tests.ranks.running import environment
 
 SCRIPT = """
-from expo.runtime.console import Display, write_stdout
+from expo.runtime.console import Display
+from expo.runtime.stdout import write_stdout
 from expo.runtime.endings import errors_on_one_line
 with errors_on_one_line("program"):
     {body}
@@ -67,6 +69,10 @@ def test_errors_of_disks_that_libraries_wrap_are_recognised():
 
 
 COMMANDS = {
+    "expo.train": ("train", []),
+    "expo.evaluate": ("evaluate_model", ["ledger", "--sets", "ledger:held_out"]),
+    "expo.export": ("export", ["run"]),
+    "expo.doctor": ("examine", []),
     "expo.data.__main__": ("find_overlap", ["check", "arithmetic:train", "--against", "arithmetic:held_out"]),
     "expo.evaluation.compare": ("read_results", ["a", "b"]),
     "expo.report": ("write_report", ["run"]),
@@ -106,8 +112,11 @@ def test_every_command_ends_with_one_line(capsys, tmp_path, monkeypatch, name, e
 
 def test_before_the_ranks_join_the_first_of_each_node_prints_its_error(capsys, monkeypatch):
     named = "program: error: rank 3: wrong\n"
-    cases = [("3", "0", False, named), ("4", "1", False, ""), ("3", "0", True, "")]
-    for rank, local_rank, has_joined, printed in cases:
+    for rank, local_rank, has_joined, printed in [
+        ("3", "0", False, named),
+        ("4", "1", False, ""),
+        ("3", "0", True, ""),
+    ]:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         monkeypatch.setattr("torch.distributed.is_initialized", lambda joined=has_joined: joined)
@@ -159,7 +168,7 @@ def test_a_display_reports_a_closed_stdout_once_and_is_silent_afterwards(monkeyp
 
     reasons = []
     monkeypatch.setattr(sys, "stdout", Closed())
-    monkeypatch.setattr("expo.runtime.console.discard_stdout", lambda: None)
+    monkeypatch.setattr("expo.runtime.stdout.discard_stdout", lambda: None)
     display = Display(on_closed=reasons.append)
     display.line("first")
     assert reasons == ["Broken pipe"]

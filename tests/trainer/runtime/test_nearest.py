@@ -2,6 +2,7 @@
 
 import pytest
 
+from expo.__main__ import COMMANDS
 from expo.config import EVALUATION_FIELDS, RunConfig
 from expo.runtime.cli import OPTIONS, field_names
 from expo.runtime.nearest import OTHER_NAMES, nearest
@@ -40,8 +41,8 @@ def test_nothing_is_suggested_where_nothing_is_near(given):
     assert nearest(given, FLAGS) == "; --help-all lists the known ones"
 
 
-def test_other_names_lead_to_settings_that_exist():
-    known = {flag.removeprefix("--") for flag in FLAGS}
+def test_other_names_lead_to_settings_and_commands_that_exist():
+    known = {*(flag.removeprefix("--") for flag in FLAGS), *COMMANDS}
     assert {target.removeprefix("--") for targets in OTHER_NAMES.values() for target in targets} <= known
     # a name of ours would never be looked up
     assert not known & set(OTHER_NAMES)
