@@ -256,7 +256,7 @@ def check_inputs(
     for name, tensor in (("old_logps", old_logps), ("ref_logps", ref_logps), ("rollout_logps", rollout_logps)):
         if tensor is not None:
             validate.floating(name, tensor)
-            validate.same_shape(name, tensor, "completion_mask", shape)
+            validate.per_token(name, tensor, "completion_mask", shape)
             validate.same_device(completion_mask=completion_mask, **{name: tensor})
     _check_scalars(objective, beta, normalizer)
     validate.scalar("entropy_bonus", entropy_bonus)
@@ -271,7 +271,9 @@ def check_inputs(
     else:
         check_rewards(rewards, group_size)
         if rewards.numel() != num_sequences:
-            raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B] = [{num_sequences}]")
+            raise ValueError(
+                f"rewards has shape {list(rewards.shape)}; expected [B] = [{num_sequences}], one per sequence"
+            )
         validate.same_device(completion_mask=completion_mask, rewards=rewards)
     return LossInputs(
         completion_mask=completion_mask,
@@ -333,8 +335,18 @@ def _count_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
 def _check_advantages(advantages: Tensor, completion_mask: Tensor, num_sequences: int) -> None:
     validate.floating("advantages", advantages)
     validate.same_device(completion_mask=completion_mask, advantages=advantages)
-    if advantages.shape not in ((num_sequences,), completion_mask.shape):
-        raise ValueError(
-            f"advantages has shape {list(advantages.shape)}; expected one per sequence, [{num_sequences}], "
-            f"or one per position, {list(completion_mask.shape)}"
-        )
+    shape = completion_mask.shape
+    if advantages.shape in ((num_sequences,), shape):
+        return
+    how = ""
+    if advantages.numel() == num_sequences:  # [B, 1], or a row per question
+        how = "; use advantages.flatten()"
+    elif advantages.dim() == len(shape) == 2 and len(advantages) == shape[0] and advantages.shape[1] > shape[1]:
+        how = f"; if advantages starts with the prompt, use advantages[:, {-shape[1]}:]"
+    elif advantages.dim() == 1 and len(advantages) > 0 and num_sequences % len(advantages) == 0:
+        repeats = num_sequences // len(advantages)
+        how = f"; if these are of questions, use advantages.repeat_interleave({repeats})"
+    raise ValueError(
+        f"advantages has shape {list(advantages.shape)}; expected one per sequence, [{num_sequences}], "
+        f"or one per position, {list(shape)}{how}"
+    )

@@ -63,6 +63,13 @@ def product_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} is {dtype}; expected torch.bfloat16, torch.float16 or torch.float32")
 
 
+def real(name: str, tensor: Tensor) -> None:
+    """`tensor` holds real numbers, integers or verdicts (bool)."""
+    is_tensor(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected real numbers, such as torch.float32")
+
+
 def integers(name: str, tensor: Tensor) -> None:
     """`tensor` holds integers that can index."""
     is_tensor(name, tensor)
@@ -84,18 +91,82 @@ def same_shape(name: str, tensor: Tensor, other_name: str, shape: torch.Size) ->
     if tensor.shape != shape:
         given, expected = list(tensor.shape), list(shape)
         raise ValueError(
-            f"{name} has shape {given}, but {other_name} needs {expected}; slice or pad {name} to {expected}"
+            f"{name} has shape {given}, but {other_name} needs {expected}; give {name} of shape {expected}"
         )
 
 
-def ids_and_mask(name: str, tensor: Tensor, ids: Tensor, mask_name: str, mask: Tensor | None) -> None:
+def per_token(name: str, tensor: Tensor, ids_name: str, shape: torch.Size) -> None:
+    """`tensor` has one value for each token of the argument `ids_name`, which has the given shape."""
+    is_tensor(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, but {ids_name} needs {list(shape)}, one value per token: "
+            f"{_how_to_align(name, tensor.shape, ids_name, shape)}"
+        )
+
+
+def _how_to_align(name: str, given: torch.Size, ids_name: str, expected: torch.Size) -> str:
+    if [size for size in given if size != 1] == [size for size in expected if size != 1]:
+        return f"use {name}.view({', '.join(map(str, expected))})"
+    if given.numel() == expected.numel() and 1 in (len(given), len(expected)):
+        return f"use {name}.view({', '.join(map(str, expected))})"
+    if len(given) != len(expected) or len(given) == 0:
+        return f"give it {len(expected)} dimensions"
+    if len(given) == 2 and given == expected[::-1]:
+        return f"use {name}.T"
+    if len(given) == 2 and given[0] != expected[0]:
+        return f"give the {expected[0]} sequences of {ids_name} in the same order"
+    missing = expected[-1] - given[-1]
+    if missing > 0:
+        where = " of each sequence" if len(given) == 2 else ""
+        return f"{missing} tokens{where} have none; compute it for all of them, without padding"
+    if len(given) == 2:
+        return f"use {name}[:, {-expected[1]}:] if {name} starts with the prompt's tokens"
+    return "leave out those of other tokens, such as the prompts'"
+
+
+def predicts(name: str, tensor: Tensor, ids_name: str, ids: Tensor) -> None:
+    """Row t of `tensor` [..., H or V] predicts id t of `ids` [...]."""
+    integers(ids_name, ids)
+    rows, places = tensor.shape[:-1], ids.shape
+    if rows == places:
+        return
+    shapes = f"{name} has shape {list(tensor.shape)} and {ids_name} {list(places)}"
+    if len(rows) == 1:
+        how = f"expected one row per id, [{', '.join(map(str, places))}, {tensor.shape[-1]}]"
+        raise ValueError(
+            f"{shapes}; row n predicts {ids_name}[n], the token after that of row n: {how}; from each packed sequence "
+            "take the rows before the tokens of the completion, never its last row"
+        )
+    raise ValueError(f"{shapes}; row t predicts {ids_name}[:, t], so {_how_to_predict(name, rows, ids_name, places)}")
+
+
+def _how_to_predict(name: str, rows: torch.Size, ids_name: str, places: torch.Size) -> str:
+    if len(places) != 2:
+        shape = f"[{rows[0]}, {rows[1]}]"
+        is_flat = places.numel() == rows.numel()
+        return f"use {ids_name}.view({rows[0]}, {rows[1]})" if is_flat else f"give {ids_name} of shape {shape}"
+    if rows[0] != places[0]:
+        if (rows[1], rows[0]) == places:
+            return f"use {name}.transpose(0, 1)"
+        return f"give both the same sequences: {name} has {rows[0]} and {ids_name} {places[0]}"
+    extra = rows[1] - places[1]
+    if extra == 1:
+        return f"use {name}[:, :-1]: its last row predicts a token that is not there"
+    if extra > 1:
+        rows_before = f"{name}[:, {-places[1] - 1}:-1]"
+        return f"use {rows_before}, the rows before the completion's tokens, if {name} starts with the prompt"
+    return f"use {ids_name}[:, {-extra}:] (its mask and log-probs too), the tokens after those that {name} starts with"
+
+
+def ids_and_mask(
+    name: str, tensor: Tensor, ids: Tensor, mask_name: str, mask: Tensor | None, ids_name: str = "completion_ids"
+) -> None:
     """`ids` [...] and `mask` fit the positions of `tensor` [..., H or V]."""
-    integers("completion_ids", ids)
-    same_shape("completion_ids", ids, name, tensor.shape[:-1])
+    predicts(name, tensor, ids_name, ids)
     if mask is not None:
-        is_tensor(mask_name, mask)
-        same_shape(mask_name, mask, "completion_ids", ids.shape)
-    same_device(**{name: tensor, "completion_ids": ids, mask_name: mask})
+        per_token(mask_name, mask, ids_name, ids.shape)
+    same_device(**{name: tensor, ids_name: ids, mask_name: mask})
 
 
 def dimensions(name: str, tensor: Tensor, letters: str) -> None:
@@ -246,8 +317,13 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def group_size_divides(batch: int, group_size: int) -> None:
-    """The batch consists of whole groups."""
+    """The batch consists of whole groups of at least two."""
     whole_number("group_size", group_size, low=1)
+    if group_size == 1:
+        raise ValueError(
+            "group_size is 1; expected a whole number >= 2: the advantage of a rollout without another to compare it "
+            "with is always 0; sample several rollouts per question, or give advantages of your own"
+        )
     if batch % group_size:
         raise ValueError(
             f"group_size is {group_size}, which does not divide the batch of {batch}; "

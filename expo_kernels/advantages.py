@@ -23,7 +23,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale 
 
     Args:
         rewards: [B] finite numbers; the rewards of one question are adjacent.
-        group_size: G, rollouts per question; divides B.
+        group_size: G >= 2, rollouts per question; divides B.
         scale: "group": divide by the population std of the group, plus eps; "batch": divide by the population std of
             all B rewards, plus eps; "none": only subtract the group's mean.
         eps: >= 0, in the unit of the rewards.
@@ -32,7 +32,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: AdvantageScale 
         [B] float32 (float64 for float64 rewards) on the rewards' device; exactly 0 in a group of equal rewards.
 
     Raises:
-        ValueError: G does not divide B, a reward is not finite (checked on CPU), or the scale is unknown.
+        ValueError: G is 1 or does not divide B, a reward is not finite (checked on CPU), or the scale is unknown.
         TypeError: an argument has the wrong type.
     """
     check_rewards(rewards, group_size)
@@ -67,9 +67,10 @@ def _dtype_of(rewards: Tensor) -> torch.dtype:
 
 def check_rewards(rewards: Tensor, group_size: int) -> None:
     """Check the type and shape of rewards; the op checks that they are finite."""
-    validate.is_tensor("rewards", rewards)
+    validate.real("rewards", rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent")
+        how = f"use rewards.flatten(), [{rewards.numel()}]" if rewards.dim() > 1 else "give a tensor of one dimension"
+        raise ValueError(f"rewards has shape {list(rewards.shape)}; expected [B], those of a question adjacent; {how}")
     validate.group_size_divides(rewards.numel(), group_size)
 
 
@@ -85,7 +86,8 @@ def akl_beta(
     Source: FG-ExPO eq. 4, 5 and 8. A higher accuracy gives a larger penalty weight.
 
     Args:
-        accuracies: verifier scores of this rank's rollouts of the step, any shape, finite.
+        accuracies: verifier scores in [0, 1] of this rank's rollouts of the step, any shape, bool or real; with
+            rho="constant" their values are not read.
         beta: >= 0, weight of the penalty before scaling; a 0-dim tensor is not copied to the host.
         rho: "tanh": (tanh(x) + 1) / 2; "constant": 1, which is GRPO; or a function of the 0-dim mean, which must be
             increasing, with positive bounds.
@@ -95,19 +97,23 @@ def akl_beta(
         0-dim float32 tensor.
 
     Raises:
-        ValueError: `accuracies` is empty or not finite (checked on CPU), or `rho` is unknown.
+        ValueError: `accuracies` is empty (with a `process_group`: on all ranks), or a score is not in [0, 1] (both
+            checked on CPU), or `rho` is unknown.
         TypeError: an argument has the wrong type.
     """
-    validate.is_tensor("accuracies", accuracies)
+    validate.real("accuracies", accuracies)
     validate.scalar("beta", beta)
     validate.callable_or_choice("rho", rho, ("tanh", "constant"))
     if accuracies.numel() == 0 and process_group is None:
         raise ValueError("accuracies is empty; expected the verifier scores of at least one rollout")
-    sum_and_count = _accuracy_sum(accuracies.detach())
-    if process_group is not None:
-        torch.distributed.all_reduce(sum_and_count, group=process_group)
-    mean = (sum_and_count[0] / sum_and_count[1]).float()
-    scaling = rho(mean) if callable(rho) else reference.akl_scale(mean, rho)
+    if rho == "constant":
+        scaling = torch.ones((), device=accuracies.device)
+    else:
+        sum_and_count = _accuracy_sum(accuracies.detach())
+        if process_group is not None:
+            torch.distributed.all_reduce(sum_and_count, group=process_group)
+        mean = _mean_accuracy(sum_and_count)
+        scaling = rho(mean) if callable(rho) else reference.akl_scale(mean, rho)
     return _scaled_beta(beta.detach(), scaling) if isinstance(beta, Tensor) else scaling * beta
 
 
@@ -115,6 +121,7 @@ def akl_beta(
 def _accuracy_sum(accuracies: Tensor) -> Tensor:
     """Sum and count of the accuracies, [2] float64."""
     validate.finite("accuracies", accuracies)
+    validate.within("accuracies", accuracies, 0.0, 1.0)
     total = accuracies.sum(dtype=torch.float64)
     return torch.stack([total, torch.full_like(total, accuracies.numel())])
 
@@ -122,6 +129,19 @@ def _accuracy_sum(accuracies: Tensor) -> Tensor:
 @_accuracy_sum.register_fake
 def _(accuracies: Tensor) -> Tensor:
     return accuracies.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.custom_op("expo_kernels::mean_accuracy", mutates_args=())
+def _mean_accuracy(sum_and_count: Tensor) -> Tensor:
+    """The mean of all ranks' accuracies, 0-dim float32."""
+    if validate.may_read(sum_and_count) and float(sum_and_count[1]) == 0:
+        raise ValueError("accuracies is empty on every rank; expected the verifier scores of at least one rollout")
+    return (sum_and_count[0] / sum_and_count[1]).float()
+
+
+@_mean_accuracy.register_fake
+def _(sum_and_count: Tensor) -> Tensor:
+    return sum_and_count.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("expo_kernels::scaled_beta", mutates_args=())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadTensors
+from expo_kernels._head_module import head_tensors
 from expo_kernels._inputs import check_inputs
 from expo_kernels._ops import LossOutput, call_policy_loss
 from expo_kernels._vocab_group import local_head
@@ -22,7 +23,7 @@ from expo_kernels.objective import Objective
 
 def linear_expo_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     completion_ids: Tensor,
     completion_mask: Tensor,
     *,
@@ -52,7 +53,10 @@ def linear_expo_loss(
 
     Args:
         hidden: [B, T, H], or packed [N, H], any float dtype; row t predicts `completion_ids[:, t]`.
-        weight: [V, H] output head, any float dtype, which may differ from that of `hidden`.
+        weight: [V, H] output head, any float dtype, which may differ from that of `hidden`; or the head's module, which
+            has the bias too: `nn.Linear`, also with PEFT's LoRA (its gradient goes to the adapters; the adapted weight
+            takes [V, H] of memory) or in PEFT's `modules_to_save`. PEFT's other kinds of adapters, and the base weight
+            of an adapted layer, are refused.
         completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1.
         completion_mask: [B, T] or [N], bool or 0/1; 1 for valid tokens.
         bias: [V], or None.
@@ -98,6 +102,7 @@ def linear_expo_loss(
         ValueError: shapes do not match, values are out of range, or options contradict each other.
         TypeError: an argument has the wrong type or dtype.
     """
+    weight, bias = head_tensors(weight, bias)
     weight, bias, group_name = local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)
     validate.dimensions("hidden", hidden, "BTH" if cu_seqlens is None else "NH")
@@ -151,7 +156,12 @@ class LinearExpoLoss(nn.Module):
         self.gradient_tolerance = gradient_tolerance
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, completion_ids: Tensor, completion_mask: Tensor, **options: Any
+        self,
+        hidden: Tensor,
+        weight: Tensor | nn.Module,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        **options: Any,
     ) -> LossOutput:
         """`linear_expo_loss` with this module's objective and tolerance; `options` are its keyword arguments."""
         options = {"gradient_tolerance": self.gradient_tolerance, **options}

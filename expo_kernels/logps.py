@@ -10,10 +10,11 @@ Letters: B sequences, T completion positions, V vocabulary, H hidden. The arithm
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expo_kernels import _ops
 from expo_kernels import _validate as validate
+from expo_kernels._head_module import head_tensors
 from expo_kernels._vocab_group import local_head
 
 
@@ -113,7 +114,7 @@ def token_logps(
 @overload
 def linear_token_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     completion_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -129,7 +130,7 @@ def linear_token_logps(
 @overload
 def linear_token_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     completion_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -144,7 +145,7 @@ def linear_token_logps(
 ) -> tuple[Tensor, Tensor]: ...
 def linear_token_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     completion_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -163,7 +164,7 @@ def linear_token_logps(
 
     Args:
         hidden: [B, T, H] or packed [N, H], any float dtype; row t predicts `completion_ids[:, t]`.
-        weight: [V, H] output head, any float dtype.
+        weight: [V, H] output head, any float dtype; or its module, as in `linear_expo_loss`.
         completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1; other values are ignored.
         bias: [V], or None.
         mask: shaped like `completion_ids`, bool or 0/1; 1 for valid tokens; None: all tokens are valid.
@@ -183,6 +184,7 @@ def linear_token_logps(
         ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
         TypeError: an argument has the wrong type or dtype.
     """
+    weight, bias = head_tensors(weight, bias)
     weight, bias, group_name = local_head(hidden, weight, bias, vocab_group)
     validate.head_fits(hidden, weight, bias)
     validate.dimensions("hidden", hidden, "NH" if hidden.dim() == 2 else "BTH")

@@ -134,8 +134,7 @@ def expo_loss_from_logps(
     """
     validate.floating("logps", logps)
     validate.dimensions("logps", logps, "BT" if cu_seqlens is None else "N")
-    validate.is_tensor("completion_mask", completion_mask)
-    validate.same_shape("completion_mask", completion_mask, "logps", logps.shape)
+    validate.per_token("completion_mask", completion_mask, "logps", logps.shape)
     validate.same_device(logps=logps, completion_mask=completion_mask)
     inputs = check_inputs(
         completion_mask,

@@ -51,6 +51,11 @@ def load_model(config: ModelSection, device: torch.device) -> tuple[Any, Any]:
     except Exception as error:  # damaged files raise many unrelated types
         raise load_error(config, "the model", error) from error
     model, loading_info = loaded
+    if getattr(model, "peft_config", None):
+        raise ConfigError(
+            f"model.path = {config.path} holds an adapter of PEFT, which would not be trained as it is; merge it "
+            f"(merge_and_unload, save_pretrained), or give the base model and policy.lora_rank"
+        )
     check_complete(config.path, loading_info)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of model.path = {config.path} has no end-of-sequence token; set eos_token")

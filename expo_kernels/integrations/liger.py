@@ -11,6 +11,7 @@ Letters: B sequences, T completion positions, V vocabulary, H hidden.
 import torch
 from torch import Tensor, nn
 
+from expo_kernels import _validate as validate
 from expo_kernels.integrations._trl_loss import VESPO_SETTINGS, WINDOW_LOSS_TYPES, TrlLoss, with_correction
 from expo_kernels.linear_loss import linear_expo_loss
 from expo_kernels.logps import linear_token_logps
@@ -100,7 +101,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     def forward(
         self,
         _input: Tensor,
-        lin_weight: Tensor,
+        lin_weight: Tensor | nn.Module,
         selected_token_ids: Tensor,
         attention_mask: Tensor,
         advantages: Tensor,
@@ -108,7 +109,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         ref_per_token_logps: Tensor | None = None,
         old_per_token_logps: Tensor | None = None,
         ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
+        ref_weight: Tensor | nn.Module | None = None,
         ref_bias: Tensor | None = None,
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
@@ -117,7 +118,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
         Args:
             _input: [B, T, H] hidden states; position t predicts `selected_token_ids[:, t]`.
-            lin_weight: [V, H] output head.
+            lin_weight: [V, H] output head, or its module, as in `linear_expo_loss`.
             selected_token_ids: [B, T] integers.
             attention_mask: [B, T], bool or 0/1; 1 for valid tokens of the completion.
             advantages: [B] or [B, T].
@@ -140,7 +141,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         Raises:
             ValueError: arguments are missing, contradict each other, or have shapes that do not match.
         """
+        validate.is_tensor("_input", _input)
+        validate.ids_and_mask(
+            "_input", _input, selected_token_ids, "attention_mask", attention_mask, "selected_token_ids"
+        )
+        for name, logps in (("old_per_token_logps", old_per_token_logps), ("ref_per_token_logps", ref_per_token_logps)):
+            if logps is not None:
+                validate.per_token(name, logps, "selected_token_ids", selected_token_ids.shape)
         if ref_input is not None:
+            validate.predicts("ref_input", ref_input, "selected_token_ids", selected_token_ids)
             if ref_per_token_logps is not None:
                 raise ValueError("ref_per_token_logps and ref_input are both given; give one of the two")
             ref_per_token_logps = self._ref_logps(ref_input, ref_weight, ref_bias, selected_token_ids, attention_mask)
@@ -163,7 +172,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
     @torch.no_grad()
     def _ref_logps(
-        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, ids: Tensor, mask: Tensor
+        self, hidden: Tensor, weight: Tensor | nn.Module | None, bias: Tensor | None, ids: Tensor, mask: Tensor
     ) -> Tensor:
         if weight is None:
             raise ValueError("ref_input is given without ref_weight; give the reference model's output head")

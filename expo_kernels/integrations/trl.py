@@ -49,6 +49,9 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     logs TRL's metrics, except for the minimum and maximum of clip ratios over sequences, and adds `accuracy`,
     `beta_eff`, `ratio_max` and `curriculum/effective_sample_size`. Clip ratios are always shares of tokens.
 
+    Scores are accuracies, in [0, 1] or None for a reply that was not scored, unless rho="constant" and
+    curriculum="uniform": then any rewards may be given, and no `accuracy` is logged. beta=0 makes no difference.
+
     Args:
         model: as GRPOTrainer.
         reward_funcs: as GRPOTrainer.
@@ -63,7 +66,8 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         options: as GRPOTrainer.
 
     Raises:
-        ValueError: a setting would have no effect, or an `Objective` cannot express it.
+        ValueError: a setting would have no effect, or an `Objective` cannot express it; in training, a score that is no
+            accuracy.
         NotImplementedError: the model or the kind of parallelism is not supported yet.
     """
 
@@ -159,8 +163,8 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         head = base_model(self.model).get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise NotImplementedError(
-                f"lm_head is a {type(head).__name__}, of which the loss would read the weight alone; "
-                "leave lm_head out of modules_to_save"
+                f"lm_head is a {type(head).__module__}.{type(head).__name__}, of which the loss would read the weight "
+                "alone; leave lm_head out of target_modules, modules_to_save and trainable_token_indices"
             )
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -184,12 +188,23 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         made = super()._generate_and_score_completions(inputs)
         graded = self._scores[~self._scores.isnan()]  # NaN: the reward function returned None
         if graded.numel() > 0:
+            if self._rho != "constant" or self.curriculum is not None:
+                self._check_accuracies(graded)
+                self._log_value("accuracy", graded.mean())
             self._beta_eff = akl_beta(graded, self.beta, rho=self._rho)
-            self._log_value("accuracy", graded.mean())
         self._log_value("beta_eff", self._beta_eff)
         if self.curriculum is not None and question_ids is not None:
             self._update_curriculum(self.curriculum, question_ids)
         return made
+
+    def _check_accuracies(self, scores: Tensor) -> None:
+        low, high = (float(value) for value in scores.aminmax())  # once per generation batch
+        if low < 0.0 or high > 1.0:
+            raise ValueError(
+                f"reward function {self.reward_func_names[self._accuracy_index]!r} gave the score "
+                f"{low if low < 0.0 else high:g}; expected accuracies in [0, 1]; name another function by "
+                'accuracy_reward, or train without accuracies: rho="constant", curriculum="uniform"'
+            )
 
     def _draw_questions(self, curriculum: CurriculumTable) -> Tensor:
         """Ids of the questions of one generation batch over all ranks; equal on every rank."""
@@ -204,11 +219,6 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _update_curriculum(self, curriculum: CurriculumTable, question_ids: Tensor) -> None:
         pass_rates = self._scores.view(-1, self.num_generations).nanmean(dim=1).to(question_ids.device)
         is_graded = ~pass_rates.isnan()
-        if ((pass_rates < 0) | (pass_rates > 1)).any():
-            raise ValueError(
-                f"reward function {self.reward_func_names[self._accuracy_index]!r} gave a mean score outside [0, 1], "
-                'which is no pass rate; name another by accuracy_reward, or pass curriculum="uniform"'
-            )
         curriculum.update(question_ids[is_graded], pass_rates[is_graded])
         self._log_value("curriculum/effective_sample_size", curriculum.effective_sample_size)
 

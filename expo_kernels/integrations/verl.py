@@ -103,6 +103,12 @@ def policy_loss(
     """
     if config is None:
         raise ValueError("config is None; expected verl's ActorConfig, which holds the clip range")
+    validate.is_tensor("log_prob", log_prob)
+    others = {"response_mask": response_mask, "old_log_prob": old_log_prob, "advantages": advantages}
+    if rollout_is_weights is not None:
+        others["rollout_is_weights"] = rollout_is_weights
+    for name, tensor in others.items():
+        validate.per_token(name, tensor, "log_prob", log_prob.shape)
     if loss_mode == "expo_gspo" and rollout_is_weights is not None:
         raise ValueError("expo_gspo takes no rollout_is_weights: they differ from token to token; turn them off")
     output = expo_loss_from_logps(
@@ -207,6 +213,8 @@ class FusedLinearForPPO(nn.Module):
             input_ids: [B, T] or [N] integers in [0, V).
             temperature: > 0; logits are divided by it.
         """
+        validate.is_tensor("hidden_states", hidden_states)
+        validate.predicts("hidden_states", hidden_states, "input_ids", input_ids)
         float32_mib = 4 / 2**20
         return linear_token_logps(
             hidden_states,

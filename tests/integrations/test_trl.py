@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -268,10 +268,24 @@ def test_two_reward_functions_need_a_name_for_accuracy(tiny_model):
     assert named.history[0]["accuracy"] == pytest.approx(named.history[0]["rewards/score/mean"])
 
 
-def test_a_head_that_peft_wraps_is_refused(tiny_model):
-    adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(NotImplementedError, match="lm_head is a ModulesToSaveWrapper"):
-        make_trainer(ExpoGRPOTrainer, tiny_model, extra={"peft_config": adapter})
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1]}}, "TrainableTokensWrapper"),
+    ],
+)
+def test_a_head_that_peft_wraps_is_refused(tiny_model, settings, kind):
+    with pytest.raises(NotImplementedError, match=f"lm_head is a .*{kind}, .*leave lm_head out of target_modules"):
+        make_trainer(ExpoGRPOTrainer, tiny_model, extra={"peft_config": LoraConfig(r=2, **settings)})
+
+
+def test_a_head_with_lora_is_refused(tiny_model):
+    trainer = make_trainer(ExpoGRPOTrainer, tiny_model)
+    adapter = LoraConfig(r=2, target_modules=["lm_head"])
+    trainer.model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
+    with pytest.raises(NotImplementedError, match=r"lm_head is a peft.tuners.lora.layer.Linear"):
+        trainer._check_model()
 
 
 def test_a_model_that_scales_its_logits_is_refused(tiny_model):
@@ -283,12 +297,27 @@ def test_a_model_that_scales_its_logits_is_refused(tiny_model):
         trainer._check_model()
 
 
-def test_scores_that_are_no_pass_rates_are_refused(tiny_model):
+@pytest.mark.parametrize(
+    ("extra", "is_refused"),
+    [
+        ({}, True),
+        ({"curriculum": "uniform"}, True),
+        ({"rho": "constant"}, True),
+        (PLAIN, False),
+    ],
+    ids=["expo", "uniform", "constant", "plain"],
+)
+@pytest.mark.parametrize("values", [(-9.0, 10.0), (0.5, 1.5)])  # the mean of the first pair is an accuracy
+def test_scores_that_are_no_accuracies_are_refused_where_they_are_read(tiny_model, extra, is_refused, values):
     def length(completion_ids, **_):
-        return [float(len(ids)) for ids in completion_ids]
+        return [values[index % 2] for index, _ in enumerate(completion_ids)]
 
-    with pytest.raises(ValueError, match="reward function 'length' gave a mean score outside"):
-        make_trainer(ExpoGRPOTrainer, tiny_model, extra={"reward_funcs": length}).train()
+    trainer = make_trainer(ExpoGRPOTrainer, tiny_model, extra=extra | {"reward_funcs": length}, max_steps=1)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"reward function 'length' gave the score .* accuracies in \[0, 1\]"):
+            trainer.train()
+    else:
+        assert "accuracy" not in run(trainer).history[0]
 
 
 def test_unscored_replies_change_neither_beta_nor_the_table(tiny_model):

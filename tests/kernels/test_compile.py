@@ -113,8 +113,10 @@ CALLS = {
     "ExpoLoss": lambda call: ExpoLoss(SEQUENCE)(call["logits"], *positions(call), **others(call)),
     "LinearExpoLoss": lambda call: LinearExpoLoss()(call["hidden"], call["weight"], *positions(call), **others(call)),
     "group_advantages": lambda call: group_advantages(call["advantages"], 2, scale="batch"),
-    "akl_beta": lambda call: akl_beta(call["advantages"], call["advantages"].std()),
-    "akl_beta, own rho": lambda call: akl_beta(call["advantages"], 0.1, rho=lambda mean: 1.0 + mean.sigmoid()),
+    "akl_beta": lambda call: akl_beta(call["advantages"].sigmoid(), call["advantages"].std()),
+    "akl_beta, own rho": lambda call: akl_beta(
+        call["advantages"].sigmoid(), 0.1, rho=lambda mean: 1.0 + mean.sigmoid()
+    ),
 }  # fmt: skip
 
 
@@ -228,6 +230,11 @@ def test_a_new_beta_and_normalizer_at_each_step_compile_nothing_new(kind):
         ({"completion_ids": torch.full((4, 6), -1)}, CALLS["linear_token_logps"], "completion_ids holds -1"),
         ({"advantages": torch.full((4,), float("inf"))}, CALLS["group_advantages"], "rewards holds 4 non-finite"),
         ({"advantages": torch.full((4,), float("nan"))}, CALLS["akl_beta"], "accuracies holds 4 non-finite"),
+        (
+            {"advantages": torch.full((4,), 9.0)},
+            lambda call: akl_beta(call["advantages"].abs()),
+            "accuracies ranges over",
+        ),
         ({"completion_mask": torch.full((4, 6), 2)}, CALLS["expo_loss_from_logps"], "completion_mask holds values"),
     ],
 )
@@ -357,7 +364,8 @@ OPCHECKS = {
         ),
     ),
     "group advantages": lambda call: (OPS.group_advantages, (call["advantages"], 2, "group", 1e-6)),
-    "accuracies": lambda call: (OPS.accuracy_sum, (call["advantages"],)),
+    "accuracies": lambda call: (OPS.accuracy_sum, (call["advantages"].sigmoid(),)),
+    "mean accuracy": lambda call: (OPS.mean_accuracy, (call["advantages"][:2].double().exp(),)),
     "beta": lambda call: (OPS.scaled_beta, (torch.tensor(0.1), torch.tensor(0.7))),
     "curriculum": lambda call: (
         OPS.update_curriculum,

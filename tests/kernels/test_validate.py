@@ -39,7 +39,7 @@ LOGPS = torch.zeros(B, T)
         ({"hidden": torch.randn(B * T, H)}, r"expected 3 dimensions \[B, T, H\]"),
         ({"weight": torch.randn(0)}, r"weight has shape \[0\]"),
         ({"bias": torch.randn(V + 1)}, r"bias has shape \[6\]"),
-        ({"completion_ids": torch.zeros(B, T + 1, dtype=torch.int64)}, "completion_ids has shape"),
+        ({"completion_ids": torch.zeros(B, T + 1, dtype=torch.int64)}, r"row t predicts completion_ids\[:, t\]"),
         ({"completion_ids": torch.full((B, T), V)}, "completion_ids holds 5; expected 0 <= id < 5"),
         ({"completion_ids": torch.full((B, T), -100)}, "completion_ids holds -100"),
         ({"completion_mask": torch.ones(B, T + 1)}, "completion_mask has shape"),

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -110,6 +111,14 @@ def test_tensors_of_other_shapes_are_named(folder):
     edit_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(64)}))
     with pytest.raises(ConfigError, match=r"has 1 tensors of other shapes than config\.json says: model\.norm\.weight"):
         load_model(ModelSection(path=str(folder)), CPU)
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_an_adapter_of_peft_is_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"])).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"holds an adapter of PEFT.*merge it"):
+        load_model(ModelSection(path=str(folder)), torch.device("cpu"))
 
 
 def test_a_vocabulary_of_another_size_is_refused(folder):
