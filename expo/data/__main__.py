@@ -1,15 +1,19 @@
-"""`python -m expo.data show | check SOURCE`: prints prompts as the model gets them, and reports problems of a set."""
+"""`python -m expo.data show | check SOURCE`: prints prompts as the model gets them, and reports problems of a set.
+
+SOURCE may also be the YAML file of a run: its training questions, model, prompt and verifier.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from expo.config import DataSection, ModelSection, RewardSection
+from expo.config import DataSection, ModelSection, RewardSection, load_config
 from expo.data import sources
 from expo.data.gradable import bad_questions
 from expo.data.layouts import ReadOptions
@@ -29,6 +33,7 @@ from expo.types import Prompt
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
+YAML_SUFFIXES = (".yaml", ".yml")
 YAML_FLAGS = ("columns", "template", "system", "chat_template_kwargs")
 
 
@@ -38,10 +43,11 @@ def show(arguments: argparse.Namespace) -> int:
     """
     if arguments.n < 1:
         raise ConfigError(f"-n = {arguments.n}; expected a number of prompts, at least 1")
-    section = _section(arguments)
-    reads = what_is_read(arguments.verifier)
-    loaded = sources.load_questions(arguments.source, ReadOptions.of(section))
-    tokenizer = _tokenizer(arguments.model)
+    section, model, verifier = _settings(arguments)
+    if model is None:
+        raise ConfigError("no model; give --model=PATH, whose tokenizer makes the prompts, or the YAML file of a run")
+    loaded = sources.load_questions(section.train, ReadOptions.of(section))
+    tokenizer = _tokenizer(model)
     prompts = [
         Prompt(question, render_prompt(question, section, tokenizer)) for question in loaded.questions[: arguments.n]
     ]
@@ -55,19 +61,20 @@ def show(arguments: argparse.Namespace) -> int:
         for gold in question.golds:
             print(printable(f"gold answer: {gold}    graded as: {normalise_gold(gold)}"))
         print()
-    print(f"the verifier ({arguments.verifier}) reads {reads}")
-    for line in unasked_warning(arguments.source, prompts, section, arguments.verifier, tokenizer):
+    print(f"the verifier ({verifier}) reads {what_is_read(verifier)}")
+    for line in unasked_warning(section.train, prompts, section, verifier, tokenizer):
         print(line)
     return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Prints rows, duplicates, ungradable answers, longest prompts and overlaps; 1 if answers are ungradable."""
-    options = ReadOptions.of(_section(arguments))
-    loaded = sources.load_questions(arguments.source, options)
+    section, model, _ = _settings(arguments)
+    options = ReadOptions.of(section)
+    loaded = sources.load_questions(section.train, options)
     print(f"{loaded.num_rows:,} rows")
     print(*set_lines(loaded), sep="\n")
-    _print_longest(loaded, arguments)
+    _print_longest(loaded, section, model)
     for against in arguments.against:
         other = sources.load_questions(against, replace(options, needs_columns=False))
         lines = find_overlap(loaded, {against: other}).lines()
@@ -79,25 +86,39 @@ def check(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _print_longest(loaded: QuestionSet, arguments: argparse.Namespace) -> None:
-    if arguments.model is None:
+def _print_longest(loaded: QuestionSet, section: DataSection, model: ModelSection | None) -> None:
+    if model is None:
         unit, lengths = "characters (give --model for tokens)", {q.id: len(q.text) for q in loaded.questions}
     else:
-        section, tokenizer = _section(arguments), _tokenizer(arguments.model)
-        unit = "tokens"
+        unit, tokenizer = "tokens", _tokenizer(model)
         lengths = {question.id: len(render_prompt(question, section, tokenizer)) for question in loaded.questions}
     longest = sorted(lengths, key=lambda key: -lengths[key])[:NUM_LONGEST]
     print(f"longest prompts, {unit}: {', '.join(f'{key} {lengths[key]:,}' for key in longest)}")
 
 
-def _section(arguments: argparse.Namespace) -> DataSection:
-    given = vars(arguments)
-    fields = [field for field in ("prompt", "chat_template", *YAML_FLAGS) if given[field] is not None]
-    values = {field: flag_value(field, given[field]) if field in YAML_FLAGS else given[field] for field in fields}
+class _Settings(NamedTuple):
+    data: DataSection
+    model: ModelSection | None
+    verifier: str
+
+
+def _settings(arguments: argparse.Namespace) -> _Settings:
+    """The settings of the flags, and for the others those of the YAML file, or else the defaults."""
+    config = load_config(Path(arguments.source)) if arguments.source.endswith(YAML_SUFFIXES) else None
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    values: dict[str, Any] = {"train": arguments.source} if config is None else config.data.model_dump()
+    values |= {name: flag_value(name, given[name]) for name in YAML_FLAGS if name in given}
+    values |= {name: given[name] for name in ("prompt", "chat_template") if name in given}
+    if "prompt" in given and "template" not in given:
+        values["template"] = None  # which would be taken in its place
     try:
-        return DataSection(train=arguments.source, **values)
+        section = DataSection(**values)
     except ValidationError as error:
         raise ConfigError("; ".join(_flag_problem(item) for item in error.errors())) from error
+    model, reward = (None, RewardSection()) if config is None else (config.model, config.reward)
+    if "model" in given:
+        model = ModelSection(path=given["model"])
+    return _Settings(section, model, given.get("verifier", reward.verifier))
 
 
 def _flag_problem(item: ErrorDetails) -> str:
@@ -106,11 +127,11 @@ def _flag_problem(item: ErrorDetails) -> str:
     return f"--{text.replace(field, field.replace('_', '-'), 1)}" if field else text
 
 
-def _tokenizer(path: str) -> Any:
-    # imports transformers, which a check without --model does not need
+def _tokenizer(model: ModelSection) -> Any:
+    # imports transformers, which a check without a model does not need
     from expo.learner.model_files import load_tokenizer
 
-    return load_tokenizer(ModelSection(path=path))
+    return load_tokenizer(model)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -122,21 +143,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.set_defaults(run=run)
-        command.add_argument("source", metavar="SOURCE", help="as data.train")
+        command.add_argument("source", metavar="SOURCE", help="as data.train, or the YAML file of a run")
+        command.add_argument("--model", metavar="PATH", help="model whose tokenizer is used; as model.path")
+        command.add_argument("--prompt", choices=list(PROMPTS), help="as data.prompt")
         command.add_argument(
-            "--model", required=run is show, metavar="PATH", help="model whose tokenizer is used; as model.path"
-        )
-        command.add_argument("--prompt", choices=list(PROMPTS), default=DataSection.model_fields["prompt"].default)
-        command.add_argument(
-            "--chat-template", action=argparse.BooleanOptionalAction, default=True, help="as data.chat_template"
+            "--chat-template", action=argparse.BooleanOptionalAction, default=None, help="as data.chat_template"
         )
         for field in YAML_FLAGS:
             flag = f"--{field.replace('_', '-')}"
             kind = FlagText if field in ("template", "system") else str
             command.add_argument(flag, dest=field, metavar="VALUE", type=kind, help=f"as data.{field}")
-    commands.choices["show"].add_argument(
-        "--verifier", metavar="NAME", default=RewardSection().verifier, help="as reward.verifier (default: math)"
-    )
+    commands.choices["show"].add_argument("--verifier", metavar="NAME", help="as reward.verifier (default: math)")
     commands.choices["show"].add_argument("-n", type=int, default=3, metavar="N", help="how many (default: 3)")
     commands.choices["check"].add_argument(
         "--against", nargs="+", default=[], metavar="SOURCE", help="evaluation sets to search for the same questions"
