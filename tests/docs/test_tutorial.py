@@ -1,7 +1,6 @@
 """The tutorial's code and commands, as printed, with a model of random weights in place of SmolLM2."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from expo.__main__ import main
 from tests import ROOT
+from tests.ranks.running import environment_of_no_rank
 
 pytestmark = pytest.mark.medium  # trains, evaluates and exports
 
@@ -62,17 +62,17 @@ def folder(tmp_path_factory):
 
 
 def run(folder, command, *more):
-    """The exit code of a command; a run trains in a process of its own, since DeepSpeed keeps what it has set up."""
+    """The exit code of a command; what sets up ranks has a process of its own."""
     arguments = [*shlex.split(command), *more]
-    if arguments[0] != "train" or "--dry-run" in arguments:
+    if arguments[0] == "data" or "--dry-run" in arguments:
         return main(arguments)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "expo", *arguments], cwd=folder, env=environment, check=False
-    ).returncode
+    command = [sys.executable, "-m", "expo", *arguments]
+    environment = environment_of_no_rank() | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
-def test_the_six_commands_and_the_export(folder, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_six_commands_and_the_export(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     assert len((folder / "train.jsonl").read_text().splitlines()) == 60
     assert len((folder / "test.jsonl").read_text().splitlines()) == 20
@@ -80,7 +80,7 @@ def test_the_six_commands_and_the_export(folder, monkeypatch, capsys):
     assert len(commands) == 6
     for command in commands:
         assert run(folder, command, *(SHORT if command.startswith("train") else [])) == 0
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert "Mia has" in printed or "Tom has" in printed
     assert "the verifier (math) reads" in printed
     assert "pass@1" in printed
