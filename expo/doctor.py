@@ -25,6 +25,7 @@ PROGRAM = "python -m expo.doctor"
 GIB = 2**30
 WIDTH = 100  # columns
 NAME_WIDTH = 13
+GLUE = "\N{NO-BREAK SPACE}"  # a space at which no line is broken
 SHARED = Path("/dev/shm")  # where processes share memory; small in many containers
 NVIDIA = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
 
@@ -32,7 +33,7 @@ NVIDIA = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
 def package_lines() -> Iterator[str]:
     """A line for the package itself and for each extra: what is installed, what is missing, how to install it."""
     for extra, requirements in read_requirements().items():
-        installed = ", ".join(f"{name} {version}" for name, version in requirements.installed.items())
+        installed = ", ".join(f"{name}{GLUE}{version}" for name, version in requirements.installed.items())
         missing = ", ".join(requirements.unmet)
         parts = [installed] if installed else []
         if missing:
@@ -94,9 +95,10 @@ def kernel_problems(device: Any) -> tuple[int, list[str]]:
 
 def _line(name: str, text: str) -> str:
     indent = " " * (NAME_WIDTH + 2)
-    return textwrap.fill(
+    lines = textwrap.fill(
         f"  {name:{NAME_WIDTH}}{text}", WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+    return lines.replace(GLUE, " ")
 
 
 def examine() -> int:
