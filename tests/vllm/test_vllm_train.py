@@ -58,7 +58,7 @@ def assert_synced(rows):
 
 def test_a_run_with_vllm_prints_nothing_unexpected_and_stays_synced(alone):
     done, rows = alone
-    starts = ("ledger:train:", "evaluation after", "step ", "set ", "---", "few ", "run: ", "report: ")
+    starts = ("ledger:train:", "evaluation after", "step ", "set ", "---", "few ", "run: ", "report: ", "* Wilson")
     assert done.stderr == ""
     others = [line for line in done.stdout.splitlines() if not line.startswith(starts)]
     assert [line.rpartition("/")[2] for line in others] == ["few.jsonl: 2 questions"]
