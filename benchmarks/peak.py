@@ -16,6 +16,7 @@ from benchmarks.fresh import in_fresh_process
 from benchmarks.inputs import make_inputs
 from benchmarks.machine import trim_memory
 from benchmarks.shapes import TINY, Case
+from expo.runtime.host import peak_resident_bytes
 
 
 def extra_peak_mib(name: str, case: Case) -> float | None:
@@ -43,5 +44,4 @@ def growth_mib(run: Callable[[], object]) -> float:
     Path("/proc/self/clear_refs").write_text("5")
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     run()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024 - before
+    return peak_resident_bytes() / 2**20 - before

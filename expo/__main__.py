@@ -7,11 +7,12 @@ are missing.
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 from expo.errors import ConfigError
 from expo.runtime.endings import errors_on_one_line
 from expo.runtime.nearest import nearest
+from expo.runtime.parser import CONFIG_SUFFIXES
+from expo.runtime.requirements import installed_version
 from expo.runtime.stdout import write_stdout
 
 PROGRAM = "expo-rl"
@@ -26,7 +27,6 @@ COMMANDS = {
     "doctor": ("expo.doctor", "check this machine: versions, devices, kernels, extras"),
 }
 """The module of each command, and what it does."""
-OF_A_RECIPE = (".yaml", ".yml")
 HINT = "; --help lists the commands"
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         if command in ("-h", "--help"):
             write_stdout(help_text(prog))
         elif command == "--version":
-            write_stdout(f"expo-rl {_version()}\n")
+            write_stdout(f"expo-rl {installed_version('expo-rl') or 'of a source tree that is not installed'}\n")
         elif command in COMMANDS:
             return _imported(command)(arguments, f"{prog} {command}")
         else:
@@ -61,7 +61,7 @@ def help_text(prog: str) -> str:
 def _unknown(command: str, prog: str) -> str:
     if not command:
         return f"no command; expected one of {', '.join(COMMANDS)}{HINT}"
-    if command.startswith("-") or command.endswith(OF_A_RECIPE):
+    if command.startswith("-") or command.endswith(CONFIG_SUFFIXES):
         return f"{command[:80]!r} is no command; a command comes first, such as {prog} train {command[:80]}{HINT}"
     return f"unknown command {command[:80]!r}{nearest(command, list(COMMANDS), HINT)}"
 
@@ -79,13 +79,6 @@ def _imported(command: str) -> Callable[[Sequence[str], str], int]:
             f"{PROGRAM} doctor"
         ) from error
     return main
-
-
-def _version() -> str:
-    try:
-        return metadata.version("expo-rl")
-    except metadata.PackageNotFoundError:
-        return "of a source tree that is not installed"
 
 
 if __name__ == "__main__":

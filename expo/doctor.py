@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ SHARED = Path("/dev/shm")  # where processes share memory; small in many contain
 NVIDIA = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
 
 
-def package_lines() -> Iterator[str]:
+def package_lines(found: Mapping[str, Requirements]) -> Iterator[str]:
     """A line for the package itself and for each extra: what is installed, what is missing, how to install it."""
-    for extra, requirements in read_requirements().items():
+    for extra, requirements in found.items():
         installed = ", ".join(f"{name}{GLUE}{version}" for name, version in requirements.installed.items())
         missing = ", ".join(requirements.unmet)
         parts = [installed] if installed else []
@@ -105,8 +105,9 @@ def examine() -> int:
     """Prints the report; returns the number of checks that failed."""
     version = installed_version("expo-rl") or "of a source tree"
     write_stdout(f"expo-rl {version}, Python {platform.python_version()}, {platform.platform()}\n\npackages\n")
-    write_stdout("\n".join(package_lines()) + "\n\nmachine\n")
-    problems = [f"{text} is needed, but missing" for text in read_requirements().get("", Requirements()).unmet]
+    found = read_requirements()
+    write_stdout("\n".join(package_lines(found)) + "\n\nmachine\n")
+    problems = [f"{text} is needed, but missing" for text in found[""].unmet]
     try:
         import torch
     except Exception as error:  # a broken installation raises anything
@@ -137,7 +138,6 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     ).parse_args(argv)
     with errors_on_one_line(prog):
         return int(examine() > 0)
-    return 0
 
 
 if __name__ == "__main__":

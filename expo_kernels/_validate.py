@@ -106,9 +106,8 @@ def per_token(name: str, tensor: Tensor, ids_name: str, shape: torch.Size) -> No
 
 
 def _how_to_align(name: str, given: torch.Size, ids_name: str, expected: torch.Size) -> str:
-    if [size for size in given if size != 1] == [size for size in expected if size != 1]:
-        return f"use {name}.view({', '.join(map(str, expected))})"
-    if given.numel() == expected.numel() and 1 in (len(given), len(expected)):
+    has_equal_sizes = [size for size in given if size != 1] == [size for size in expected if size != 1]
+    if has_equal_sizes or (given.numel() == expected.numel() and 1 in (len(given), len(expected))):
         return f"use {name}.view({', '.join(map(str, expected))})"
     if len(given) != len(expected) or len(given) == 0:
         return f"give it {len(expected)} dimensions"

@@ -18,7 +18,7 @@ from expo.data import sources
 from expo.data.gradable import bad_questions
 from expo.data.layouts import ReadOptions
 from expo.data.overlap import find_overlap
-from expo.data.prompts import PROMPTS, render_prompt, unasked_warning
+from expo.data.prompts import PROMPTS, prompt_warnings, render_prompt
 from expo.data.questions import QuestionSet
 from expo.data.record import set_lines
 from expo.errors import ConfigError
@@ -28,12 +28,11 @@ from expo.runtime.cli import FlagText, flag_value
 from expo.runtime.config_errors import explain
 from expo.runtime.console import printable
 from expo.runtime.endings import errors_on_one_line
-from expo.runtime.parser import OneLineParser
+from expo.runtime.parser import CONFIG_SUFFIXES, OneLineParser
 from expo.types import Prompt
 
 PROGRAM = "python -m expo.data"
 NUM_LONGEST = 3
-YAML_SUFFIXES = (".yaml", ".yml")
 YAML_FLAGS = ("columns", "template", "system", "chat_template_kwargs")
 
 
@@ -62,7 +61,7 @@ def show(arguments: argparse.Namespace) -> int:
             print(printable(f"gold answer: {gold}    graded as: {normalise_gold(gold)}"))
         print()
     print(f"the verifier ({verifier}) reads {what_is_read(verifier)}")
-    for line in unasked_warning(section.train, prompts, section, verifier, tokenizer):
+    for line in prompt_warnings({section.train: prompts}, section, verifier, tokenizer):
         print(line)
     return 0
 
@@ -104,7 +103,7 @@ class _Settings(NamedTuple):
 
 def _settings(arguments: argparse.Namespace) -> _Settings:
     """The settings of the flags, and for the others those of the YAML file, or else the defaults."""
-    config = load_config(Path(arguments.source)) if arguments.source.endswith(YAML_SUFFIXES) else None
+    config = load_config(Path(arguments.source)) if arguments.source.endswith(CONFIG_SUFFIXES) else None
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     values: dict[str, Any] = {"train": arguments.source} if config is None else config.data.model_dump()
     values |= {name: flag_value(name, given[name]) for name in YAML_FLAGS if name in given}

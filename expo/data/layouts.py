@@ -214,13 +214,12 @@ class TableReader:
             raise _unusable(where, layout.question, record, "correct or drop it")
         context = _read(where, "context", layout.context, record, values.context_text) if layout.context else ""
         value = record.get(layout.answer)
-        golds = layout.read_answer(value)
+        golds = stated = layout.read_answer(value)
         choices = _read(where, "options", layout.choices, record, values.Choices.read) if layout.choices else None
-        is_no_choice = False
         if choices is not None:
-            golds, is_no_choice = choices.golds(value, golds), bool(golds)
+            golds = choices.golds(value, stated)
         if not golds and not self._options.skip_bad_answers:
-            of_options = "it is none of the options; " if is_no_choice else ""
+            of_options = "it is none of the options; " if stated else ""
             advice = f"{of_options}correct or drop it, or set --data.skip_bad_answers=true"
             raise _unusable(where, layout.answer, record, advice)
         options = choices.options if choices else ()

@@ -1,6 +1,6 @@
 """Turns questions into prompts: the template of data.template or data.prompt, then the tokenizer's chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expo.config import DataSection
@@ -12,10 +12,10 @@ from expo.types import Prompt, Question, shown_options
 __all__ = [
     "PROMPTS",
     "asks_for_answer",
+    "prompt_warnings",
     "render_prompt",
     "render_prompts",
     "render_whole_set",
-    "unasked_warning",
     "user_text",
 ]
 
@@ -136,16 +136,22 @@ def asks_for_answer(text: str) -> bool:
     return any(mark.casefold() in text.casefold() for mark in MARKS)
 
 
-def unasked_warning(
-    name: str, prompts: Sequence[Prompt], config: DataSection, verifier: str, tokenizer: Any
+def prompt_warnings(
+    prompts: Mapping[str, Sequence[Prompt]], config: DataSection, verifier: str, tokenizer: Any
 ) -> list[str]:
-    """A warning, if none of the first chat prompts of a set mentions a form of answer that the verifier reads."""
+    """A warning for each set none of whose first chat prompts mentions a form of answer that the verifier reads.
+
+    Args:
+        prompts: by the name of their set.
+        config: how they were made.
+        verifier: the value of reward.verifier.
+        tokenizer: of the prompts.
+    """
     if ":" in verifier or not config.chat_template:  # what it reads is not known; a base model continues examples
-        return []
-    texts = (tokenizer.decode(prompt.prompt_ids) for prompt in prompts[:NUM_SEARCHED])
-    if any(map(asks_for_answer, texts)):
         return []
     return [
         f"warning: no prompt of {name} asks for an answer that can be read; the verifier reads {READS}; set "
         f"data.prompt to {' or '.join(ASKING)}, or say it in data.template or data.system"
+        for name, group in prompts.items()
+        if not any(asks_for_answer(tokenizer.decode(prompt.prompt_ids)) for prompt in group[:NUM_SEARCHED])
     ]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BOOTSTRAP, WILSON = "bootstrap", "wilson"
+from expo.reporting.comparison import BOOTSTRAP, WILSON
+
 NUM_RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then vary by less than 5 % of its width
 FEWEST_QUESTIONS = 10  # of a bootstrap: with fewer, its intervals are too narrow
 FEWEST_OTHER_SCORES = 4  # of a bootstrap: with m of n questions off the others' score, exp(-m) of the resamples miss

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from expo.config import EvalConfig
-from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, render_whole_set, unasked_warning
+from expo.data import QuestionSet, ReadOptions, load_questions, only_gradable, prompt_warnings, render_whole_set
 from expo.data.record import set_lines
 from expo.errors import ConfigError
 from expo.evaluation.agreement import AnswerComparer
@@ -163,9 +163,8 @@ def _render_sets(
     rendered = {name: render_whole_set(name, loaded.questions, config.data, tokenizer) for name, loaded in sets.items()}
     prompts = (prompt.prompt_ids for group in rendered.values() for prompt in group)
     check_token_ids(load_model_config(config.model), tokenizer, prompts)
-    for name, group in rendered.items():
-        for line in unasked_warning(name, group, config.data, config.reward.verifier, tokenizer):
-            display.line(line)
+    for line in prompt_warnings(rendered, config.data, config.reward.verifier, tokenizer):
+        display.line(line)
     return rendered
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expo.errors import ConfigError
+from expo.learner.model_folder import make_readable
 
 ADAPTER = "default"
 
@@ -95,9 +96,8 @@ def write_adapter(folder: Path, state: dict[str, Tensor], model: Any, base: str,
         for name, value in state.items()
         if ".lora_" in name
     }
-    path = folder / "adapter_model.safetensors"
-    save_file(adapters, path, metadata={"format": "pt"})
-    path.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors makes it readable for its owner alone
+    save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    make_readable(folder, "adapter_config.json")
 
 
 def _is_adapted(module: Any) -> bool:

@@ -25,6 +25,11 @@ def write_model(folder: Path, model: Any, weights: Mapping[str, Tensor], dtype: 
     config = copy.deepcopy(model.config)
     config.dtype = dtype  # save_pretrained records that of the parameters
     config.save_pretrained(folder)
-    mode = (folder / "config.json").stat().st_mode  # as the umask of this process has it
-    for path in folder.glob("*.safetensors"):  # which safetensors makes readable for its owner alone
+    make_readable(folder, "config.json")
+
+
+def make_readable(folder: Path, config: str) -> None:
+    """Gives the safetensors files of a folder, which are readable for their owner alone, the mode of its `config`."""
+    mode = (folder / config).stat().st_mode  # as the umask of this process has it
+    for path in folder.glob("*.safetensors"):
         path.chmod(mode)

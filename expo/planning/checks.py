@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from expo.config import ModelSection, RunConfig
-from expo.data import QuestionSet
+from expo.data import QuestionSet, prompt_warnings
 from expo.data.hub import find_named
 from expo.data.record import TRAINING, require_same_questions, set_lines
 from expo.errors import ConfigError, HubError
@@ -32,7 +32,6 @@ from expo.run.inputs import (
     check_prompts,
     check_settings,
     drop_overlap,
-    prompt_warnings,
     read_model_config,
     read_set,
     read_tokenizer,
@@ -230,7 +229,7 @@ def _render(
         name: render_set(config, name, loaded, tokenizer) for name, loaded in sets.items()
     }
     check_prompts(model_config, tokenizer, prompts)
-    return prompts, prompt_warnings(config, prompts, tokenizer)
+    return prompts, prompt_warnings(prompts, config.data, config.reward.verifier, tokenizer)
 
 
 def _count(

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from expo.reporting.comparison import BOOTSTRAP, WILSON
+
 MOST = 1e15  # larger numbers are no metric, and their axes have no ticks
 MOST_STEPS = 2**31
 
@@ -44,7 +46,7 @@ def estimate(value: Any) -> dict[str, Any] | None:
     if len(known) < len(numbers):
         return None
     interval = mapping(value).get("interval")
-    return {**known, "interval": interval} if interval in ("bootstrap", "wilson") else known
+    return {**known, "interval": interval} if interval in (BOOTSTRAP, WILSON) else known
 
 
 def scores(value: Any) -> Record:

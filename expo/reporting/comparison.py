@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 Scores = dict[str, Any]  # the scores of one evaluation: set name -> {"num_questions", "pass_at", "by_level", ...}
 
 TABLE_KS = (1, 8, 32)  # the values of k that tables show
+BOOTSTRAP, WILSON = "bootstrap", "wilson"  # how an interval was made
 TOO_FEW = "too few to tell"
 FEWEST_TO_TELL = 6  # questions that differ: with five, all in one direction, the sign test has p = 2 * 0.5^5 > 0.05
 WILSON_MARK = "*"
@@ -89,7 +90,7 @@ def difference(before: Estimate | None, after: Estimate | None) -> Estimate | No
     """
     if before is None or after is None:
         return None
-    mean, interval = after.mean - before.mean, "wilson" if "wilson" in (before.interval, after.interval) else ""
+    mean, interval = after.mean - before.mean, WILSON if WILSON in (before.interval, after.interval) else ""
     low = mean - math.hypot(after.mean - after.low, before.high - before.mean)
     high = mean + math.hypot(after.high - after.mean, before.mean - before.low)
     return Estimate(mean, low, high, interval)
@@ -143,4 +144,4 @@ def interval_text(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return "-"
     mean, low, high = (f"{value:{sign}.3f}" for value in estimate[:3])
-    return f"{mean} [{low}, {high}]{WILSON_MARK if estimate.interval == 'wilson' else ''}"
+    return f"{mean} [{low}, {high}]{WILSON_MARK if estimate.interval == WILSON else ''}"

@@ -5,11 +5,12 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from expo.runtime.requirements import installed_version
 
 ENVIRONMENT = "environment.json"
 PACKAGES = (
@@ -25,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "machine": {
             "python": platform.python_version(),
             "system": platform.platform(),
@@ -33,13 +34,6 @@ def describe_environment() -> dict[str, Any]:
             "gpus": gpus,
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -13,9 +13,9 @@ from expo.data import (
     find_overlap,
     load_questions,
     only_gradable,
+    prompt_warnings,
     render_prompts,
     render_whole_set,
-    unasked_warning,
 )
 from expo.data.record import EVALUATION, TRAINING, set_lines, set_record
 from expo.errors import ConfigError
@@ -81,7 +81,7 @@ def load_inputs(config: RunConfig, num_ranks: int = 1) -> Inputs:
     tokenizer = read_tokenizer(config)
     prompts = {name: render_set(config, name, loaded, tokenizer) for name, loaded in sets.items()}
     check_prompts(model_config, tokenizer, prompts)
-    warnings = prompt_warnings(config, prompts, tokenizer)
+    warnings = prompt_warnings(prompts, config.data, config.reward.verifier, tokenizer)
     reward_functions = load_reward_functions(config.reward.functions)
     model_files = file_digests(config.model, model_config)
     train, train_set = sets.pop(TRAINING), prompts.pop(TRAINING)
@@ -179,15 +179,6 @@ def render_set(config: RunConfig, name: str, loaded: QuestionSet, tokenizer: Any
 def check_prompts(model_config: Any, tokenizer: Any, prompts: Mapping[str, Sequence[Prompt]]) -> None:
     """Raises: ConfigError if a prompt has a token that the model does not have."""
     check_token_ids(model_config, tokenizer, (prompt.prompt_ids for group in prompts.values() for prompt in group))
-
-
-def prompt_warnings(config: RunConfig, prompts: Mapping[str, Sequence[Prompt]], tokenizer: Any) -> list[str]:
-    """Warnings about prompts that ask for no answer that the verifier reads."""
-    return [
-        line
-        for name, group in prompts.items()
-        for line in unasked_warning(name, group, config.data, config.reward.verifier, tokenizer)
-    ]
 
 
 def require_enough_questions(config: RunConfig, num_questions: int) -> None:

@@ -3,11 +3,7 @@
 Every number covers all ranks: tokens of all ranks over the seconds of the phase, and the peak memory of any rank.
 """
 
-import resource
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from expo.learner.batch import MiniBatch
 from expo.learner.flops import ModelShape, peak_flops, training_flops
 from expo.rewards.groups import GradedRollouts
 from expo.runtime.distributed import Ranks
+from expo.runtime.host import peak_resident_bytes
 from expo.runtime.timer import PhaseTimer
 
 GIB = 2**30
@@ -83,14 +80,3 @@ def _memory() -> tuple[float, float]:
         return float(torch.cuda.max_memory_allocated()), float(torch.cuda.max_memory_reserved())
     resident = peak_resident_bytes()
     return resident, resident
-
-
-def peak_resident_bytes() -> float:
-    """The largest resident set of this process so far."""
-    # getrusage's maximum includes the process that started this one; VmHWM does not
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return float(line.split()[1]) * 1024  # "VmHWM:   123 kB"
-    largest = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return largest if sys.platform == "darwin" else largest * 1024

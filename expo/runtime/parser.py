@@ -15,6 +15,7 @@ from expo.runtime.nearest import nearest
 
 MOST_LINE = 4000  # characters of a message
 HELP_HINT = "; --help lists what it takes"
+CONFIG_SUFFIXES = (".yaml", ".yml")  # of a run's configuration
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -58,7 +58,7 @@ def test_a_source_tree_has_the_requirements_of_its_pyproject(monkeypatch):
 
 
 def test_a_missing_extra_is_named_with_its_pip_line(texts):
-    lines = "\n".join(doctor.package_lines())
+    lines = "\n".join(doctor.package_lines(doctor.read_requirements()))
     assert 'missing: no-such-package[x]>=1,<2 (pip install "expo-rl[absent]")' in " ".join(lines.split())
 
 

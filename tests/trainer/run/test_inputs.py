@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from expo.config import load_config
-from expo.data import unasked_warning
+from expo.data import prompt_warnings
 from expo.errors import ConfigError
 from expo.run.inputs import load_inputs, require_enough_questions
 from expo.types import Prompt, Question
@@ -80,7 +80,7 @@ class Letters:
 def test_chat_prompts_that_ask_for_no_answer_are_a_warning(text, verifier, chat_template, warns):
     config = load_config(None, [("data.chat_template", chat_template)]).data
     prompts = [Prompt(Question("1", text, "2"), list(map(ord, text)))]
-    lines = unasked_warning("data.train", prompts, config, verifier, Letters())
+    lines = prompt_warnings({"data.train": prompts}, config, verifier, Letters())
     assert [line.startswith("warning: no prompt of data.train asks for an answer") for line in lines] == [True] * warns
 
 
