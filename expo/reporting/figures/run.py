@@ -93,8 +93,8 @@ FIGURES: tuple[tuple[Draw, str, bool, str], ...] = (
         "Replies and groups without signal",
         False,
         "Unparsed and truncated replies and verifier timeouts should approach zero. A group whose "
-        "rewards are all equal, with shaping terms included, has advantage 0 and teaches nothing: that share rises as "
-        "questions are mastered, and a good curriculum keeps it low.",
+        "rewards are all equal, with shaping terms included, has advantage 0, so only a KL penalty moves the policy "
+        "there: that share rises as questions are mastered, and a good curriculum keeps it low.",
     ),
     (
         draw_phases,
