@@ -6,7 +6,7 @@ replies to each, grades them, and takes gradient steps on the clipped surrogate 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from expo.planning.plan import print_plan
 from expo.rewards.groups import GradedRollouts, Rollouts, grade
 from expo.rollout import GenerationRequest, Sampling, request_seed
 from expo.run.advice import step_advice
+from expo.run.ahead import RolloutQueue
 from expo.run.bad_updates import BadUpdates
 from expo.run.checkpoint import current_position, random_states
 from expo.run.collapse import collapse_advice
@@ -63,23 +64,24 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         SyncError: if the rollout engine does not hold the policy's weights after a weight sync.
         EngineError: if a rollout engine in another process cannot continue.
     """
-    with open_run(config, resume) as run:
+    with open_run(config, resume) as run, RolloutQueue(run, sample_rollouts) as queue:
         data, rollout, policy, books = run.data, run.rollout, run.learner.policy, run.bookkeeping
-        position, watch = resume_run(run, resume)
+        position, watch = resume_run(run, queue, resume)
         try:
-            evaluate_if_due(run, position)
+            evaluate_if_due(run, queue, position)
             with books.display.bar("step", config.run.steps, done=position.step) as bar:
                 while not is_over(config.run, position):
                     step = position.step + 1
                     run.raise_if_stop_requested()
                     timer = PhaseTimer(run.guard)
                     with timer.phase("curriculum"):
-                        drawn = draw_questions(data.train_set, data.curriculum, data.generator, config)
-                    prompts = [data.train_set[index] for index in drawn.tolist()]
-                    rollouts = sample_rollouts(rollout, prompts, step, config, timer)
+                        for later in queue.unstarted(step):
+                            queue.start(later, draw_questions(data.train_set, data.curriculum, data.generator, config))
+                    taken = queue.take(step, timer)
+                    rollouts = taken.wait().rollouts
                     sampled, kept = rollouts.sampled, rollouts.kept_groups
                     with timer.phase("curriculum"):
-                        data.curriculum.update(drawn[: len(sampled.prompts)], sampled.correct.mean(dim=1))
+                        data.curriculum.update(taken.drawn[: len(sampled.prompts)], sampled.correct.mean(dim=1))
                     advantages = group_advantages(
                         kept.rewards.flatten(), config.rollout.group_size, scale=config.objective.advantage_scale
                     )
@@ -94,19 +96,20 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                             policy, mini_batches, beta, step, books.bad_updates, position.bad_updates
                         )
                     with timer.phase("sync"):
-                        difference = rollout.sync.run()
+                        queue.update_weights(step)
 
                     with run.guard("save"):
                         row = step_row(step, sampled, float(beta), updates, data.curriculum, timer)
-                        row.update(rollouts.metrics(), **policy.mismatch())
-                        row.update(sync_max_abs_dlogp=difference, sync_weights_compared=rollout.sync.num_compared)
-                        row.update(books.throughput.row(sampled, mini_batches, timer))
+                        row.update(rollouts.metrics(), **policy.mismatch(), **queue.sync_metrics(taken))
+                        rollout_seconds = taken.wait().seconds["rollout"]
+                        row.update(books.throughput.row(sampled, mini_batches, timer, rollout_seconds))
                         books.record_step(step, sampled, row, curriculum_row(step, data.curriculum))
                     watch.add(row)
                     position = current_position(
                         step,
                         data.curriculum,
                         data.generator,
+                        ahead=queue.pending(),
                         bad_updates=num_bad,
                         reply_tokens=position.reply_tokens + sampled.num_tokens,
                         good_step=last_good_step(watch, step, num_bad, position.good_step),
@@ -116,11 +119,12 @@ def train(config: RunConfig, resume: bool = False) -> Path:
                     for warning in filter(None, (advice, collapse_advice(step, watch, config))):
                         books.display.line(warning)
                     end_if_collapsed(run, watch, step)
-                    score = evaluate_if_due(run, position)
+                    score = evaluate_if_due(run, queue, position)
                     position = replace(position, random=random_states())  # an evaluation may draw random numbers
                     if is_due(step, config.run.checkpoint_every) or is_over(config.run, position):
                         save_checkpoint(run, position, score, is_required=is_over(config.run, position))
         except StopRequested as request:
+            queue.keep_only(position.ahead)
             stop(run, position, str(request))
         except Diverged as error:
             raise with_advice(error, run, position.good_step) from None
@@ -144,17 +148,24 @@ def draw_questions(
 
 
 def sample_rollouts(
-    rollout: RunRollout, prompts: Sequence[Prompt], step: int, config: RunConfig, timer: PhaseTimer
+    rollout: RunRollout,
+    prompts: Sequence[Prompt],
+    step: int,
+    config: RunConfig,
+    probe_logps: Callable[[], Tensor],
+    timer: PhaseTimer,
 ) -> Rollouts:
     """Graded groups of the first questions_per_step prompts; then, for up to max_resamples rounds, groups of the next
     prompts in place of those whose rewards are all equal.
+
+    `probe_logps`: the log-probs of the probe under the weights that sample, by which cached replies are recognised.
     """
     section = config.rollout
     rollouts, missing = Rollouts([], section.questions_per_step), section.questions_per_step
     while missing and len(prompts) and len(rollouts.rounds) <= section.max_resamples:
         current, prompts = prompts[:missing], prompts[missing:]
         with timer.phase("rollout"):
-            replies = sample_replies(rollout, current, step, len(rollouts.rounds), config)
+            replies = sample_replies(rollout, current, step, len(rollouts.rounds), config, probe_logps)
         with timer.phase("reward"):
             graded = rollout.reward_composer.shape(grade(rollout.verifier, current, replies))
         rollouts = replace(rollouts, rounds=[*rollouts.rounds, graded])
@@ -163,7 +174,12 @@ def sample_rollouts(
 
 
 def sample_replies(
-    rollout: RunRollout, prompts: Sequence[Prompt], step: int, round_index: int, config: RunConfig
+    rollout: RunRollout,
+    prompts: Sequence[Prompt],
+    step: int,
+    round_index: int,
+    config: RunConfig,
+    probe_logps: Callable[[], Tensor],
 ) -> list[list[Reply]]:
     """group_size replies to each prompt, from the cache if the run sampled them before it was interrupted.
 
@@ -176,7 +192,9 @@ def sample_replies(
         requests.append(GenerationRequest(prompt.prompt_ids, seeds))
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
     ids = [prompt.question.id for prompt in prompts]
-    return rollout.cache.replies(step, round_index, ids, lambda: rollout.engine.generate(requests, sampling))
+    return rollout.cache.replies(
+        step, round_index, ids, probe_logps, lambda: rollout.engine.generate(requests, sampling)
+    )
 
 
 def training_samples(graded: GradedRollouts, advantages: Tensor, *, mask_truncated: bool) -> list[Sample]:

@@ -40,6 +40,7 @@ class RunConfig(Config):
         self._check_zero()
         self._check_rewards()
         self._check_vllm()
+        self._check_ahead()
         if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves no step of run.steps = "
@@ -120,6 +121,19 @@ class RunConfig(Config):
             raise ValueError(
                 f"vllm.gpus names {len(section.gpus)} devices, but vllm.num_servers * vllm.tensor_parallel = {needed} "
                 f"are needed; change one of the three"
+            )
+
+    def _check_ahead(self) -> None:
+        ahead, engine = self.rollout.ahead, self.rollout.engine
+        if ahead and engine != "vllm-server":
+            raise ValueError(
+                f"rollout.ahead = {ahead} needs rollout.engine = vllm-server, which samples in processes of its own, "
+                f"not {engine}; take that engine, or set rollout.ahead to 0"
+            )
+        if ahead and not self.objective.rollout_correction and self.policy.old_logps != "rollout":
+            raise ValueError(
+                f"rollout.ahead = {ahead} trains on replies of weights that are {ahead} steps old, for which nothing "
+                f"corrects; set objective.rollout_correction = token, or policy.old_logps = rollout"
             )
 
     @property

@@ -38,6 +38,9 @@ class RolloutSection(Section):
     keep_replies: bool = True
     """Keep sampled replies in rollouts/ of the run's folder until the next checkpoint (12 bytes a token and the text):
     --resume reuses them if the run died after sampling."""
+    ahead: Annotated[int, Field(ge=0, le=16)] = 0
+    """Steps that are sampled and graded while the policy learns, with vllm-server: step t is sampled with the weights
+    after step t - 1 - ahead, and needs objective.rollout_correction or policy.old_logps = rollout. 0: in turns."""
     sync_tolerance: Positive | None = None
     """Largest |policy - engine| log-prob of the probe after a weight sync, nats. If unset: depends on the dtype, see
     expo/rollout/weight_sync.py."""

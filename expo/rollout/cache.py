@@ -41,7 +41,6 @@ class ReplyCache:
         folder: folder of the files; only rank 0 reads and writes it.
         ranks: the processes of the run; all of them call every method together.
         settings: digest of the settings that determine the run's results.
-        probe_logps: the policy's log-probs of the probe, nats; called on every rank.
         report: shows a line to the user.
         is_on: whether the cache is used at all.
     """
@@ -51,23 +50,30 @@ class ReplyCache:
         folder: Path,
         ranks: Ranks,
         settings: str,
-        probe_logps: Callable[[], Tensor],
         report: Callable[[str], None],
         *,
         is_on: bool,
     ) -> None:
         self._folder, self._ranks, self._settings = folder, ranks, settings
-        self._probe_logps, self._report, self._is_on = probe_logps, report, is_on
+        self._report, self._is_on = report, is_on
 
     def replies(
-        self, step: int, round_index: int, question_ids: Sequence[str], sample: Callable[[], list[list[Reply]]]
+        self,
+        step: int,
+        round_index: int,
+        question_ids: Sequence[str],
+        probe_logps: Callable[[], Tensor],
+        sample: Callable[[], list[list[Reply]]],
     ) -> list[list[Reply]]:
-        """The replies of one round of a step, for each question in order: from the cache, or else from `sample`."""
+        """The replies of one round of a step, for each question in order: from the cache, or else from `sample`.
+
+        `probe_logps` gives the log-probs of the probe, in nats, under the weights that sample; called on every rank.
+        """
         if not self._is_on:
             return sample()
         path = self._folder / f"step-{step:06d}-round-{round_index}.gz"
         facts = {"settings": self._settings, "step": step, "round": round_index, "questions": list(question_ids)}
-        probe = self._probe_logps()
+        probe = probe_logps()
         cached: PackedReplies | None = None
 
         def read() -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from expo.errors import StopRequested
 from expo.rewards.verifier import Verifier
-from expo.rollout import GenerationRequest, RolloutEngine, Sampling
+from expo.rollout import GenerationRequest, RolloutEngine, Sampling, StagingEngine
 from expo.rollout.packing import all_gather_replies, all_gather_verdicts
 from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
@@ -76,6 +76,20 @@ class DataParallelEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Has every rank's engine load the policy's weights."""
         self._engine.load_weights(weights)
+
+    def stage_weights(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Stores the policy's weights for `use_weights`. Raises: an error of the engine, on every rank."""
+        assert isinstance(self._engine, StagingEngine)
+        return self._engine.stage_weights(weights)
+
+    def use_weights(self, version: str) -> None:
+        """Has the engine load weights that were staged. Raises: an error of the engine, on every rank."""
+        assert isinstance(self._engine, StagingEngine)
+        self._engine.use_weights(version)
+
+    def with_switch(self, switch: StopSwitch) -> "DataParallelEngine":
+        """The same engine with another switch."""
+        return DataParallelEngine(self._engine, self._ranks, switch, self._width)
 
     def score(
         self, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], temperature: float

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -70,6 +70,17 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Ends the processes that the engine has started."""
+
+
+@runtime_checkable
+class StagingEngine(RolloutEngine, Protocol):
+    """A rollout engine in processes of its own, which samples with earlier weights while the policy learns."""
+
+    def stage_weights(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Stores the policy's current weights for a later `use_weights`; returns their name."""
+
+    def use_weights(self, version: str) -> None:
+        """Loads weights that were staged; no reply is requested meanwhile."""
 
 
 def request_seed(*parts: object) -> int:

@@ -5,7 +5,7 @@ is logged. It shows a stale engine, a prefix cache of old weights or a layer tha
 training. In bfloat16 a skipped sync after a small update is below rounding, so weights are also compared exactly.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expo.errors import Diverged, SyncError
 from expo.learner.batch import Batch, collate
-from expo.rollout import RolloutEngine
+from expo.rollout import RolloutEngine, StagingEngine
 from expo.rollout.weight_samples import WeightSamples
 from expo.runtime.distributed import Ranks
 
@@ -68,6 +68,18 @@ def make_probe(prompts: Sequence[Sequence[int]], max_tokens: int) -> Probe:
     return Probe([ids[:-scored] for ids in sequences], [ids[-scored:] for ids in sequences])
 
 
+@dataclass(frozen=True)
+class StagedWeights:
+    """The policy's weights of one moment, stored for a later sync.
+
+    version: their name in the engine; logps: the policy's log-probs of the probe, nats; samples: of the weights.
+    """
+
+    version: str
+    logps: Tensor
+    samples: WeightSamples
+
+
 class WeightSync:
     """Copies the policy's weights to the engine and compares the two.
 
@@ -81,6 +93,7 @@ class WeightSync:
 
     Attributes:
         num_compared: weights compared exactly after the last sync; None if the engine has no copy of the weights.
+        largest_difference: what that sync returned.
     """
 
     def __init__(
@@ -97,6 +110,7 @@ class WeightSync:
         self._batch: Any = collate(probe.prompts, probe.replies, 0, ranks.device)
         self._policy_logps: Tensor | None = None
         self.num_compared: int | None = None
+        self.largest_difference: float | None = None
 
     def run(self) -> float | None:
         """Syncs the weights and checks them.
@@ -108,18 +122,44 @@ class WeightSync:
             Diverged: on every rank, if a log-prob of the policy is not finite; the engine then holds the old weights.
             SyncError: on every rank, if the difference exceeds the tolerance or a compared weight differs.
         """
-        self._policy_logps = None
-        self._require_finite()
-        samples = WeightSamples()
-        weights = samples.record(self._policy.named_weights())
+        samples, weights = self._current_weights()
         self._engine.load_weights(weights)
         if not self._engine.needs_weight_sync:
             return None
         for _ in weights:  # those that the engine did not load, if any
             pass
-        largest = self._difference()
+        return self._check(self.policy_logps(), samples)
+
+    def stage(self) -> StagedWeights:
+        """Stores the policy's weights for a later `use`, while the engine samples with those that it has.
+
+        Raises: Diverged, on every rank, if a log-prob of the policy is not finite.
+        """
+        samples, weights = self._current_weights()
+        assert isinstance(self._engine, StagingEngine)
+        version = self._engine.stage_weights(weights)
+        return StagedWeights(version, self.policy_logps(), samples)
+
+    def use(self, staged: StagedWeights) -> float:
+        """Syncs weights that were staged, and checks them; it neither reads the policy nor depends on the thread.
+
+        Returns, raises: as `run`.
+        """
+        assert isinstance(self._engine, StagingEngine)
+        self._engine.use_weights(staged.version)
+        return self._check(staged.logps, staged.samples)
+
+    def _current_weights(self) -> tuple[WeightSamples, Iterator[tuple[str, Tensor]]]:
+        """The policy's weights, if they are finite, and the samples that are taken of them while they are read."""
+        self._policy_logps = None
+        self._require_finite()
+        samples = WeightSamples()
+        return samples, samples.record(self._policy.named_weights())
+
+    def _check(self, policy_logps: Tensor, samples: WeightSamples) -> float:
+        self.largest_difference = self._difference(policy_logps)
         self._require_same_weights(samples)
-        return largest
+        return self.largest_difference
 
     def _require_finite(self) -> None:
         """An engine cannot sample from a distribution that is not finite: ids out of range, or errors of its own."""
@@ -156,11 +196,10 @@ class WeightSync:
     def difference(self) -> float:
         """The comparison of log-probs without a sync. Raises: as `run`."""
         self._policy_logps = None
-        return self._difference()
+        return self._difference(self.policy_logps())
 
-    def _difference(self) -> float:
+    def _difference(self, policy_logps: Tensor) -> float:
         engine_logps = torch.tensor(self._engine.score(self._probe.prompts, self._probe.replies, self._temperature))
-        policy_logps = self.policy_logps()
         differences = (policy_logps - engine_logps).abs().nan_to_num(nan=torch.inf)
         (largest,) = self._ranks.all_reduce_max([float(differences.max())])
         if largest > self._tolerance:

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,16 +56,17 @@ class Position:
     bad_updates: int = 0  # skipped updates in a row
     reply_tokens: int = 0  # sampled so far
     good_step: int = 0  # the last step after which a whole step without a sign of divergence was taken
+    ahead: Sequence[Any] = ()  # `StepRollouts` of the steps sampled before; from a checkpoint, their `to_dict`
     random: Mapping[str, Any] | None = None  # this rank's `random_states()`; None: those at the time of saving
 
 
-def current_position(step: int, curriculum: CurriculumTable, generator: torch.Generator, **counts: int) -> Position:
+def current_position(step: int, curriculum: CurriculumTable, generator: torch.Generator, **further: Any) -> Position:
     """The position of a run after `step`, with the current states of its curriculum and random generators.
 
     Args:
-        counts: the position's bad_updates, reply_tokens and good_step, where they are not 0.
+        further: the position's bad_updates, reply_tokens, good_step and ahead, where they have not their defaults.
     """
-    return Position(step, curriculum.state_dict(), generator.get_state(), **counts, random=random_states())
+    return Position(step, curriculum.state_dict(), generator.get_state(), **further, random=random_states())
 
 
 class Checkpoints:
@@ -151,6 +152,7 @@ class Checkpoints:
         _save(position.random or random_states(), temporary / f"random-rank{self._ranks.rank}.pt")
         if self._ranks.is_rank0:
             shared = {name: value for name, value in vars(position).items() if name != "random"}
+            shared["ahead"] = [rollouts.to_dict() for rollouts in position.ahead]
             _save(shared, temporary / "position.pt")
 
     def _checksums(self, temporary: Path) -> dict[str, tuple[int, int]]:

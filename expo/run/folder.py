@@ -34,6 +34,7 @@ ADDED_LATER = (
     "reward.think_tags",
     "rollout.stop_tokens",
     "policy.gradient_tolerance",
+    "rollout.ahead",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 

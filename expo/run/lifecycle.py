@@ -1,5 +1,6 @@
 """A run beside its training steps: it resumes from a checkpoint, evaluates, saves, and finishes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from expo.errors import CheckpointError, Diverged, FolderError, first_line
@@ -8,6 +9,7 @@ from expo.report import write_report
 from expo.reporting.comparison import results_table
 from expo.reporting.reader import commits_of, evaluations_by_step
 from expo.run.advice import first_unparsed, set_advice
+from expo.run.ahead import RolloutQueue
 from expo.run.changes import describe
 from expo.run.checkpoint import Position, current_position
 from expo.run.collapse import CollapseWatch
@@ -23,7 +25,7 @@ from expo.runtime.signals import raise_reason
 SUMMARY = "summary.json"
 
 
-def resume_run(run: Run, resume: bool) -> tuple[Position, CollapseWatch]:
+def resume_run(run: Run, queue: RolloutQueue, resume: bool) -> tuple[Position, CollapseWatch]:
     """Restores the newest whole checkpoint if `resume` is set and there is one; after a divergence, the last good one.
 
     Returns: the position of the run, and a watch that has seen all its steps.
@@ -40,7 +42,7 @@ def resume_run(run: Run, resume: bool) -> tuple[Position, CollapseWatch]:
         checkpoint = books.checkpoints.newest_whole(back_to) if resume else None
         if checkpoint is not None:
             position = books.checkpoints.load(checkpoint, run.learner.policy)
-            _restore_draws(run, position, checkpoint)
+            position = _restore_draws(run, queue, position, checkpoint)
         else:
             books.checkpoints.delete_after(position.step)
         if resume and run.ranks.is_rank0:
@@ -80,19 +82,25 @@ def _show_start(run: Run, position: Position, *, is_new: bool, has_diverged: boo
     )
 
 
-def _restore_draws(run: Run, position: Position, checkpoint: Path) -> None:
-    """Restores what draws the questions. Raises: CheckpointError if the checkpoint is not of these questions."""
+def _restore_draws(run: Run, queue: RolloutQueue, position: Position, checkpoint: Path) -> Position:
+    """Restores what draws the questions, and the steps that were sampled before.
+
+    Returns: the position with these steps.
+
+    Raises: CheckpointError if the checkpoint is not of these questions.
+    """
     try:
         run.data.curriculum.load_state_dict(dict(position.curriculum))
         run.data.generator.set_state(position.generator)
-    except (ValueError, TypeError, RuntimeError) as error:
+        return replace(position, ahead=queue.restore(position.step, position.ahead))
+    except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} does not fit this run ({first_line(error)}); restore its questions, or the "
             f"checkpoint"
         ) from error
 
 
-def evaluate_if_due(run: Run, position: Position) -> float | None:
+def evaluate_if_due(run: Run, queue: RolloutQueue, position: Position) -> float | None:
     """Evaluates the current policy, if that is due, on every set whose scores are not yet in evaluations.jsonl.
 
     Returns: mean pass@1 over the sets; None if nothing was evaluated.
@@ -107,6 +115,7 @@ def evaluate_if_due(run: Run, position: Position) -> float | None:
     num_replies = sum(len(prompts) for prompts in sets.values()) * config.evaluation.num_samples
     if num_replies == 0:
         return None
+    queue.give_engine()
     warnings: list[str | None] = []
     with run.guard("evaluation"), books.display.bar(f"evaluation after step {step}, replies", num_replies) as bar:
         result = evaluate(
@@ -157,6 +166,9 @@ def save_checkpoint(run: Run, position: Position, score: float | None = None, *,
     Raises: CheckpointError if the checkpoint is required and could not be written.
     """
     section, books = run.config.run, run.bookkeeping
+    with run.guard("rollout"):
+        for rollouts in position.ahead:
+            rollouts.wait()
     with run.guard("save"):
         try:
             books.checkpoints.save(position, run.learner.policy, score)

@@ -33,16 +33,19 @@ STEP_METRICS = {
     "policy.gradient_tolerance allows, the largest of the step's micro-batches; only if that is above 0",
     "kept_columns": "mean share of the vocabulary in the products of these gradients; only with that tolerance",
     "rollout_logp_difference_mean": "mean |policy - rollout engine| log-probability over the reply tokens trained on, "
-    "both of the policy that sampled them, nats; with policy.old_logps = rollout, of the step's first update only",
+    "both of the policy that sampled them (with rollout.ahead, the policy is the step's and the engine's weights are "
+    "older), nats; with policy.old_logps = rollout, of the step's first update only",
     "rollout_logp_difference_max": "the largest of these, nats",
     "rollout_ratio_median": "median over the same tokens of w = exp(policy - rollout engine)",
     "rollout_ratio_p99": "99th percentile of w: the smallest with 99 % of the tokens at or below it",
     "rollout_effective_sample_fraction": "(sum w)^2 / (tokens * sum w^2): effective sample size of the tokens weighted "
     "by w, as a share of their number; 1 if all w are equal",
     "sync_max_abs_dlogp": "largest |policy - rollout engine| log-probability of the fixed probe after the sync, nats; "
-    "null if they share their weights",
+    "null if they share their weights; with rollout.ahead, of the weights that sampled the step",
     "sync_weights_compared": "weights of the rollout engine that equal the policy's exactly after the sync, compared "
-    "by up to 4,096 elements of each; null if they share their weights",
+    "by up to 4,096 elements of each; null if they share their weights; with rollout.ahead as above",
+    "rollout_weights_age": "steps between the weights that sampled the replies and those that the step began with: 0, "
+    "or up to rollout.ahead",
     "unparsed_fraction": "share of replies that state no answer",
     "timeout_fraction": "share of replies that could not be graded within the limits on time and memory",
     "unevaluated_fraction": "share of replies of the right value that are still to be computed (12 * 12 for 144)",
@@ -53,7 +56,9 @@ STEP_METRICS = {
     "zero_variance_fraction": "share of the groups sampled whose rewards, those that advantages are computed from, are "
     "all equal",
     "effective_sample_size": "(sum w)^2 / sum w^2 of the curriculum's weights, in questions",
-    "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of the rollout phase",
+    "rollout_tokens_per_second": "reply tokens of all ranks over the seconds of sampling",
+    "seconds_sampling": "seconds of sampling and grading; with rollout.ahead they pass while the policy learns, and "
+    "seconds/rollout is what the step waited for them",
     "training_tokens_per_second": "prompt and reply tokens of all ranks over the seconds of the update phase",
     "mfu": "model FLOPs of the reference and update phases, recomputation not counted (expo/learner/flops.py), over "
     "their seconds and the peak bfloat16 FLOP/s of all GPUs; null if that peak is unknown",

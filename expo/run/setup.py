@@ -226,7 +226,6 @@ def _build_rollout(
         folder.path / "rollouts",
         ranks,
         fixed_digest(config, also=SAMPLING),
-        sync.policy_logps,
         display.line,
         is_on=config.rollout.keep_replies,
     )

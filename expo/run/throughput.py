@@ -40,14 +40,17 @@ class Throughput:
             self._peak = None
 
     def row(
-        self, graded: GradedRollouts, mini_batches: Sequence[MiniBatch], timer: PhaseTimer
+        self, graded: GradedRollouts, mini_batches: Sequence[MiniBatch], timer: PhaseTimer, rollout_seconds: float
     ) -> dict[str, float | None]:
-        """The entries of metrics.jsonl about throughput and memory; `STEP_METRICS` describes them."""
+        """The entries of metrics.jsonl about throughput and memory; `STEP_METRICS` describes them.
+
+        `rollout_seconds`: that sampling took, which may have been while the policy learned.
+        """
         num_tokens = sum(sum(mini_batch.lengths) for mini_batch in mini_batches)
         num_positions = sum(mini_batch.num_positions for mini_batch in mini_batches)
         peak, reserved = self._ranks.all_reduce_max(_memory())
         return {
-            "rollout_tokens_per_second": graded.num_tokens / timer.seconds_of("rollout"),
+            "rollout_tokens_per_second": graded.num_tokens / rollout_seconds,
             "training_tokens_per_second": num_tokens / timer.seconds_of("update"),
             "mfu": self._utilisation(mini_batches, timer.seconds_of("reference") + timer.seconds_of("update")),
             "padding_fraction": 1 - num_tokens / num_positions if num_positions else 0.0,

@@ -25,10 +25,27 @@ REPORT_AFTER_S = 2.0  # an error that waits longer for the other ranks is printe
 
 
 class Ranks:
-    """The rank of this process, and collectives over all ranks of the run."""
+    """The rank of this process, and collectives over all ranks of the run.
+
+    Threads communicate independently of each other, if all but one call `use_group` first.
+    """
 
     def __init__(self, device: torch.device, rank: int, size: int) -> None:
         self.device, self.rank, self.size = device, rank, size
+        self._of_thread = threading.local()
+
+    def new_group(self) -> Any:
+        """A process group of all ranks for one more thread; all ranks call it together. None for a single rank."""
+        return None if self.size == 1 else dist.new_group(backend="gloo")
+
+    def use_group(self, group: Any) -> None:
+        """Has all further collectives of this thread use a group from `new_group`."""
+        self._of_thread.group = group
+
+    @property
+    def _group(self) -> Any:
+        """The process group of this thread; None: the default one."""
+        return getattr(self._of_thread, "group", None)
 
     @property
     def is_rank0(self) -> bool:
@@ -44,7 +61,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
     def all_gather_tensor(self, values: Tensor) -> list[Tensor]:
@@ -56,14 +73,14 @@ class Ranks:
         if self.size == 1:
             return [values]
         lengths = torch.empty(self.size, dtype=torch.int64)
-        dist.all_gather_into_tensor(lengths, torch.tensor([len(values)]))
+        dist.all_gather_into_tensor(lengths, torch.tensor([len(values)]), group=self._group)
         longest = int(lengths.max())
         if longest == 0:
             return [values] * self.size
         padded = values.new_zeros(longest)
         padded[: len(values)] = values
         gathered = values.new_empty(self.size * longest)
-        dist.all_gather_into_tensor(gathered, padded)
+        dist.all_gather_into_tensor(gathered, padded, group=self._group)
         rows = gathered.view(self.size, longest)
         return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
 
@@ -77,7 +94,7 @@ class Ranks:
         if self.size == 1:
             return value
         objects = [value]
-        dist.broadcast_object_list(objects, src=0)
+        dist.broadcast_object_list(objects, src=0, group=self._group)
         return objects[0]
 
     def broadcast_tensors_from_rank0(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -89,7 +106,7 @@ class Ranks:
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         for tensor in tensors:
             if tensor.numel():
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=0, group=self._group)
         return list(tensors)
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
@@ -187,7 +204,7 @@ class Ranks:
         if self.size == 1:
             return list(values)
         reduced: Tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(reduced, op=operation)
+        dist.all_reduce(reduced, op=operation, group=self._group)
         result: list[float] = reduced.tolist()
         return result
 

@@ -12,10 +12,13 @@ class PhaseTimer:
 
     Args:
         guard: returns the context in which the phase of that name runs, such as a watchdog's.
+        waits_for_gpu: whether a phase ends with the work that it has queued on the GPU.
     """
 
-    def __init__(self, guard: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()) -> None:
-        self._guard = guard
+    def __init__(
+        self, guard: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(), waits_for_gpu: bool = True
+    ) -> None:
+        self._guard, self._waits_for_gpu = guard, waits_for_gpu and torch.cuda.is_available()
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -25,7 +28,7 @@ class PhaseTimer:
         started = time.perf_counter()
         with self._guard(name):
             yield
-            if torch.cuda.is_available():
+            if self._waits_for_gpu:
                 torch.cuda.synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 

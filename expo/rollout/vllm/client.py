@@ -302,9 +302,10 @@ class RequestPool:
         self._servers, self._size, self._seconds, self._check = servers, size, seconds, check
 
     def run(
-        self, path: str, bodies: Sequence[Any], read: Callable[[Any], T], on_progress: Callable[[int], None]
+        self, path: str, bodies: Sequence[Any], read: Callable[[Any, Any], T], on_progress: Callable[[int], None]
     ) -> list[T]:
-        """What `read` returns for each answer, in order; a request for which it raises ServerUnavailable is repeated.
+        """What `read` returns for each body and its answer, in order; a request for which it raises ServerUnavailable
+        is repeated.
 
         `on_progress` is called with the number of requests finished since its last call, at least every POLL_S. If it
         raises, or a request fails, the requests under way are cancelled, at which a server drops them.
@@ -319,7 +320,8 @@ class RequestPool:
                     for index, body in jobs:
                         chosen = index % len(self._servers)
                         call = functools.partial(self._servers[chosen].call, clients[chosen], "POST", path, body)
-                        finished.put((index, await self._answer(self._servers[chosen], path, call, read)))
+                        read_answer = functools.partial(read, body)
+                        finished.put((index, await self._answer(self._servers[chosen], path, call, read_answer)))
             except Exception as error:
                 finished.put(error)
 

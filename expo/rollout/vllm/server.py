@@ -8,7 +8,8 @@ whose server died.
 import functools
 import math
 import socket
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,20 +137,59 @@ class ServerEngine:
         Raises: EngineError, on every rank, if they cannot be stored or a server does not load them.
         """
         weights = iter(weights)
-        problem = None
+
+        def send(transfer: WeightFiles | WeightBroadcast) -> str | None:
+            transfer.publish(weights)
+            self._require_current_weights()
+            return transfer.version
+
+        self._version = self._on_rank0(send, weights)
+
+    def stage_weights(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Stores the policy's weights for a later `use_weights`, while the servers sample with those that they have.
+
+        All ranks iterate together. Returns: the name of the weights.
+
+        Raises: EngineError, on every rank, if they cannot be stored.
+        """
+        weights = iter(weights)
+        version = self._on_rank0(lambda transfer: transfer.stage(weights), weights)
+        assert version is not None
+        return version
+
+    def use_weights(self, version: str) -> None:
+        """Sends staged weights to every server; no reply may be requested meanwhile.
+
+        Raises: EngineError, on every rank, if a server does not load them.
+        """
+
+        def send(transfer: WeightFiles | WeightBroadcast) -> str:
+            transfer.use(version)
+            self._require_current_weights()
+            return version
+
+        self._version = self._on_rank0(send, iter(()))
+
+    def _require_current_weights(self) -> None:
+        for supervisor in self._supervisors:
+            supervisor.sync()
+
+    def _on_rank0(
+        self, act: Callable[[WeightFiles | WeightBroadcast], str | None], weights: Iterator[tuple[str, Tensor]]
+    ) -> str | None:
+        """What `act` returns on rank 0, on every rank. Raises: EngineError, on every rank."""
+        version, problem = None, None
         try:
             if self._weights is not None:
-                self._weights.publish(weights)
-                for supervisor in self._supervisors:
-                    supervisor.sync()
+                version = act(self._weights)
         except EngineError as error:
             problem = str(error)
         for _ in weights:  # gathering them is collective: the other ranks iterate too, and rank 0 if it failed
             pass
-        version = None if self._weights is None else self._weights.version
-        self._version, problem = self._ranks.broadcast_from_rank0((version, problem))
+        version, problem = self._ranks.broadcast_from_rank0((version, problem))
         if problem is not None:
             raise EngineError(problem)
+        return version
 
     def describe_weights(self) -> list[dict[str, WeightDescription]]:
         """The weights that this rank's servers hold, for each worker. Raises: as `generate`."""
@@ -194,16 +234,28 @@ class ServerEngine:
     ) -> list[T]:
         """What `read` makes of the servers' choices, in order."""
         pool = RequestPool(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
-        bodies = [{"token_ids": list(prompt), "sampling_params": options} for prompt, options in jobs]
-        return pool.run(GENERATE, bodies, lambda answer: read(self._choice(answer)), on_progress or _ignore)
+        bodies = [
+            {"request_id": uuid.uuid4().hex, "token_ids": list(prompt), "sampling_params": options}
+            for prompt, options in jobs
+        ]
+        return pool.run(GENERATE, bodies, lambda body, answer: read(self._choice(body, answer)), on_progress or _ignore)
 
     def _check(self) -> None:
         for supervisor in self._supervisors:
             supervisor.check()
 
-    def _choice(self, answer: Any) -> Any:
-        """The only choice in an answer. Raises: ServerUnavailable if it is incomplete or sampled with stale weights."""
+    def _choice(self, body: Any, answer: Any) -> Any:
+        """The only choice in the answer to a request.
+
+        Raises: ServerUnavailable if it is incomplete or sampled with stale weights; EngineError if it is the answer to
+            another request.
+        """
         (choice,) = answer["choices"]
+        if not str(answer["request_id"]).endswith(body["request_id"]):  # vLLM adds a prefix
+            raise EngineError(
+                f"a vLLM server answers request {body['request_id']} with the reply to {answer['request_id']!r:.80}; "
+                f"name the servers themselves in vllm.servers, not a proxy that swaps answers or sets X-Request-Id"
+            )
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerUnavailable(f"it ended a reply early: {choice['finish_reason']}")
         versions = {span["version"] for span in choice["weight_versions"]}

@@ -31,12 +31,11 @@ class CacheUser:
     def __init__(self, folder, settings="settings", probe=PROBE, is_on=True):
         self.messages, self.num_sampled = [], 0
         one_rank = Ranks(torch.device("cpu"), 0, 1)
-        self.cache = ReplyCache(
-            folder / "rollouts", one_rank, settings, lambda: probe, self.messages.append, is_on=is_on
-        )
+        self.probe = probe
+        self.cache = ReplyCache(folder / "rollouts", one_rank, settings, self.messages.append, is_on=is_on)
 
     def replies(self, step=5, round_index=0, question_ids=("a", "b")):
-        return self.cache.replies(step, round_index, question_ids, self.sample)
+        return self.cache.replies(step, round_index, question_ids, lambda: self.probe, self.sample)
 
     def sample(self):
         self.num_sampled += 1

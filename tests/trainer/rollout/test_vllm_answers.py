@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -46,10 +47,14 @@ def server():
         found.shutdown()
 
 
+REQUEST = uuid.UUID(int=7)  # of every request here
+
+
 def choice(**changes):
     entry = {"logprob": -0.5, "top_logprobs": [{"token_id": 5, "logprob": -0.5}]}
     found = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"content": [entry]}}
-    return {"choices": [{**found, "weight_versions": [{"version": "v"}], **changes}]}
+    answer = {"choices": [{**found, "weight_versions": [{"version": "v"}], **changes}]}
+    return {"request_id": f"generate-tokens-{REQUEST.hex}", **answer}
 
 
 FORMS = {
@@ -65,8 +70,9 @@ FORMS = {
     "nothing": b"",
 }
 CHOICES = {
-    "no choice": {"choices": []},
-    "two choices": {"choices": [5, 5]},
+    "no choice": {"request_id": REQUEST.hex, "choices": []},
+    "two choices": {"request_id": REQUEST.hex, "choices": [5, 5]},
+    "no request": {"choices": choice()["choices"]},
     "no tokens": choice(token_ids=[], logprobs={"content": []}),
     "tokens without log-probs": choice(token_ids=[5, 6]),
     "more tokens than wanted": choice(token_ids=[5] * 9, logprobs={"content": [{"logprob": 0.0}] * 9}),
@@ -81,12 +87,13 @@ CHOICES = {
 
 
 @pytest.fixture
-def engine(server, ledger_model):
+def engine(server, ledger_model, monkeypatch):
     found = object.__new__(ServerEngine)
     found._config = SimpleNamespace(rollout=SimpleNamespace(batch_size=4))
     found._section = SimpleNamespace(patience_s=20.0)
     found._tokenizer, found._end_ids, found._version = ledger_model[1], frozenset({1}), "v"
     found._servers, found._supervisors = [server], []
+    monkeypatch.setattr("expo.rollout.vllm.server.uuid.uuid4", lambda: REQUEST)
     return found
 
 
@@ -108,6 +115,12 @@ def test_answers_of_vllms_form_are_read(engine, monkeypatch):
     ((reply, _),) = engine.generate([GenerationRequest([5], [0, 1])], Sampling(1.0, 8))
     assert (reply.token_ids, reply.logps) == ([5], [-0.5])
     assert engine.score([[4]], [[5]], 1.0) == [[-0.5]]
+
+
+def test_the_reply_to_another_request_is_not_taken(engine, monkeypatch):
+    answer_with(monkeypatch, json.dumps({**choice(), "request_id": "generate-tokens-another"}).encode())
+    with pytest.raises(EngineError, match="with the reply to 'generate-tokens-another'"):
+        engine.generate([GenerationRequest([5], [0, 1])], Sampling(1.0, 8))
 
 
 @pytest.mark.parametrize("name", FORMS)

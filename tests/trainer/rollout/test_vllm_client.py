@@ -78,7 +78,7 @@ def pool(server, seconds=5.0):
     return RequestPool([server], 4, seconds, lambda: None)
 
 
-def unchanged(answer):
+def unchanged(_, answer):
     return answer
 
 
@@ -110,7 +110,7 @@ def test_an_answer_that_stops_in_the_middle_ends_the_wait(server):
 def test_a_call_is_repeated_if_its_answer_is_rejected(server):
     rejected = {4}
 
-    def read(answer):
+    def read(_, answer):
         if answer in rejected:
             rejected.remove(answer)
             raise ServerUnavailable("sampled with stale weights")

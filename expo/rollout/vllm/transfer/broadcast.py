@@ -2,6 +2,7 @@
 
 A weight sync streams every bucket to all servers as it is gathered, and keeps a copy in the host's memory. A server
 that restarts is sent that copy over TCP, by the thread of its supervisor, while the policy may already be training.
+Weights that are staged for later are only copied, and sent over TCP when they are used.
 """
 
 import sys
@@ -39,6 +40,7 @@ class WeightBroadcast:
         self._device = device
         self._channels = {server.url: _Channel(server, 1 + workers, patience_s) for server in servers}
         self._copy: tuple[str, list[Bucket]] | None = None
+        self._staged: dict[str, list[Bucket]] = {}
 
     @property
     def version(self) -> str | None:
@@ -70,6 +72,21 @@ class WeightBroadcast:
             if channel.problem is not None:
                 reason = f"{channel.problem}; they are sent again"
                 print(f"the vLLM server {channel.server.url} did not receive the weights: {reason}", file=sys.stderr)
+        self._copy = version, buckets
+
+    def stage(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Copies weights for a later `use`, and returns their name."""
+        version = uuid.uuid4().hex
+        buckets = fill_buckets(weights, self._device, interface.BUCKET_BYTES)
+        self._staged[version] = [bucket.copy_to_cpu() for bucket in buckets]
+        return version
+
+    def use(self, version: str) -> None:
+        """Makes staged weights the current ones, which `send` sends, and drops those staged before them."""
+        for earlier in list(self._staged):
+            buckets = self._staged.pop(earlier)
+            if earlier == version:
+                break
         self._copy = version, buckets
 
     def send(self, server: Server, version: str) -> None:

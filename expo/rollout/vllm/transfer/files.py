@@ -20,6 +20,8 @@ SHARED_MEMORY = Path("/dev/shm")
 class WeightFiles:
     """The policy's weights as files, kept until the next weight sync so that a restarted server can load them again.
 
+    Weights of several steps can be stored at once, each in a folder of its own; the servers use those of `version`.
+
     Args:
         parent: folder in which to create the folder; None: /dev/shm, or the system's temporary folder without one.
 
@@ -36,25 +38,43 @@ class WeightFiles:
                 f"cannot make a folder for weights in {parent}: {error.strerror}; set vllm.weights_folder"
             ) from error
         self.version: str | None = None
+        self._staged: list[str] = []
 
     def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Writes new weights in place of the old. Raises: EngineError if the disk is full."""
-        self.version = None
+        self._remove_used()
+        self.use(self.stage(weights))
+
+    def stage(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Writes weights for a later `use`, and returns their name. Raises: EngineError if the disk is full."""
+        version = uuid.uuid4().hex
+        self._staged.append(version)
         try:
-            for path in self.folder.iterdir():
-                path.unlink()
+            (self.folder / version).mkdir()
             for number, bucket in enumerate(_buckets(weights)):
-                save_file(bucket, self.folder / f"{number:05}.safetensors")
+                save_file(bucket, self.folder / version / f"{number:05}.safetensors")
         except OSError as error:
             raise EngineError(
                 f"cannot write the weights to {self.folder}: {error}; free some space there, or set "
                 f"vllm.weights_folder to a folder with more, then go on with --resume"
             ) from error
-        self.version = uuid.uuid4().hex
+        return version
+
+    def use(self, version: str) -> None:
+        """Makes staged weights the current ones, and removes those staged before them."""
+        self._remove_used()
+        while (earlier := self._staged.pop(0)) != version:
+            shutil.rmtree(self.folder / earlier, ignore_errors=True)
+        self.version = version
+
+    def _remove_used(self) -> None:
+        version, self.version = self.version, None
+        if version is not None:
+            shutil.rmtree(self.folder / version, ignore_errors=True)
 
     def send(self, server: Server, version: str) -> None:
         """Has the server read the files and use the weights. Raises: ServerUnavailable, EngineError."""
-        server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder)]})
+        server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder / version)]})
         activate(server, version)
 
     def close(self) -> None:
