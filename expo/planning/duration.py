@@ -41,19 +41,23 @@ class Speed:
 
 @dataclass(frozen=True)
 class Step:
-    """FLOPs of one step over all ranks; seconds of its sampling and its training, None if the speed is unknown."""
+    """FLOPs of one step over all ranks; seconds of its sampling and its training, None if the speed is unknown.
+
+    overlaps: whether the next step is sampled while this one is trained on.
+    """
 
     sampling_flops: float
     training_flops: float
     sampling_s: float | None
     training_s: float | None
+    overlaps: bool
 
     @property
     def seconds(self) -> float | None:
-        """Both together; what overlaps or waits is not known."""
+        """Of the whole step; weight syncs are not counted."""
         if self.sampling_s is None or self.training_s is None:
             return None
-        return self.sampling_s + self.training_s
+        return max(self.sampling_s, self.training_s) if self.overlaps else self.sampling_s + self.training_s
 
 
 def find_speed(footprint: Footprint, machine: Machine) -> Speed | None:
@@ -117,7 +121,7 @@ def plan_step(footprint: Footprint, machine: Machine, speed: Speed | None) -> St
     )
     sampling, sampling_s = plan_sampling(footprint, machine, speed, questions, group)
     training_s = None if speed is None else training / (machine.num_ranks * speed.training)
-    return Step(sampling, training, sampling_s, training_s)
+    return Step(sampling, training, sampling_s, training_s, overlaps=config.rollout.ahead > 0)
 
 
 def plan_sampling(

@@ -46,6 +46,13 @@ def num_steps_of(run):
     return len(rows_of(run, "metrics")) if (run / "metrics.jsonl").exists() else 0
 
 
+def kill_trainer(run):
+    """Kills the launcher and the ranks at once; a server notices by itself."""
+    for process, words in processes_naming(str(run)).items():
+        if "expo.train" in words:
+            os.kill(process, signal.SIGKILL)
+
+
 def run_killed(folder, number, ahead=0, ranks=1, seed=0):
     """One line for each kill; `folder` is new."""
     folder.mkdir(parents=True)
@@ -56,16 +63,14 @@ def run_killed(folder, number, ahead=0, ranks=1, seed=0):
     resumed = command(killed, num_steps, ahead, ranks)
     lines = []
     for kill in range(number):
-        process = subprocess.Popen(
-            [*resumed, *(["--resume"] if kill else [])], stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen([*resumed, *(["--resume"] if kill else [])], stdout=subprocess.DEVNULL)
         step = num_steps_of(killed) + draws.randint(0, STEPS_PER_KILL)
         wait_for(
             lambda process=process, step=step: process.poll() is not None or num_steps_of(killed) >= step,
             f"step {step} is not reached",
         )
         time.sleep(draws.uniform(0, 20 if step == 0 else 2))  # the start takes longer than a step
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_trainer(killed)
         if process.wait() != -signal.SIGKILL:
             raise RuntimeError(f"the run ended with {process.returncode} before kill {kill + 1}")
         lines.append(f"killed after {num_steps_of(killed)} steps")
