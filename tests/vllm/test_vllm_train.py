@@ -92,6 +92,22 @@ def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["files", "broadcast"])
+def test_two_ranks_take_the_steps_of_one_while_servers_sample_ahead(run, transfer):
+    settings = {
+        "rollout.engine": "vllm-server", "vllm.transfer": transfer, "rollout.ahead": 1,
+        "objective.rollout_correction": "token",
+    }  # fmt: skip
+    one, two = run(ALONE, **settings)[1], run(TWO_RANKS, **settings)[1]
+    for rows in (one, two):
+        assert [row["rollout_weights_age"] for row in rows] == [0, 1, 1]
+        assert all(0 < row["sync_max_abs_dlogp"] < 5e-5 for row in rows)
+    for row, expected in zip(two, one, strict=True):
+        assert row["accuracy"] == expected["accuracy"]
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
 def test_killing_a_runs_server_while_it_generates_changes_no_result(run):
     settings = {"rollout.engine": "vllm-server", "rollout.batch_size": 4}
     undisturbed, expected = run(ALONE, **settings)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from expo.errors import ConfigError
 from expo.rollout.vllm.client import Server, ServerUnavailable
@@ -19,6 +20,7 @@ from expo.rollout.vllm.transfer import interface
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.buckets import empty_bucket, fill_buckets
 from expo.rollout.vllm.transfer.connection import GroupError, Listener, connect
+from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.vllm.transfer.group import END_OF_UPDATE, address_toward, gather_workers
 from expo.rollout.vllm.transfer.store import RemoteStore, new_store, serve_store
 
@@ -241,6 +243,27 @@ def test_weights_are_kept_for_an_unavailable_server(monkeypatch, capsys):
         broadcast.send(server, "an older version")
     assert_equal({name: value for bucket in broadcast._copy[1] for name, value in bucket.tensors()}, weights())
     broadcast.close()
+
+
+@pytest.mark.parametrize("kind", ["files", "broadcast"])
+def test_staged_weights_replace_the_current_ones_when_they_are_used(kind):
+    transfer = WeightFiles(None) if kind == "files" else WeightBroadcast([], 1, CPU, PATIENCE_S)
+    transfer.publish(weights().items())
+    first = transfer.version
+    staged = [transfer.stage({"a": torch.full((2,), float(number))}.items()) for number in range(3)]
+    assert transfer.version == first
+    transfer.use(staged[1])
+    assert transfer.version == staged[1]
+    if kind == "files":  # those before are gone, the one after is kept
+        assert {path.name for path in transfer.folder.iterdir()} == set(staged[1:])
+        (path,) = (transfer.folder / staged[1]).iterdir()
+        assert_equal(load_file(path), {"a": torch.ones(2)})
+    else:
+        ((_, value),) = transfer._copy[1][0].tensors()
+        assert torch.equal(value, torch.ones(2))
+    transfer.use(staged[2])
+    transfer.close()
+    assert kind == "broadcast" or not transfer.folder.exists()
 
 
 def test_servers_that_cannot_receive_broadcasts_are_refused():
