@@ -206,17 +206,14 @@ class RolloutQueue:
 
     def give_engine(self) -> None:
         """Waits until all steps that were started are sampled, and gives the engine the policy's present weights."""
-        with self._run.guard("rollout"):
-            for rollouts in self._pending:
-                rollouts.wait()
-        with self._run.guard("sync"):
-            self._use(self._staged)
+        wait_for(self._run, self._pending)
+        if self._staged is not self._used:
+            with self._run.guard("sync"):
+                self._use(self._staged)
 
     def keep_only(self, needed: Sequence[StepRollouts]) -> None:
         """Waits for some of the steps, and ends the sampling of all others."""
-        with self._run.guard("rollout"):
-            for rollouts in needed:
-                rollouts.wait()
+        wait_for(self._run, needed)
         self.close()
 
     def close(self) -> None:
@@ -256,6 +253,14 @@ class RolloutQueue:
         found = self._sample(rollout, prompts, rollouts.step, self._run.config, probe_logps, timer)
         seconds = {name: timer.seconds_of(name) for name in ("rollout", "reward")}
         return Sampled(found, seconds, self._sync.largest_difference, self._sync.num_compared)
+
+
+def wait_for(run: Run, steps: Sequence[StepRollouts]) -> None:
+    """Waits until all these steps are sampled and graded. Raises: as `StepRollouts.wait`."""
+    if steps:
+        with run.guard("rollout"):
+            for rollouts in steps:
+                rollouts.wait()
 
 
 def _round_to_dict(graded: GradedRollouts) -> dict[str, Any]:

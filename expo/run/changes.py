@@ -112,7 +112,8 @@ def require_allowed(changed: Mapping[str, Sequence[Any]], run: object) -> None:
     if refused:
         raise ConfigError(
             f"--resume cannot change {'; '.join(_refusal(name, values) for name, values in refused.items())}. Use the "
-            f"values that the run in {run} started with, or start another run; docs/resuming.md lists what may change"
+            f"values in {run}/config.yaml, or restore that file if it was damaged, or start another run; "
+            f"docs/resuming.md lists what may change"
         )
 
 

@@ -9,7 +9,7 @@ from expo.report import write_report
 from expo.reporting.comparison import results_table
 from expo.reporting.reader import commits_of, evaluations_by_step
 from expo.run.advice import first_unparsed, set_advice
-from expo.run.ahead import RolloutQueue
+from expo.run.ahead import RolloutQueue, wait_for
 from expo.run.changes import describe
 from expo.run.checkpoint import Position, current_position
 from expo.run.collapse import CollapseWatch
@@ -166,9 +166,7 @@ def save_checkpoint(run: Run, position: Position, score: float | None = None, *,
     Raises: CheckpointError if the checkpoint is required and could not be written.
     """
     section, books = run.config.run, run.bookkeeping
-    with run.guard("rollout"):
-        for rollouts in position.ahead:
-            rollouts.wait()
+    wait_for(run, position.ahead)
     with run.guard("save"):
         try:
             books.checkpoints.save(position, run.learner.policy, score)

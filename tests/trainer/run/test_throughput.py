@@ -27,15 +27,14 @@ def batch(lengths, num_tokens, num_positions):
 
 def test_rates_are_tokens_over_the_seconds_of_their_phase():
     measure = Throughput(load_config(None), CONFIG, Ranks(torch.device("cpu"), 0, 1))
-    row = measure.row(
-        SimpleNamespace(num_tokens=30), [batch([8, 4], 9, 16), batch([10], 7, 10)], timer(rollout=2.0, update=4.0)
-    )
+    batches = [batch([8, 4], 9, 16), batch([10], 7, 10)]
+    row = measure.row(SimpleNamespace(num_tokens=30), batches, timer(update=4.0), rollout_seconds=2.0)
     assert row["rollout_tokens_per_second"] == 15.0
     assert row["training_tokens_per_second"] == 22 / 4
     assert row["padding_fraction"] == pytest.approx(1 - 22 / 26)
     assert 0 < row["memory_peak_gib"] < 100
     assert row["mfu"] is None, "a CPU has no known peak"
-    nothing = measure.row(SimpleNamespace(num_tokens=30), [batch([], 0, 0)], timer(rollout=2.0, update=4.0))
+    nothing = measure.row(SimpleNamespace(num_tokens=30), [batch([], 0, 0)], timer(update=4.0), 2.0)
     assert nothing["padding_fraction"] == nothing["training_tokens_per_second"] == 0.0
 
 
