@@ -21,8 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.stamp import RESULTS, ROOT, stamp, write_results
+from benchmarks.tables import markdown, replace_section
+from expo.config import load_config
 from expo.rollout.vllm.key import VARIABLE, new_key
-from expo.rollout.vllm.supervisor import reserve_port
+from expo.rollout.vllm.supervisor import ServerProcess
 
 RECIPE = ROOT / "expo" / "recipes" / "ledger.yaml"
 FILE = RESULTS / "ahead-cpu.json"
@@ -44,28 +46,19 @@ SETTINGS = {
 CURVES = ("accuracy", "kl", "rollout_effective_sample_fraction", "seconds", "seconds/rollout", "seconds_sampling")
 
 
-def pinned(core: int, *command: object) -> list[str]:
-    """A command on one core."""
-    return ["taskset", "--cpu-list", str(core), *map(str, command)]
-
-
 @contextmanager
-def server(arguments: list[str], environment: dict[str, str], folder: Path) -> Iterator[str]:
-    """A server on its core, and its URL; it ends when its stdin closes."""
-    with reserve_port() as reserved, (folder / "server.log").open("w") as log:
-        port = reserved.getsockname()[1]
-        command = pinned(
-            SERVER_CORE, sys.executable, "-m", "expo.serve", RECIPE, *arguments, f"--port={port}", "--guarded"
-        )
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-        )
-        assert process.stdin is not None
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.stdin.close()
-            process.wait()
+def server(config: Path, key: str) -> Iterator[str]:
+    """A server on its core, and its URL."""
+    process = ServerProcess(config, config.with_name("server.log"), None, (), 1, key)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {SERVER_CORE})  # a child process inherits it
+    try:
+        process.start()
+        os.sched_setaffinity(0, before)
+        yield process.url
+    finally:
+        process.stop()
+        process.release()
 
 
 def train(ahead: int, seed: int, num_steps: int, **settings: object) -> dict[str, Any]:
@@ -73,12 +66,13 @@ def train(ahead: int, seed: int, num_steps: int, **settings: object) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         values = {**SETTINGS, "run.seed": seed, "run.steps": num_steps, "rollout.ahead": ahead, **settings}
-        arguments = [f"--{name}={value}" for name, value in values.items()]
-        environment = {**os.environ, VARIABLE: new_key(), "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        with server(arguments, environment, Path(folder)) as url:
+        config, key = Path(folder) / "config.yaml", new_key()
+        config.write_text(load_config(RECIPE, list(values.items())).to_yaml())
+        with server(config, key) as url:
+            command = ["taskset", "--cpu-list", str(TRAINER_CORE), sys.executable, "-m", "expo.train", config]
+            environment = {**os.environ, VARIABLE: key, "OMP_NUM_THREADS": "1"}
             here = [f"--run.dir={run}", f"--vllm.servers=[{url}]"]
-            command = pinned(TRAINER_CORE, sys.executable, "-m", "expo.train", RECIPE, *arguments, *here)
-            subprocess.run(command, cwd=ROOT, env=environment, check=True)
+            subprocess.run([*command, *here], cwd=ROOT, env=environment, check=True)
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         after = json.loads((run / "summary.json").read_text())["after"]["held_out"]["pass_at"]["1"]
     return {"ahead": ahead, "seed": seed, "curves": {name: [step[name] for step in steps] for name in CURVES}, **after}
@@ -101,7 +95,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     """One line for each value of rollout.ahead: seconds, and accuracies over the seeds."""
     heads = ["`rollout.ahead`", "seconds a step", "ratio to 0", "of it waiting for replies", "seconds of sampling"]
     heads += ["accuracy of the last 10 steps", "held-out pass@1", "effective sample fraction", "seeds"]
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---:' for _ in heads)} |"]
+    rows = []
     for ahead in sorted({run["ahead"] for run in runs}):
         own = [run for run in runs if run["ahead"] == ahead]
         base = {run["seed"]: median_of(run, "seconds") for run in runs if run["ahead"] == 0}
@@ -113,20 +107,13 @@ def table(runs: list[dict[str, Any]]) -> str:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}")
         fraction = statistics.mean(statistics.mean(run["curves"][CURVES[2]]) for run in own)
-        lines.append(f"| {' | '.join([*cells, f'{fraction:.3f}', str(len(own))])} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{fraction:.3f}", str(len(own))])
+    return markdown(heads, rows)
 
 
 def median_of(run: dict[str, Any], name: str) -> float:
     """The median over the timed steps of a run."""
     return statistics.median(run["curves"][name][WARM_UP:])
-
-
-def write_table() -> None:
-    """Writes the table into the page, between its marks."""
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(json.loads(FILE.read_text())['runs'])}\n\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:
@@ -137,7 +124,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help=f"write the table of {PAGE.name}")
     arguments = parser.parse_args()
     if arguments.table:
-        write_table()
+        replace_section(PAGE, BEGIN, END, table(json.loads(FILE.read_text())["runs"]))
     else:
         measure(arguments.steps, tuple(arguments.seeds))
 

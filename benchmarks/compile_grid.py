@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stamp import RESULTS, ROOT, commit, write_results
+from benchmarks.tables import replace_section
 
 VOCAB_SIZE = 151_936
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -107,10 +108,7 @@ def write_table(folder: Path, page: Path) -> None:
     """Replaces the text between the markers of `page` by the tables of the files in `folder`."""
     paths = sorted(folder.glob("compile-triton-*.json"), key=_version, reverse=True)
     grids = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{section(grids)}\n\n{END}{after}", encoding="utf-8")
+    replace_section(page, BEGIN, END, section(grids))
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.sampled_inputs import MODEL
 from benchmarks.stamp import RESULTS, ROOT, stamp, write_results
+from benchmarks.tables import replace_section
 
 RECIPE = ROOT / "expo" / "recipes" / "laptop.yaml"
 FILE = RESULTS / "learning-cpu.json"
@@ -79,13 +80,6 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_table() -> None:
-    """Writes the table into the page, between its marks."""
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(json.loads(FILE.read_text())['runs'])}\n\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     """Trains the runs that are missing, or writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -93,7 +87,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help=f"write the table of {PAGE.name}")
     arguments = parser.parse_args()
     if arguments.table:
-        write_table()
+        replace_section(PAGE, BEGIN, END, table(json.loads(FILE.read_text())["runs"]))
     else:
         measure(arguments.steps)
 

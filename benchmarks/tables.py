@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -19,6 +20,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose columns except the first are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replace_section(page: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:

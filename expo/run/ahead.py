@@ -8,7 +8,6 @@ to t + k, whose weights are gone by then: a resumed run trains on the same repli
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
@@ -24,7 +23,6 @@ from expo.runtime.signals import StopSwitch
 from expo.runtime.timer import PhaseTimer
 from expo.types import Prompt, Verdict
 
-POLL_S = 0.5  # interval at which a wait lets Python handle signals
 CLOSE_S = 10.0  # for the thread to end
 
 Sample = Callable[[RunRollout, Sequence[Prompt], int, RunConfig, Callable[[], Tensor], PhaseTimer], Rollouts]
@@ -61,11 +59,7 @@ class StepRollouts:
 
     def wait(self) -> Sampled:
         """The replies. Raises: what ended sampling or grading, on every rank."""
-        while True:
-            with suppress(TimeoutError):
-                return self.future.result(POLL_S)
-            if self.future.done():
-                return self.future.result()
+        return self.future.result()
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of a checkpoint: tensors and plain containers."""

@@ -33,12 +33,7 @@ class CopyingEngine(TransformersEngine):
     def __init__(self, policy, config):
         model = empty_copy(policy.model, policy.dtype, torch.device("cpu"))
         super().__init__(model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=False)
-        self.staged, self.numbers, self.sampled = {}, itertools.count(), []
-        self.current = None
-
-    def load_weights(self, weights):
-        self.current = None
-        super().load_weights(weights)
+        self.staged, self.numbers, self.sampled_in_main_thread = {}, itertools.count(), []
 
     def stage_weights(self, weights):
         version = f"version {next(self.numbers)}"
@@ -46,11 +41,10 @@ class CopyingEngine(TransformersEngine):
         return version
 
     def use_weights(self, version):
-        super().load_weights(self.staged.pop(version).items())
-        self.current = version
+        self.load_weights(self.staged.pop(version).items())
 
     def generate(self, requests, sampling, on_progress=None):
-        self.sampled.append((threading.current_thread() is threading.main_thread(), self.current))
+        self.sampled_in_main_thread.append(threading.current_thread() is threading.main_thread())
         return super().generate(requests, sampling, on_progress)
 
 
@@ -88,7 +82,7 @@ def test_the_weights_of_a_step_follow_from_its_number(whole, engines, ahead, age
     assert [row["rollout_weights_age"] for row in rows] == ages
     assert all(row["sync_max_abs_dlogp"] < 5e-5 for row in rows)
     assert all(row["sync_weights_compared"] > 0 for row in rows)
-    in_main_thread = [is_main for engine in engines for is_main, _ in engine.sampled]
+    in_main_thread = [is_main for engine in engines for is_main in engine.sampled_in_main_thread]
     assert in_main_thread.count(ahead == 0) >= 6
 
 
@@ -169,8 +163,7 @@ def test_a_sync_that_did_not_happen_is_caught_before_its_replies_are_trained_on(
 
 
 def test_stale_weights_are_caught_before_their_replies_are_trained_on(tmp_path, monkeypatch):
-    real, stage = CopyingEngine.use_weights, CopyingEngine.stage_weights
-    stale = []
+    stage, stale = CopyingEngine.stage_weights, []
 
     def stage_stale(engine, weights):
         weights = [(name, weight.clone()) for name, weight in weights]
@@ -178,7 +171,6 @@ def test_stale_weights_are_caught_before_their_replies_are_trained_on(tmp_path, 
         return stage(engine, stale[-2] if len(stale) == 3 else weights)
 
     monkeypatch.setattr(CopyingEngine, "stage_weights", stage_stale)
-    monkeypatch.setattr(CopyingEngine, "use_weights", real)
     with pytest.raises(SyncError, match=r"rollout engine (and the policy differ|does not hold)"):
         train(quick(tmp_path, rollout__ahead=2, **AHEAD))
 
