@@ -137,6 +137,7 @@ def _most_rows(call: HeadCall, buffers: int = 1) -> int:
         device=hidden_or_logits.device,
         hidden_size=0 if weight is None else weight.shape[1],
         is_split=weight is not None and splits(hidden_or_logits.dtype, call.weight_dtype or weight.dtype),
+        has_tolerance=call.gradient_tolerance > 0.0,
     )
 
 

@@ -37,15 +37,18 @@ SAFETY = 0.95  # of the share that the chunk before has shown
 class Levels:
     """The columns of a chunk in levels 0 (kept in any case) to L - 1, by falling norm, and the bounds for each."""
 
-    def __init__(self, grads: "ChunkGrads", highest: float, distances: Tensor) -> None:
+    def __init__(self, grads: "ChunkGrads", highest: float, distances: Tensor, *, wants_weight: bool) -> None:
         """`highest`: the squared norm of a column from which on it is kept in any case; `distances` [V]: |W_j - w|."""
         self._grads, self._distances = grads, distances
-        squares = grads.column_squares()
+        # only dWeight's bound needs Euclidean norms; a pass for the sums takes a third of the time
+        squares = grads.column_squares() if wants_weight else grads.column_sums().double().square_()
         level = (highest / squares).log_().div_(math.log(LEVEL_RATIO)).ceil_().nan_to_num_(nan=NUM_LEVELS)
         self.level_of = level.clamp_(0, NUM_LEVELS - 1).long()  # [V]
         self.level_of[grads.chosen_ids[grads.scale != 0]] = 0
         per_level = squares.new_zeros(NUM_LEVELS).index_add_(0, self.level_of, squares)
-        self._weight_bounds = (_sums_from(per_level).sqrt() * _spectral_norm_bound(grads.hidden)).tolist()
+        self._weight_bounds = [0.0] * (NUM_LEVELS + 1)
+        if wants_weight:
+            self._weight_bounds = (_sums_from(per_level).sqrt() * _spectral_norm_bound(grads.hidden)).tolist()
         self._num_kept = [0, *torch.bincount(self.level_of, minlength=NUM_LEVELS).cumsum(0).tolist()]
         self._hidden_bounds: dict[int, float] = {NUM_LEVELS: 0.0}
         # for orthogonal rows of the head and of hidden
@@ -127,6 +130,18 @@ class ChunkGrads:
             torch.mv(squared.T, weights, out=squares[block])
         return squares.double().mul_(largest.double().square() / UNIT)
 
+    def column_sums(self) -> Tensor:
+        """The sum of |G| over each column, [V]."""
+        grad_logits, weights = self.grad_logits, self.scale.abs()
+        if not self.is_signed:
+            chosen = grad_logits.gather(1, self.chosen_ids.unsqueeze(1)).squeeze(1)
+            sums = torch.mv(grad_logits.T, weights)
+            return sums.index_add_(0, self.chosen_ids, (chosen.abs() - chosen).mul_(weights))
+        sums = grad_logits.new_empty(grad_logits.shape[1])
+        for block in _products.column_blocks(grad_logits, max(len(grad_logits), 1)):
+            torch.mv(grad_logits[:, block].abs().T, weights, out=sums[block])
+        return sums
+
     def magnitudes_times(self, weights: Tensor) -> Tensor:
         """|G| @ weights [V, k], where the chosen columns have weight 0; [n, k]."""
         grad_logits = self.grad_logits
@@ -142,14 +157,13 @@ class ChunkGrads:
 
 
 class ProductMemory:
-    """Operands and result of products with at most `COLUMNS_AT_ONCE` columns, in memory that all of them share: new
-    memory costs as much time as such a product."""
+    """Operands of products with at most `COLUMNS_AT_ONCE` columns, in memory that all of them share: new memory costs
+    as much time as such a product."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         kind: dict[str, Any] = {"dtype": dtype, "device": weight.device}
-        size = min(COLUMNS_AT_ONCE, len(weight)), weight.shape[1]
         self._slopes = torch.empty(0, **kind)
-        self._rows, self._products = torch.empty(size, **kind), torch.empty(size, **kind)
+        self._rows = torch.empty(min(COLUMNS_AT_ONCE, len(weight)), weight.shape[1], **kind)
 
     def columns(self, grad_logits: Tensor, columns: Tensor) -> Tensor:
         """grad_logits [n, V][:, columns], [n, k]."""
@@ -165,10 +179,6 @@ class ProductMemory:
         if weight.dtype == out.dtype:
             return torch.index_select(weight, 0, columns, out=out)
         return out.copy_(weight.index_select(0, columns))
-
-    def outer(self, slopes: Tensor, hidden: Tensor) -> Tensor:
-        """slopes [n, k].T @ hidden [n, H]."""
-        return torch.mm(slopes.T, hidden, out=self._products[: slopes.shape[1]])
 
 
 class KeptColumns:
@@ -193,7 +203,7 @@ class KeptColumns:
         chosen = grads.grad_logits.gather(1, grads.chosen_ids.unsqueeze(1)).squeeze(1) * grads.scale
         num_shares = max(len(chosen), 1) if self._wants_grad[1] else 1
         highest = self.tolerance**2 * float(chosen.double().square().sum()) / num_shares
-        levels = Levels(grads, highest, self._distances)
+        levels = Levels(grads, highest, self._distances, wants_weight=self._wants_grad[1])
         most_hidden = self.tolerance * self._hidden_share * levels.hidden_norm if self._wants_grad[0] else math.inf
         # chunks whose gradients have nothing in common add up to the root of their number
         share = WEIGHT_SHARE / math.sqrt(self._num_chunks)

@@ -19,11 +19,14 @@ from expo_kernels._compat import has_onednn_linear
 # dWeight: with oneDNN, chunks of H / 8 rows, an eighth of dWeight, take 1.25 times as long as large ones. MKL also
 # loses up to a third of its speed to repacking the head and needs H / 3 rows, but no fewer than 176 whatever H is: at
 # (32,768, 256) chunks of 86 rows took 1.4 times as long. With small heads the budget of 8 MiB decides.
+# With a gradient tolerance every chunk also gathers rows of the head and adds to rows of dWeight: 256 rows take 0.84 to
+# 0.95 times as long as 192 at (49,152, 576). MKL rounds by the size of the chunk, so there the exact path has it too.
 CPU_LOGITS_BUDGET_MB = 8.0
 CPU_ROWS_PER_HIDDEN_ONEDNN = 1 / 8
 CPU_LEAST_ROWS_ONEDNN = 128
 CPU_ROWS_PER_HIDDEN_MKL = 1 / 3
-CPU_LEAST_ROWS_MKL = 176
+CPU_LEAST_ROWS_MKL = 256
+CPU_LEAST_ROWS_WITH_TOLERANCE = 256
 CPU_MOST_ROWS = 512
 # rows of an elementwise pass, on all cores together: the whole loss takes 3 to 8 % longer if they exceed this size
 CPU_CACHE_BYTES = 2**21
@@ -52,6 +55,7 @@ def most_rows(
     device: torch.device,
     hidden_size: int = 0,
     is_split: bool = False,
+    has_tolerance: bool = False,
 ) -> int:
     """Maximum number of rows of a chunk, >= 1, such that `buffers` of [rows, V] fit the budget.
 
@@ -65,10 +69,11 @@ def most_rows(
         device: the device of the buffers.
         hidden_size: H of the products that compute the logits; 0 if the caller gave the logits.
         is_split: whether these products split operands into halves, which takes memory on an accelerator.
+        has_tolerance: whether the gradient products may leave out columns.
     """
     least, bytes_per_row = 1, vocab_size * itemsize * buffers
     if budget_mb is None and device.type == "cpu":
-        budget_mb, least = CPU_LOGITS_BUDGET_MB, _least_rows(hidden_size)
+        budget_mb, least = CPU_LOGITS_BUDGET_MB, _least_rows(hidden_size, has_tolerance=has_tolerance)
     elif budget_mb is None:
         budget_mb = ACCELERATOR_MEMORY_MB - (2 * SPLIT_BYTES / 2**20 if is_split else 0.0)
         bytes_per_row += hidden_size * (SPLIT_BYTES_PER_FEATURE if is_split else BYTES_PER_FEATURE)
@@ -96,7 +101,7 @@ def row_multiple(device: torch.device) -> int:
     return 1 if device.type == "cpu" else ACCELERATOR_ROW_MULTIPLE
 
 
-def _least_rows(hidden_size: int) -> int:
+def _least_rows(hidden_size: int, *, has_tolerance: bool) -> int:
     """Minimum number of rows for fast products on a CPU; 1 if there are no products."""
     if hidden_size == 0:
         return 1
@@ -104,6 +109,8 @@ def _least_rows(hidden_size: int) -> int:
         wanted = max(math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_ONEDNN), CPU_LEAST_ROWS_ONEDNN)
     else:
         wanted = max(math.ceil(hidden_size * CPU_ROWS_PER_HIDDEN_MKL), CPU_LEAST_ROWS_MKL)
+    if has_tolerance:
+        wanted = max(wanted, CPU_LEAST_ROWS_WITH_TOLERANCE)
     return min(wanted, CPU_MOST_ROWS)
 
 
