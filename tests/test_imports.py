@@ -22,7 +22,7 @@ KERNEL_MODULES = {
 HOST_LIBRARIES = {"transformers", "deepspeed", "vllm", "datasets", "math_verify"}
 ONLY_IN = {
     "vllm": {f"expo/rollout/vllm/{name}.py" for name in ("_compat", "in_process", "worker")},
-    "httpx2": {"expo/rollout/vllm/client.py"},
+    "aiohttp": {"expo/rollout/vllm/client.py"},
     "datasets": {"expo/data/hub.py", "expo_kernels/integrations/trl.py"},
     "deepspeed": {"expo/learner/_compat_deepspeed.py", "expo/evaluation/saved_weights.py"},
     "jinja2": {"expo/config/templates.py", "expo/reporting/templates.py"},

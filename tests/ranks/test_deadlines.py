@@ -20,12 +20,13 @@ FAULTS = {
     "is stopped": ("stop", "rollout", False),
     "is stopped between phases": ("stop", "record", False),
 }
-WAITED_IN = {"record": "save"}  # the phase in which the other ranks wait
+# the phases in which the other rank may learn of it: one that exits takes what it has not sent of the phase before
+LEARNED_IN = {"record": ("save",), "sync": ("update", "sync")}
 
 
 def ended(folder, fault, ranks=2):
     """Seconds from the fault to the end of torchrun, its exit code, its stderr, and the processes that remain."""
-    phase = WAITED_IN.get(fault["phase"], fault["phase"])
+    phase = LEARNED_IN.get(fault["phase"], (fault["phase"],))[-1]
     command = argv(folder, "run", by_workers=True, run__checkpoint_every=1, **{f"deadline__{phase}": DEADLINE_S})
     return watched(folder, command, [fault], ranks)
 
@@ -53,7 +54,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(tmp_path, what):
     took, code, problems, left = ended(tmp_path, {"phase": phase, "do": do, "nth": nth, "on_ranks": [1]})
     assert took < DEADLINE_S + GRACE_S, problems
     assert code != 0
-    assert f"phase {WAITED_IN.get(phase, phase)}" in problems
+    assert any(f"phase {name}" in problems for name in LEARNED_IN.get(phase, (phase,))), problems
     assert left == {}, "processes of the run are still there"
     hangs = do in ("sleep", "stop")
     stacks = {path.name for path in (tmp_path / "run").glob("stacks-*")}

@@ -10,7 +10,6 @@ import json
 import math
 import queue
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -20,7 +19,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import httpx2
+import aiohttp
 
 from expo.config import VllmSection
 from expo.errors import EngineError, first_line
@@ -34,13 +33,8 @@ HEALTH_CHECK_S = 2.0  # wait for any other answer before /health is called
 MOST_ANSWER_BYTES = 2**28
 POLL_S = 0.5  # interval at which a wait for replies checks whether to stop
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
-NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # servers are http:// alone; loading some takes 4 ms
 KEEPALIVE_EXPIRY_S = 4.0  # idle connections are not reused after that; vLLM closes them after 5 s
-# the operating system probes a connection that is silent for 30 s, in case the server's machine is gone
-KEEPALIVE_OPTIONS = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *([(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)] if hasattr(socket, "TCP_KEEPIDLE") else []),
-]
+KEEPALIVE_IDLE_S = 30  # the operating system probes connections as silent as that, in case the server's machine is gone
 
 
 class ServerUnavailable(Exception):  # noqa: N818  # not an error: it may be back
@@ -98,16 +92,22 @@ class Server:
         """Runs a coroutine, such as a `call_once`, in the background; cancelling the future cancels it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def client(self) -> httpx2.AsyncClient:
-        """A new client, for one call at a time: among many connections httpx2 spends 5 ms on finding an idle one."""
-        transport = httpx2.AsyncHTTPTransport(
-            verify=NO_CERTIFICATES,
-            trust_env=False,
-            limits=httpx2.Limits(max_connections=1, keepalive_expiry=KEEPALIVE_EXPIRY_S),
-            socket_options=KEEPALIVE_OPTIONS,
+    def session(self) -> aiohttp.ClientSession:
+        """A new session, with any number of connections; called on the event loop of the calls."""
+        connector = aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=KEEPALIVE_EXPIRY_S, socket_factory=_socket_with_keepalive
         )
-        headers = {"Authorization": authorization(self.key)} if self.key else {}
-        return httpx2.AsyncClient(base_url=self.url, transport=transport, trust_env=False, headers=headers)
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = authorization(self.key)
+        return aiohttp.ClientSession(
+            self.url,
+            connector=connector,
+            headers=headers,
+            skip_auto_headers=["Accept-Encoding"],
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self.submit(work)
@@ -119,23 +119,23 @@ class Server:
 
     async def call_once(self, method: str, path: str, body: Any = None) -> Any:
         """The answer to a call on a connection of its own. Raises: as `call`."""
-        async with self.client() as client:
-            return await self.call(client, method, path, body)
+        async with self.session() as session:
+            return await self.call(session, method, path, body)
 
-    async def call(self, client: httpx2.AsyncClient, method: str, path: str, body: Any) -> Any:
+    async def call(self, session: aiohttp.ClientSession, method: str, path: str, body: Any) -> Any:
         """The answer, parsed from JSON; None if it is empty.
 
         Raises: ServerUnavailable if the server is unreachable, silent or failing (5xx); EngineError if it refuses the
             request (4xx).
         """
         start = time.monotonic()
-        request = asyncio.ensure_future(self._send(client, method, path, body))
+        request = asyncio.ensure_future(self._send(session, method, path, body))
         try:
             while path != HEALTH and not (await asyncio.wait({request}, timeout=self._health_check_s))[0]:
                 await self._require_life(path, start)
             status, answer = await request
-        except (httpx2.HTTPError, TimeoutError) as error:
-            raise ServerUnavailable(f"{path}: {_root_cause(error)!r}", self._alive_until(start)) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerUnavailable(f"{path}: {error!r}", self._alive_until(start)) from error
         finally:
             request.cancel()
             request.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio logs it as lost
@@ -163,21 +163,21 @@ class Server:
                 f"{first_line(error)}); start it with python -m expo.serve, with a version that is supported"
             ) from error
 
-    async def _send(self, client: httpx2.AsyncClient, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        """Status and content of the answer. Raises: httpx2.HTTPError, TimeoutError."""
-        timeout = httpx2.Timeout(self._timeout_s, read=self._timeout_s if path == HEALTH else None)
-        async with client.stream(
-            method, path, content=json.dumps(body), headers={"Content-Type": "application/json"}, timeout=timeout
-        ) as response:
-            content = bytearray()
+    async def _send(self, session: aiohttp.ClientSession, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        """Status and content of the answer. Raises: aiohttp.ClientError, OSError, TimeoutError among them."""
+        silence_s = self._timeout_s if path == HEALTH else None
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout_s, sock_read=silence_s)
+        content = None if method == "GET" else json.dumps(body).encode()
+        async with session.request(method, path, data=content, timeout=timeout, allow_redirects=False) as response:
+            answer = bytearray()
             # once an answer has begun, it is complete on the server and must keep coming
             async with asyncio.timeout(self._timeout_s) as deadline:
-                async for part in response.aiter_bytes():
-                    content += part
-                    if len(content) > MOST_ANSWER_BYTES:
+                async for part in response.content.iter_any():
+                    answer += part
+                    if len(answer) > MOST_ANSWER_BYTES:
                         raise EngineError(f"the vLLM server {self.url} answers {path} with too many bytes")
                     deadline.reschedule(self._loop.time() + self._timeout_s)
-            return response.status_code, bytes(content)
+            return response.status, bytes(answer)
 
     async def _require_life(self, path: str, start: float) -> None:
         """Asks for /health. Raises: ServerUnavailable if the server has answered nothing for `patience_s`."""
@@ -194,14 +194,14 @@ class Server:
         return max(start, self._last_answer)
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """The operating system's error behind `error`, if there is one: httpx2 only says that all attempts failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
+def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A TCP socket whose silent connections the operating system probes."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    return made
 
 
 def _shortened(answer: bytes) -> str:
@@ -313,19 +313,22 @@ class RequestPool:
         jobs = iter(enumerate(bodies))  # shared by the workers
         finished: queue.SimpleQueue[tuple[int, T] | Exception] = queue.SimpleQueue()
 
-        async def work() -> None:
+        async def work(sessions: Sequence[aiohttp.ClientSession]) -> None:
             try:
-                async with AsyncExitStack() as stack:
-                    clients = [await stack.enter_async_context(server.client()) for server in self._servers]
-                    for index, body in jobs:
-                        chosen = index % len(self._servers)
-                        call = functools.partial(self._servers[chosen].call, clients[chosen], "POST", path, body)
-                        read_answer = functools.partial(read, body)
-                        finished.put((index, await self._answer(self._servers[chosen], path, call, read_answer)))
+                for index, body in jobs:
+                    number = index % len(self._servers)
+                    server = self._servers[number]
+                    call = functools.partial(server.call, sessions[number], "POST", path, body)
+                    finished.put((index, await self._answer(server, path, call, functools.partial(read, body))))
             except Exception as error:
                 finished.put(error)
 
-        workers = [self._servers[0].submit(work()) for _ in range(min(self._size, len(bodies)))]
+        async def work_at_once() -> None:
+            async with AsyncExitStack() as stack:
+                sessions = [await stack.enter_async_context(server.session()) for server in self._servers]
+                await asyncio.gather(*(work(sessions) for _ in range(min(self._size, len(bodies)))))
+
+        working = self._servers[0].submit(work_at_once())
         answers: dict[int, T] = {}
         try:
             while len(answers) < len(bodies):
@@ -333,8 +336,7 @@ class RequestPool:
                 answers.update(new)
                 on_progress(len(new))
         finally:
-            for worker in workers:
-                worker.cancel()
+            working.cancel()
         return [answers[index] for index in range(len(bodies))]
 
     async def _answer(
