@@ -21,6 +21,7 @@ from expo.config import RunConfig, load_config
 from expo.config.run import MOST_PORT
 from expo.errors import ConfigError
 from expo.learner.model_files import check_model_path, hub_options
+from expo.rollout.exact import check_exact, set_batch_invariant
 from expo.rollout.vllm._compat import share_port
 from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
 from expo.rollout.vllm.key import VARIABLE, read_key
@@ -121,8 +122,11 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         check_vllm()
         if find_spec(MODULE) is None:
             raise ConfigError(f"vLLM {version()} has no {MODULE}; install version {MADE_FOR_TEXT}")
+        is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+        if config.rollout.exact:
+            check_exact(config, on_gpu=not is_cpu)
+            set_batch_invariant()
     os.umask(0o077)  # vLLM's processes talk over sockets in the folder for temporary files
-    is_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if is_cpu and config.vllm.tensor_parallel > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker needs a NUMA node
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # adds the routes that change weights

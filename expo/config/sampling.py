@@ -41,6 +41,9 @@ class RolloutSection(Section):
     ahead: Annotated[int, Field(ge=0, le=16)] = 0
     """Steps that are sampled and graded while the policy learns, with vllm-server: step t is sampled with the weights
     after step t - 1 - ahead, and needs objective.rollout_correction or policy.old_logps = rollout. 0: in turns."""
+    exact: bool = False
+    """Batch-invariant sampling: a reply has the same bits whatever else is sampled at once; slower. vllm and
+    vllm-server: on NVIDIA GPUs, by VLLM_BATCH_INVARIANT; transformers: on a CPU in float32, one question at a time."""
     sync_tolerance: Positive | None = None
     """Largest |policy - engine| log-prob of the probe after a weight sync, nats. If unset: depends on the dtype, see
     expo/rollout/weight_sync.py."""

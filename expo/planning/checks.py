@@ -24,6 +24,7 @@ from expo.learner.model_files import WEIGHTS, check_model_path, hub_options, loa
 from expo.planning.machine import Machine
 from expo.planning.models import known_config
 from expo.rewards.compose import load_reward_functions
+from expo.rollout.exact import check_exact
 from expo.rollout.transformers import TransformersEngine
 from expo.run.folder import check_folder
 from expo.run.inputs import (
@@ -80,6 +81,7 @@ def check_run(config: RunConfig, machine: Machine, *, resume: bool = False) -> F
         model_config, source = find_config(config.model)
         check_context(model_config, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     _check_engine(config, machine, unchecked)
+    check_exact(config, on_gpu=not machine.is_cpu)
     check_batches(config, machine.num_ranks)
     check_settings(config)
     load_reward_functions(config.reward.functions)

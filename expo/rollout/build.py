@@ -9,6 +9,7 @@ from expo.learner.model_files import check_model_path, hub_options
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.data_parallel import DataParallelEngine
+from expo.rollout.exact import check_exact
 from expo.rollout.transformers import TransformersEngine
 from expo.rollout.vllm.common import version, version_warning
 from expo.rollout.vllm.in_process import VllmEngine
@@ -34,6 +35,7 @@ def build_engine(
 def _build_rank_engine(
     config: EngineConfig, policy: DeepSpeedPolicy | FrozenPolicy, ranks: Ranks, display: Display, folder: Path
 ) -> RolloutEngine:
+    check_exact(config, on_gpu=ranks.device.type == "cuda")
     stop_ids = end_ids(policy.model, policy.tokenizer, config.rollout.stop_tokens)
     if config.rollout.engine == "vllm-server":
         servers = ServerEngine(config, policy.tokenizer, stop_ids, ranks, folder)
@@ -52,6 +54,7 @@ def _build_rank_engine(
             num_replies=config.rollout.batch_size,
             max_tokens=config.max_tokens,
             num_ranks=ranks.size,
+            is_exact=config.rollout.exact,
         )
     model = policy.model if policy.is_unsharded else empty_copy(policy.model, policy.dtype, ranks.device)
     engine = TransformersEngine(
@@ -61,6 +64,7 @@ def _build_rank_engine(
         policy.dtype,
         is_shared=policy.is_unsharded,
         stop_tokens=config.rollout.stop_tokens,
+        is_exact=config.rollout.exact,
     )
     if policy.is_unsharded:  # otherwise the copy has no weights yet, and is checked with the first ones
         engine.check()

@@ -35,6 +35,7 @@ class TransformersEngine:
         dtype: of the transformer's matrix products, as in the policy; logits are float32.
         is_shared: whether `model` is the policy's own, so that no weight sync is needed.
         stop_tokens: tokens that end a reply, beside the end-of-sequence tokens.
+        is_exact: whether each request is a batch of its own, whatever `batch_size` is.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class TransformersEngine:
         *,
         is_shared: bool = True,
         stop_tokens: Sequence[str] = (),
+        is_exact: bool = False,
     ) -> None:
         self._model = model
         self._is_shared = is_shared
         self._dtype = dtype
         self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self._batch_size, self._is_exact = batch_size, is_exact
         self._end_ids = end_ids(model, tokenizer, stop_tokens)
         # Mamba's kind names its cache otherwise
         self._cache_name = "past_key_values" if takes_input(model, "past_key_values") else "cache_params"
@@ -156,6 +158,8 @@ class TransformersEngine:
 
     def _batches(self, requests: Sequence[GenerationRequest]) -> list[list["_Job"]]:
         """Requests sorted by prompt length, split into batches of at most batch_size replies."""
+        if self._is_exact:
+            return [[_Job(number, list(range(len(request.seeds))))] for number, request in enumerate(requests)]
         batches: list[list[_Job]] = []
         free = 0
         for request in sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids)):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from expo.errors import ConfigError
+
 
 def keep_process_group(llm: Any) -> None:
     """Has vLLM not destroy the process group of torch.distributed, which belongs to the run, when the engine is freed.
@@ -29,6 +31,17 @@ def pack_tied_head(model: Any) -> None:
     is_tied = getattr(model.config, "tie_word_embeddings", False)
     if method is not None and is_tied and next(model.parameters()).device.type == "cpu":
         method.process_weights_after_loading(head)
+
+
+def require_batch_invariance() -> None:
+    """Raises: ConfigError if vLLM was imported without its batch-invariant mode; its kernels keep what they read."""
+    from vllm.v1.attention.ops import triton_unified_attention
+
+    if not triton_unified_attention.is_batch_invariant:
+        raise ConfigError(
+            "rollout.exact = true, but this process has imported vLLM without its batch-invariant mode; set "
+            "VLLM_BATCH_INVARIANT=1 in its environment"
+        )
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import Tensor
 from expo.config import VllmSection
 from expo.errors import ConfigError
 from expo.rollout.engine import GenerationRequest, Sampling
-from expo.rollout.vllm._compat import abort_requests, keep_process_group, pack_tied_head
+from expo.rollout.exact import set_batch_invariant
+from expo.rollout.vllm._compat import abort_requests, keep_process_group, pack_tied_head, require_batch_invariance
 from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
     check_ranks,
@@ -50,6 +51,7 @@ class VllmEngine:
         max_tokens: most tokens of a prompt and its reply together.
         num_ranks: processes of the run; every `section.tensor_parallel` consecutive ranks form one engine and must get
             the same requests.
+        is_exact: whether it samples in vLLM's batch-invariant mode.
         hub: revision and trust_remote_code of the model; None: vLLM's defaults.
 
     Raises: ConfigError if vLLM is not installed, lacks a function or refuses the model, or if tensor_parallel does not
@@ -68,6 +70,7 @@ class VllmEngine:
         num_replies: int,
         max_tokens: int,
         num_ranks: int = 1,
+        is_exact: bool = False,
         hub: Mapping[str, Any] | None = None,
     ) -> None:
         if section.sleep and device.type == "cpu":
@@ -78,7 +81,11 @@ class VllmEngine:
                 f"CUDA_VISIBLE_DEVICES={device.index}"
             )
         check_ranks(section, num_ranks)
+        if is_exact:
+            set_batch_invariant()
         self._vllm = _vllm()
+        if is_exact:
+            require_batch_invariance()
         self._sleeps, self._is_asleep = section.sleep, False
         self._tokenizer, self._end_ids = tokenizer, end_ids
         self._is_cpu = device.type == "cpu"

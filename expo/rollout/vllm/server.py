@@ -19,6 +19,7 @@ from torch import Tensor
 from expo.config import EngineConfig, VllmSection
 from expo.errors import ConfigError, EngineError
 from expo.rollout.engine import GenerationRequest, Sampling
+from expo.rollout.exact import VARIABLE
 from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
 from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
 from expo.rollout.vllm.key import new_key, read_key
@@ -332,6 +333,7 @@ def require_settings(config: EngineConfig, server: Server, *, on_gpu: bool) -> s
     try:
         with server.understand("/server_info"):
             _require_settings(config, server, info["vllm_config"], on_gpu=on_gpu)
+            _require_exact(config, server, info["vllm_env"])
             return str(version["version"])
     except EngineError as error:
         raise ConfigError(str(error)) from error
@@ -355,6 +357,16 @@ def _require_settings(config: EngineConfig, server: Server, settings: dict[str, 
         )
     if config.vllm.transfer == "broadcast":
         _require_broadcast(server, settings, on_gpu=on_gpu)
+
+
+def _require_exact(config: EngineConfig, server: Server, variables: dict[str, Any]) -> None:
+    """Raises: ConfigError if a server does not sample as rollout.exact says."""
+    found = variables.get(VARIABLE, False)
+    if config.rollout.exact and str(found) not in ("True", "1"):
+        raise ConfigError(
+            f"the vLLM server {server.url} has {VARIABLE} = {found}, but rollout.exact = true needs its "
+            f"batch-invariant mode; start it with python -m expo.serve and the run's configuration"
+        )
 
 
 def _require_broadcast(server: Server, settings: dict[str, Any], *, on_gpu: bool) -> None:
