@@ -39,7 +39,8 @@ class Objective:
     """
 
     clip_low: float = 0.2
-    """The ratio is clipped at 1 - clip_low. No unit, in [0, 1]. Default: PPO (arXiv 1707.06347)."""
+    """The ratio is clipped at 1 - clip_low. No unit, in [0, 1]; with surrogate "cispo" also above 1, which is no lower
+    bound, as 1 is: verl's recipe has 10. Default: PPO (arXiv 1707.06347)."""
 
     clip_high: float = 0.2
     """The ratio is clipped at 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28."""
@@ -119,7 +120,8 @@ class Objective:
         _one_of("aggregation", self.aggregation, get_args(Aggregation))
         if self.rollout_correction is not None:
             _one_of("rollout_correction", self.rollout_correction, get_args(RolloutCorrection))
-        _in_range("clip_low", self.clip_low, 0.0, 1.0)
+        # a ratio is > 0, so any bound <= 0 is none; with other surrogates a large value is more likely a mistake
+        _in_range("clip_low", self.clip_low, 0.0, math.inf if self.surrogate == "cispo" else 1.0)
         _in_range("clip_high", self.clip_high, 0.0, math.inf)
         _in_range("log_ratio_clamp", self.log_ratio_clamp, 0.0, 80.0, above=True)
         for name in ("temperature", "rollout_cap", *(name for name in READ_BY if name.startswith(("sapo", "vespo")))):

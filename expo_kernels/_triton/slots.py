@@ -29,7 +29,7 @@ HYPER_PARAMETERS = (
 def hyper_parameters(objective: Objective) -> list[float]:
     """The block, in the order of `HYPER_PARAMETERS`; 1 for a setting that is None, which no kernel uses then."""
     made = {
-        "ratio_low": 1.0 - objective.clip_low,
+        "ratio_low": max(1.0 - objective.clip_low, 0.0),
         "ratio_high": 1.0 + objective.clip_high,
         "rollout_kept": 0.0 if objective.masks_rollouts else 1.0,
         "reward_eps": REWARD_SCALE_EPS,

@@ -73,6 +73,13 @@ def test_cispo_weighs_the_logp_by_the_clipped_ratio():
     assert made.losses.tolist() == pytest.approx([-1.2 * 2 * math.log(1.5), -0.8 * 2 * math.log(0.5)])
 
 
+def test_cispo_has_no_lower_bound_from_a_clip_low_of_one_on():
+    for clip_low in (1.0, 10.0):
+        made = terms([math.log(1e-3)], [0.0], advantages=[2.0], surrogate="cispo", clip_low=clip_low)
+        assert made.losses.tolist() == pytest.approx([-1e-3 * 2 * math.log(1e-3)])
+        assert not made.clipped_low.any()
+
+
 def test_sapo_gate():
     made = terms([0.0, math.log(2.0), math.log(2.0)], [0.0] * 3, advantages=[1.0, 1.0, -1.0], surrogate="sapo")
     positive = 4 / (1 + math.exp(-1.0))
