@@ -83,7 +83,7 @@ class Objective:
 
     kl: KlEstimator = "k3"
     """Penalty per token in nats, with x = ref - logp: "k1" -x, "k2" x^2 / 2, "k3" exp(x) - x - 1 (Schulman's
-    estimators; k3 is FG-ExPO eq. 3)."""
+    estimators; k3 is FG-ExPO eq. 3). Only k3 clamps x by log_ratio_clamp: the other two have no exp."""
 
     kl_importance_weighted: bool = False
     """Multiply the penalty by the token's ratio, gradient included (DeepSeek-V3.2, arXiv 2512.02556)."""

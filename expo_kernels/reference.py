@@ -154,12 +154,16 @@ def vespo_weights(
 
 
 def kl_penalties(logps: Tensor, ref_logps: Tensor, objective: Objective) -> Tensor:
-    """Eq. 3 (k3), or k1 or k2: KL estimate of each token to the reference policy, nats, [N]."""
-    x = (ref_logps - logps).clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
+    """Eq. 3 (k3), or k1 or k2: KL estimate of each token to the reference policy, nats, [N].
+
+    k1 and k2 (Schulman, joschu.net/blog/kl-approx.html) have no exp that could overflow, and so no clamp.
+    """
+    x = ref_logps - logps
     if objective.kl == "k1":
         return -x
     if objective.kl == "k2":
         return 0.5 * x * x
+    x = x.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
     # exp(x) - x - 1; expm1 keeps the digits that exp(x) - 1 loses near x = 0
     return torch.expm1(x) - x
 

@@ -91,8 +91,9 @@ def oracle_loss(logps, mask, advantages, old, ref, rollout, beta, o: Objective, 
                 gap = sum(gaps) if o.rollout_correction == "sequence" else gaps[valid.index(t)]
                 loss = loss * min(math.exp(gap), o.rollout_cap)
             if ref is not None:
-                x = (ref[b, t] - logps[b, t]).clamp(-clamp, clamp)
-                kl = {"k1": -x, "k2": x * x / 2, "k3": torch.exp(x) - x - 1}[o.kl]
+                x = ref[b, t] - logps[b, t]
+                z = x.clamp(-clamp, clamp)
+                kl = {"k1": -x, "k2": x * x / 2, "k3": torch.exp(z) - z - 1}[o.kl]
                 loss = loss + beta * kl * (torch.exp(drift[t]) if o.kl_importance_weighted else 1.0)
             losses.append(loss)
         divisor = {"sequence": len(valid), "token": 1, "constant": o.max_completion_length}[o.aggregation]

@@ -115,22 +115,22 @@ def _surrogate(log_ratio, logp, advantage, hyper_ptr, SURROGATE: tl.constexpr, H
 @triton.jit
 def _penalty(logp, ref_logp, hyper_ptr, KL: tl.constexpr):
     """Eq. 3 (k3), or k1 or k2: penalty in nats, and dpenalty/dlogp."""
-    bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
     difference = ref_logp - logp
-    x = _clamp(difference, bound)
     if KL == "k1":
-        penalty = -x
-        grad = 1.0 + 0.0 * x
+        penalty = -difference
+        grad = 1.0 + 0.0 * logp
     elif KL == "k2":
-        penalty = 0.5 * x * x
-        grad = -x
+        penalty = 0.5 * difference * difference
+        grad = -difference
     else:
+        bound = tl.load(hyper_ptr + LOG_RATIO_CLAMP)
+        x = _clamp(difference, bound)
         # exp(x) - x - 1 as a series near 0, where the difference would lose all digits
         series = 1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880))
         series = 1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * series)))
         penalty = tl.where(tl.abs(x) < 0.5, x * x * (0.5 + x * series), tl.exp(x) - x - 1.0)
-        grad = -(penalty + x)
-    return penalty, tl.where(tl.abs(difference) <= bound, grad, 0.0)
+        grad = tl.where(tl.abs(difference) <= bound, -(penalty + x), 0.0)
+    return penalty, grad
 
 
 @triton.jit

@@ -240,7 +240,7 @@ def test_a_batch_without_tokens_is_a_connected_zero(B):
     assert all(value == 0 for value in out.metrics.values())
 
 
-@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence"), Objective(kl="k2", surrogate="cispo")])
+@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence"), Objective(surrogate="cispo")])
 @pytest.mark.parametrize("gap", [1e6, -1e6, float("inf"), -float("inf")])
 def test_any_gap_between_policies_stays_finite(objective, gap):
     logits = torch.randn(2, 3, 7).requires_grad_()
@@ -254,6 +254,19 @@ def test_any_gap_between_policies_stays_finite(objective, gap):
     assert out.loss.isfinite()
     assert logits.grad.isfinite().all()
     assert all(value.isfinite() for value in out.metrics.values())
+
+
+@pytest.mark.parametrize(("kl", "penalty", "slope"), [("k1", 1e6, 1.0), ("k2", 5e11, 1e6)])
+def test_a_large_gap_is_the_penalty_of_an_estimator_without_an_exp(kl, penalty, slope):
+    logps = torch.zeros(2, 3).requires_grad_()
+    out = expo_loss_from_logps(
+        logps, torch.ones(2, 3), advantages=torch.zeros(2), ref_logps=torch.full((2, 3), -1e6), beta=1.0,
+        objective=Objective(kl=kl, aggregation="token"),
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.metrics["kl"].item() == pytest.approx(penalty)
+    assert out.loss.item() == pytest.approx(penalty)
+    assert logps.grad.flatten().tolist() == pytest.approx([slope / 6] * 6)
 
 
 @pytest.mark.parametrize(("T", "V"), [(1, 2), (5, 1003)])

@@ -139,6 +139,16 @@ def test_kl_estimators(kl, penalty):
     assert made.losses.item() == pytest.approx(0.1 * penalty)
 
 
+@pytest.mark.parametrize(
+    ("kl", "penalty", "slope"), [("k1", 300.0, 1.0), ("k2", 45_000.0, 300.0), ("k3", math.exp(-20.0) + 19, 0.0)]
+)
+def test_only_the_estimator_with_an_exp_is_clamped(kl, penalty, slope):
+    logps, ref_logps = doubles(-1.0).requires_grad_(), doubles(-301.0)
+    penalties = reference.kl_penalties(logps, ref_logps, Objective(kl=kl))
+    assert penalties.item() == pytest.approx(penalty)
+    assert torch.autograd.grad(penalties.sum(), logps)[0].item() == slope
+
+
 def test_importance_weighted_kl_is_multiplied_by_the_ratio():
     made = terms([math.log(2.0)], [0.0], ref=[math.log(4.0)], beta=1.0, advantages=[0.0], kl_importance_weighted=True)
     assert made.losses.item() == pytest.approx(2.0 * (2.0 - math.log(2.0) - 1.0))

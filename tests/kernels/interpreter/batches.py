@@ -231,6 +231,8 @@ TOKEN_LEVEL = {
     "sapo": Objective(surrogate="sapo"),
     "k1": Objective(kl="k1"),
     "k2": Objective(kl="k2", kl_importance_weighted=True),
+    "k1 beyond the clamp": Objective(kl="k1", log_ratio_clamp=0.1),
+    "k2 beyond the clamp": Objective(kl="k2", log_ratio_clamp=0.1, kl_importance_weighted=True),
     "k3 weighted": Objective(kl_importance_weighted=True),
     "token": Objective(aggregation="token"),
     "constant": Objective(aggregation="constant", max_completion_length=7),
