@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-RatioLevel = Literal["token", "sequence"]
+RatioLevel = Literal["token", "sequence", "sequence_token"]
 Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["sequence", "sum", "token", "constant"]
@@ -51,7 +51,9 @@ class Objective:
 
     ratio: RatioLevel = "token"
     """"token": exp(logp - old); "sequence": exp of the mean of logp - old over the sequence's tokens (GSPO, arXiv
-    2507.18071). The surrogates "gmpo" and "vespo" define a sequence's ratio themselves."""
+    2507.18071 eq. 7); "sequence_token": the same value, with the gradient of the token's own log-prob (GSPO-token,
+    eq. 14), which differs where the advantages of a sequence do. The surrogates "gmpo" and "vespo" define a sequence's
+    ratio themselves; the weight of "cispo" has no gradient, so that it takes "token" or "sequence"."""
 
     log_ratio_clamp: float = 20.0
     """Log-ratios are clamped to +-log_ratio_clamp nats before exp, so that no log-prob can overflow; a clamped
@@ -155,7 +157,7 @@ class Objective:
     @property
     def spans_sequences(self) -> bool:
         """Whether the surrogate of a token depends on the current log-probs of its whole sequence."""
-        return self.ratio == "sequence" or self.surrogate in ("gmpo", "vespo")
+        return self.ratio != "token" or self.surrogate in ("gmpo", "vespo")
 
     @property
     def corrects_sequences(self) -> bool:
@@ -175,6 +177,11 @@ class Objective:
                     f'{name}={getattr(self, name)!r} has no effect with surrogate "{self.surrogate}"; '
                     f"use surrogate={' or '.join(map(repr, surrogates))} or leave {name} out"
                 )
+        if self.surrogate == "cispo" and self.ratio == "sequence_token":
+            raise ValueError(
+                'ratio="sequence_token" has no effect with surrogate "cispo": it differs from "sequence" in the '
+                'gradient of the ratio, which is a constant there; use ratio="sequence"'
+            )
         if self.rollout_correction is None:
             for name in ("rollout_floor", "rollout_cap"):
                 if getattr(self, name) != defaults[name]:

@@ -68,9 +68,12 @@ def log_ratios(
 ) -> Tensor:
     """log(pi_theta / pi_old) in nats, clamped, [N]; the mean over the sequence if the ratio is per sequence."""
     differences = logps - old_logps
-    if objective.ratio == "sequence":
-        # GSPO eq. 7: the length-normalised ratio, shared by all tokens of the sequence
+    if objective.ratio != "token":
+        # GSPO (arXiv 2507.18071) eq. 7: the length-normalised ratio, shared by all tokens of the sequence
         differences = sequence_means(differences, sequence_index, num_sequences)
+    if objective.ratio == "sequence_token":
+        # GSPO-token, eq. 14: sg[s_i] * pi_theta / sg[pi_theta], so that each token has the gradient of its own log-prob
+        differences = differences.detach() + (logps - logps.detach())
     return differences.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
 
 
@@ -276,7 +279,7 @@ def expo_loss_from_logps(
     entropies: Tensor | None = None,
     entropy_bonus: Tensor | None = None,
 ) -> Tensor:
-    """The whole loss of a padded batch, 0-dim: logps, mask and entropies [B, T], advantages [B]."""
+    """The whole loss of a padded batch, 0-dim: logps, mask and entropies [B, T], advantages [B] or [B, T]."""
     sequence_index, position = completion_mask.nonzero(as_tuple=True)
 
     def valid(tensor: Tensor | None) -> Tensor | None:
@@ -289,7 +292,7 @@ def expo_loss_from_logps(
         old_logps=valid(old_logps),
         ref_logps=valid(ref_logps),
         rollout_logps=valid(rollout_logps),
-        advantages=advantages[sequence_index],
+        advantages=advantages[sequence_index] if advantages.dim() == 1 else advantages[sequence_index, position],
         beta=beta,
         sequence_index=sequence_index,
         num_sequences=num_sequences,

@@ -144,6 +144,7 @@ def sequence_loss_kernel(
     KL: tl.constexpr,
     KL_WEIGHTED: tl.constexpr,
     MEAN_RATIO: tl.constexpr,  # the ratio is exp of the mean of the sequence's log-ratios
+    GRAD_OF_MEAN: tl.constexpr,  # its gradient goes to all tokens of the sequence, not to the token's own log-prob
     SEQUENCE_CORRECTION: tl.constexpr,
     AVERAGES_TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -193,7 +194,7 @@ def sequence_loss_kernel(
                 _, _, low, high = clipped_log_ratio(logp - old_logp, advantage, hyper_ptr)
             ratio_grad = tl.where(keep, weight * ratio_grad, 0.0)
             grad = tl.where(keep, weight * beside, 0.0)
-            if MEAN_RATIO:
+            if MEAN_RATIO and GRAD_OF_MEAN:
                 shared_grad += tl.sum(ratio_grad, axis=0)
             else:
                 grad += ratio_grad
@@ -212,7 +213,7 @@ def sequence_loss_kernel(
                 total(low.to(tl.float32), keep), total(high.to(tl.float32), keep), total(keep.to(tl.float32), keep),
                 entropy_total,
             )  # fmt: skip
-        if MEAN_RATIO:
+        if MEAN_RATIO and GRAD_OF_MEAN:
             add_mean_grad(
                 grad_logps_ptr, logps_ptr, old_logps_ptr, mask_ptr, advantages_ptr, first, num_positions, of_sequence,
                 shared_grad / length, hyper_ptr, ADVANTAGES, SURROGATE, BLOCK_T,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.medium
 
 OPTIONS = {
     "surrogate": ["clip", "cispo", "sapo", "gmpo", "vespo"],
-    "ratio": ["token", "sequence"],
+    "ratio": ["token", "sequence", "sequence_token"],
     "dual_clip": [None, 1.3],
     "kl": ["k1", "k2", "k3"],
     "kl_importance_weighted": [False, True],
@@ -54,8 +54,10 @@ def refusal(case):
     surrogate, correction = case["surrogate"], case["rollout_correction"]
     if case["dual_clip"] is not None and surrogate != "clip":
         return "dual_clip=1.3 has no effect"
-    if case["ratio"] == "sequence" and surrogate in ("gmpo", "vespo"):
-        return "ratio='sequence' has no effect"
+    if case["ratio"] != "token" and surrogate in ("gmpo", "vespo"):
+        return f"ratio='{case['ratio']}' has no effect"
+    if case["ratio"] == "sequence_token" and surrogate == "cispo":
+        return 'ratio="sequence_token" has no effect with surrogate "cispo"'
     if surrogate == "vespo" and correction in ("sequence", "sequence_mask"):
         return "rollout_correction"
     if case["kl_importance_weighted"] and not case["ref_logps"]:
@@ -75,7 +77,10 @@ def make_objective(case):
 
 def inputs_of(case, batch):
     """The arguments of a loss call other than its logits; the loss is summed, so that a wrong denominator is found."""
-    given = {"advantages": batch.advantages, "beta": BETA if case["ref_logps"] else 0.0}
+    advantages = batch.advantages
+    if case["ratio"] == "sequence_token":  # the gradient is that of "sequence" unless they differ within a sequence
+        advantages = advantages[:, None] * torch.linspace(-0.5, 1.5, T, dtype=advantages.dtype)
+    given = {"advantages": advantages, "beta": BETA if case["ref_logps"] else 0.0}
     for name, is_given in (
         ("old_logps", case["old_logps"]),
         ("ref_logps", case["ref_logps"]),

@@ -132,6 +132,19 @@ def test_sequence_ratio_is_the_geometric_mean():
     assert made.ratios.tolist() == pytest.approx([4.0, 4.0, 3.0])
 
 
+@pytest.mark.parametrize(("ratio", "slopes"), [("sequence", [-4.0, -4.0]), ("sequence_token", [-2.0 * 4, 0.0])])
+def test_gspo_token_has_the_ratio_of_the_sequence_and_the_gradient_of_the_token(ratio, slopes):
+    # ratios 2 and 8, geometric mean 4; advantages 2 and 0: the loss is -4 * 2
+    logps = doubles(math.log(2), math.log(8)).requires_grad_()
+    objective = Objective(ratio=ratio, clip_high=9.0)
+    sequences = torch.tensor([0, 0]), 1, objective
+    losses, ratios, *_ = reference.surrogate_terms(logps, doubles(0.0, 0.0), doubles(2.0, 0.0), None, *sequences)
+    assert ratios.tolist() == pytest.approx([4.0, 4.0])
+    assert losses.tolist() == pytest.approx([-8.0, 0.0])
+    # through the mean of two, each log-prob has half of -8
+    assert torch.autograd.grad(losses.sum(), logps)[0].tolist() == pytest.approx(slopes)
+
+
 @pytest.mark.parametrize(("kl", "penalty"), [("k1", -0.5), ("k2", 0.125), ("k3", math.exp(0.5) - 1.5)])
 def test_kl_estimators(kl, penalty):
     made = terms([-1.0], [-1.0], ref=[-0.5], beta=0.1, advantages=[0.0], kl=kl)

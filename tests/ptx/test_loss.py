@@ -25,7 +25,9 @@ def test_every_objective(name):
         check_loss(objective=OBJECTIVES[name])
 
 
-@pytest.mark.parametrize("name", ["default", "softcap", "sapo", "gspo weighted", "gmpo", "vespo rollout"])
+@pytest.mark.parametrize(
+    "name", ["default", "softcap", "sapo", "gspo weighted", "gradient per token", "gmpo", "vespo rollout"]
+)
 def test_entropy_bonus_and_advantages_per_token(name):
     with no_errors(schedules=IN_TWO_ORDERS):
         check_loss(V=130, objective=OBJECTIVES[name], advantages="token", entropy_bonus=0.3)

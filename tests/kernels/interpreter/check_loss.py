@@ -46,7 +46,10 @@ def test_one_launch_gives_loss_metrics_and_gradient(name):
 @pytest.mark.parametrize("name", SEQUENCE_LEVEL)
 def test_sequence_level_objectives_give_loss_metrics_and_gradient(name):
     objective = SEQUENCE_LEVEL[name]
-    batch = make_batch(objective=objective, T=5)
+    advantages = None
+    if objective.ratio == "sequence_token":  # the gradient is that of "sequence" unless they differ within a sequence
+        advantages = torch.randn(4, 5, generator=torch.Generator().manual_seed(5))
+    batch = make_batch(objective=objective, T=5, advantages=advantages)
     assert_matches(run_sequence_level(spoil(batch), objective), expected(batch, objective))
 
 
