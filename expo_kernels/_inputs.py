@@ -8,6 +8,7 @@ Letters: M positions of the caller's tensors, B sequences, T positions each.
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -178,7 +179,13 @@ def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
     if is_known and old_logps is not None and rollout_logps is not None:
         # the correction does not depend on the logits: give each token its sequence's sum of differences as its own
         differences = torch.where(mask, old_logps.float() - rollout_logps.float(), 0.0)
-        rollout_logps = old_logps.float() - _sequence_sums(differences, shape, starts, sequence_index)
+        differences = _sequence_sums(differences, shape, starts, sequence_index)
+        if objective.rollout_correction == "geometric_mask":
+            differences /= _sequence_sums(mask.float(), shape, starts, sequence_index).clamp(min=1.0)
+            # a weight of exp(0) = 1 where the sequence is within the bounds; elsewhere one above the cap of 1, hence 0
+            differences = torch.zeros_like(differences).masked_fill(_is_out_of_bounds(differences, objective), math.inf)
+            objective = dataclasses.replace(objective, rollout_floor=0.0, rollout_cap=1.0)
+        rollout_logps = old_logps.float() - differences
         correction: RolloutCorrection = "token_mask" if objective.masks_rollouts else "token"
         objective = dataclasses.replace(objective, rollout_correction=correction)
     return Tokens(
@@ -200,6 +207,12 @@ def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
         normalizer=_normalizer(inputs, mask),
         entropy_bonus=None if inputs.entropy_bonus is None else _number(inputs.entropy_bonus, device),
     )
+
+
+def _is_out_of_bounds(differences: Tensor, objective: Objective) -> Tensor:
+    """Whether exp of each difference is outside [rollout_floor, rollout_cap]."""
+    ratios = differences.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp).exp()
+    return (ratios < objective.rollout_floor) | (ratios > objective.rollout_cap)
 
 
 def _sequence_sums(values: Tensor, shape: torch.Size, starts: Tensor | None, sequence_index: Tensor | None) -> Tensor:

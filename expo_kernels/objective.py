@@ -10,7 +10,7 @@ RatioLevel = Literal["token", "sequence", "sequence_token"]
 Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["sequence", "sum", "token", "constant"]
-RolloutCorrection = Literal["token", "sequence", "token_mask", "sequence_mask"]
+RolloutCorrection = Literal["token", "sequence", "token_mask", "sequence_mask", "geometric_mask"]
 
 # the surrogates that use a setting; the others accept only its default, since they would ignore any other value
 READ_BY: dict[str, tuple[Surrogate, ...]] = {
@@ -107,13 +107,15 @@ class Objective:
     rollout_correction: RolloutCorrection | None = None
     """Constant weight of the surrogate, clamped to [rollout_floor, rollout_cap] (truncated importance sampling).
     "token": exp(old - rollout); "sequence": exp of the sum of old - rollout over the sequence. "token_mask" (IcePop,
-    arXiv 2510.18855) and "sequence_mask": the weight is 0 outside these bounds instead."""
+    arXiv 2510.18855) and "sequence_mask": the weight is 0 outside these bounds instead. "geometric_mask": 1 if exp of
+    the mean of old - rollout over the sequence, a geometric mean of ratios, is within these bounds, else 0 (Geo-RS of
+    verl's `rollout_corr_helper.py`; Liu et al. 2025, richardli.xyz/rl-collapse)."""
 
     rollout_floor: float = 0.0
-    """Lower bound of that weight. No unit, in [0, rollout_cap]. IcePop uses 0.5."""
+    """Lower bound of that weight. No unit, in [0, rollout_cap]. IcePop uses 0.5, Geo-RS 0.999."""
 
     rollout_cap: float = 2.0
-    """Upper bound of that weight. No unit, > 0. Default: verl's. IcePop uses 5."""
+    """Upper bound of that weight. No unit, > 0. Default: verl's. IcePop uses 5, Geo-RS 1.001."""
 
     def __post_init__(self) -> None:
         _one_of("ratio", self.ratio, get_args(RatioLevel))
@@ -162,12 +164,12 @@ class Objective:
     @property
     def corrects_sequences(self) -> bool:
         """Whether the rollout correction is one number per sequence."""
-        return self.rollout_correction in ("sequence", "sequence_mask")
+        return self.rollout_correction in ("sequence", "sequence_mask", "geometric_mask")
 
     @property
     def masks_rollouts(self) -> bool:
         """Whether a rollout correction out of bounds is replaced by 0 rather than by the bound."""
-        return self.rollout_correction in ("token_mask", "sequence_mask")
+        return self.rollout_correction in ("token_mask", "sequence_mask", "geometric_mask")
 
     def _check_combinations(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}

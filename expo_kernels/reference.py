@@ -175,14 +175,19 @@ def rollout_weights(
     old_logps: Tensor, rollout_logps: Tensor, sequence_index: Tensor, num_sequences: int, objective: Objective
 ) -> Tensor:
     """Weight of each token's surrogate that corrects the mismatch between sampler and trainer, [N], a constant:
-    truncated (TIS), or 0 if out of bounds (IcePop, arXiv 2510.18855)."""
+    truncated (TIS), or 0 if out of bounds (IcePop, arXiv 2510.18855), or 1 within and 0 out of bounds for the geometric
+    mean over the sequence (Geo-RS, richardli.xyz/rl-collapse)."""
     differences = (old_logps - rollout_logps).detach()
-    if objective.corrects_sequences:
+    is_geometric = objective.rollout_correction == "geometric_mask"
+    if is_geometric:
+        differences = sequence_means(differences, sequence_index, num_sequences)
+    elif objective.corrects_sequences:
         differences = sequence_sums(differences, sequence_index, num_sequences)[sequence_index]
     clamp, low, high = objective.log_ratio_clamp, objective.rollout_floor, objective.rollout_cap
     weights = differences.clamp(-clamp, clamp).exp()
     if objective.masks_rollouts:
-        return weights.masked_fill((weights < low) | (weights > high), 0.0)
+        is_out = (weights < low) | (weights > high)
+        return (torch.ones_like(weights) if is_geometric else weights).masked_fill(is_out, 0.0)
     return weights.clamp(low, high)
 
 

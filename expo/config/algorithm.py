@@ -83,7 +83,8 @@ class ObjectiveSection(Section):
     rollout_correction: RolloutCorrection | None = None
     """Correction of the mismatch between rollout engine and trainer: weights w = exp(old - rollout log-prob) on the
     surrogate, per token or per sequence. token, sequence: w is cut at rollout_cap (truncated importance sampling);
-    token_mask (IcePop), sequence_mask: w is 0 outside rollout_floor to rollout_cap; null: none."""
+    token_mask (IcePop), sequence_mask: w is 0 outside rollout_floor to rollout_cap; geometric_mask (Geo-RS): w is 1,
+    but 0 in sequences whose geometric mean of w is outside these bounds; null: none."""
     rollout_floor: NonNegative = 0.0
     """Lower bound of w (IcePop: 0.5)."""
     rollout_cap: Positive = 2.0

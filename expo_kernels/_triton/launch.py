@@ -142,6 +142,7 @@ def launch_sequence_loss(
             MEAN_RATIO=tokens.objective.ratio != "token" or tokens.objective.surrogate == "gmpo",
             GRAD_OF_MEAN=tokens.objective.ratio != "sequence_token",
             SEQUENCE_CORRECTION=tokens.objective.corrects_sequences,
+            GEOMETRIC_MASK=tokens.objective.rollout_correction == "geometric_mask",
             AVERAGES_TOKENS=tokens.objective.aggregation == "sequence",
             BLOCK_T=tile.block,
             num_warps=tile.num_warps,

@@ -146,6 +146,7 @@ def sequence_loss_kernel(
     MEAN_RATIO: tl.constexpr,  # the ratio is exp of the mean of the sequence's log-ratios
     GRAD_OF_MEAN: tl.constexpr,  # its gradient goes to all tokens of the sequence, not to the token's own log-prob
     SEQUENCE_CORRECTION: tl.constexpr,
+    GEOMETRIC_MASK: tl.constexpr,  # that correction is 1 or 0, by the mean of the differences
     AVERAGES_TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -181,6 +182,8 @@ def sequence_loss_kernel(
             rollout_weight = 1.0
             if SURROGATE == "vespo":
                 rollout_weight = gamma_weight(log_ratio_sum, advantage, hyper_ptr)
+            elif GEOMETRIC_MASK:
+                rollout_weight = tl.where(rollout_weight_of(difference_sum / length, hyper_ptr) == 0, 0.0, 1.0)
             elif SEQUENCE_CORRECTION:
                 rollout_weight = rollout_weight_of(difference_sum, hyper_ptr)
             elif rollout_logps_ptr is not None:

@@ -23,7 +23,7 @@ OPTIONS = {
     "kl": ["k1", "k2", "k3"],
     "kl_importance_weighted": [False, True],
     "aggregation": ["sequence", "sum", "token", "constant"],
-    "rollout_correction": [None, "token", "sequence", "token_mask", "sequence_mask"],
+    "rollout_correction": [None, "token", "sequence", "token_mask", "sequence_mask", "geometric_mask"],
     # arguments of a call
     "old_logps": [True, False],
     "ref_logps": [True, False],
@@ -58,7 +58,7 @@ def refusal(case):
         return f"ratio='{case['ratio']}' has no effect"
     if case["ratio"] == "sequence_token" and surrogate == "cispo":
         return 'ratio="sequence_token" has no effect with surrogate "cispo"'
-    if surrogate == "vespo" and correction in ("sequence", "sequence_mask"):
+    if surrogate == "vespo" and correction in ("sequence", "sequence_mask", "geometric_mask"):
         return "rollout_correction"
     if case["kl_importance_weighted"] and not case["ref_logps"]:
         return "kl_importance_weighted has no effect without ref_logps"
@@ -69,7 +69,11 @@ def make_objective(case):
     settings = {name: value for name, value in SETTINGS.items() if name.startswith(("clip", "sapo", "vespo"))}
     settings = {name: value for name, value in settings.items() if case["surrogate"] in READ_BY[name]}
     if case["rollout_correction"] is not None:
-        settings |= {"rollout_floor": 0.7, "rollout_cap": 1.4}
+        # the geometric means of the batch's sequences are 0.97, 0.94 and 1.11
+        is_geometric = case["rollout_correction"] == "geometric_mask"
+        settings |= {"rollout_floor": 0.95 if is_geometric else 0.7, "rollout_cap": 1.1 if is_geometric else 1.4}
+    if case["surrogate"] == "dppo_tv":  # bounds of probabilities, not of ratios
+        settings |= {"clip_low": 0.01, "clip_high": 0.02}
     if case["aggregation"] == "constant":
         settings["max_completion_length"] = 7
     return Objective(**{name: value for name, value in case.items() if name not in CALL}, **settings)

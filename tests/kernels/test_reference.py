@@ -187,6 +187,9 @@ def test_rollout_weight_is_truncated_and_leaves_the_kl_alone():
         ("sequence_mask", [0.25, 1.5, 8.0], [3.0] * 3),
         ("sequence_mask", [0.25, 1.5, 1.0], [0.0] * 3),
         ("sequence", [0.25, 1.5, 1.0], [0.5] * 3),
+        # geometric means 2 and 8
+        ("geometric_mask", [0.5, 2.0, 8.0], [1.0] * 3),
+        ("geometric_mask", [4.0, 16.0, 8.0], [0.0] * 3),
     ],
 )
 def test_rollout_weights_are_kept_within_their_bounds_or_masked(correction, gaps, weights):

@@ -251,6 +251,10 @@ SEQUENCE_LEVEL = {
     "gspo rollout": Objective(ratio="sequence", rollout_correction="token"),
     "sequence rollout": Objective(rollout_correction="sequence", rollout_cap=1.2),
     "sequence mask": Objective(rollout_correction="sequence_mask", rollout_cap=1.5, rollout_floor=0.8),
+    "geometric mask": Objective(rollout_correction="geometric_mask", rollout_cap=1.1, rollout_floor=0.9),
+    "gspo, geometric mask": Objective(
+        ratio="sequence", rollout_correction="geometric_mask", rollout_cap=1.1, rollout_floor=0.9, aggregation="token"
+    ),
     "gspo clamp": Objective(ratio="sequence", log_ratio_clamp=0.05),
     "gradient per token": Objective(ratio="sequence_token", clip_low=0.05, clip_high=0.05, kl_importance_weighted=True),
     "gradient per token, sapo": Objective(ratio="sequence_token", surrogate="sapo", aggregation="token"),
