@@ -31,13 +31,14 @@ class _Read(NamedTuple):
     columns: Tensor  # [n, 1] int64: columns of the chosen ids
     is_here: Tensor | None  # [n] bool: whether this rank's vocabulary shard holds them
     probs: Tensor  # [n, V], not normalised: probabilities times sum_exp
+    row_max: Tensor  # [n] of the logits, after softcap and temperature
     sum_exp: Tensor  # [n], >= 1
     softcap_grads: Tensor | None  # [n, V]: d capped / d raw
     entropies: Tensor | None  # [n], nats, if wanted
 
 
 class TorchLogps:
-    """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies."""
+    """Log-probs, entropies and log-sum-exps of rows, and dL/dlogits given their gradients."""
 
     def __init__(self, call: HeadCall, index: Tensor, shard: VocabShard | None, *, wants_entropy: bool) -> None:
         """`index` [N]: flat positions of the valid tokens."""
@@ -46,18 +47,22 @@ class TorchLogps:
         self._wants_entropy, self._shard = wants_entropy, shard
         self.token_logps = torch.empty(index.numel(), dtype=call.tensors.arithmetic_dtype, device=index.device)
         self.token_entropies = torch.zeros_like(self.token_logps)
+        self.lse: Tensor | None = None  # [N], if wanted
         self.grad_logps: Tensor | None = None  # [N]
         self.grad_entropies: Tensor | None = None  # [N]
+        self.grad_lse: Tensor | None = None  # [N]
         self._softcap_buffer: Tensor | None = None
         self._last: tuple[Chunk, _Read] | None = None
 
     def logps(self, chunk: Chunk) -> None:
-        """Compute the log-probs of a chunk, and its entropies if wanted."""
+        """Compute the log-probs of a chunk, and its entropies and log-sum-exps if wanted."""
         read = self._read(chunk)
         self._last = chunk, read
         self.token_logps[chunk.rows] = read.logps
         if read.entropies is not None:
             self.token_entropies[chunk.rows] = read.entropies
+        if self.lse is not None:
+            self.lse[chunk.rows] = read.row_max + read.sum_exp.log()
 
     def grad_logits(self, chunk: Chunk) -> None:
         """Write dL/dlogits of a chunk, up to its row scale: dlogp/dlogits = (onehot - probs) / temperature."""
@@ -65,13 +70,14 @@ class TorchLogps:
         is_read = self._last is not None and self._last[0] is chunk
         read = self._last[1] if is_read and self._last is not None else self._read(chunk)
         grad_logps = self.grad_logps[chunk.rows]
-        if self.grad_entropies is None:
+        if self.grad_entropies is None and self.grad_lse is None:
             read.probs.scatter_add_(1, read.columns, _where_here(read, -read.sum_exp))
             chunk.row_scale, chunk.is_signed = -grad_logps / (read.sum_exp * self._temperature), False
         else:
-            _grad_with_entropies(read, grad_logps, self.grad_entropies[chunk.rows])
+            others = (None if grad is None else grad[chunk.rows] for grad in (self.grad_entropies, self.grad_lse))
+            _grad_with_others(read, grad_logps, *others)
             chunk.row_scale = torch.full_like(read.sum_exp, 1.0 / self._temperature)
-        chunk.sums_to_zero = read.softcap_grads is None
+        chunk.sums_to_zero = read.softcap_grads is None and self.grad_lse is None
         if read.softcap_grads is not None:
             read.probs.mul_(read.softcap_grads)
         chunk.grad_logits = read.probs
@@ -92,7 +98,7 @@ class TorchLogps:
             shard.all_reduce_max(row_max)
             columns, is_here = shard.columns(columns)
         columns = columns.unsqueeze(1)
-        chosen, sum_exp = _exponentials(logits, columns, row_max)
+        chosen, sum_exp, row_max = _exponentials(logits, columns, row_max)
         entropy_sum = _entropy_sums(logits) if self._wants_entropy else None
         if shard is not None:
             assert is_here is not None
@@ -103,7 +109,7 @@ class TorchLogps:
             chosen, sum_exp = reduced[0], reduced[1]
             entropy_sum = None if entropy_sum is None else reduced[2]
         entropies = None if entropy_sum is None else entropy_sum / sum_exp + sum_exp.log()
-        return _Read(chosen - sum_exp.log(), columns, is_here, logits, sum_exp, softcap_grads, entropies)
+        return _Read(chosen - sum_exp.log(), columns, is_here, logits, row_max, sum_exp, softcap_grads, entropies)
 
     def _softcap_rows(self, logits: Tensor) -> Tensor:
         """A buffer for the softcap's derivatives, reused by every chunk."""
@@ -113,21 +119,23 @@ class TorchLogps:
         return buffer[: logits.shape[0]]
 
 
-def _exponentials(logits: Tensor, columns: Tensor, row_max: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Overwrite logits [n, V] by exp(logit - row maximum); return (chosen logit - row maximum) and sum_exp, [n] each.
+def _exponentials(logits: Tensor, columns: Tensor, row_max: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite logits [n, V] by exp(logit - row maximum); return (chosen logit - row maximum), sum_exp and the row
+    maximum, [n] each.
 
     Processes a few rows at a time, so that they stay in the CPU's cache from the first pass to the last.
     """
-    chosen, sum_exp = [], []
+    chosen, sum_exp, maxima = [], [], []
     num_rows = _launch.rows_in_cache(logits)
     for rows in range(0, max(logits.shape[0], 1), num_rows):
         block = slice(rows, rows + num_rows)
         part = logits[block]
-        part.sub_(part.amax(dim=-1, keepdim=True) if row_max is None else row_max[block])
+        maxima.append(part.amax(dim=-1, keepdim=True) if row_max is None else row_max[block])
+        part.sub_(maxima[-1])
         chosen.append(part.gather(1, columns[block]).squeeze(1))
         # sum() adds pairwise; log_softmax adds sequentially, with an error of 4e-5 nats at V = 262,144
         sum_exp.append(part.exp_().sum(dim=-1))
-    return torch.cat(chosen), torch.cat(sum_exp)
+    return torch.cat(chosen), torch.cat(sum_exp), torch.cat(maxima).squeeze(1)
 
 
 def _entropy_sums(probs: Tensor) -> Tensor:
@@ -141,9 +149,19 @@ def _where_here(read: _Read, values: Tensor) -> Tensor:
     return (values if read.is_here is None else torch.where(read.is_here, values, 0.0)).unsqueeze(1)
 
 
-def _grad_with_entropies(read: _Read, grad_logps: Tensor, grad_entropies: Tensor) -> None:
-    """Overwrite the probabilities by the gradient if L also depends on the entropies:
-    dentropy/dlogit_j = -p_j (log p_j + entropy)."""
+def _grad_with_others(read: _Read, grad_logps: Tensor, grad_entropies: Tensor | None, grad_lse: Tensor | None) -> None:
+    """Overwrite the probabilities by the gradient if L also depends on the entropies or on the log-sum-exps:
+    dentropy/dlogit_j = -p_j (log p_j + entropy), dlse/dlogit_j = p_j."""
+    of_probs = -grad_logps if grad_lse is None else grad_lse - grad_logps
+    if grad_entropies is None:
+        read.probs.mul_((of_probs / read.sum_exp).unsqueeze(1))
+    else:
+        _add_entropy_grad(read, of_probs, grad_entropies)
+    read.probs.scatter_add_(1, read.columns, _where_here(read, grad_logps))
+
+
+def _add_entropy_grad(read: _Read, of_probs: Tensor, grad_entropies: Tensor) -> None:
+    """Overwrite the probabilities p by of_probs * p plus the gradient of the entropies."""
     assert read.entropies is not None
     entropies = read.entropies.unsqueeze(1)
     probs = read.probs.div_(read.sum_exp.unsqueeze(1))
@@ -152,8 +170,7 @@ def _grad_with_entropies(read: _Read, grad_logps: Tensor, grad_entropies: Tensor
         block = slice(start, start + step)
         p = probs[block]
         of_entropy = torch.xlogy(p, p).add_(p * entropies[block]).mul_(-grad_entropies[block].unsqueeze(1))
-        p.mul_(-grad_logps[block].unsqueeze(1)).add_(of_entropy)
-    probs.scatter_add_(1, read.columns, _where_here(read, grad_logps))
+        p.mul_(of_probs[block].unsqueeze(1)).add_(of_entropy)
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,9 @@ def _rows_for_kernels(call: HeadCall, kernels: "TritonLogps", num_sequences: int
     arguments: dict[str, Any] = {"mask": mask, "shard": shard, "grad_dtype": weight.dtype}
     make_head = ExponentialHead if kernels.keeps_exponentials else LinearHead
     if leaves_out_columns(
-        call, keeps_exponentials=kernels.keeps_exponentials, has_entropy_grad=kernels.has_entropy_grad
+        call,
+        keeps_exponentials=kernels.keeps_exponentials,
+        has_entropy_grad=kernels.has_entropy_grad or kernels.has_lse_grad,
     ):
         make_head, arguments["gradient_tolerance"] = KeptColumnsHead, call.gradient_tolerance
     return make_head(tensors, ids, call.wants_grad, products, **arguments), plan
@@ -280,8 +282,10 @@ def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: boo
     return LossResult(*tokens.result(valid), spread(valid, tokens.index, logps.shape)), gradients
 
 
-def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs and entropies like the ids, and row_max and sum_exp of each row, [M].
+def token_logps(
+    call: HeadCall, *, return_entropy: bool, keeps_rows: bool, return_lse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs and entropies like the ids, row_max and sum_exp of each row, [M], and log-sum-exps like the ids.
 
     Outputs that are not wanted are empty tensors. Only the Triton backward reads row_max and sum_exp.
     """
@@ -290,52 +294,65 @@ def token_logps(call: HeadCall, *, return_entropy: bool, keeps_rows: bool) -> tu
         if _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.backend import TritonLogps
 
-            kernels = TritonLogps.reading(call, shard, return_entropy=return_entropy, keeps_rows=keeps_rows)
+            kernels = TritonLogps.reading(
+                call, shard, return_entropy=return_entropy, keeps_rows=keeps_rows or return_lse
+            )
             head, plan = _rows_for_kernels(call, kernels)
             run_logps(head, plan, kernels)
+            lse = kernels.lse() if return_lse else None
+            row_values = (kernels.row_max, kernels.sum_exp) if keeps_rows else (None, None)
             # each empty tensor is a new one: the outputs of an op must not alias each other
-            entropies, row_max, sum_exp = (
+            entropies, lse, row_max, sum_exp = (
                 kernels.token_logps.new_empty(0) if tensor is None else tensor
-                for tensor in (kernels.entropies, kernels.row_max, kernels.sum_exp)
+                for tensor in (kernels.entropies, lse, *row_values)
             )
             entropies = entropies.view(shape) if return_entropy else entropies
-            return kernels.token_logps.view(shape), entropies, row_max, sum_exp
+            lse = lse.view(shape) if return_lse else lse
+            return kernels.token_logps.view(shape), entropies, row_max, sum_exp, lse
         order = valid_index(call.mask, call.completion_ids)
         backend = TorchLogps(call, order, shard, wants_entropy=return_entropy)
+        logps = backend.token_logps
+        backend.lse = torch.empty_like(logps) if return_lse else None
         head, plan = _rows_for_torch(call, order, shard)
         run_logps(head, plan, backend)
-        logps, entropies = backend.token_logps, backend.token_entropies
-        entropies = spread(entropies, order, shape) if return_entropy else logps.new_empty(0)
+        entropies = spread(backend.token_entropies, order, shape) if return_entropy else logps.new_empty(0)
+        lse = logps.new_empty(0) if backend.lse is None else spread(backend.lse, order, shape)
         # empty tensors would do, but then a compiled graph would differ between the two paths
         row_max, sum_exp = (logps.new_zeros(call.completion_ids.numel() if keeps_rows else 0) for _ in range(2))
-        return spread(logps, order, shape), entropies, row_max, sum_exp
+        return spread(logps, order, shape), entropies, row_max, sum_exp, lse
 
 
 def token_logps_backward(
-    call: HeadCall, kept_rows: list[Tensor], grad_logps: Tensor, grad_entropies: Tensor | None
+    call: HeadCall,
+    kept_rows: list[Tensor],
+    grad_logps: Tensor,
+    grad_entropies: Tensor | None = None,
+    grad_lse: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of the inputs (hidden states or logits, weight, bias) that want one, in their dtypes.
 
-    `kept_rows` are the last three tensors that `token_logps` returned.
+    `kept_rows` are the entropies, row_max and sum_exp that `token_logps` returned.
     """
     shard = _check_and_join(call)
     with torch.autocast(call.completion_ids.device.type, enabled=False), full_precision():
         if _launch.use_kernels(*call.tensors):
             from expo_kernels._triton.backend import TritonLogps
 
-            kernels = TritonLogps.differentiating(call, shard, kept_rows, grad_logps, grad_entropies)
+            kernels = TritonLogps.differentiating(call, shard, kept_rows, grad_logps, grad_entropies, grad_lse)
             head, plan = _rows_for_kernels(call, kernels)
             run_grads(head, plan, kernels)
             if isinstance(head, KeptColumnsHead) and not head.tolerance_met():
                 exact = replace(call, gradient_tolerance=0.0)
                 del head, plan, kernels  # the second pass needs their memory
-                return token_logps_backward(exact, kept_rows, grad_logps, grad_entropies)
+                return token_logps_backward(exact, kept_rows, grad_logps, grad_entropies, grad_lse)
         else:
             order = valid_index(call.mask, call.completion_ids)
             backend = TorchLogps(call, order, shard, wants_entropy=grad_entropies is not None)
             backend.grad_logps = grad_logps.reshape(-1).index_select(0, order)
             if grad_entropies is not None:
                 backend.grad_entropies = grad_entropies.reshape(-1).index_select(0, order)
+            if grad_lse is not None:
+                backend.grad_lse = grad_lse.reshape(-1).index_select(0, order)
             head, plan = _rows_for_torch(call, order, shard)
             run_grads(head, plan, backend)
             if isinstance(head, LinearHead) and not head.tolerance_met():

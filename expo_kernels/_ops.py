@@ -1,8 +1,8 @@
-"""The registered ops of the loss and of log-probs, and their autograd; each op chooses between PyTorch and Triton.
+"""The registered ops of the loss, and their autograd; each op chooses between PyTorch and Triton.
 
 A loss op computes the loss and its gradients in one pass; autograd saves the gradients, and backward only multiplies
-them by the incoming gradient. The backward of log-probs recomputes the logits. Values are checked in the op (see
-`LossInputs.from_tensors`), shapes before it. A loss call returns a `LossOutput`, built from the op's results.
+them by the incoming gradient. Values are checked in the op (see `LossInputs.from_tensors`), shapes before it. A loss
+call returns a `LossOutput`, built from the op's results. `_logps_ops.py` has the ops of log-probs.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expo_kernels import _compat, _engine, _launch
-from expo_kernels import _validate as validate
 from expo_kernels._head import HeadCall, HeadTensors
 from expo_kernels._inputs import GRADIENT_METRIC_NAMES, METRIC_NAMES, LossInputs
 from expo_kernels._narrowing import grouped, narrowed, part_shapes
@@ -262,7 +261,7 @@ def _register_gradients(op: Any, num_differentiable: int) -> None:
             return tuple([None] * (num_differentiable + ctx.num_others))
         pairs = zip(grouped(ctx.saved_tensors, ctx.num_rows), ctx.dtypes, strict=True)
         made = [_scaled(parts, grad_loss, dtype) for parts, dtype in pairs]
-        return *_by_input(made, ctx.wants_grad), *(None,) * ctx.num_others
+        return *by_input(made, ctx.wants_grad), *(None,) * ctx.num_others
 
     op.register_autograd(backward, setup_context=keep)
 
@@ -284,7 +283,7 @@ _register_gradients(policy_loss_from_logps, num_differentiable=1)
 with_gradient.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 
 
-def _by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+def by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     """One entry per input: its gradient from `made`, or None if none is wanted."""
     rest = iter(made)
     return [next(rest) if is_wanted else None for is_wanted in wanted]
@@ -313,137 +312,3 @@ def _scaled(parts: Sequence[Tensor], factor: Tensor, dtype: torch.dtype) -> Tens
     # on a CPU, reading the number costs nothing and may save a pass over [V, H]
     is_one = factor.device.type == "cpu" and float(factor) == 1.0
     return first if is_one else first.mul_(factor)
-
-
-# --- log-probs and entropies
-
-
-@torch.library.custom_op("expo_kernels::token_logps", mutates_args=())
-def token_logps(
-    hidden_or_logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    completion_ids: Tensor,
-    mask: Tensor | None,
-    completion_lengths: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-    logits_budget_mb: float | None,
-    return_entropy: bool,
-    keeps_rows: bool,
-    vocab_group: str | None,
-    gradient_tolerance: float,  # noqa: ARG001 - for backward alone
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs and entropies, shaped like the ids (entropies are empty without `return_entropy`); with `keeps_rows`
-    also the maximum and the sum of exponentials of each row, [M] each, which the kernels' backward reads."""
-    tensors = HeadTensors(hidden_or_logits, weight, bias)
-    call = HeadCall(
-        tensors,
-        completion_ids,
-        mask,
-        temperature,
-        logit_softcap,
-        logits_budget_mb,
-        vocab_group=vocab_group,
-        completion_lengths=_checked_lengths(completion_lengths, mask),
-    )
-    return _engine.token_logps(call, return_entropy=return_entropy, keeps_rows=keeps_rows)
-
-
-def _checked_lengths(lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    if lengths is not None and mask is not None and validate.may_read(mask):
-        counted = (mask != 0).sum(-1).view(-1)
-        # nothing says where packed sequences end
-        given = lengths if mask.dim() == 2 else lengths.sum().view(1)
-        validate.equal_lengths("completion_lengths", given, counted)
-    return lengths
-
-
-@token_logps.register_fake
-def _(
-    hidden_or_logits: Tensor, weight: Tensor | None, bias: Tensor | None, completion_ids: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, return_entropy, keeps_rows, _, _ = options
-    dtype = HeadTensors(hidden_or_logits, weight, bias).arithmetic_dtype
-
-    def made(*shape: int) -> Tensor:
-        return hidden_or_logits.new_empty(shape, dtype=dtype)
-
-    num_kept = completion_ids.numel() if keeps_rows else 0
-    entropies = made(*completion_ids.shape) if return_entropy else made(0)
-    return made(*completion_ids.shape), entropies, made(num_kept), made(num_kept)
-
-
-@torch.library.custom_op("expo_kernels::token_logps_backward", mutates_args=())
-def token_logps_backward(
-    grads: list[Tensor | None],
-    hidden_or_logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    completion_ids: Tensor,
-    mask: Tensor | None,
-    completion_lengths: Tensor | None,
-    kept_rows: list[Tensor],
-    temperature: float,
-    logit_softcap: float | None,
-    logits_budget_mb: float | None,
-    wants_grad: list[bool],
-    vocab_group: str | None,
-    gradient_tolerance: float,
-) -> list[Tensor]:
-    """The wanted gradients of hidden states or logits, weight and bias, in the inputs' dtypes.
-
-    `grads` are dL/dlogps and dL/dentropies (or None); `kept_rows` are the entropies, the maxima and the sums of
-    exponentials that the forward pass returned.
-    """
-    grad_logps, grad_entropies = grads
-    assert grad_logps is not None
-    call = HeadCall(
-        HeadTensors(hidden_or_logits, weight, bias),
-        completion_ids,
-        mask,
-        temperature,
-        logit_softcap,
-        logits_budget_mb,
-        (wants_grad[0], wants_grad[1], wants_grad[2]),
-        vocab_group,
-        completion_lengths=completion_lengths,
-        gradient_tolerance=gradient_tolerance,
-    )
-    return _engine.token_logps_backward(call, kept_rows, grad_logps, grad_entropies)
-
-
-@token_logps_backward.register_fake
-def _(
-    _: list[Tensor | None], hidden_or_logits: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
-) -> list[Tensor]:
-    given = zip((hidden_or_logits, weight, bias), options[-3], strict=True)
-    return [tensor.new_empty(tensor.shape) for tensor, wanted in given if wanted and tensor is not None]
-
-
-def _setup_token_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *given, temperature, logit_softcap, budget_mb, return_entropy, _, vocab_group, tolerance = inputs
-    _, entropies, row_max, sum_exp = output
-    ctx.settings, ctx.last_settings = (temperature, logit_softcap, budget_mb), (vocab_group, tolerance)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, sum_exp, *(() if return_entropy else (entropies,)))
-    ctx.save_for_backward(*given, entropies, row_max, sum_exp)
-
-
-@once_differentiable
-def _backward_token_logps(
-    ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    *given, entropies, row_max, sum_exp = ctx.saved_tensors
-    if grad_logps is None:
-        if grad_entropies is None:
-            return (None,) * 13
-        grad_logps = torch.zeros_like(grad_entropies)
-    wants_grad, kept = list(ctx.needs_input_grad[:3]), [entropies, row_max, sum_exp]
-    made = token_logps_backward(
-        [grad_logps, grad_entropies], *given, kept, *ctx.settings, wants_grad, *ctx.last_settings
-    )
-    return *_by_input(made, wants_grad), *(None,) * 10
-
-
-token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)

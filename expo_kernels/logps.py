@@ -1,7 +1,7 @@
-"""Log-probs of the chosen tokens, and entropies, from logits or from hidden states and the output head.
+"""Log-probs of the chosen tokens, entropies and log-sum-exps, from logits or from hidden states and the output head.
 
 The linear form never materializes [tokens, V] logits: it computes them a chunk at a time, and again in backward. The
-registered ops of `_ops.py` do the work.
+registered ops of `_logps_ops.py` do the work.
 
 Letters: B sequences, T completion positions, V vocabulary, H hidden. The arithmetic is float32 whatever the input dtype
 (float64 for float64 inputs).
@@ -12,36 +12,33 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from expo_kernels import _ops
+from expo_kernels import _logps_ops
 from expo_kernels import _validate as validate
+from expo_kernels._head import HeadTensors
 from expo_kernels._head_module import head_tensors
 from expo_kernels._vocab_group import local_head
 
 
 def _masked_token_logps(
-    hidden_or_logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    tensors: HeadTensors,
     ids: Tensor,
     mask: Tensor | None,
     temperature: float,
     logit_softcap: float | None,
+    *,
     return_entropy: bool,
-    budget_mb: float | None,
+    return_lse: bool,
+    budget_mb: float | None = None,
     vocab_group: str | None = None,
     completion_lengths: Tensor | None = None,
     gradient_tolerance: float = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
         validate.number("logit_softcap", logit_softcap, low=0.0, above=True)
-    keeps_rows = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (hidden_or_logits, weight, bias)
-    )
-    logps, entropies, _, _ = _ops.token_logps(
-        hidden_or_logits,
-        weight,
-        bias,
+    keeps_rows = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    logps, entropies, _, _, lse = _logps_ops.token_logps(
+        *tensors,
         ids,
         mask,
         completion_lengths,
@@ -52,8 +49,10 @@ def _masked_token_logps(
         keeps_rows,
         vocab_group,
         gradient_tolerance,
+        return_lse,
     )
-    return (logps, entropies) if return_entropy else logps
+    others = [tensor for tensor, is_wanted in ((entropies, return_entropy), (lse, return_lse)) if is_wanted]
+    return (logps, *others) if others else logps
 
 
 @overload
@@ -65,6 +64,7 @@ def token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[False] = False,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def token_logps(
@@ -75,7 +75,9 @@ def token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[True],
+    return_lse: Literal[False] = False,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
 def token_logps(
     logits: Tensor,
     completion_ids: Tensor,
@@ -84,7 +86,18 @@ def token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_lse: Literal[True],
+) -> tuple[Tensor, ...]: ...
+def token_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Log-prob in nats of each chosen token, [B, T] float32, 0 at masked positions; differentiable in `logits`.
 
     Args:
@@ -95,9 +108,12 @@ def token_logps(
         temperature: > 0, no unit.
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
         return_entropy: also return the entropies of the distributions, in nats, differentiable.
+        return_lse: also return the log-sum-exp of each row of logits, after softcap and temperature, in nats,
+            differentiable: a z-loss (PaLM, arXiv 2204.02311) is a multiple of the mean of its square.
 
     Returns:
-        Log-probs shaped like `completion_ids` (float64 for float64 logits), or the pair (log-probs, entropies).
+        Log-probs shaped like `completion_ids` (float64 for float64 logits); or (log-probs, entropies), (log-probs,
+        log-sum-exps) or (log-probs, entropies, log-sum-exps), all shaped like them and 0 where masked.
 
     Raises:
         ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
@@ -107,7 +123,13 @@ def token_logps(
     validate.dimensions("logits", logits, "NV" if logits.dim() == 2 else "BTV")
     validate.ids_and_mask("logits", logits, completion_ids, "mask", mask)
     return _masked_token_logps(
-        logits, None, None, completion_ids, mask, temperature, logit_softcap, return_entropy, None
+        HeadTensors(logits),
+        completion_ids,
+        mask,
+        temperature,
+        logit_softcap,
+        return_entropy=return_entropy,
+        return_lse=return_lse,
     )
 
 
@@ -122,6 +144,7 @@ def linear_token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[False] = False,
+    return_lse: Literal[False] = False,
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     completion_lengths: Tensor | None = None,
@@ -138,11 +161,13 @@ def linear_token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[True],
+    return_lse: Literal[False] = False,
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     completion_lengths: Tensor | None = None,
     gradient_tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -153,11 +178,28 @@ def linear_token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    return_lse: Literal[True],
     logits_budget_mb: float | None = None,
     vocab_group: Any = None,
     completion_lengths: Tensor | None = None,
     gradient_tolerance: float = 0.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]: ...
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
+    logits_budget_mb: float | None = None,
+    vocab_group: Any = None,
+    completion_lengths: Tensor | None = None,
+    gradient_tolerance: float = 0.0,
+) -> Tensor | tuple[Tensor, ...]:
     """Log-prob in nats of each chosen token, [B, T] float32, 0 at masked positions, without [tokens, V] logits.
 
     Differentiable in `hidden`, `weight` and `bias`; backward recomputes the logits chunk by chunk.
@@ -171,6 +213,7 @@ def linear_token_logps(
         temperature: > 0, no unit; logits are divided by it.
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
         return_entropy: also return the entropies of the distributions, in nats, differentiable.
+        return_lse: also return the log-sum-exp of each row of logits, as in `token_logps`.
         logits_budget_mb: MiB for the logits of one chunk; None: a default for the device.
         vocab_group: process group of a vocabulary-parallel head, as in `linear_expo_loss`. Backward also reduces over
             the group, so every rank must run it.
@@ -178,7 +221,7 @@ def linear_token_logps(
         gradient_tolerance: largest relative error of the gradients of hidden and weight, as in `linear_expo_loss`.
 
     Returns:
-        Log-probs shaped like `completion_ids` (float64 for float64 inputs), or the pair (log-probs, entropies).
+        Log-probs shaped like `completion_ids` (float64 for float64 inputs), or a tuple as in `token_logps`.
 
     Raises:
         ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
@@ -199,16 +242,15 @@ def linear_token_logps(
         num_sequences = completion_ids.shape[0] if completion_ids.dim() == 2 else None
         validate.lengths_on_host("completion_lengths", completion_lengths, num_sequences)
     return _masked_token_logps(
-        hidden,
-        weight,
-        bias,
+        HeadTensors(hidden, weight, bias),
         completion_ids,
         mask,
         temperature,
         logit_softcap,
-        return_entropy,
-        logits_budget_mb,
-        group_name,
-        completion_lengths,
-        gradient_tolerance,
+        return_entropy=return_entropy,
+        return_lse=return_lse,
+        budget_mb=logits_budget_mb,
+        vocab_group=group_name,
+        completion_lengths=completion_lengths,
+        gradient_tolerance=gradient_tolerance,
     )

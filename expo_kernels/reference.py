@@ -49,6 +49,11 @@ def token_entropies(logits: Tensor, temperature: float, logit_softcap: float | N
     return entropies
 
 
+def log_sum_exps(logits: Tensor, temperature: float, logit_softcap: float | None = None) -> Tensor:
+    """Log-sum-exp in nats of each row, logits [..., V] -> [...]; PaLM's z-loss (arXiv 2204.02311) is its square."""
+    return torch.logsumexp(scaled_logits(logits, temperature, logit_softcap), dim=-1)
+
+
 def group_advantages(rewards: Tensor, group_size: int, scale: str, eps: float) -> Tensor:
     """Eq. 1: advantage of each reward relative to its group, [B] -> [B]; population std (divide by G)."""
     groups = rewards.view(-1, group_size)

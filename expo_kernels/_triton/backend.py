@@ -37,11 +37,20 @@ from expo_kernels.objective import Objective
 
 
 class TritonLogps:
-    """Log-probs and entropies of rows, and dL/dlogits given dL/dlogps and dL/dentropies; one number per position."""
+    """Log-probs, entropies and log-sum-exps of rows, and dL/dlogits given their gradients; one number per position."""
 
-    def __init__(self, call: HeadCall, tokens: Tokens, shard: VocabShard | None, *, has_entropy_grad: bool) -> None:
+    def __init__(
+        self,
+        call: HeadCall,
+        tokens: Tokens,
+        shard: VocabShard | None,
+        *,
+        has_entropy_grad: bool,
+        has_lse_grad: bool = False,
+    ) -> None:
         self.mask, self.shard, self.has_entropy_grad = tokens.mask, shard, has_entropy_grad
-        self.keeps_exponentials = uses_exponentials(call, shard, has_entropy_grad=has_entropy_grad)
+        self.has_lse_grad = has_lse_grad
+        self.keeps_exponentials = not has_lse_grad and uses_exponentials(call, shard, has_entropy_grad=has_entropy_grad)
         self._is_one_launch = shard is None and not self.keeps_exponentials
         if shard is not None:
             tokens = _in_separate_launches(tokens, *shard.columns_of(tokens.ids), are_local=True)
@@ -55,6 +64,7 @@ class TritonLogps:
         self.sum_exp: Tensor | None = None
         self.grad_logps: Tensor | None = None
         self.grad_entropies: Tensor | None = None
+        self.grad_lse: Tensor | None = None
 
     @classmethod
     def reading(cls, call: HeadCall, shard: VocabShard | None, *, return_entropy: bool, keeps_rows: bool) -> Self:
@@ -74,13 +84,26 @@ class TritonLogps:
         kept_rows: list[Tensor],
         grad_logps: Tensor,
         grad_entropies: Tensor | None,
+        grad_lse: Tensor | None,
     ) -> Self:
         """A backend for dL/dlogits; `kept_rows` are entropies, row maxima and sums of exponentials."""
-        backend = cls(call, _logp_tokens(call), shard, has_entropy_grad=grad_entropies is not None)
+        has_grad = {"has_entropy_grad": grad_entropies is not None, "has_lse_grad": grad_lse is not None}
+        backend = cls(call, _logp_tokens(call), shard, **has_grad)
         backend.entropies, backend.row_max, backend.sum_exp = kept_rows
         backend.grad_logps = grad_logps.contiguous()
         backend.grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
+        backend.grad_lse = None if grad_lse is None else grad_lse.contiguous()
         return backend
+
+    def lse(self) -> Tensor:
+        """Log-sum-exp of each row, [M]; 0 where masked."""
+        assert self.row_max is not None
+        assert self.sum_exp is not None
+        lse = self.row_max / self.tokens.objective.temperature + self.sum_exp.log()
+        is_skipped = self.sum_exp == 0
+        if self.tokens.mask is not None:
+            is_skipped |= ~self.tokens.mask
+        return lse.masked_fill_(is_skipped, 0.0)
 
     def logps(self, chunk: Chunk) -> None:
         """Compute the log-probs of a chunk, and the row values that `grad_logits` needs."""
@@ -103,6 +126,8 @@ class TritonLogps:
         if self.grad_entropies is not None:
             assert self.entropies is not None
             rows |= {"entropies": self.entropies, "grad_entropies": self.grad_entropies}
+        if self.grad_lse is not None:
+            rows["grad_lse"] = self.grad_lse
         if not self.keeps_exponentials:
             launch_grad_logits(chunk, self.tokens, **rows)
             return

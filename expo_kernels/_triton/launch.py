@@ -79,8 +79,9 @@ def launch_grad_logits(
     grad_logps: Tensor,
     entropies: Tensor | None = None,
     grad_entropies: Tensor | None = None,
+    grad_lse: Tensor | None = None,
 ) -> None:
-    """Write dL/dlogits of these rows, given dL/dlogps and dL/dentropies by position."""
+    """Write dL/dlogits of these rows, given dL/dlogps, dL/dentropies and dL/dlse by position."""
     with _launch.current(chunk.logits.device):
         row_kernels.row_grad_logits_kernel[_row_grid(chunk, tokens)](
             logits_ptr=chunk.logits,
@@ -91,6 +92,7 @@ def launch_grad_logits(
             grad_logps_ptr=grad_logps,
             entropies_ptr=entropies,
             grad_entropies_ptr=grad_entropies,
+            grad_lse_ptr=grad_lse,
             IS_SHARD=tokens.ids_are_local,
             **_rows(chunk, tokens, with_grad=True),
         )

@@ -166,11 +166,14 @@ def write_grad_logits(
     HAS_ENTROPY: tl.constexpr,
     GRAD_SHARES_MEMORY: tl.constexpr,  # the gradient overwrites the logits, or the front of each row
     BLOCK_V: tl.constexpr,
+    grad_lse=0.0,  # scalar dL/dlse, read with HAS_LSE only
+    HAS_LSE: tl.constexpr = False,
 ):
     """Write dL/dlogits of a row; return the rounding error of the chosen column.
 
     dlogp / dlogit_j = ([j is chosen] - p_j) / temperature
     dentropy / dlogit_j = -p_j (log p_j + entropy) / temperature
+    dlse / dlogit_j = p_j / temperature
     """
     grad_type: tl.constexpr = grad_row_ptr.dtype.element_ty
     IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < row_ptr.dtype.element_ty.primitive_bitwidth
@@ -180,18 +183,25 @@ def write_grad_logits(
     moves = grad_logp != 0
     if HAS_ENTROPY:
         moves = moves | (grad_entropy != 0)
+    if HAS_LSE:
+        moves = moves | (grad_lse != 0)
     moves = keep & moves
     # a row that is skipped, or whose gradient is 0, is not read; its gradient is set to 0
     grad_logp = tl.where(moves, grad_logp, 0.0) / temperature
     inverse_sum = tl.where(moves, 1.0 / sum_exp, 0.0)
     row_max = tl.where(moves, row_max, 0.0)
     of_probs = -grad_logp * inverse_sum
+    if HAS_LSE:
+        grad_lse = tl.where(moves, grad_lse, 0.0) / temperature
+        of_probs = (grad_lse - grad_logp) * inverse_sum
     log_sum_exp = tl.log(tl.where(moves, sum_exp, 1.0))
     if HAS_ENTROPY:
         grad_entropy = tl.where(moves, grad_entropy, 0.0) / temperature
     chosen, chosen_cap_grad = chosen_logit(row_ptr, chosen_id, moves, hyper_ptr, HAS_SOFTCAP)
     chosen_prob = tl.exp2((chosen - row_max) * scale) * inverse_sum
     chosen_grad = grad_logp * (1.0 - chosen_prob)
+    if HAS_LSE:
+        chosen_grad += grad_lse * chosen_prob
     if HAS_ENTROPY:
         chosen_logp = (chosen - row_max) / temperature - log_sum_exp
         chosen_grad -= grad_entropy * tl.where(chosen_prob == 0, 0.0, chosen_prob * (chosen_logp + entropy))

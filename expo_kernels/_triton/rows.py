@@ -80,6 +80,7 @@ def row_grad_logits_kernel(
     grad_logps_ptr,  # [M] float32
     entropies_ptr,  # [M] float32 or None
     grad_entropies_ptr,  # [M] float32 or None
+    grad_lse_ptr,  # [M] float32 or None
     order_ptr,
     mask_ptr,
     ids_ptr,
@@ -98,9 +99,10 @@ def row_grad_logits_kernel(
     ALIGNMENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dL/dlogits from dL/dlogps and, if given, dL/dentropies."""
+    """dL/dlogits from dL/dlogps and, if given, dL/dentropies and dL/dlse."""
     vocab_size = vocab_size * ALIGNMENT
     HAS_ENTROPY: tl.constexpr = grad_entropies_ptr is not None
+    HAS_LSE: tl.constexpr = grad_lse_ptr is not None
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD)
         row_max = tl.load(row_max_ptr + position, mask=keep, other=0.0)
@@ -111,6 +113,9 @@ def row_grad_logits_kernel(
         if HAS_ENTROPY:
             entropy = tl.load(entropies_ptr + position, mask=keep, other=0.0)
             grad_entropy = tl.load(grad_entropies_ptr + position, mask=keep, other=0.0).to(tl.float32)
+        grad_lse = tl.full([], 0.0, tl.float32)
+        if HAS_LSE:
+            grad_lse = tl.load(grad_lse_ptr + position, mask=keep, other=0.0).to(tl.float32)
         residual = write_grad_logits(
             grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),
             logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT),
@@ -127,6 +132,8 @@ def row_grad_logits_kernel(
             HAS_ENTROPY,
             GRAD_SHARES_MEMORY,
             BLOCK_V,
+            grad_lse,
+            HAS_LSE,
         )
         if residual_ptr is not None:
             if IS_SHARD:

@@ -68,24 +68,30 @@ def packed(call, objective=None):
     )  # fmt: skip
 
 
-def with_entropies(pair):
-    logps, entropies = pair
-    return logps.sin() + entropies.cos(), logps, entropies
+def with_both(pair):
+    """A function of log-probs and of entropies or log-sum-exps, and both."""
+    logps, others = pair
+    return logps.sin() + others.cos(), logps, others
 
 
 # the first result of each is a loss, or a tensor to differentiate
 CALLS = {
     "token_logps": lambda call: token_logps(call["logits"], call["completion_ids"]),
-    "token_logps, entropies": lambda call: with_entropies(
+    "token_logps, entropies": lambda call: with_both(
         token_logps(call["logits"], call["completion_ids"], mask=call["completion_mask"], return_entropy=True)
     ),
     "linear_token_logps": lambda call: linear_token_logps(
         call["hidden"], call["weight"], call["completion_ids"], bias=call["bias"], mask=call["completion_mask"],
         temperature=0.7, logits_budget_mb=3 * 13 * 4 / 2**20,
     ),
-    "linear_token_logps, entropies": lambda call: with_entropies(
+    "linear_token_logps, entropies": lambda call: with_both(
         linear_token_logps(
             call["hidden"], call["weight"], call["completion_ids"], logit_softcap=3.0, return_entropy=True
+        )
+    ),
+    "linear_token_logps, log-sum-exps": lambda call: with_both(
+        linear_token_logps(
+            call["hidden"], call["weight"], call["completion_ids"], mask=call["completion_mask"], return_lse=True
         )
     ),
     "expo_loss": lambda call: expo_loss(call["logits"], *positions(call), return_entropy=True, **others(call)),
@@ -354,13 +360,13 @@ OPCHECKS = {
     "ready log-probs": lambda call: (OPS.policy_loss_from_logps, (call["logps"], [True], *op_inputs(call))),
     "log-probs": lambda call: (
         OPS.token_logps,
-        (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None, 0.0),
+        (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None, 0.0, False),
     ),
-    "log-probs and entropies": lambda call: (
+    "log-probs, entropies and log-sum-exps": lambda call: (
         OPS.token_logps,
         (
             *(call["hidden"], call["weight"], call["bias"], call["completion_ids"]),
-            *(call["completion_mask"], call["completion_mask"].sum(1), 1.0, 3.0, None, True, True, None, 1e-2),
+            *(call["completion_mask"], call["completion_mask"].sum(1), 1.0, 3.0, None, True, True, None, 1e-2, True),
         ),
     ),
     "group advantages": lambda call: (OPS.group_advantages, (call["advantages"], 2, "group", 1e-6)),

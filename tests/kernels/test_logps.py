@@ -20,12 +20,13 @@ def test_odds_of_three_to_one():
     assert token_logps(logits, torch.tensor([[0]]), temperature=0.5).item() == pytest.approx(math.log(0.9))
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_gradcheck(return_entropy, softcap):
+def test_gradcheck(return_entropy, return_lse, softcap):
     batch = make_batch(2, 3, 4, 5)
     options = {"mask": batch.completion_mask, "temperature": 0.7, "logit_softcap": softcap}
-    options["return_entropy"] = return_entropy
+    options |= {"return_entropy": return_entropy, "return_lse": return_lse}
     logits = batch.logits.requires_grad_()
     assert gradcheck(lambda x: token_logps(x, batch.completion_ids, **options), logits)
     states = [tensor.requires_grad_() for tensor in (batch.hidden, batch.weight, batch.bias)]
@@ -47,6 +48,58 @@ def test_logps_from_rounded_inputs_are_within_2e_5_nats(dtype, V):
     logits = (4 * torch.randn(2, 16, V)).to(dtype)
     truth = reference.token_logps(logits.double(), batch.completion_ids, 1.0)
     assert (token_logps(logits, batch.completion_ids) - truth).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_log_sum_exps_and_their_gradients_are_those_of_the_formula(return_entropy, softcap):
+    batch = make_batch(3, 5, 8, 101, dtype=torch.float32)
+    mask, ids = batch.completion_mask, batch.completion_ids
+    states = [tensor.requires_grad_() for tensor in (batch.hidden, batch.weight, batch.bias)]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in states]
+    logits = doubles[0] @ doubles[1].T + doubles[2]
+    truth = [
+        reference.token_logps(logits, ids, 0.7, softcap),
+        *([reference.token_entropies(logits, 0.7, softcap)] if return_entropy else []),
+        reference.log_sum_exps(logits, 0.7, softcap),
+    ]
+    made = linear_token_logps(
+        *states[:2], ids, bias=states[2], mask=mask, temperature=0.7, logit_softcap=softcap,
+        return_entropy=return_entropy, return_lse=True, logits_budget_mb=4 * 101 * 4 / 2**20,
+    )  # fmt: skip
+    for one, other in zip(made, truth, strict=True):
+        torch.testing.assert_close(one.double(), other * mask, rtol=1e-6, atol=2e-6)
+    for weights in ([0.0, 1e-1], [1.0, 1e-1], [1.0, -3.0]):  # of the other outputs, and of the z-loss
+        losses = [
+            sum(weights[0] * output.sum() for output in outputs[:-1]) + weights[1] * outputs[-1].square().sum()
+            for outputs in (made, [output * mask for output in truth])
+        ]
+        grads = torch.autograd.grad(losses[0], states, retain_graph=True)
+        true_grads = torch.autograd.grad(losses[1], doubles, retain_graph=True)
+        for one, other in zip(grads, true_grads, strict=True):
+            assert relative_error(one, other) <= 1e-5
+
+
+def test_a_z_loss_alone_needs_no_log_prob():
+    batch = make_batch(dtype=torch.float32)
+    logits = batch.logits.requires_grad_()
+    _, lse = token_logps(logits, batch.completion_ids, mask=batch.completion_mask, return_lse=True)
+    (grad,) = torch.autograd.grad(lse.sum(), logits)
+    expected = logits.detach().softmax(-1) * batch.completion_mask[..., None]
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_log_sum_exps_keep_to_a_gradient_tolerance():
+    batch = make_batch(4, 16, 8, 300, dtype=torch.float32)
+    grads = []
+    for tolerance in (0.0, 0.1):
+        states = [tensor.clone().requires_grad_() for tensor in (batch.hidden, batch.weight)]
+        logps, lse = linear_token_logps(
+            *states, batch.completion_ids, temperature=0.2, gradient_tolerance=tolerance, return_lse=True
+        )
+        grads.append(torch.autograd.grad((logps + 0.1 * lse.square()).sum(), states))
+    for exact, approximate in zip(*grads, strict=True):
+        assert relative_error(approximate, exact) <= 0.1
 
 
 def test_a_large_vocabulary_keeps_2e_5_nats():
@@ -100,7 +153,8 @@ def test_masked_contents_never_matter(garbage, bad_id, seed):
 
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]]).requires_grad_()
-    logps, entropies = token_logps(logits, torch.tensor([1, 0]), return_entropy=True)
+    logps, entropies, lse = token_logps(logits, torch.tensor([1, 0]), return_entropy=True, return_lse=True)
+    assert lse.tolist() == pytest.approx([1e4, -1e4 + math.log(3)], abs=1e-3)
     assert logps.tolist() == pytest.approx([-2e4, -math.log(3)])
     assert entropies.tolist() == pytest.approx([0.0, math.log(3)])
     (logps.sum() + entropies.sum()).backward()

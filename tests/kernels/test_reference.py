@@ -33,6 +33,8 @@ def test_logp_and_entropy_of_three_to_one_odds():
     logits = doubles(math.log(3), 0.0)
     assert reference.token_logps(logits, torch.tensor(0), 1.0) == pytest.approx(math.log(0.75))
     assert reference.token_entropies(logits, 1.0) == pytest.approx(0.5623351446188083)
+    assert reference.log_sum_exps(logits, 1.0) == pytest.approx(math.log(4))
+    assert reference.log_sum_exps(logits, 0.5) == pytest.approx(math.log(10))
     # temperature 0.5 squares the odds: 9 to 1
     assert reference.token_logps(logits, torch.tensor(0), 0.5) == pytest.approx(math.log(0.9))
     # cap 1: tanh(ln 3) = 0.8

@@ -178,7 +178,7 @@ def check_linear_loss(
         assert relative_error(grad.view(true_grad.shape), true_grad.detach()) <= LINEAR_GRAD_ERROR[dtype]
 
 
-def check_linear_logps(*, V: int, rows_per_chunk: int = 4) -> None:
+def check_linear_logps(*, V: int, rows_per_chunk: int = 4, return_lse: bool = False) -> None:
     """`linear_token_logps` in several chunks, whose backward pass computes the logits again."""
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 3, 16), (V, 16)))
@@ -188,28 +188,41 @@ def check_linear_logps(*, V: int, rows_per_chunk: int = 4) -> None:
     true_logps = reference.token_logps(exact[0] @ exact[1].T, ids, 0.8)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight)]
     budget = rows_per_chunk * V * 4 / 2**20
-    logps = linear_token_logps(hidden, weight, ids, temperature=0.8, logits_budget_mb=budget)
+    options = {"temperature": 0.8, "logits_budget_mb": budget}
+    loss = true_loss = 0.0
+    if return_lse:
+        logps, lse = linear_token_logps(hidden, weight, ids, return_lse=True, **options)
+        true_lse = reference.log_sum_exps(exact[0] @ exact[1].T, 0.8)
+        assert float((lse - true_lse).detach().abs().max()) <= 1e-5
+        loss, true_loss = 0.3 * lse.square().sum(), 0.3 * true_lse.square().sum()
+    else:
+        logps = linear_token_logps(hidden, weight, ids, **options)
     assert float((logps - true_logps).detach().abs().max()) <= 1e-5
-    grads = torch.autograd.grad((logps * grad_logps).sum(), leaves)
-    for grad, truth in zip(grads, torch.autograd.grad((true_logps * grad_logps).sum(), exact), strict=True):
+    grads = torch.autograd.grad((logps * grad_logps).sum() + loss, leaves)
+    for grad, truth in zip(grads, torch.autograd.grad((true_logps * grad_logps).sum() + true_loss, exact), strict=True):
         assert relative_error(grad, truth) <= LINEAR_GRAD_ERROR[torch.bfloat16]
 
 
 def check_logps(*, V: int, dtype: torch.dtype, softcap: float | None = None) -> None:
-    """`token_logps` with entropies, and their gradients."""
+    """`token_logps` with entropies and log-sum-exps, and their gradients."""
     generator = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(3, 3, V, generator=generator)).to(dtype)
     ids = torch.randint(0, V, (3, 3), generator=generator)
-    grad_logps, grad_entropies = torch.randn(2, 3, 3, generator=generator)
+    grads = torch.randn(3, 3, 3, generator=generator)
 
-    def differentiated(logits: Tensor, logps: Tensor, entropies: Tensor) -> list[Tensor]:
-        total = (logps * grad_logps + entropies * grad_entropies).sum()
-        return [logps.detach(), entropies.detach(), *torch.autograd.grad(total, logits)]
+    def differentiated(logits: Tensor, *outputs: Tensor) -> list[Tensor]:
+        total = (torch.stack(outputs) * grads).sum()
+        return [*(output.detach() for output in outputs), *torch.autograd.grad(total, logits)]
 
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    made = differentiated(leaf, *token_logps(leaf, ids, temperature=0.8, logit_softcap=softcap, return_entropy=True))
-    true_logps = reference.token_logps(exact, ids, 0.8, softcap)
-    truth = differentiated(exact, true_logps, reference.token_entropies(exact, 0.8, softcap))
-    for one, other in zip(made[:2], truth[:2], strict=True):
+    given = {"temperature": 0.8, "logit_softcap": softcap, "return_entropy": True, "return_lse": True}
+    made = differentiated(leaf, *token_logps(leaf, ids, **given))
+    truth = differentiated(
+        exact,
+        reference.token_logps(exact, ids, 0.8, softcap),
+        reference.token_entropies(exact, 0.8, softcap),
+        reference.log_sum_exps(exact, 0.8, softcap),
+    )
+    for one, other in zip(made[:3], truth[:3], strict=True):
         assert float((one - other).abs().max()) <= 1e-5
-    assert relative_error(made[2], truth[2]) <= GRAD_ERROR[dtype]
+    assert relative_error(made[3], truth[3]) <= GRAD_ERROR[dtype]

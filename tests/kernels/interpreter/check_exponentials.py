@@ -217,6 +217,11 @@ def test_log_probs_and_their_gradients(launched):
     assert set(launched) == {"exponentials"}
 
 
+def test_log_sum_exps_and_their_gradients(launched):
+    check_linear_logps(V=5000, return_lse=True)
+    assert set(launched) == {"exponentials"}  # those of the forward pass; backward takes float32 logits
+
+
 def make_head(N=24, H=32, V=5000, *, spread=2.0, seed=0):
     hidden, weight = normal(N, H, seed=seed), normal(V, H, seed=seed + 1)
     weight *= spread / (hidden @ weight.T).std()

@@ -31,16 +31,18 @@ pytestmark = pytest.mark.filterwarnings(
 )  # skipped rows hold numbers that are never used
 
 
+@pytest.mark.parametrize("has_lse", [False, True])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logps_and_entropies_have_their_gradients(dtype, softcap):
+def test_logps_entropies_and_log_sum_exps_have_their_gradients(dtype, softcap, has_lse):
     objective = Objective(temperature=0.7, logit_softcap=softcap)
     batch = make_batch(V=1003, dtype=dtype, objective=objective)
     batch.logits[0, 0, 5:9] = float("-inf")
     spoilt = spoil(batch)
     B, T, V = batch.shape
     generator = torch.Generator().manual_seed(1)
-    grad_logps, grad_entropies = (torch.randn(B, T, generator=generator) for _ in range(2))
+    grad_logps, grad_entropies, grad_lse = (torch.randn(B, T, generator=generator) for _ in range(3))
+    grad_lse *= has_lse
     grad = nan_like(batch.logits)
     tokens, chunk = tokens_of(spoilt, objective), make_chunk(spoilt.logits, grad)
     logps, entropies, row_max, sum_exp = (nan_like(batch.mask, dtype=torch.float32).view(-1) for _ in range(4))
@@ -53,6 +55,7 @@ def test_logps_and_entropies_have_their_gradients(dtype, softcap):
         grad_logps=grad_logps.view(-1),
         entropies=entropies,
         grad_entropies=grad_entropies.view(-1),
+        grad_lse=grad_lse.view(-1) if has_lse else None,
     )
     logits = torch.where(batch.mask.unsqueeze(-1), batch.logits, 0).double()
     scaled = reference.scaled_logits(logits, 0.7, softcap)
@@ -63,6 +66,7 @@ def test_logps_and_entropies_have_their_gradients(dtype, softcap):
     grads = grad_logps[..., None] * (onehot - probs) + grad_entropies[..., None] * (
         torch.special.entr(probs) - probs * entropy[..., None]
     )
+    grads += grad_lse[..., None] * probs
     cap_grad = 1.0 if softcap is None else 1 - torch.tanh(logits / softcap) ** 2
     truth = torch.where(batch.mask[..., None], grads * cap_grad / 0.7, 0)
     truth_logps = reference.token_logps(logits, torch.where(batch.mask, batch.ids, 0), 0.7, softcap)
