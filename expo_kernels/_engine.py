@@ -282,6 +282,35 @@ def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: boo
     return LossResult(*tokens.result(valid), spread(valid, tokens.index, logps.shape)), gradients
 
 
+def token_losses(logps: Tensor, inputs: LossInputs) -> LossResult:
+    """The loss of each token, like the mask, from log-probs; 0 where masked."""
+    if _launch.use_kernels(logps):
+        from expo_kernels._triton.backend import token_losses_from_logps
+
+        (_, metrics, num_tokens), losses = token_losses_from_logps(logps, inputs)
+        kept = logps.float().masked_fill(inputs.completion_mask == 0, 0.0)
+        return LossResult(losses, metrics, num_tokens, kept)
+    tokens = gather_tokens(inputs, HeadTensors(logps).arithmetic_dtype)
+    valid = logps.reshape(-1).index_select(0, tokens.index).to(tokens.weights.dtype)
+    _, metrics, num_tokens = tokens.result(valid)
+    losses, kept = (spread(values, tokens.index, logps.shape) for values in (tokens.terms(valid).losses, valid))
+    return LossResult(losses, metrics, num_tokens, kept)
+
+
+def token_losses_backward(grad_losses: Tensor, logps: Tensor, inputs: LossInputs) -> Tensor:
+    """dL/dlogps, given the gradients of `token_losses`."""
+    if _launch.use_kernels(logps):
+        from expo_kernels._triton.backend import token_losses_grad
+
+        return token_losses_grad(grad_losses, logps, inputs).to(logps.dtype)
+    tokens = gather_tokens(inputs, HeadTensors(logps).arithmetic_dtype)
+    valid, weights = (
+        tensor.reshape(-1).index_select(0, tokens.index).to(tokens.weights.dtype) for tensor in (logps, grad_losses)
+    )
+    grad_logps = replace(tokens, weights=weights).grad_logps(valid)
+    return spread(grad_logps, tokens.index, logps.shape).to(logps.dtype)
+
+
 def token_logps(
     call: HeadCall, *, return_entropy: bool, keeps_rows: bool, return_lse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -311,6 +311,8 @@ def _check_scalars(objective: Any, beta: float | Tensor, normalizer: float | Ten
     validate.scalar("beta", beta)
     if normalizer is not None:
         validate.scalar("normalizer", normalizer, above_zero=True)
+        if objective.aggregation == "none":
+            raise ValueError('normalizer has no effect with aggregation "none"; divide the losses yourself')
 
 
 def _check_options(
@@ -331,6 +333,16 @@ def _check_options(
         )
     if objective.rollout_correction is not None and rollout_logps is None:
         raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
+
+
+def check_fused(objective: Objective) -> None:
+    """Refuse what only the loss from log-probs has: its gradient is computed in backward, the others' in forward."""
+    if objective.aggregation == "none":
+        raise ValueError(
+            'aggregation="none" does not go with logits or hidden states: their loss computes its gradient in the '
+            "forward pass, where no token has a weight yet; use expo_loss_from_logps on log-probs of token_logps or "
+            "linear_token_logps, or another aggregation"
+        )
 
 
 def _check_no_penalty(beta: float | str) -> None:

@@ -26,7 +26,7 @@ class LossOutput(NamedTuple):
     """What a loss call returns."""
 
     loss: Tensor
-    """0-dim: call .backward() on it."""
+    """0-dim: call .backward() on it. With aggregation "none": the loss of each token, shaped like `completion_mask`."""
 
     metrics: dict[str, Tensor]
     """0-dim tensors on the device, detached; means over valid tokens (0 if there are none):
@@ -79,6 +79,9 @@ def call_policy_loss(
 def call_policy_loss_from_logps(logps: Tensor, inputs: LossInputs) -> LossOutput:
     """The loss from log-probs; the arguments are checked already."""
     op_tensors = inputs.to_tensors(HeadTensors(logps).arithmetic_dtype)
+    if inputs.objective.aggregation == "none":
+        losses = token_losses(logps, inputs.completion_mask, op_tensors, inputs.objective.text, inputs.group_size)
+        return _output(*losses, return_entropy=False)
     wants_grad = [logps.requires_grad and torch.is_grad_enabled()]
     made = policy_loss_from_logps(
         logps, wants_grad, inputs.completion_mask, op_tensors, inputs.objective.text, inputs.group_size
@@ -222,6 +225,41 @@ def _(logps: Tensor, wants_grad: list[bool], completion_mask: Tensor, *_: Any) -
     return *_fake_loss(completion_mask, dtype), [logps.new_empty(logps.shape, dtype=dtype)] if wants_grad[0] else []
 
 
+@torch.library.custom_op("expo_kernels::token_losses", mutates_args=())
+def token_losses(
+    logps: Tensor, completion_mask: Tensor, tensors: list[Tensor | None], objective: str, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each of the caller's log-probs; metrics, number of tokens and log-probs as in `_Made`."""
+    inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
+    losses, metrics, num_tokens, token_logps = _engine.token_losses(logps, inputs)
+    return losses, metrics, num_tokens, token_logps
+
+
+@token_losses.register_fake
+def _(logps: Tensor, completion_mask: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    __, metrics, num_tokens, kept = _fake_loss(completion_mask, HeadTensors(logps).arithmetic_dtype)
+    return torch.empty_like(kept), metrics, num_tokens, kept
+
+
+@torch.library.custom_op("expo_kernels::token_losses_backward", mutates_args=())
+def token_losses_backward(
+    grad_losses: Tensor,
+    logps: Tensor,
+    completion_mask: Tensor,
+    tensors: list[Tensor | None],
+    objective: str,
+    group_size: int,
+) -> Tensor:
+    """dL/dlogps from the gradient of each token's loss, in the dtype of the log-probs."""
+    inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
+    return _engine.token_losses_backward(grad_losses, logps, inputs)
+
+
+@token_losses_backward.register_fake
+def _(_: Tensor, logps: Tensor, *__: Any) -> Tensor:
+    return logps.new_empty(logps.shape)
+
+
 @torch.library.custom_op("expo_kernels::with_gradient", mutates_args=())
 def with_gradient(loss: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001 - for autograd alone
     """Return the loss and attach its gradient with respect to the logits, which is computed already."""
@@ -281,6 +319,21 @@ def _scale_gradient(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 _register_gradients(policy_loss, num_differentiable=3)
 _register_gradients(policy_loss_from_logps, num_differentiable=1)
 with_gradient.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logps, completion_mask, tensors, *ctx.settings = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logps, completion_mask, *tensors)
+
+
+@once_differentiable
+def _backward_token_losses(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logps, completion_mask, *tensors = ctx.saved_tensors
+    return token_losses_backward(grad_losses, logps, completion_mask, tensors, *ctx.settings), *(None,) * 4
+
+
+token_losses.register_autograd(_backward_token_losses, setup_context=_keep_inputs)
 
 
 def by_input(made: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:

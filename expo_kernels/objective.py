@@ -9,7 +9,7 @@ from typing import Literal, get_args
 RatioLevel = Literal["token", "sequence", "sequence_token"]
 Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo"]
 KlEstimator = Literal["k1", "k2", "k3"]
-Aggregation = Literal["sequence", "sum", "token", "constant"]
+Aggregation = Literal["sequence", "sum", "token", "constant", "none"]
 RolloutCorrection = Literal["token", "sequence", "token_mask", "sequence_mask", "geometric_mask"]
 
 # the surrogates that use a setting; the others accept only its default, since they would ignore any other value
@@ -93,7 +93,8 @@ class Objective:
     aggregation: Aggregation = "sequence"
     """"sequence": mean over sequences of the mean over tokens (GRPO); "sum": mean over sequences of the sum over tokens
     (LUSPO, arXiv 2602.05261); "token": mean over all tokens (DAPO); "constant": sum over tokens / (sequences *
-    max_completion_length) (Dr. GRPO, arXiv 2503.20783)."""
+    max_completion_length) (Dr. GRPO, arXiv 2503.20783); "none": the loss of each token, for an aggregation of your own,
+    only in `expo_loss_from_logps`: the other losses compute their gradient before they know a weight of each token."""
 
     max_completion_length: int | None = None
     """Number of tokens, > 0: the divisor of aggregation "constant". Only for that aggregation."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadTensors
-from expo_kernels._inputs import check_inputs
+from expo_kernels._inputs import check_fused, check_inputs
 from expo_kernels._ops import LossOutput, call_policy_loss, call_policy_loss_from_logps
 from expo_kernels.objective import Objective
 
@@ -91,6 +91,7 @@ def expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
+    check_fused(inputs.objective)
     return call_policy_loss(HeadTensors(logits), completion_ids, inputs, return_entropy=return_entropy, inplace=inplace)
 
 
@@ -126,7 +127,7 @@ def expo_loss_from_logps(
         cu_seqlens: as `expo_loss`.
 
     Returns:
-        `LossOutput`, without an entropy.
+        `LossOutput`, without an entropy. With aggregation "none", its loss is shaped like `logps`, and 0 where masked.
 
     Raises:
         ValueError: shapes do not match, values are out of range, or options contradict each other.

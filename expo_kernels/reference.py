@@ -263,6 +263,8 @@ def token_weights(
 ) -> Tensor:
     """Weight of each valid token's loss, [N], so that loss = sum(weights * losses)."""
     ones = torch.ones_like(like)
+    if objective.aggregation == "none":
+        return ones
     if objective.aggregation == "token":
         return ones / (max(like.numel(), 1) if normalizer is None else normalizer)
     ones = ones / (max(num_sequences, 1) if normalizer is None else normalizer)
@@ -289,7 +291,8 @@ def expo_loss_from_logps(
     entropies: Tensor | None = None,
     entropy_bonus: Tensor | None = None,
 ) -> Tensor:
-    """The whole loss of a padded batch, 0-dim: logps, mask and entropies [B, T], advantages [B] or [B, T]."""
+    """The whole loss of a padded batch, 0-dim, or [B, T] with aggregation "none": logps, mask and entropies [B, T],
+    advantages [B] or [B, T]."""
     sequence_index, position = completion_mask.nonzero(as_tuple=True)
 
     def valid(tensor: Tensor | None) -> Tensor | None:
@@ -309,6 +312,8 @@ def expo_loss_from_logps(
         objective=objective,
     )
     weights = token_weights(sequence_index, num_sequences, normalizer, tokens, objective)
+    if objective.aggregation == "none":
+        return torch.zeros_like(logps).index_put((sequence_index, position), terms.losses)
     loss = (weights * terms.losses).sum()
     entropies = valid(entropies)
     if entropies is None or entropy_bonus is None:

@@ -203,6 +203,22 @@ def loss_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Te
     return sums.result(), grad_logps.view(logps.shape)
 
 
+def token_losses_from_logps(logps: Tensor, inputs: LossInputs) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Sum of the losses, metrics and number of tokens, and the loss of each token, shaped like `logps`."""
+    flat, sums = logps.reshape(-1).contiguous(), make_sums(logps.device)
+    losses, grad_logps = (torch.zeros_like(flat, dtype=torch.float32) for _ in range(2))
+    launch_sequence_loss(make_tokens(inputs, None), sums, flat, grad_logps, losses=losses)
+    return sums.result(), losses.view(logps.shape)
+
+
+def token_losses_grad(grad_losses: Tensor, logps: Tensor, inputs: LossInputs) -> Tensor:
+    """dL/dlogps, float32, shaped like `logps`, from the gradient of each token's loss."""
+    flat, weights = logps.reshape(-1).contiguous(), grad_losses.reshape(-1).contiguous()
+    grad_logps = torch.zeros_like(flat, dtype=torch.float32)
+    launch_sequence_loss(make_tokens(inputs, None), make_sums(logps.device), flat, grad_logps, weights=weights)
+    return grad_logps.view(logps.shape)
+
+
 def _in_separate_launches(tokens: Tokens, ids: Tensor, exists: Tensor, *, are_local: bool) -> Tokens:
     """The inputs of kernels that compute log-probs and their gradients in separate launches. `exists`: which ids are
     columns of the whole head; `are_local`: they count this rank's columns."""

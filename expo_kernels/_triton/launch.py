@@ -124,10 +124,13 @@ def launch_sequence_loss(
     *,
     entropies: Tensor | None = None,
     grad_entropies: Tensor | None = None,
+    losses: Tensor | None = None,
+    weights: Tensor | None = None,
     sequences: range | None = None,
 ) -> None:
-    """Add the loss and metrics of these sequences (None: of all) to `sums`; write dL/dlogps, and dL/dentropies if there
-    is an entropy bonus, at their positions of [M]."""
+    """Add the loss and metrics of these sequences (None: of all) to `sums`; write dL/dlogps, dL/dentropies if there is
+    an entropy bonus, and the loss of each token, if wanted, at their positions of [M]. `weights` [M] of the tokens'
+    losses replace those of the aggregation."""
     sequences = range(tokens.num_sequences) if sequences is None else sequences
     tile = _launch.sequence_tile()
     with _launch.current(logps.device):
@@ -136,6 +139,8 @@ def launch_sequence_loss(
             grad_logps_ptr=grad_logps,
             entropies_ptr=entropies,
             grad_entropies_ptr=grad_entropies,
+            losses_ptr=losses,
+            weights_ptr=weights,
             mask_ptr=tokens.mask,
             starts_ptr=tokens.starts,
             hyper_ptr=tokens.hyper_parameters,

@@ -120,6 +120,8 @@ def sequence_loss_kernel(
     grad_logps_ptr,  # [M] float32, out: dL/dlogps
     entropies_ptr,  # [M] float32 or None: added to the metrics
     grad_entropies_ptr,  # [M] float32, out: dL/dentropies, or None
+    losses_ptr,  # [M] float32, out: the loss of each token before its weight, or None
+    weights_ptr,  # [M] float: the weight of each token's loss, or None: that of the aggregation
     mask_ptr,  # [M] bool
     starts_ptr,  # [B + 1] cumulative lengths; None: every sequence has tokens_per_sequence positions
     advantages_ptr,  # as in `row_loss_kernel`
@@ -195,20 +197,25 @@ def sequence_loss_kernel(
             )  # fmt: skip
             if SURROGATE == "gmpo":
                 _, _, low, high = clipped_log_ratio(logp - old_logp, advantage, hyper_ptr)
-            ratio_grad = tl.where(keep, weight * ratio_grad, 0.0)
-            grad = tl.where(keep, weight * beside, 0.0)
+            if losses_ptr is not None:
+                tl.store(losses_ptr + position, tl.where(keep, loss, 0.0), mask=in_range)
+            token_weight = weight
+            if weights_ptr is not None:
+                token_weight = tl.load(weights_ptr + position, mask=keep, other=0.0).to(tl.float32)
+            ratio_grad = tl.where(keep, token_weight * ratio_grad, 0.0)
+            grad = tl.where(keep, token_weight * beside, 0.0)
             if MEAN_RATIO and GRAD_OF_MEAN:
                 shared_grad += tl.sum(ratio_grad, axis=0)
             else:
                 grad += ratio_grad
             tl.store(grad_logps_ptr + position, grad, mask=in_range)
-            loss_total = total(weight * loss, keep)
+            loss_total = total(token_weight * loss, keep)
             entropy_total = tl.full([], 0.0, tl.float64)
             if entropies_ptr is not None:
                 entropy = tl.load(entropies_ptr + position, mask=keep, other=0.0)
                 entropy_total = total(entropy, keep)
                 if entropy_bonus_ptr is not None:
-                    grad_entropy = tl.where(keep, -weight * tl.load(entropy_bonus_ptr).to(tl.float32), 0.0)
+                    grad_entropy = tl.where(keep, -token_weight * tl.load(entropy_bonus_ptr).to(tl.float32), 0.0)
                     loss_total += total(grad_entropy * entropy, keep)
                     tl.store(grad_entropies_ptr + position, grad_entropy, mask=in_range)
             sums = add_to_sums(

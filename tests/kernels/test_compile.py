@@ -24,6 +24,7 @@ from tests.numerics import make_batch
 OPS = torch.ops.expo_kernels
 LEAVES = ("hidden", "weight", "bias", "logits", "logps")
 SEQUENCE = Objective(ratio="sequence", clip_low=0.05, temperature=0.7)
+EACH_TOKEN = Objective(ratio="sequence", aggregation="none")
 ROLLOUT = Objective(rollout_correction="sequence", aggregation="token", logit_softcap=3.0)
 
 
@@ -116,6 +117,9 @@ CALLS = {
     "packed": packed,
     "packed, sequence ratio": lambda call: packed(call, SEQUENCE),
     "expo_loss_from_logps": lambda call: expo_loss_from_logps(call["logps"], call["completion_mask"], **others(call)),
+    "expo_loss_from_logps, one loss per token": lambda call: expo_loss_from_logps(
+        call["logps"], call["completion_mask"], objective=EACH_TOKEN, **others(call)
+    ),
     "ExpoLoss": lambda call: ExpoLoss(SEQUENCE)(call["logits"], *positions(call), **others(call)),
     "LinearExpoLoss": lambda call: LinearExpoLoss()(call["hidden"], call["weight"], *positions(call), **others(call)),
     "group_advantages": lambda call: group_advantages(call["advantages"], 2, scale="batch"),
@@ -358,6 +362,10 @@ OPCHECKS = {
         OPS.with_gradient, (torch.ones(()), call["logits"], torch.randn(call["logits"].shape))
     ),
     "ready log-probs": lambda call: (OPS.policy_loss_from_logps, (call["logps"], [True], *op_inputs(call))),
+    "one loss per token": lambda call: (
+        OPS.token_losses,
+        (call["logps"], *op_inputs(call, objective=Objective(aggregation="none"))),
+    ),
     "log-probs": lambda call: (
         OPS.token_logps,
         (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None, 0.0, False),

@@ -22,7 +22,7 @@ OPTIONS = {
     "dual_clip": [None, 1.3],
     "kl": ["k1", "k2", "k3"],
     "kl_importance_weighted": [False, True],
-    "aggregation": ["sequence", "sum", "token", "constant"],
+    "aggregation": ["sequence", "sum", "token", "constant", "none"],
     "rollout_correction": [None, "token", "sequence", "token_mask", "sequence_mask", "geometric_mask"],
     # arguments of a call
     "old_logps": [True, False],
@@ -45,8 +45,18 @@ def cases(surrogate):
     for values in itertools.product(*(OPTIONS[name] for name in names)):
         case = {"surrogate": surrogate, **dict(zip(names, values, strict=True))}
         # without ref_logps there is no penalty, and beta = 0 is valid with any estimator
-        if case["ref_logps"] or case["kl"] == "k3":
+        if not case["ref_logps"] and case["kl"] != "k3":
+            continue
+        # the loss from log-probs, the only one of each token, has no entropy
+        if case["aggregation"] != "none" or not case["entropy_bonus"]:
             yield case
+
+
+def levels_of(case):
+    """The levels at which a case is valid."""
+    if case["aggregation"] == "none":
+        return LEVELS[:1]
+    return LEVELS[case["entropy_bonus"] > 0 :]
 
 
 def refusal(case):
@@ -108,8 +118,13 @@ def truth(case, objective, batch, states):
     if case["entropy_bonus"]:
         bonus["entropies"] = reference.token_entropies(logits, 1.0)
         bonus["entropy_bonus"] = torch.tensor(case["entropy_bonus"], dtype=torch.float64)
-    loss = reference.expo_loss_from_logps(logps, batch.completion_mask, objective=objective, **given, **bonus)
+    loss = weighted(reference.expo_loss_from_logps(logps, batch.completion_mask, objective=objective, **given, **bonus))
     return logps.detach(), loss.detach(), torch.autograd.grad(loss, (hidden, weight, bias, logits, logps))
+
+
+def weighted(loss):
+    """The loss; losses [B, T] of tokens are summed with weights that differ from token to token."""
+    return loss if loss.dim() == 0 else (loss * torch.linspace(-1.0, 2.0, B * T, dtype=loss.dtype).view(B, T)).sum()
 
 
 def check(case, levels, batch):
@@ -121,6 +136,7 @@ def check(case, levels, batch):
     ids, mask, bonus = batch.completion_ids, batch.completion_mask, {"entropy_bonus": case["entropy_bonus"]}
 
     def compare(loss, leaves, grads):
+        loss = weighted(loss)
         made = [loss, *torch.autograd.grad(loss, leaves)]
         bounds = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 3e-6}
         for tensor, true in zip(made, [true_loss, *grads], strict=True):
@@ -133,7 +149,7 @@ def check(case, levels, batch):
     if "logits" in levels:
         logits = (hidden @ weight.T + bias).detach().requires_grad_()
         compare(expo_loss(logits, ids, mask, **given, **bonus).loss, [logits], [logits_grad])
-    if "log-probs" in levels and not case["entropy_bonus"]:
+    if "log-probs" in levels:
         leaf = logps.to(dtype).requires_grad_()
         compare(expo_loss_from_logps(leaf, mask, **given).loss, [leaf], [logps_grad])
 
@@ -142,7 +158,7 @@ def with_every_pair(found):
     """A few of the cases at one level each, which contain every pair of values that any case contains."""
     chosen, seen = [], set()
     for case in random.Random(0).sample(found, len(found)):
-        for level in LEVELS[case["entropy_bonus"] > 0 :]:
+        for level in levels_of(case):
             pairs = set(itertools.combinations([*case.items(), level], 2)) - seen
             if pairs:
                 chosen.append((case, (level,)))
@@ -157,7 +173,7 @@ def test_every_combination_has_the_gradient_of_the_reference_or_is_refused(surro
     for case in cases(surrogate):
         (allowed if refusal(case) is None else refused).append(case)
     batch = make_batch(B, T, H, V, dtype=torch.float32 if runs_kernels else torch.float64)
-    for case, levels in with_every_pair(allowed) if runs_kernels else [(case, LEVELS) for case in allowed]:
+    for case, levels in with_every_pair(allowed) if runs_kernels else [(case, levels_of(case)) for case in allowed]:
         check(case, levels, batch)
     for case in refused:
         with pytest.raises(ValueError, match=refusal(case)):  # noqa: PT012 - either of the two may refuse it

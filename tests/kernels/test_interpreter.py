@@ -37,6 +37,7 @@ FILES = (
     "test_linear_loss.py",
     "test_sequence_chunks.py",
     "test_every_objective.py",
+    "test_token_losses.py",
     "test_logps.py",
     "test_compile.py",
 )
