@@ -268,9 +268,14 @@ def _with_report(result: LossResult, *report: float | Tensor) -> LossResult:
     return result._replace(metrics=torch.cat([result.metrics, *added]))
 
 
+def _uses_kernels(logps: Tensor, inputs: LossInputs) -> bool:
+    """Whether the loss from log-probs runs by kernels; PyTorch selects tokens by the log-probs of the whole batch."""
+    return _launch.use_kernels(logps) and not inputs.objective.spans_batches
+
+
 def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: bool) -> tuple[LossResult, list[Tensor]]:
     """The loss from log-probs, and their gradient if wanted."""
-    if _launch.use_kernels(logps):
+    if _uses_kernels(logps, inputs):
         from expo_kernels._triton.backend import loss_from_logps
 
         result, grad_logps = loss_from_logps(logps, inputs)
@@ -284,7 +289,7 @@ def policy_loss_from_logps(logps: Tensor, inputs: LossInputs, *, wants_grad: boo
 
 def token_losses(logps: Tensor, inputs: LossInputs) -> LossResult:
     """The loss of each token, like the mask, from log-probs; 0 where masked."""
-    if _launch.use_kernels(logps):
+    if _uses_kernels(logps, inputs):
         from expo_kernels._triton.backend import token_losses_from_logps
 
         (_, metrics, num_tokens), losses = token_losses_from_logps(logps, inputs)
@@ -299,7 +304,7 @@ def token_losses(logps: Tensor, inputs: LossInputs) -> LossResult:
 
 def token_losses_backward(grad_losses: Tensor, logps: Tensor, inputs: LossInputs) -> Tensor:
     """dL/dlogps, given the gradients of `token_losses`."""
-    if _launch.use_kernels(logps):
+    if _uses_kernels(logps, inputs):
         from expo_kernels._triton.backend import token_losses_grad
 
         return token_losses_grad(grad_losses, logps, inputs).to(logps.dtype)

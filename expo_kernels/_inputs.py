@@ -343,6 +343,12 @@ def check_fused(objective: Objective) -> None:
             "forward pass, where no token has a weight yet; use expo_loss_from_logps on log-probs of token_logps or "
             "linear_token_logps, or another aggregation"
         )
+    if objective.spans_batches:
+        raise ValueError(
+            f'surrogate "{objective.surrogate}" does not go with logits or hidden states: it selects tokens by the '
+            "log-probs of all tokens, and their loss computes its gradient a few rows at a time; use "
+            "expo_loss_from_logps on log-probs of token_logps or linear_token_logps, or another surrogate"
+        )
 
 
 def _check_no_penalty(beta: float | str) -> None:

@@ -33,7 +33,8 @@ class LossOutput(NamedTuple):
     `kl`: nats, by the chosen estimator, with the importance weight if it is enabled; 0 without `ref_logps`;
     `ratio_mean`, `ratio_max`: pi_theta / pi_old of the token or of its sequence ("gmpo": of the sequence, clipped);
     `clip_low_fraction`, `clip_high_fraction`: share of valid tokens for which the surrogate's lower or upper clipped
-    term was chosen (the dual clip's cap counts as upper; always 0 for "sapo" and "vespo");
+    term was chosen (the dual clip's cap and Clip-Cov's drawn tokens count as upper; "dppo_tv": share of those masked at
+    that bound; always 0 for "sapo", "vespo" and "kl_cov");
     `tokens`: number of valid tokens; `entropy`: nats, only with `return_entropy`;
     only with a `gradient_tolerance`: `gradient_error_bound`, the bound on the relative errors of dHidden and dWeight,
     and `kept_columns`, the share of the vocabulary in their products."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 RatioLevel = Literal["token", "sequence", "sequence_token"]
-Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo"]
+Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo", "dppo_tv", "clip_cov", "kl_cov"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["sequence", "sum", "token", "constant", "none"]
 RolloutCorrection = Literal["token", "sequence", "token_mask", "sequence_mask", "geometric_mask"]
 
 # the surrogates that use a setting; the others accept only its default, since they would ignore any other value
 READ_BY: dict[str, tuple[Surrogate, ...]] = {
-    "clip_low": ("clip", "cispo", "gmpo"),
-    "clip_high": ("clip", "cispo", "gmpo"),
+    "clip_low": ("clip", "cispo", "gmpo", "dppo_tv", "clip_cov"),
+    "clip_high": ("clip", "cispo", "gmpo", "dppo_tv", "clip_cov"),
     "dual_clip": ("clip",),
     "ratio": ("clip", "cispo", "sapo"),
     "sapo_tau_pos": ("sapo",),
@@ -24,6 +24,10 @@ READ_BY: dict[str, tuple[Surrogate, ...]] = {
     "vespo_k_neg": ("vespo",),
     "vespo_lambda_pos": ("vespo",),
     "vespo_lambda_neg": ("vespo",),
+    "cov_ratio": ("clip_cov", "kl_cov"),
+    "clip_cov_low": ("clip_cov",),
+    "clip_cov_high": ("clip_cov",),
+    "kl_cov_coef": ("kl_cov",),
 }
 
 
@@ -40,10 +44,12 @@ class Objective:
 
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low. No unit, in [0, 1]; with surrogate "cispo" also above 1, which is no lower
-    bound, as 1 is: verl's recipe has 10. Default: PPO (arXiv 1707.06347)."""
+    bound, as 1 is: verl's recipe has 10. With "dppo_tv" the bound of the probability's decrease. Default: PPO (arXiv
+    1707.06347)."""
 
     clip_high: float = 0.2
-    """The ratio is clipped at 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28."""
+    """The ratio is clipped at 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28. With "dppo_tv" the bound
+    of the probability's increase."""
 
     dual_clip: float | None = None
     """For A < 0 the loss is capped at -dual_clip * A. No unit, > 1; None: no cap. Dual-clip PPO (arXiv 1912.09729) uses
@@ -62,7 +68,11 @@ class Objective:
     surrogate: Surrogate = "clip"
     """"clip": PPO; "cispo": the clipped ratio as a constant weight (arXiv 2506.13585); "sapo": a smooth gate (arXiv
     2511.20347); "gmpo": the geometric mean of the sequence's clipped token ratios (arXiv 2507.20673); "vespo": a smooth
-    function of the sequence's ratio as a constant weight (arXiv 2602.10693). "sapo" and "vespo" have no clip range."""
+    function of the sequence's ratio as a constant weight (arXiv 2602.10693); "dppo_tv": 0 for a token whose probability
+    has moved too far (DPPO's binary total variation, arXiv 2602.04879); "clip_cov": the clip, and 0 for tokens drawn
+    from those of large covariance; "kl_cov": no clip, and a penalty for the tokens of the largest covariances (arXiv
+    2505.22617). These two depend on all log-probs of the call, and are in `expo_loss_from_logps` only. "sapo", "vespo"
+    and "kl_cov" have no clip range."""
 
     sapo_tau_pos: float = 1.0
     """Sharpness of SAPO's gate for A > 0. No unit, > 0. Default: the SAPO paper."""
@@ -82,6 +92,20 @@ class Objective:
 
     vespo_lambda_neg: float = 2.0
     """The decay rate for A < 0. No unit, > 0."""
+
+    cov_ratio: float = 2e-4
+    """Share of the call's tokens that "clip_cov" draws, or that "kl_cov" penalizes, at least one token. In (0, 1].
+    Default, like the next three: verl's."""
+
+    clip_cov_low: float = 1.0
+    """Clip-Cov draws from tokens whose covariance exceeds it: (logp - its mean) * (A - its mean), means over the call's
+    tokens, in nats times the unit of A."""
+
+    clip_cov_high: float = 5.0
+    """Clip-Cov draws from tokens whose covariance is below it. > clip_cov_low."""
+
+    kl_cov_coef: float = 1.0
+    """Weight of KL-Cov's penalty per token, |logp - old|. > 0."""
 
     kl: KlEstimator = "k3"
     """Penalty per token in nats, with x = ref - logp: "k1" -x, "k2" x^2 / 2, "k3" exp(x) - x - 1 (Schulman's
@@ -131,6 +155,10 @@ class Objective:
         _in_range("log_ratio_clamp", self.log_ratio_clamp, 0.0, 80.0, above=True)
         for name in ("temperature", "rollout_cap", *(name for name in READ_BY if name.startswith(("sapo", "vespo")))):
             _in_range(name, getattr(self, name), 0.0, math.inf, above=True)
+        _in_range("cov_ratio", self.cov_ratio, 0.0, 1.0, above=True)
+        _in_range("kl_cov_coef", self.kl_cov_coef, 0.0, math.inf, above=True)
+        _in_range("clip_cov_low", self.clip_cov_low, -math.inf, math.inf)
+        _in_range("clip_cov_high", self.clip_cov_high, self.clip_cov_low, math.inf, above=True)
         _in_range("rollout_floor", self.rollout_floor, 0.0, self.rollout_cap)
         if self.logit_softcap is not None:
             _in_range("logit_softcap", self.logit_softcap, 0.0, math.inf, above=True)
@@ -161,6 +189,11 @@ class Objective:
     def spans_sequences(self) -> bool:
         """Whether the surrogate of a token depends on the current log-probs of its whole sequence."""
         return self.ratio != "token" or self.surrogate in ("gmpo", "vespo")
+
+    @property
+    def spans_batches(self) -> bool:
+        """Whether the surrogate of a token depends on the log-probs of all tokens of the call."""
+        return self.surrogate in ("clip_cov", "kl_cov")
 
     @property
     def corrects_sequences(self) -> bool:

@@ -161,6 +161,55 @@ def vespo_weights(
     return (decay + k * log_w - decay * log_w.exp()).exp()
 
 
+def dppo_surrogate(
+    logps: Tensor, old_logps: Tensor, ratios: Tensor, advantages: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DPPO with the binary total variation (arXiv 2602.04879), negated: no clip, but 0 for a token whose probability
+    has moved further than its bound in the direction of its advantage; and which ones, [N]."""
+    moved = (logps.exp() - old_logps.exp()).detach()
+    masked_low = (moved < -objective.clip_low) & (advantages < 0)
+    masked_high = (moved > objective.clip_high) & (advantages > 0)
+    return (-ratios * advantages).masked_fill(masked_low | masked_high, 0.0), masked_low, masked_high
+
+
+def covariances(logps: Tensor, advantages: Tensor) -> Tensor:
+    """Covariance of each token's log-prob and advantage (arXiv 2505.22617), by which its gradient lowers the entropy, a
+    constant; means over all tokens, [N]."""
+    logps = logps.detach()
+    return (logps - logps.mean()) * (advantages - advantages.mean())
+
+
+def clip_cov_surrogate(
+    logps: Tensor, ratios: Tensor, advantages: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clip-Cov (arXiv 2505.22617), negated: the clip, and 0 for tokens drawn from those that are not clipped and whose
+    covariance is within bounds; the drawn ones count as clipped high, [N]."""
+    losses, clipped_low, clipped_high = clip_surrogate(ratios, advantages, objective)
+    cov = covariances(logps, advantages)
+    is_candidate = (cov > objective.clip_cov_low) & (cov < objective.clip_cov_high) & ~clipped_low & ~clipped_high
+    candidates = is_candidate.nonzero().squeeze(1)
+    # seeded by the number of candidates, so that every run draws the same tokens
+    generator = torch.Generator().manual_seed(len(candidates))
+    drawn = torch.randperm(len(candidates), generator=generator)[: num_selected(len(logps), objective)]
+    is_drawn = torch.zeros_like(is_candidate).index_fill(0, candidates[drawn.to(candidates.device)], True)
+    return losses.masked_fill(is_drawn, 0.0), clipped_low, clipped_high | is_drawn
+
+
+def kl_cov_surrogate(
+    logps: Tensor, old_logps: Tensor, ratios: Tensor, advantages: Tensor, objective: Objective
+) -> Tensor:
+    """KL-Cov (arXiv 2505.22617), negated: no clip, and a penalty |logp - old| in nats for the tokens of the largest
+    covariances, [N]."""
+    largest = covariances(logps, advantages).topk(min(num_selected(len(logps), objective), len(logps))).indices
+    weights = torch.zeros_like(logps).index_fill(0, largest, objective.kl_cov_coef)
+    return -ratios * advantages + weights * (logps - old_logps).abs()
+
+
+def num_selected(num_tokens: int, objective: Objective) -> int:
+    """Number of tokens that Clip-Cov draws, or that KL-Cov penalizes."""
+    return max(int(objective.cov_ratio * num_tokens), 1)
+
+
 def kl_penalties(logps: Tensor, ref_logps: Tensor, objective: Objective) -> Tensor:
     """Eq. 3 (k3), or k1 or k2: KL estimate of each token to the reference policy, nats, [N].
 
@@ -219,6 +268,12 @@ def surrogate_terms(
         losses, clipped_low, clipped_high = cispo_surrogate(logps, ratios, advantages, objective)
     elif objective.surrogate == "sapo":
         losses = sapo_surrogate(ratios, advantages, objective)
+    elif objective.surrogate == "dppo_tv":
+        losses, clipped_low, clipped_high = dppo_surrogate(logps, old_logps, ratios, advantages, objective)
+    elif objective.surrogate == "clip_cov":
+        losses, clipped_low, clipped_high = clip_cov_surrogate(logps, ratios, advantages, objective)
+    elif objective.surrogate == "kl_cov":
+        losses = kl_cov_surrogate(logps, old_logps, ratios, advantages, objective)
     elif objective.surrogate == "vespo":
         weights = vespo_weights(logps - old_logps, corrections, advantages, *sequences)
         losses, corrections = -weights * advantages * logps, None

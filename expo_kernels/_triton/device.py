@@ -17,6 +17,8 @@ import triton.language as tl
 
 from expo_kernels._inputs import METRIC_NAMES
 from expo_kernels._triton.slots import (
+    CLIP_HIGH,
+    CLIP_LOW,
     DUAL_CLIP,
     LOG_RATIO_CLAMP,
     RATIO_HIGH,
@@ -90,6 +92,13 @@ def _surrogate(log_ratio, logp, advantage, hyper_ptr, SURROGATE: tl.constexpr, H
         ratio_grad = 0.0 * ratio
         low = low & False
         high = high & False
+    elif SURROGATE == "dppo_tv":
+        # the log-ratio is the token's own
+        moved = tl.exp(logp) - tl.exp(logp - log_ratio)
+        low = (moved < -tl.load(hyper_ptr + CLIP_LOW)) & (advantage < 0)
+        high = (moved > tl.load(hyper_ptr + CLIP_HIGH)) & (advantage > 0)
+        loss = tl.where(low | high, 0.0, -ratio * advantage)
+        ratio_grad = tl.where(low | high, 0.0, -advantage * ratio_grad)
     elif SURROGATE == "gmpo":
         # the log-ratio is the mean of the sequence's clipped log-ratios
         loss = -ratio * advantage

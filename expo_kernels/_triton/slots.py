@@ -14,7 +14,13 @@ from expo_kernels.objective import Objective
 
 REWARD_SCALE_EPS = 1e-6  # the default of `group_advantages`: added to the group's std before division
 
-_NUMBERS = [field.name for field in fields(Objective) if {int, float} & {field.type, *get_args(field.type)}]
+# settings of surrogates that no kernel computes
+_UNREAD = ("cov_ratio", "clip_cov_low", "clip_cov_high", "kl_cov_coef")
+_NUMBERS = [
+    field.name
+    for field in fields(Objective)
+    if {int, float} & {field.type, *get_args(field.type)} and field.name not in _UNREAD
+]
 
 HYPER_PARAMETERS = (
     "temperature",  # first: at another index the largest kernel spills on sm_80

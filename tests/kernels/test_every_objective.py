@@ -17,7 +17,7 @@ from tests.numerics import make_batch
 pytestmark = pytest.mark.medium
 
 OPTIONS = {
-    "surrogate": ["clip", "cispo", "sapo", "gmpo", "vespo"],
+    "surrogate": ["clip", "cispo", "sapo", "gmpo", "vespo", "dppo_tv", "clip_cov", "kl_cov"],
     "ratio": ["token", "sequence", "sequence_token"],
     "dual_clip": [None, 1.3],
     "kl": ["k1", "k2", "k3"],
@@ -35,6 +35,7 @@ LEVELS = ("log-probs", "logits", "hidden")
 SETTINGS = {
     "clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.3, "ratio": "sequence", "sapo_tau_pos": 1.3, "sapo_tau_neg": 0.8,
     "vespo_k_pos": 1.5, "vespo_k_neg": 0.9, "vespo_lambda_pos": 1.2, "vespo_lambda_neg": 2.5,
+    "cov_ratio": 0.3, "clip_cov_low": 0.01, "clip_cov_high": 3.0, "kl_cov_coef": 0.7,
 }  # fmt: skip
 B, T, H, V = 3, 4, 3, 5
 BETA = 0.2
@@ -47,14 +48,14 @@ def cases(surrogate):
         # without ref_logps there is no penalty, and beta = 0 is valid with any estimator
         if not case["ref_logps"] and case["kl"] != "k3":
             continue
-        # the loss from log-probs, the only one of each token, has no entropy
-        if case["aggregation"] != "none" or not case["entropy_bonus"]:
+        # the loss from log-probs has no entropy
+        if len(levels_of(case)) > 1 or not case["entropy_bonus"]:
             yield case
 
 
 def levels_of(case):
     """The levels at which a case is valid."""
-    if case["aggregation"] == "none":
+    if case["aggregation"] == "none" or case["surrogate"] in ("clip_cov", "kl_cov"):
         return LEVELS[:1]
     return LEVELS[case["entropy_bonus"] > 0 :]
 
@@ -64,7 +65,7 @@ def refusal(case):
     surrogate, correction = case["surrogate"], case["rollout_correction"]
     if case["dual_clip"] is not None and surrogate != "clip":
         return "dual_clip=1.3 has no effect"
-    if case["ratio"] != "token" and surrogate in ("gmpo", "vespo"):
+    if case["ratio"] != "token" and surrogate not in READ_BY["ratio"]:
         return f"ratio='{case['ratio']}' has no effect"
     if case["ratio"] == "sequence_token" and surrogate == "cispo":
         return 'ratio="sequence_token" has no effect with surrogate "cispo"'
@@ -76,7 +77,7 @@ def refusal(case):
 
 
 def make_objective(case):
-    settings = {name: value for name, value in SETTINGS.items() if name.startswith(("clip", "sapo", "vespo"))}
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("dual_clip", "ratio")}
     settings = {name: value for name, value in settings.items() if case["surrogate"] in READ_BY[name]}
     if case["rollout_correction"] is not None:
         # the geometric means of the batch's sequences are 0.97, 0.94 and 1.11

@@ -26,6 +26,8 @@ from expo_kernels import Objective
         ({"rollout_cap": 0.0}, "rollout_cap"),
         ({"rollout_floor": 3.0, "rollout_correction": "token"}, "rollout_floor is 3.0"),
         ({"vespo_k_pos": 0.0, "surrogate": "vespo"}, "vespo_k_pos"),
+        ({"cov_ratio": 0.0, "surrogate": "kl_cov"}, "cov_ratio is 0.0"),
+        ({"clip_cov_high": 0.5, "surrogate": "clip_cov"}, "clip_cov_high is 0.5; expected a finite number > 1"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"dual_clip": 3.0, "surrogate": "cispo"}, "dual_clip=3.0 has no effect"),
         ({"aggregation": "constant"}, "give it"),

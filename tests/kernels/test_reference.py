@@ -128,6 +128,60 @@ def test_vespo_takes_the_rollout_correction_into_its_ratio():
     assert made.losses.tolist() == pytest.approx([2.25 * math.exp(-1.5)] * 2)
 
 
+def test_dppo_masks_a_token_whose_probability_moved_too_far_and_no_small_one():
+    # from 0.5 to 0.75: by 0.25; from 0.01 to 0.03: the ratio is 3, but the probability moves by 0.02
+    logps, old = [math.log(0.75), math.log(0.03), math.log(0.25)], [math.log(0.5), math.log(0.01), math.log(0.5)]
+    for advantage, losses, high, low in (
+        (2.0, [0.0, -6.0, -1.0], [True, False, False], [False] * 3),
+        (-2.0, [3.0, 6.0, 0.0], [False] * 3, [False, False, True]),
+    ):
+        made = terms(logps, old, advantages=[advantage], surrogate="dppo_tv")
+        assert made.losses.tolist() == pytest.approx(losses)
+        assert made.clipped_high.tolist() == high
+        assert made.clipped_low.tolist() == low
+
+
+# log-probs -3, -2, -1, 0 (mean -1.5) and advantages -1, 0, 0, 1 (mean 0): covariances 1.5, 0, 0, 1.5
+COV_LOGPS, COV_ADVANTAGES = doubles(-3.0, -2.0, -1.0, 0.0), doubles(-1.0, 0.0, 0.0, 1.0)
+
+
+def test_covariances_of_log_probs_and_advantages():
+    assert reference.covariances(COV_LOGPS, COV_ADVANTAGES).tolist() == [1.5, 0.0, 0.0, 1.5]
+
+
+@pytest.mark.parametrize(("share", "num_drawn"), [(0.01, 1), (0.5, 2), (1.0, 2)])
+def test_clip_cov_drops_tokens_drawn_from_those_within_its_bounds(share, num_drawn):
+    objective = Objective(surrogate="clip_cov", cov_ratio=share)
+    losses, low, high = reference.clip_cov_surrogate(COV_LOGPS, torch.ones(4).double(), COV_ADVANTAGES, objective)
+    assert int((losses == 0).sum()) == 2 + num_drawn
+    assert high.tolist() == [
+        bool(loss == 0 and advantage) for loss, advantage in zip(losses, COV_ADVANTAGES, strict=True)
+    ]
+    assert not low.any()
+
+
+def test_clip_cov_draws_no_token_that_is_clipped_or_out_of_its_bounds():
+    ratios = doubles(1.0, 1.0, 1.0, 1.5)
+    made = reference.clip_cov_surrogate(
+        COV_LOGPS, ratios, COV_ADVANTAGES, Objective(surrogate="clip_cov", cov_ratio=1.0)
+    )
+    assert made[0].tolist() == pytest.approx([0.0, 0.0, 0.0, -1.2])
+    objective = Objective(surrogate="clip_cov", cov_ratio=1.0, clip_cov_high=1.4)
+    assert reference.clip_cov_surrogate(COV_LOGPS, ratios, COV_ADVANTAGES, objective)[0].tolist() == pytest.approx(
+        [1.0, 0.0, 0.0, -1.2]
+    )
+
+
+def test_kl_cov_penalizes_the_tokens_of_the_largest_covariances_and_does_not_clip():
+    # the first covariance is -1.5 * -1.75 and the last 1.5 * 1.25; one token of four is selected
+    logps, advantages = COV_LOGPS, doubles(-2.0, 0.0, 0.0, 1.0)
+    old = logps - math.log(2.0)
+    made = reference.kl_cov_surrogate(
+        logps, old, doubles(2.0, 2.0, 2.0, 2.0), advantages, Objective(surrogate="kl_cov", kl_cov_coef=3.0)
+    )
+    assert made.tolist() == pytest.approx([4.0 + 3.0 * math.log(2.0), 0.0, 0.0, -2.0])
+
+
 def test_sequence_ratio_is_the_geometric_mean():
     # ratios 2 and 8 in one sequence: geometric mean 4; a single ratio of 3 in another
     made = terms([math.log(2), math.log(8), math.log(3)], [0.0] * 3, sequences=[0, 0, 1], ratio="sequence")

@@ -240,6 +240,8 @@ TOKEN_LEVEL = {
     "rollout": Objective(rollout_correction="token", rollout_cap=1.1, rollout_floor=0.9),
     "icepop": Objective(rollout_correction="token_mask", rollout_cap=1.2, rollout_floor=0.8),
     "narrow clamp": Objective(log_ratio_clamp=0.2),
+    "dppo": Objective(surrogate="dppo_tv", clip_low=0.01, clip_high=0.02),
+    "dppo clamp": Objective(surrogate="dppo_tv", clip_low=0.02, log_ratio_clamp=0.2, rollout_correction="token"),
     "cispo without a lower bound": Objective(surrogate="cispo", clip_low=10.0, aggregation="token"),
 }
 SEQUENCE_LEVEL = {
