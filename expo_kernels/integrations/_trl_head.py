@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from expo_kernels._head_module import head_tensors
 from expo_kernels.logps import linear_token_logps
 from expo_kernels.objective import Objective
 
@@ -25,11 +26,35 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
+def logit_scale(text_config: Any) -> float:
+    """Factor by which the model multiplies its logits before a softcap, from the fields that TRL reads."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        if (factor := getattr(text_config, name, None)) is not None:
+            return float(factor)
+    if (scaling := getattr(text_config, "logits_scaling", None)) is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by it
+    return float(scaling) if text_config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def check_head(model: Any) -> None:
+    """Refuse a head whose output is not that of a weight and a bias.
+
+    Raises:
+        NotImplementedError: it is such a head.
+    """
+    try:
+        head_tensors(base_model(model).get_output_embeddings(), None)
+    except (TypeError, ValueError) as error:
+        raise NotImplementedError(f"lm_head is not supported: {error}") from error
+
+
 def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | None, *, in_float32: bool) -> None:
     """Patch forward: `model(..., expo_head=f)` returns f(hidden states, weight, bias); log-probs use our head.
 
     TRL calls the model with `fused_lm_head=True` for log-probs, also under the old and the reference policy. Computing
-    all of them with the same code keeps ratios exactly 1 and the KL exactly 0 before the first update.
+    all of them with the same code keeps ratios exactly 1 and the KL exactly 0 before the first update. With
+    `output_router_logits=True` the result has an entry `aux_loss` as well.
 
     Args:
         model: a transformers model that TRL has patched with its fused head.
@@ -54,15 +79,19 @@ def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | N
         if expo_head is None:
             return trls(*args, labels=labels, **options)
         options["use_cache"] = False
-        hidden = self.base_model(*args, **options).last_hidden_state
-        head = self.get_output_embeddings()  # looked up in every call, because it may have been replaced
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            weight = head.weight
+        output = self.base_model(*args, **options)
+        hidden = output.last_hidden_state
+        # looked up in every call, because it may have been replaced; PEFT's `modules_to_save` has a copy to train
+        weight, bias = head_tensors(self.get_output_embeddings(), None)
+        with maybe_gather_lm_head_ctx(weight, bias):
             if torch.is_autocast_enabled(hidden.device.type) and not in_float32:
                 # autocast casts the inputs of a linear layer, but not those of our ops
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
-            return expo_head(hidden, weight, head.bias)
+            made = expo_head(hidden, weight, bias)
+        if options.get("output_router_logits"):
+            made["aux_loss"] = _aux_loss(self, output, options)
+        return made
 
     model.forward = types.MethodType(forward, model)
 
@@ -85,3 +114,13 @@ def _logps_head(labels: Tensor, objective: Objective, budget_mb: float | None) -
         return FusedCausalLMOutput(log_probs=logps)
 
     return head
+
+
+def _aux_loss(model: Any, output: Any, options: dict[str, Any]) -> Any:
+    """The load-balancing loss of the routers, 0-dim (Switch Transformer, arXiv 2101.03961), as transformers has it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    experts = config.num_experts, config.num_experts_per_tok
+    aux_loss: Any = load_balancing_loss_func(output.router_logits, *experts, options.get("attention_mask"))
+    return aux_loss

@@ -54,7 +54,7 @@ class TrlLoss:
     """Number of tokens, the divisor of "dr_grpo"; unused by the other loss types."""
 
     delta: float | None
-    """Upper bound of the ratio for negative advantages; None: no bound."""
+    """Upper bound of the unclipped ratio; None: no bound."""
 
     use_bias_correction_kl: bool
     """Multiply the KL penalty by the ratio."""
@@ -78,7 +78,10 @@ class TrlLoss:
     """The decay rate for negative advantages."""
 
     logit_softcap: float | None = None
-    """Softcap of the model's logits; None: no cap."""
+    """Softcap of the model's logits, after `logit_scale`; None: no cap."""
+
+    logit_scale: float = 1.0
+    """Factor by which the model multiplies its logits."""
 
     def objective(self) -> Objective:
         """The objective that these settings describe.
@@ -94,9 +97,9 @@ class TrlLoss:
                 'use_bias_correction_kl with importance_sampling_level="sequence" weighs each token\'s KL by a ratio '
                 "of its sequence, which is not supported; set use_bias_correction_kl=False or beta=0.0"
             )
-        _check_clip_range(surrogate, self.epsilon_high, self.delta)
+        self._check_ranges(surrogate)
         read_by: dict[str, dict[str, Any]] = {
-            "clip": {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "dual_clip": self.delta},
+            "clip": {"clip_low": self.epsilon_low, **self._upper_bounds()},
             "cispo": {"clip_low": 1.0, "clip_high": self.epsilon_high - 1.0},
             "sapo": {"sapo_tau_pos": self.sapo_temperature_pos, "sapo_tau_neg": self.sapo_temperature_neg},
             "vespo": {name: getattr(self, name) for name in VESPO_SETTINGS},
@@ -107,10 +110,35 @@ class TrlLoss:
             kl_importance_weighted=corrects_kl,
             aggregation=aggregation,
             max_completion_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
-            temperature=self.temperature,
-            logit_softcap=self.logit_softcap,
+            # scale * cap' * tanh(logits / cap') / T with cap' = cap / scale: both settings divide by the scale
+            temperature=self.temperature / self.logit_scale,
+            logit_softcap=None if self.logit_softcap is None else self.logit_softcap / self.logit_scale,
             **read_by[surrogate],
         )
+
+    def _upper_bounds(self) -> dict[str, float | None]:
+        """min(min(r, delta) A, clip(r) A): the lower of both bounds holds for A > 0, the higher one for A < 0."""
+        if self.delta is None:
+            return {"clip_high": self.epsilon_high}
+        return {
+            "clip_high": min(self.epsilon_high, self.delta - 1.0),
+            "dual_clip": max(1.0 + self.epsilon_high, self.delta),
+        }
+
+    def _check_ranges(self, surrogate: Surrogate) -> None:
+        if self.logit_scale <= 0.0:
+            raise ValueError(f"the model multiplies its logits by {self.logit_scale}; expected a factor > 0")
+        if surrogate == "cispo" and self.epsilon_high < 1.0:
+            raise ValueError(
+                f'epsilon_high is {self.epsilon_high}, but for loss_type "cispo" it bounds the ratio itself, '
+                "which starts at 1; give one >= 1 (5.0 in the ScaleRL recipe)"
+            )
+        if self.delta is None:
+            return
+        if surrogate != "clip":
+            raise ValueError(f'delta={self.delta} has no effect with the surrogate "{surrogate}"; leave it out')
+        if self.delta < 1.0:
+            raise ValueError(f"delta is {self.delta}, but ratios start at 1; expected a bound >= 1")
 
 
 def check_loss_type(loss_type: str) -> None:
@@ -163,17 +191,3 @@ def with_correction(
         )
     corrected = dataclasses.replace(objective, rollout_correction="token", rollout_cap=math.exp(_LOG_RATIO_CLAMP))
     return {"objective": corrected, "advantages": advantages, "rollout_logps": old_logps - ratio.log()}
-
-
-def _check_clip_range(surrogate: Surrogate, epsilon_high: float, delta: float | None) -> None:
-    if surrogate == "cispo" and epsilon_high < 1.0:
-        raise ValueError(
-            f'epsilon_high is {epsilon_high}, but for loss_type "cispo" it bounds the ratio itself, '
-            "which starts at 1; give one >= 1 (5.0 in the ScaleRL recipe)"
-        )
-    if delta is None:
-        return
-    if surrogate != "clip":
-        raise ValueError(f'delta={delta} has no effect with the surrogate "{surrogate}"; leave it out')
-    if delta <= 1.0 + epsilon_high:
-        raise ValueError(f"delta is {delta}; expected a bound above 1 + epsilon_high = {1.0 + epsilon_high}")

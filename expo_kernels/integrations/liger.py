@@ -34,7 +34,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         sapo_temperature_pos: sharpness of SAPO's gate for positive advantages.
         sapo_temperature_neg: sharpness of SAPO's gate for all other advantages.
         temperature: > 0; logits are divided by it.
-        delta: upper bound of the ratio for negative advantages, > 1 + epsilon_high; None: no bound.
+        delta: upper bound of the unclipped ratio, >= 1; None: no bound.
         use_bias_correction_kl: multiply the KL penalty by the token's ratio.
         vespo_k_pos: exponent of the sequence's ratio in VESPO's weight for advantages >= 0; only for "vespo".
         vespo_lambda_pos: decay rate of that weight; only for "vespo".

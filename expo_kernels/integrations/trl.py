@@ -2,10 +2,10 @@
 
     from expo_kernels.integrations.trl import ExpoGRPOTrainer  # in place of trl.GRPOTrainer
 
-Generation, rewards, advantages and logging are TRL's. The head is applied inside the model's forward, where ZeRO 3 can
-gather it. Source: TRL 1.16; FG-ExPO (arXiv 2605.11403) eq. 4 to 8 and algorithm 1.
+Generation, rewards, advantages and logging are TRL's; the loss is in `_trl_linear.py`. Source: TRL 1.16; FG-ExPO (arXiv
+2605.11403) eq. 4 to 8 and algorithm 1.
 
-Letters: B sequences, T completion positions, L positions of prompt and completion, V vocabulary, H hidden.
+Letters: B sequences, T completion positions, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -18,31 +18,19 @@ from torch import Tensor, nn
 from expo_kernels.advantages import akl_beta
 from expo_kernels.curriculum import CurriculumTable
 from expo_kernels.integrations import _host
-from expo_kernels.integrations._trl_loss import WINDOW_LOSS_TYPES, TrlLoss, check_loss_type, with_correction
-from expo_kernels.linear_loss import linear_expo_loss
-from expo_kernels.objective import Objective
 
 _host.check_version("trl", at_least=(1, 16), below=(1, 17))
 
 # imported after the check of the version
 from datasets import Dataset  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig  # noqa: E402
 
-from expo_kernels.integrations._trl_head import apply_head_in_forward, base_model  # noqa: E402
+from expo_kernels.integrations._trl_linear import LinearGRPOTrainer  # noqa: E402
 
-# options of GRPOConfig that this loss does not support, each with the value that disables it
-_REFUSED = {
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-}
-# fields of a model's config that scale its logits
-_LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _STATE_FILE = "expo_curriculum.pt"
 
 
-class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class ExpoGRPOTrainer(LinearGRPOTrainer):
     """TRL's GRPOTrainer with EXPO: batch accuracy scales the KL weight, and pass rates determine sampling.
 
     With rho="constant" and curriculum="uniform" it is GRPO and gives TRL's own numbers, without [B, T, V] logits. It
@@ -84,43 +72,22 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         gradient_tolerance: float = 0.0,
         **options: Any,
     ) -> None:
-        if args is not None:  # before a model loads
-            _check_config(args)
-        super().__init__(model, reward_funcs, args, *positional, **options)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            *positional,
+            logits_budget_mb=logits_budget_mb,
+            gradient_tolerance=gradient_tolerance,
+            **options,
+        )
         self._accuracy_index = self._find_accuracy(accuracy_reward)
-        self._rho, self._budget_mb, self._gradient_tolerance = rho, logits_budget_mb, gradient_tolerance
+        self._rho = rho
         self.curriculum = self._make_curriculum(curriculum)
         self._generator = torch.Generator(self.curriculum.pass_rates.device if self.curriculum else "cpu")
         self._generator.manual_seed(self.args.seed)
-        self._check_model()
-        self._objective = self._make_objective()
         self._beta_eff = torch.tensor(float(self.beta), device=self.accelerator.device)
         self._scores = torch.empty(0)
-        for scored in filter(None, (self.model, self.ref_model)):
-            inner = base_model(self.accelerator.unwrap_model(scored))
-            in_float32 = self.args.cast_lm_head_to_fp32
-            apply_head_in_forward(inner, self._objective, logits_budget_mb, in_float32=in_float32)
-
-    def _make_objective(self) -> Objective:
-        args = self.args
-        return TrlLoss(
-            loss_type=args.loss_type,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            beta=self.beta,
-            temperature=self.temperature,
-            importance_sampling_level=args.importance_sampling_level,
-            max_completion_length=self.max_completion_length,
-            delta=args.delta,
-            use_bias_correction_kl=args.use_bias_correction_kl,
-            sapo_temperature_pos=args.sapo_temperature_pos,
-            sapo_temperature_neg=args.sapo_temperature_neg,
-            vespo_k_pos=args.vespo_k_pos,
-            vespo_lambda_pos=args.vespo_lambda_pos,
-            vespo_k_neg=args.vespo_k_neg,
-            vespo_lambda_neg=args.vespo_lambda_neg,
-            logit_softcap=getattr(self.model.config.get_text_config(), "final_logit_softcapping", None),
-        ).objective()
 
     def _make_curriculum(self, curriculum: str | CurriculumTable) -> CurriculumTable | None:
         if curriculum == "uniform":
@@ -151,21 +118,6 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if name is not None and name not in names:
             raise ValueError(f"accuracy_reward is {name!r}; expected one of {', '.join(map(repr, names))}")
         return 0 if name is None else names.index(name)
-
-    def _check_model(self) -> None:
-        if self.is_fsdp_enabled:
-            raise NotImplementedError("FSDP is not supported yet: it shards lm_head; use DDP or DeepSpeed")
-        if self.aux_loss_enabled:
-            raise NotImplementedError("the router's auxiliary loss is not supported; set router_aux_loss_coef=0.0")
-        config = self.model.config.get_text_config()
-        if scales := [name for name in _LOGIT_SCALES if getattr(config, name, None) not in (None, 1.0)]:
-            raise NotImplementedError(f"the model's config has {scales[0]}: scaled logits are not supported yet")
-        head = base_model(self.model).get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise NotImplementedError(
-                f"lm_head is a {type(head).__module__}.{type(head).__name__}, of which the loss would read the weight "
-                "alone; leave lm_head out of target_modules, modules_to_save and trainable_token_indices"
-            )
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._questions = self.train_dataset if dataset is None else dataset
@@ -222,73 +174,8 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         curriculum.update(question_ids[is_graded], pass_rates[is_graded])
         self._log_value("curriculum/effective_sample_size", curriculum.effective_sample_size)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if "pixel_values" in inputs:
-            raise NotImplementedError("images in prompts are not supported yet; train with text alone")
-        ids, attended = inputs["completion_ids"], inputs["completion_mask"]
-        mask = attended * inputs["tool_mask"] if "tool_mask" in inputs else attended
-        old_logps = inputs.get("old_per_token_logps")
-        corrected = with_correction(
-            self._objective, inputs["advantages"], inputs.get("importance_sampling_ratio"), old_logps, mask
-        )
-
-        def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-            made = linear_expo_loss(
-                hidden[:, -ids.shape[1] - 1 : -1],  # the last position predicts nothing
-                weight,
-                ids,
-                mask,
-                bias=bias,
-                logits_budget_mb=self._budget_mb,
-                gradient_tolerance=self._gradient_tolerance,
-                old_logps=old_logps,
-                ref_logps=inputs.get("ref_per_token_logps"),
-                beta=0.0 if self.beta == 0.0 else self._beta_eff,
-                normalizer=self._normalizer(inputs, mask),
-                return_entropy=True,
-                **corrected,
-            )
-            return {"loss": made.loss, **made.metrics}
-
-        with self.accelerator.autocast():
-            output = model(
-                input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], attended], dim=1),
-                expo_head=loss_of,
-            )
-        self._log_loss(output)
-        loss: Tensor = output["loss"]
-        return loss
-
-    def _normalizer(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | float:
-        """The denominator over the accumulation window, as in TRL; gradients are averaged over ranks afterwards."""
-        is_training = self.model.training
-        steps = self.current_gradient_accumulation_steps if is_training else 1
-        if self.args.loss_type in WINDOW_LOSS_TYPES:
-            # tokens of the whole generation batch, which contains this window
-            tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            return tokens * steps / self.args.steps_per_generation if is_training else tokens
-        if self._objective.aggregation == "token":
-            return mask.sum().clamp(min=1) * steps
-        return float(mask.shape[0] * steps)
-
-    def _log_loss(self, output: dict[str, Tensor]) -> None:
-        names = ("kl", "entropy", "clip_low_fraction", "clip_high_fraction")
-        sums = torch.stack([output[name] for name in names] + [torch.ones_like(output["tokens"])]) * output["tokens"]
-        *sums, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        kl, entropy, clipped_low, clipped_high = (value / max(tokens, 1.0) for value in sums)
-        if self.beta != 0.0:
-            self._log_value("kl", kl)
-        self._log_value("entropy", entropy)
-        self._log_value("clip_ratio/low_mean", clipped_low)
-        self._log_value("clip_ratio/high_mean", clipped_high)
-        self._log_value("clip_ratio/region_mean", clipped_low + clipped_high)
-        for name in ("ratio_max", "gradient_error_bound"):
-            if name in output:
-                self._log_value(name, self.accelerator.gather(output[name]).max())
-
-    def _log_value(self, name: str, value: Tensor | float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+    def _penalty_weight(self) -> Tensor:
+        return self._beta_eff
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -311,10 +198,3 @@ class ExpoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.curriculum.load_state_dict(state["table"])
         self._generator.set_state(state["generator"])
-
-
-def _check_config(args: GRPOConfig) -> None:
-    check_loss_type(args.loss_type)
-    for name, neutral in _REFUSED.items():
-        if getattr(args, name) != neutral:
-            raise ValueError(f"{name}={getattr(args, name)!r} would be ignored; leave it at {neutral!r}")

@@ -102,6 +102,7 @@ def test_loss_metrics_and_gradients_are_ligers(liger, loss_type, settings):
         ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, {}),
         ({"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0}, {}),
         ({"loss_type": "dapo", "delta": 1.5}, {}),
+        ({"loss_type": "dapo", "delta": 1.1}, {}),
         ({"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5}, {}),
         ({"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_pos": 1.2}, {}),
         ({"loss_type": "vespo", "vespo_k_neg": 0.9, "vespo_lambda_neg": 2.5, "beta": 0.0}, {}),

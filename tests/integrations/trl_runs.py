@@ -6,12 +6,24 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from trl import GRPOConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from trl import GRPOConfig, GRPOTrainer
+
+from expo_kernels.integrations.trl import ExpoGRPOTrainer
 
 LEDGER_MODEL = Path(__file__).parents[2] / "expo" / "ledger" / "model"
 QUESTIONS = ["3+8=", "9-2=", "4+4=", "7-5=", "1+6=", "8-3=", "5+5=", "6-6="]
 GROUP_SIZE, MAX_LENGTH, STEPS = 4, 8, 5
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
 
 
 class Run(NamedTuple):
@@ -19,25 +31,13 @@ class Run(NamedTuple):
     parameters: dict[str, torch.Tensor]
 
 
-def save_model(folder: Path) -> Path:
-    """A Qwen3 of two layers with random weights, and the ledger's tokenizer."""
+def save_model(folder: Path, config_class: Any = Qwen3Config, **settings: Any) -> Path:
+    """A causal language model of two layers with random weights, and the ledger's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(LEDGER_MODEL, padding_side="left")
     torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + 5,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = config_class(vocab_size=len(tokenizer) + 5, **SIZES | ids | settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -84,14 +84,28 @@ SETTINGS = {
 def make_trainer(trainer_class: Any, folder: Path, *, lora: bool = False, extra: dict | None = None, **settings: Any):
     """The trainer; `extra` goes to its constructor, `settings` to its GRPOConfig."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights="gaussian")
-    options = {"reward_funcs": score, "rollout_func": roll_out, "peft_config": adapter if lora else None}
-    return trainer_class(
-        str(folder),
-        args=GRPOConfig(**SETTINGS | {"output_dir": str(folder.parent / "run")} | settings),
-        train_dataset=Dataset.from_dict({"prompt": QUESTIONS}),
-        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
-        **options | (extra or {}),
-    )
+    options = {
+        "reward_funcs": score,
+        "rollout_func": roll_out,
+        "train_dataset": Dataset.from_dict({"prompt": QUESTIONS}),
+        "processing_class": AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        "peft_config": adapter if lora else None,
+    }
+    arguments = GRPOConfig(**SETTINGS | {"output_dir": str(folder.parent / "run")} | settings)
+    return trainer_class(str(folder), args=arguments, **options | (extra or {}))
+
+
+PLAIN = {"rho": "constant", "curriculum": "uniform"}
+EPSILON_HIGH = {"cispo": 1.5}  # for "cispo" the upper bound of the ratio itself
+
+
+def compare(folder: Path, *, extra: dict | None = None, tolerance: float = 1e-5, **settings: Any) -> Run:
+    """Run TRL's trainer and ours as plain GRPO with these settings of TRL, check that both are equal, return ours."""
+    settings.setdefault("epsilon_high", EPSILON_HIGH.get(settings.get("loss_type"), 0.28))
+    theirs = run(make_trainer(GRPOTrainer, folder, extra=extra, **settings))
+    ours = run(make_trainer(ExpoGRPOTrainer, folder, extra=PLAIN | (extra or {}), **settings))
+    assert_same(ours, theirs, tolerance)
+    return ours
 
 
 def run(trainer: Any) -> Run:
@@ -103,10 +117,10 @@ def run(trainer: Any) -> Run:
 
 
 def assert_same(ours: Run, theirs: Run, tolerance: float = 1e-5) -> None:
-    """Compare loss, KL, entropy and gradient norm of every step, and the final parameters, to `tolerance`."""
+    """Compare the losses, KL, entropy, gradient norm of every step, and the final parameters, to `tolerance`."""
     assert len(ours.history) == len(theirs.history) > 0
     for mine, other in zip(ours.history, theirs.history, strict=True):
-        for name in ("loss", "kl", "entropy", "grad_norm", "reward"):
+        for name in ("loss", "kl", "entropy", "grad_norm", "reward", "policy_loss", "entropy_coef", "aux_loss"):
             assert (name in mine) == (name in other)
             if name in mine:
                 assert abs(mine[name] - other[name]) <= tolerance * max(1.0, abs(other[name])), (name, mine, other)
