@@ -247,6 +247,6 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
 def _check_config(args: GRPOConfig) -> None:
     check_loss_type(args.loss_type)
-    for name in ("entropy_coef", "entropy_coef_min"):
+    for name in ("beta", "entropy_coef", "entropy_coef_min"):
         if getattr(args, name) < 0.0:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected a weight >= 0 of the entropy bonus")
+            raise ValueError(f"{name} is {getattr(args, name)}; expected a weight >= 0")

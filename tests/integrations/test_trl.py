@@ -21,7 +21,6 @@ from tests.integrations.trl_runs import (
     make_trainer,
     roll_out,
     run,
-    score,
 )
 
 # every pair of two of the three, for each loss type
@@ -216,23 +215,20 @@ def test_a_checkpoint_without_a_table_is_refused(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "extra", "message"),
+    ("settings", "message"),
     [
-        ({"loss_type": "gpg"}, {}, "supported here: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"),
-        ({"entropy_coef": -0.1}, {}, "entropy_coef is -0.1; expected a weight >= 0"),
-        ({"loss_type": "cispo", "epsilon_high": 0.28}, {}, "bounds the ratio itself"),
-        ({"delta": 0.9}, {}, "delta is 0.9, but ratios start at 1"),
-        ({"loss_type": "sapo", "delta": 1.5}, {}, "delta=1.5 has no effect"),
-        ({"beta": 0.02, "importance_sampling_level": "sequence"}, {}, "use_bias_correction_kl"),
-        ({}, {"curriculum": "hard"}, "expected \"gcs\", \"uniform\" or a CurriculumTable"),
-        ({}, {"curriculum": CurriculumTable(3)}, "curriculum has 3 questions, but train_dataset 8"),
-        ({}, {"accuracy_reward": "judge"}, "accuracy_reward is 'judge'; expected one of 'score'"),
+        ({"loss_type": "gpg"}, "supported here: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"),
+        ({"entropy_coef": -0.1}, "entropy_coef is -0.1; expected a weight >= 0"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "bounds the ratio itself"),
+        ({"delta": 0.9}, "delta is 0.9, but ratios start at 1"),
+        ({"loss_type": "sapo", "delta": 1.5}, "delta=1.5 has no effect"),
+        ({"beta": 0.02, "importance_sampling_level": "sequence"}, "use_bias_correction_kl"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
-)  # fmt: skip
-def test_what_would_be_ignored_is_refused(tiny_model, settings, extra, message):
+)
+def test_what_an_objective_cannot_express_is_refused(tiny_model, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(ExpoGRPOTrainer, tiny_model, extra=extra, **settings)
+        make_trainer(ExpoGRPOTrainer, tiny_model, **settings)
 
 
 def test_every_option_that_trls_loss_reads_is_mapped():
@@ -246,40 +242,6 @@ def test_every_option_that_trls_loss_reads_is_mapped():
     # settings that `importance_sampling_ratio` already contains
     ours |= {"use_vllm", "vllm_importance_sampling_correction"}
     assert options(GRPOTrainer._compute_loss) - ours == set()
-
-
-def test_two_reward_functions_need_a_name_for_accuracy(tiny_model):
-    def length(completion_ids, **_):
-        return [float(len(ids)) for ids in completion_ids]
-
-    both = {"reward_funcs": [length, score]}
-    with pytest.raises(ValueError, match="there are 2 reward functions"):
-        make_trainer(ExpoGRPOTrainer, tiny_model, extra=both)
-    named = run(make_trainer(ExpoGRPOTrainer, tiny_model, extra=both | {"accuracy_reward": "score"}))
-    assert named.history[0]["accuracy"] == pytest.approx(named.history[0]["rewards/score/mean"])
-
-
-@pytest.mark.parametrize(
-    ("extra", "is_refused"),
-    [
-        ({}, True),
-        ({"curriculum": "uniform"}, True),
-        ({"rho": "constant"}, True),
-        (PLAIN, False),
-    ],
-    ids=["expo", "uniform", "constant", "plain"],
-)
-@pytest.mark.parametrize("values", [(-9.0, 10.0), (0.5, 1.5)])  # the mean of the first pair is an accuracy
-def test_scores_that_are_no_accuracies_are_refused_where_they_are_read(tiny_model, extra, is_refused, values):
-    def length(completion_ids, **_):
-        return [values[index % 2] for index, _ in enumerate(completion_ids)]
-
-    trainer = make_trainer(ExpoGRPOTrainer, tiny_model, extra=extra | {"reward_funcs": length}, max_steps=1)
-    if is_refused:
-        with pytest.raises(ValueError, match=r"reward function 'length' gave the score .* accuracies in \[0, 1\]"):
-            trainer.train()
-    else:
-        assert "accuracy" not in run(trainer).history[0]
 
 
 def test_unscored_replies_change_neither_beta_nor_the_table(tiny_model):
