@@ -132,7 +132,7 @@ class RunConfig(Config):
             )
         if ahead and not self.objective.rollout_correction and self.policy.old_logps != "rollout":
             raise ValueError(
-                f"rollout.ahead = {ahead} trains on replies of weights that are {ahead} steps old, for which nothing "
+                f"rollout.ahead = {ahead} trains on replies of earlier weights, for which nothing "
                 f"corrects; set objective.rollout_correction = token, or policy.old_logps = rollout"
             )
 

@@ -224,7 +224,7 @@ def test_groups_without_signal_are_replaced_ahead_too(tmp_path):
     ("settings", "message"),
     [
         ({"rollout.engine": "transformers"}, "rollout.ahead = 1 needs rollout.engine = vllm-server"),
-        ({"objective.rollout_correction": None}, "rollout.ahead = 1 trains on replies of weights that are 1 steps old"),
+        ({"objective.rollout_correction": None}, "rollout.ahead = 1 trains on replies of earlier weights"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
