@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,12 @@ def partitioned_loading(section: PolicySection) -> Iterator[None]:
         del hf_config
 
 
-def gathered_parameters(model: Any, dtype: torch.dtype, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
-    """An unsharded copy of every parameter in `dtype` with its name; all ranks iterate together."""
+def gathered_parameters(
+    model: Any, dtype: torch.dtype, zero_stage: int, is_wanted: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """An unsharded copy in `dtype` of every parameter, or of those whose names are wanted, with its name; all ranks
+    iterate together.
+    """
     deepspeed = load_deepspeed()
     bucket: list[tuple[str, Any]] = []
 
@@ -97,6 +101,8 @@ def gathered_parameters(model: Any, dtype: torch.dtype, zero_stage: int) -> Iter
 
     bucket_size = 0
     for name, parameter in model.named_parameters():
+        if is_wanted is not None and not is_wanted(name):
+            continue
         size = num_elements(parameter)
         if bucket and bucket_size + size > GATHER_ELEMENTS:
             yield from flush()

@@ -4,7 +4,8 @@ Source: Hu et al., arXiv 2106.09685. Adapted weights are W + (alpha / rank) B A,
 """
 
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from expo.errors import ConfigError
 from expo.learner.model_folder import make_readable
 
 ADAPTER = "default"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's files
 
 
 def add_adapters(model: Any, rank: int, alpha: int, seed: int = 0) -> None:
@@ -31,17 +33,31 @@ def add_adapters(model: Any, rank: int, alpha: int, seed: int = 0) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError('policy.lora_rank > 0 needs peft: pip install "expo-rl[lora]"') from error
-    head = model.get_output_embeddings()
-    targets = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=linear_layers(model))
     device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(is_adapter(name))
+
+
+def linear_layers(model: Any) -> list[str]:
+    """The names of the layers that `add_adapters` adapts, of a model without adapters."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+
+
+def adapted_layers(model: Any) -> list[str]:
+    """The names of the layers that have adapters."""
+    return [name for name, module in model.named_modules() if _is_adapted(module)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of that name is one of an adapter's two matrices."""
+    return ".lora_" in name
 
 
 @contextmanager
@@ -66,14 +82,38 @@ def merge_adapters(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
     Merged weights are computed in float32 and have the dtype of the base weight.
     """
-    weights = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
-    for name, module in model.named_modules():
-        if not _is_adapted(module) or f"{name}.base_layer.weight" not in state:
+    weights = dict(base_weights(state.items()))
+    for name in adapted_layers(model):
+        if f"{name}.base_layer.weight" not in state:
             continue
+        module = model.get_submodule(name)
         down, up = (state[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "AB")
         base = state[f"{name}.base_layer.weight"]
         weights[f"{name}.weight"] = torch.addmm(base.float(), up, down, alpha=module.scaling[ADAPTER]).to(base.dtype)
     return weights
+
+
+def base_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the adapters, by their names in a model without adapters."""
+    return ((name.replace(".base_layer.", "."), value) for name, value in weights if not is_adapter(name))
+
+
+def scaled_adapters(
+    adapters: Iterable[tuple[str, Tensor]], model: Any, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The matrices A [rank, inputs] and (alpha / rank) B [outputs, rank] of every adapter, rounded to `dtype`.
+
+    Args:
+        adapters: the named parameters of the adapters of `model`, float32.
+        model: has their scaling.
+        dtype: of the result.
+
+    Their names are those of PEFT's files without its prefix: "model.layers.0.mlp.up_proj.lora_A.weight".
+    """
+    for name, value in adapters:
+        layer, matrix = name.removesuffix(f".{ADAPTER}.weight").rsplit(".lora_", 1)
+        scaling = model.get_submodule(layer).scaling[ADAPTER] if matrix == "B" else 1.0
+        yield f"{layer}.lora_{matrix}.weight", (value * scaling).to(dtype)
 
 
 def write_adapter(folder: Path, state: dict[str, Tensor], model: Any, base: str, revision: str | None) -> None:
@@ -94,10 +134,29 @@ def write_adapter(folder: Path, state: dict[str, Tensor], model: Any, base: str,
     adapters = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
         for name, value in state.items()
-        if ".lora_" in name
+        if is_adapter(name)
     }
-    save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    make_readable(folder, "adapter_config.json")
+    save_file(adapters, folder / WEIGHTS, metadata={"format": "pt"})
+    make_readable(folder, CONFIG)
+
+
+def write_zero_adapter(folder: Path, model: Any, rank: int) -> None:
+    """Writes an adapter that changes nothing, as peft does: B = 0, on the first layer that can have one.
+
+    Args:
+        folder: to write into; it exists.
+        model: without adapters; its weights are not used.
+        rank: of the adapter.
+    """
+    name = linear_layers(model)[0]
+    layer = model.get_submodule(name)
+    zeros = {
+        f"base_model.model.{name}.lora_A.weight": torch.zeros(rank, layer.in_features),
+        f"base_model.model.{name}.lora_B.weight": torch.zeros(layer.out_features, rank),
+    }
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [name.rpartition(".")[2]]}
+    (folder / CONFIG).write_text(json.dumps(config))
+    save_file(zeros, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _is_adapted(module: Any) -> bool:

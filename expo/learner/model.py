@@ -17,7 +17,7 @@ from expo.errors import ConfigError
 from expo.learner._compat_deepspeed import is_partitioned
 from expo.learner.batch import Batch
 from expo.learner.model_checks import check_complete, check_logits
-from expo.learner.model_files import check_model_path, hub_options, load_error, load_tokenizer
+from expo.learner.model_files import check_model_path, hub_options, load_error, load_model_config, load_tokenizer
 from expo.runtime.logging_filters import errors_only
 from expo_kernels import Objective, linear_expo_loss, linear_token_logps
 
@@ -99,6 +99,17 @@ def empty_copy(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
         )
     copy.generation_config = model.generation_config
     return copy.eval().requires_grad_(False)
+
+
+def architecture(config: ModelSection) -> Any:
+    """The model of `model.path` without weights, on the device "meta"; only its configuration is read.
+
+    Raises: ConfigError if that does not load.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            load_model_config(config), dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
 
 
 def _turn_off_dropout(model: Any) -> None:

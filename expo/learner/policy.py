@@ -17,7 +17,14 @@ from expo.config import PolicySection, RunConfig
 from expo.learner._compat_deepspeed import num_dimensions, set_gradient_clipping
 from expo.learner.batch import Batch, MicroBatch, MiniBatch, mini_batches
 from expo.learner.deepspeed import gathered_parameters, load_states, partitioned_loading, save_states, start_engine
-from expo.learner.lora import add_adapters, disabled_adapters, merge_adapters
+from expo.learner.lora import (
+    add_adapters,
+    base_weights,
+    disabled_adapters,
+    is_adapter,
+    merge_adapters,
+    scaled_adapters,
+)
 from expo.learner.mismatch import Mismatch
 from expo.learner.model import PolicyModule, check_dtype, load_model, logit_softcap, require_own_logits
 from expo.learner.model_checks import check_finite, check_packing, check_same_weights
@@ -300,6 +307,18 @@ class DeepSpeedPolicy:
         """
         weights = gathered_parameters(self.model, self.dtype, self._section.zero_stage)
         yield from merge_adapters(dict(weights), self.model).items() if self._section.lora_rank else weights
+
+    def named_base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight that LoRA leaves as it is, as `named_weights`; without LoRA, all of them."""
+        stage = self._section.zero_stage
+        return base_weights(gathered_parameters(self.model, self.dtype, stage, lambda name: not is_adapter(name)))
+
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Both matrices of every LoRA adapter, as `scaled_adapters` names and scales them, in `policy.dtype`; all ranks
+        iterate together.
+        """
+        adapters = gathered_parameters(self.model, torch.float32, self._section.zero_stage, is_adapter)
+        return scaled_adapters(adapters, self.model, self.dtype)
 
     def export(self, folder: Path) -> None:
         """Writes safetensors in `policy.dtype`, config and generation config on rank 0; all ranks call it."""

@@ -41,10 +41,14 @@ def describe(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightDescripti
 
 
 class WeightSamples:
-    """Samples of the policy's weights, taken while an engine iterates over them."""
+    """Samples of the policy's weights, taken while an engine iterates over them.
 
-    def __init__(self) -> None:
-        self._samples: dict[str, tuple[list[int], Tensor]] = {}
+    Args:
+        earlier: samples of further weights, which stay as they are; None: there are none.
+    """
+
+    def __init__(self, earlier: "WeightSamples | None" = None) -> None:
+        self._samples: dict[str, tuple[list[int], Tensor]] = {} if earlier is None else dict(earlier._samples)
 
     def record(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields the same weights and samples each."""
