@@ -10,7 +10,9 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import torch
 from expo.config import RunConfig, load_config
 from expo.config.run import MOST_PORT
 from expo.errors import ConfigError
+from expo.learner.lora import linear_layers, write_zero_adapter
+from expo.learner.model import architecture
 from expo.learner.model_files import check_model_path, hub_options
 from expo.rollout.exact import check_exact, set_batch_invariant
-from expo.rollout.vllm._compat import share_port
-from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, version
+from expo.rollout.vllm._compat import ADAPTER_NAME, share_port
+from expo.rollout.vllm.common import MADE_FOR_TEXT, check_vllm, engine_settings, lora_settings, version
 from expo.rollout.vllm.key import VARIABLE, read_key
 from expo.rollout.vllm.supervisor import fork_guarded
 from expo.rollout.vllm.transfer.group import BACKEND
@@ -48,13 +52,16 @@ COMMON = {
     "vllm.tensor_parallel": "GPUs of an engine",
     "vllm.gpu_memory_utilization": "share of a GPU's memory",
     "vllm.transfer": "",
+    "vllm.lora": "",
     "run.device": "",
 }
 """The settings that --help shows."""
 
 
-def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -> list[str]:
-    """The command line of vLLM's HTTP server for a run."""
+def server_arguments(
+    config: RunConfig, host: str, port: int, *, is_cpu: bool, lora: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The command line of vLLM's HTTP server for a run; `lora`: its further arguments, from `adapter_arguments`."""
     settings = {
         "model": check_model_path(config.model),
         **hub_options(config.model),
@@ -72,15 +79,35 @@ def server_arguments(config: RunConfig, host: str, port: int, *, is_cpu: bool) -
             num_replies=config.rollout.batch_size,
             max_tokens=config.max_tokens,
         ),
+        **(lora or {}),
     }
-    return [_flag(name, value) for name, value in settings.items()]
+    return [flag for name, value in settings.items() for flag in _flags(name, value)]
 
 
-def _flag(name: str, value: Any) -> str:
+def _flags(name: str, value: Any) -> list[str]:
     name = name.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name}={value}"
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+
+
+@contextmanager
+def adapter_arguments(config: RunConfig, parent: Path | None) -> Iterator[dict[str, Any]]:
+    """Inside, the server's arguments for vllm.lora; for merged weights there are none.
+
+    vLLM knows adapters by name from its start on, and only from files. Those of an adapter that changes nothing are in
+    a new folder in `parent`; the first weight sync puts the policy's in its place.
+
+    Raises: ConfigError if the model's configuration does not load.
+    """
+    if config.vllm.lora == "merged":
+        yield {}
+        return
+    rank, model = config.policy.lora_rank, architecture(config.model)
+    with tempfile.TemporaryDirectory(prefix="expo-adapter-", dir=parent) as folder:
+        write_zero_adapter(Path(folder), model, rank)
+        module = {"name": ADAPTER_NAME, "path": folder}
+        yield {**lora_settings(rank, linear_layers(model)), "lora_modules": [json.dumps(module)]}
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -130,14 +157,18 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     if is_cpu and config.vllm.tensor_parallel > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each worker needs a NUMA node
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # adds the routes that change weights
+    os.environ.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)  # would add a route that loads adapters from any path
     # the processes of a server are on one machine; by default gloo listens where the machine's name leads to
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if options["guarded"]:
         share_port()
-    sys.argv = [MODULE, *server_arguments(config, options["host"], port, is_cpu=is_cpu)]
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    with ExitStack() as stack:
+        with errors_on_one_line(prog):
+            lora = stack.enter_context(adapter_arguments(config, options["cleanup_dir"]))
+        sys.argv = [MODULE, *server_arguments(config, options["host"], port, is_cpu=is_cpu, lora=lora)]
+        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
     return 0
 
 

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from expo.config.algorithm import CurriculumSection, KLSection, ObjectiveSection, RewardSection
 from expo.config.general import DataSection, DeadlineSection, ModelSection, RunSection
 from expo.config.policy import OptimizerSection, PolicySection
-from expo.config.sampling import EvaluationSection, RolloutSection, VllmSection
+from expo.config.sampling import VLLM_LORA_RANKS, EvaluationSection, RolloutSection, VllmSection
 from expo.config.section import Config
 from expo_kernels import Objective
 from expo_kernels.objective import READ_BY
@@ -40,6 +40,7 @@ class RunConfig(Config):
         self._check_zero()
         self._check_rewards()
         self._check_vllm()
+        self._check_lora()
         self._check_ahead()
         if self.optimizer.schedule == "linear" and self.optimizer.warmup_steps >= self.run.steps:
             raise ValueError(
@@ -121,6 +122,31 @@ class RunConfig(Config):
             raise ValueError(
                 f"vllm.gpus names {len(section.gpus)} devices, but vllm.num_servers * vllm.tensor_parallel = {needed} "
                 f"are needed; change one of the three"
+            )
+
+    def _check_lora(self) -> None:
+        """Refuses what vLLM's LoRA cannot do."""
+        engine, rank = self.rollout.engine, self.policy.lora_rank
+        if self.vllm.lora == "merged":
+            return
+        if not engine.startswith("vllm"):
+            raise ValueError(
+                f"vllm.lora = adapter is for rollout.engine = vllm or vllm-server, not {engine}; remove it"
+            )
+        if rank == 0:
+            raise ValueError(
+                "vllm.lora = adapter needs adapters, but policy.lora_rank = 0 trains all weights; set policy.lora_rank "
+                "to 1 or more, or take vllm.lora = merged"
+            )
+        if rank > VLLM_LORA_RANKS[-1]:
+            raise ValueError(
+                f"vllm.lora = adapter needs policy.lora_rank <= {VLLM_LORA_RANKS[-1]}, the largest rank of vLLM's "
+                f"LoRA, not {rank}; lower it, or take vllm.lora = merged"
+            )
+        if self.vllm.sleep:
+            raise ValueError(
+                "vllm.sleep discards the weights, but vllm.lora = adapter sends the base weights only once; turn it "
+                "off, or take vllm.lora = merged"
             )
 
     def _check_ahead(self) -> None:

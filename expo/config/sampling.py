@@ -7,6 +7,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from expo.config.section import BatchSize, Index, Length, Positive, Seconds, Section, Temperature
 
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks for which vLLM's LoRA can be started (its MaxLoRARanks); it applies adapters of smaller ranks too."""
+
 
 class RolloutSection(Section):
     """How replies are sampled."""
@@ -72,6 +75,9 @@ class VllmSection(Section):
     """Neither compile the model nor capture CUDA graphs: starts faster, samples slower; always so on a CPU."""
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     """Ranks that share one engine's weights (paper: 2); with vllm-server: GPUs of each server."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """With policy.lora_rank: what a weight sync sends; merged: all weights, with the adapters merged into them,
+    adapter: the LoRA adapter alone, which vLLM applies to base weights that are sent once."""
     sleep: bool = False
     """With vllm on a GPU: free weights and cache during the policy update, and copy the weights again after it."""
     servers: list[str] = []

@@ -16,7 +16,7 @@ import torch
 from expo.config import RunConfig
 from expo.learner.deepspeed import BUCKET_ELEMENTS
 from expo.learner.flops import ModelShape
-from expo.rollout.vllm.common import CPU_CACHE_GIB
+from expo.rollout.vllm.common import CPU_CACHE_GIB, max_lora_rank
 from expo_kernels._launch import chunk_rows, most_rows, row_multiple
 
 GIB = 2**30
@@ -219,8 +219,11 @@ class Footprint:
         return float(self.itemsize * self.held_parameters) if self.config.policy.zero_stage == 3 else 0.0
 
     def engine_weight_bytes(self) -> float:
-        """vLLM's copy of the weights on one GPU; vllm.tensor_parallel GPUs share the copy."""
-        return float(self.itemsize * self.shape.num_parameters / self.config.vllm.tensor_parallel)
+        """vLLM's copy of the weights on one GPU, which vllm.tensor_parallel GPUs share, and a whole adapter."""
+        adapter = 0
+        if self.config.vllm.lora == "adapter":
+            adapter = self.shape.lora_parameters(max_lora_rank(self.config.policy.lora_rank))
+        return float(self.itemsize * (self.shape.num_parameters / self.config.vllm.tensor_parallel + adapter))
 
     def sampled_at_once(self) -> int:
         """Replies a rank generates at once: rollout.batch_size or, without evaluations, at most those of a step."""

@@ -1,5 +1,21 @@
 """Rollout engines sample replies from the policy."""
 
-from expo.rollout.engine import GenerationRequest, RolloutEngine, Sampling, StagingEngine, end_ids, request_seed
+from expo.rollout.engine import (
+    AdapterEngine,
+    GenerationRequest,
+    RolloutEngine,
+    Sampling,
+    StagingEngine,
+    end_ids,
+    request_seed,
+)
 
-__all__ = ["GenerationRequest", "RolloutEngine", "Sampling", "StagingEngine", "end_ids", "request_seed"]
+__all__ = [
+    "AdapterEngine",
+    "GenerationRequest",
+    "RolloutEngine",
+    "Sampling",
+    "StagingEngine",
+    "end_ids",
+    "request_seed",
+]

@@ -1,9 +1,11 @@
 """Builds the rollout engine that a configuration names."""
 
 from pathlib import Path
+from typing import Any
 
 from expo.config import EngineConfig
 from expo.evaluation.frozen import FrozenPolicy
+from expo.learner.lora import adapted_layers
 from expo.learner.model import empty_copy
 from expo.learner.model_files import check_model_path, hub_options
 from expo.learner.policy import DeepSpeedPolicy
@@ -11,7 +13,7 @@ from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.data_parallel import DataParallelEngine
 from expo.rollout.exact import check_exact
 from expo.rollout.transformers import TransformersEngine
-from expo.rollout.vllm.common import version, version_warning
+from expo.rollout.vllm.common import lora_settings, version, version_warning
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine
 from expo.runtime.console import Display
@@ -43,12 +45,15 @@ def _build_rank_engine(
         return servers
     if config.rollout.engine == "vllm":
         _warn_of_version(display, version())
+        lora: dict[str, Any] = {}
+        if config.vllm.lora == "adapter":
+            lora = lora_settings(config.policy.lora_rank, adapted_layers(policy.model))
         return VllmEngine(
             check_model_path(config.model),
             policy.tokenizer,
             stop_ids,
             config.vllm,
-            hub=hub_options(config.model),
+            further=hub_options(config.model) | lora,
             dtype=policy.dtype,
             device=ranks.device,
             num_replies=config.rollout.batch_size,

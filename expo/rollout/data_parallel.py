@@ -6,7 +6,7 @@ from torch import Tensor
 
 from expo.errors import StopRequested
 from expo.rewards.verifier import Verifier
-from expo.rollout import GenerationRequest, RolloutEngine, Sampling, StagingEngine
+from expo.rollout import AdapterEngine, GenerationRequest, RolloutEngine, Sampling, StagingEngine
 from expo.rollout.packing import all_gather_replies, all_gather_verdicts
 from expo.rollout.weight_samples import WeightDescription
 from expo.runtime.distributed import Ranks
@@ -31,6 +31,11 @@ class DataParallelEngine:
     def needs_weight_sync(self) -> bool:
         """Whether every rank's engine has its own copy of the weights."""
         return self._engine.needs_weight_sync
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether every rank's engine takes LoRA adapters alone."""
+        return self._engine.takes_adapters
 
     def generate(
         self,
@@ -72,6 +77,11 @@ class DataParallelEngine:
         if on_progress is not None and remaining:
             on_progress(remaining)
         return self._ranks.unshard(shards)
+
+    def load_base_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Has every rank's engine load the weights under the adapters."""
+        assert isinstance(self._engine, AdapterEngine)
+        self._engine.load_base_weights(weights)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Has every rank's engine load the policy's weights."""

@@ -54,6 +54,10 @@ class RolloutEngine(Protocol):
         that it raises ends the call.
         """
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether it is an `AdapterEngine`, whose `load_weights` takes LoRA adapters alone."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads the policy's current weights, named as in the model; does nothing if the engine shares the model."""
 
@@ -70,6 +74,16 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Ends the processes that the engine has started."""
+
+
+@runtime_checkable
+class AdapterEngine(RolloutEngine, Protocol):
+    """A rollout engine that applies LoRA adapters to base weights of its own."""
+
+    def load_base_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads the weights under the adapters, named as in the model without adapters; called once, before the first
+        `load_weights`.
+        """
 
 
 @runtime_checkable

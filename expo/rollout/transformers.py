@@ -64,6 +64,11 @@ class TransformersEngine:
         """Whether `model` is a copy of the policy's."""
         return not self._is_shared
 
+    @property
+    def takes_adapters(self) -> bool:
+        """False: `model` has no adapters of its own."""
+        return False
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

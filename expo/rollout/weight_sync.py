@@ -1,5 +1,7 @@
 """Weight syncs from the policy to the rollout engine, and the check that the engine has the weights.
 
+An engine that takes LoRA adapters is given the base weights before the first sync, and by each sync the adapters alone.
+
 After every sync, engine and policy compute the log-probs of the same few tokens, the probe, and the largest difference
 is logged. It shows a stale engine, a prefix cache of old weights or a layer that was not synced before they affect
 training. In bfloat16 a skipped sync after a small update is below rounding, so weights are also compared exactly.
@@ -7,14 +9,14 @@ training. In bfloat16 a skipped sync after a small update is below rounding, so 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from expo.errors import Diverged, SyncError
 from expo.learner.batch import Batch, collate
-from expo.rollout import RolloutEngine, StagingEngine
+from expo.rollout import AdapterEngine, RolloutEngine, StagingEngine
 from expo.rollout.weight_samples import WeightSamples
 from expo.runtime.distributed import Ranks
 
@@ -36,6 +38,17 @@ class WeightSource(Protocol):
 
     def logps(self, batch: Batch) -> Tensor:
         """Log-probabilities of the reply tokens of a batch, nats."""
+
+
+@runtime_checkable
+class AdapterSource(WeightSource, Protocol):
+    """What a weight sync needs of a policy with LoRA, if the engine takes adapters."""
+
+    def named_base_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Every weight under the adapters, unsharded, under its name in a model without adapters."""
+
+    def named_adapters(self) -> Iterable[tuple[str, Tensor]]:
+        """Both matrices of every adapter, unsharded; the engine adds their product to the weight."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,7 @@ class WeightSync:
         self._probe, self._tolerance = probe, TOLERANCE[policy.dtype] if tolerance is None else tolerance
         self._batch: Any = collate(probe.prompts, probe.replies, 0, ranks.device)
         self._policy_logps: Tensor | None = None
+        self._base_samples: WeightSamples | None = None  # of what an engine that takes adapters was given once
         self.num_compared: int | None = None
         self.largest_difference: float | None = None
 
@@ -150,11 +164,24 @@ class WeightSync:
         return self._check(staged.logps, staged.samples)
 
     def _current_weights(self) -> tuple[WeightSamples, Iterator[tuple[str, Tensor]]]:
-        """The policy's weights, if they are finite, and the samples that are taken of them while they are read."""
+        """The weights to load, if they are finite, and the samples that are taken of them while they are read."""
         self._policy_logps = None
         self._require_finite()
-        samples = WeightSamples()
-        return samples, samples.record(self._policy.named_weights())
+        if self._engine.takes_adapters:
+            assert isinstance(self._policy, AdapterSource)
+            samples, weights = WeightSamples(self._load_base_weights(self._policy)), self._policy.named_adapters()
+        else:
+            samples, weights = WeightSamples(), self._policy.named_weights()
+        return samples, samples.record(weights)
+
+    def _load_base_weights(self, policy: AdapterSource) -> WeightSamples:
+        """Loads the weights under the adapters before the first sync; the samples of them."""
+        if self._base_samples is None:
+            assert isinstance(self._engine, AdapterEngine)
+            samples = WeightSamples()
+            self._engine.load_base_weights(samples.record(policy.named_base_weights()))
+            self._base_samples = samples
+        return self._base_samples
 
     def _check(self, policy_logps: Tensor, samples: WeightSamples) -> float:
         self.largest_difference = self._difference(policy_logps)

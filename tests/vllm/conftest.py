@@ -10,8 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expo.config import load_config
 from expo.errors import SyncError
+from expo.learner.lora import adapted_layers
 from expo.learner.policy import DeepSpeedPolicy
 from expo.rollout import RolloutEngine, end_ids
+from expo.rollout.vllm.common import lora_settings
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine
 from expo.rollout.weight_sync import WeightSync, make_probe
@@ -20,6 +22,7 @@ from tests.leftovers import no_running_processes
 
 MAX_TOKENS = 96
 BY_PROBE = "nats on the probe"
+LORA_RANK, LORA_ALPHA = 6, 12  # vLLM allocates rank 8
 PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]]
 
 
@@ -45,11 +48,12 @@ class Pair:
         self.policy.model.load_state_dict(self.start)
 
     def move(self, seed, size=0.2):
-        """Adds noise to every parameter of the policy; by default much noise."""
+        """Adds noise to every parameter that the policy trains; by default much noise."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
     def require_large_updates_to_arrive(self):
         """Before each of three syncs the probe finds a difference, and afterwards none."""
@@ -70,7 +74,7 @@ class Pair:
             self.sync.run()
 
 
-def new_engine(path, policy, num_replies=32):
+def new_engine(path, policy, num_replies=32, *, takes_adapters=False):
     return VllmEngine(
         path,
         policy.tokenizer,
@@ -80,10 +84,11 @@ def new_engine(path, policy, num_replies=32):
         device=torch.device("cpu"),
         num_replies=num_replies,
         max_tokens=MAX_TOKENS,
+        further=lora_settings(LORA_RANK, adapted_layers(policy.model)) if takes_adapters else None,
     )
 
 
-def new_pair(path, dtype, folder=None, transfer="files"):
+def new_pair(path, dtype, folder=None, transfer="files", *, takes_adapters=False):
     """A pair with an in-process engine, or with a `folder` for its log, with a server and that weight transfer."""
     values = {
         "model.path": path, "data.max_prompt_tokens": 32, "rollout.max_new_tokens": MAX_TOKENS - 32,
@@ -91,10 +96,14 @@ def new_pair(path, dtype, folder=None, transfer="files"):
     }  # fmt: skip
     if folder is not None:
         values |= {"rollout.engine": "vllm-server", "vllm.transfer": transfer}
+    if takes_adapters:
+        values |= {"policy.lora_rank": LORA_RANK, "policy.lora_alpha": LORA_ALPHA, "vllm.lora": "adapter"}
+        values |= {"optimizer.lr": 0.05, "optimizer.warmup_steps": 0}
+        values.setdefault("rollout.engine", "vllm")
     config, ranks = load_config(None, list(values.items())), join_ranks("cpu", 60)
     policy = DeepSpeedPolicy(config, ranks)
     if folder is None:
-        engine = new_engine(path, policy)
+        engine = new_engine(path, policy, takes_adapters=takes_adapters)
     else:
         (folder / "config.yaml").write_text(config.to_yaml())
         engine = ServerEngine(config, policy.tokenizer, end_ids(policy.model, policy.tokenizer), ranks, folder)
@@ -124,17 +133,17 @@ def _no_running_processes():
 
 @pytest.fixture(scope="session")
 def pairs(ledger_model, tmp_path_factory):
-    """Pairs by kind of output head and weight transfer (None: in-process engine), created on first use and shared,
-    since engines are slow to start.
+    """Pairs by kind of output head, weight transfer (None: in-process engine), dtype, and whether weight syncs send
+    LoRA adapters alone; created on first use and shared, since engines are slow to start.
     """
     made = {}
 
-    def pair(kind, transfer=None, *, dtype="float32"):
-        key = (kind, transfer, dtype)
+    def pair(kind, transfer=None, *, dtype="float32", takes_adapters=False):
+        key = (kind, transfer, dtype, takes_adapters)
         if key not in made:
             path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
             folder = () if transfer is None else (tmp_path_factory.mktemp("server"), transfer)
-            made[key] = new_pair(path, dtype, *folder)
+            made[key] = new_pair(path, dtype, *folder, takes_adapters=takes_adapters)
         made[key].restart()
         return made[key]
 

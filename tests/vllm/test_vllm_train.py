@@ -133,3 +133,39 @@ def unmeasured(rows):
     """The rows without times and memory."""
     measured = ("seconds", "memory_", "tokens_per_second", "rollout_tokens_", "training_tokens_")
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
+
+
+LORA = {"policy.lora_rank": 4, "policy.lora_alpha": 8, "optimizer.lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def merging(run):
+    return run(ALONE, **LORA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launch", "settings"),
+    [
+        (ALONE, {}),
+        (TWO_RANKS, {"policy.zero_stage": 3}),
+        (TWO_RANKS, {"policy.zero_stage": 3, "vllm.tensor_parallel": 2}),
+        (TWO_RANKS, {"policy.zero_stage": 3, "rollout.engine": "vllm-server"}),
+    ],
+    ids=["one rank", "two ranks", "tensor parallel", "two ranks, server"],
+)
+def test_a_run_that_sends_adapters_takes_the_steps_of_one_that_merges_them(run, merging, launch, settings):
+    _, rows = run(launch, **LORA, **{"vllm.lora": "adapter", **settings})
+    assert_synced(rows)
+    for row, expected in zip(rows, merging[1], strict=True):
+        assert row["accuracy"] == expected["accuracy"]
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert row["completion_length"] == expected["completion_length"]
+
+
+@pytest.mark.slow
+def test_a_run_that_samples_ahead_sends_adapters(run):
+    settings = {"rollout.engine": "vllm-server", "rollout.ahead": 1, "objective.rollout_correction": "token"}
+    _, rows = run(ALONE, **LORA, **settings, **{"vllm.lora": "adapter"})
+    assert [row["rollout_weights_age"] for row in rows] == [0, 1, 1]
+    assert all(0 < row["sync_max_abs_dlogp"] < 5e-5 for row in rows)

@@ -2,11 +2,16 @@
 
 import atexit
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from expo.errors import ConfigError
+
+ADAPTER_ID = 1  # the number of the policy's adapter in vLLM; the first that a server loads gets this one
+ADAPTER_NAME = "policy"
 
 
 def keep_process_group(llm: Any) -> None:
@@ -54,6 +59,62 @@ def layerwise_reload(model: Any, model_config: Any) -> Iterator[None]:
         yield
     finally:
         finalize_layerwise_reload(model, model_config)
+
+
+def load_adapter(model: Any, matrices: Mapping[str, Tensor]) -> list[str]:
+    """Loads a LoRA adapter in place of the one that a vLLM model has, on every worker.
+
+    Args:
+        model: of an engine with `enable_lora`.
+        matrices: A [rank, inputs] and B [outputs, rank] of each layer, named "<layer>.lora_A.weight"; the product B A
+            is added to the layer's weight.
+
+    Returns: the layers that vLLM cannot adapt; if there are any, nothing is loaded.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager, mapper = model.lora_manager, getattr(model, "hf_to_vllm_mapper", None)
+    rank = next(value.shape[0] for name, value in matrices.items() if name.endswith(".lora_A.weight"))
+    adapter = LoRAModel.from_lora_tensors(
+        ADAPTER_ID,
+        dict(matrices),
+        PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    known = {part for name in manager.modules for part in _parts(manager, name)}
+    unknown = [name for name in adapter.loras if name not in known]
+    if not unknown:
+        manager.remove_adapter(ADAPTER_ID)
+        manager.add_adapter(adapter)
+        manager.activate_adapter(ADAPTER_ID)
+    return unknown
+
+
+def adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The matrices with which a vLLM model computes its adapter, named as in `load_adapter`; none without an adapter.
+
+    With tensor parallelism they are this worker's shards.
+    """
+    manager: Any = getattr(model, "lora_manager", None)
+    adapter = None if manager is None else manager.get_adapter(ADAPTER_ID)
+    if adapter is None or ADAPTER_ID not in manager.lora_index_to_id:
+        return
+    slot = manager.lora_index_to_id.index(ADAPTER_ID)
+    for name, layer in manager.modules.items():
+        parts = _parts(manager, name)
+        if len(parts) == len(layer.lora_a_stacked) == len(layer.lora_b_stacked):
+            for part, down, up in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+                yield f"{part}.lora_A.weight", down[slot, 0, : adapter.rank]
+                yield f"{part}.lora_B.weight", up[slot, 0, :, : adapter.rank]
+
+
+def _parts(manager: Any, name: str) -> Sequence[str]:
+    """The layers of the model in transformers that one layer of vLLM computes, such as q, k and v."""
+    parts: Sequence[str] = manager.packed_modules.get(name, [name])
+    return parts
 
 
 def abort_requests(llm: Any, request_ids: list[str]) -> None:

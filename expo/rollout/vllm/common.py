@@ -7,14 +7,17 @@ come from the policy alone, so a weight that was never synced shows in the probe
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from expo.config import VllmSection
-from expo.errors import ConfigError
+from expo.config.sampling import VLLM_LORA_RANKS
+from expo.errors import ConfigError, EngineError
 from expo.rollout.engine import GenerationRequest, Sampling
+from expo.rollout.vllm._compat import adapter_weights
 from expo.rollout.weight_samples import WeightDescription, describe
 from expo.runtime.requirements import installed_version
 from expo.types import Reply
@@ -113,6 +116,37 @@ def _cpu_settings(section: VllmSection, least_tokens: int) -> dict[str, Any]:
     }
 
 
+def lora_settings(rank: int, layers: Sequence[str]) -> dict[str, Any]:
+    """The further arguments of an engine that applies one LoRA adapter.
+
+    Args:
+        rank: of the adapter.
+        layers: the names of the layers that it adapts.
+    """
+    return {
+        "enable_lora": True,
+        "max_lora_rank": max_lora_rank(rank),
+        "max_loras": 1,
+        # vLLM would also adapt the embedding and the head, and multiply by their zeros
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+    }
+
+
+def max_lora_rank(rank: int) -> int:
+    """The rank for which vLLM allocates adapters of a rank; what is beyond it stays zero."""
+    return next(allocated for allocated in VLLM_LORA_RANKS if allocated >= rank)
+
+
+def refuse_unadaptable(layers: Iterable[str]) -> None:
+    """Raises: EngineError if there are layers whose adapter vLLM does not apply."""
+    names = sorted(layers)
+    if names:
+        raise EngineError(
+            f"vLLM's LoRA cannot adapt {len(names)} layers of this model, such as {names[0]}, and its replies would "
+            f"not be the policy's; take vllm.lora = merged"
+        )
+
+
 def reply_jobs(
     requests: Sequence[GenerationRequest], sampling: Sampling, stop_ids: frozenset[int]
 ) -> list[tuple[Sequence[int], dict[str, Any]]]:
@@ -154,8 +188,9 @@ def score_jobs(
 
 
 def describe_model(model: Any) -> dict[str, WeightDescription]:
-    """The weights of a vLLM model; on a CPU linear layers have none, once they are packed."""
-    return describe(model.named_parameters())
+    """The weights of a vLLM model and of its LoRA adapter; on a CPU linear layers have none, once they are packed."""
+    weights = ((name.replace(".base_layer.", "."), weight) for name, weight in model.named_parameters())
+    return describe(chain(weights, adapter_weights(model)))
 
 
 def make_reply(tokenizer: Any, stop_ids: frozenset[int], token_ids: list[int], logps: list[float]) -> Reply:

@@ -1,5 +1,6 @@
 """Generation by vLLM in the trainer's own process, on a copy of the policy's weights."""
 
+import functools
 import os
 import sys
 import tempfile
@@ -15,7 +16,15 @@ from expo.config import VllmSection
 from expo.errors import ConfigError
 from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.exact import set_batch_invariant
-from expo.rollout.vllm._compat import abort_requests, keep_process_group, pack_tied_head, require_batch_invariance
+from expo.rollout.vllm._compat import (
+    ADAPTER_ID,
+    ADAPTER_NAME,
+    abort_requests,
+    keep_process_group,
+    load_adapter,
+    pack_tied_head,
+    require_batch_invariance,
+)
 from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
     check_ranks,
@@ -23,6 +32,7 @@ from expo.rollout.vllm.common import (
     describe_model,
     engine_settings,
     make_reply,
+    refuse_unadaptable,
     reply_jobs,
     score_jobs,
     version,
@@ -52,7 +62,8 @@ class VllmEngine:
         num_ranks: processes of the run; every `section.tensor_parallel` consecutive ranks form one engine and must get
             the same requests.
         is_exact: whether it samples in vLLM's batch-invariant mode.
-        hub: revision and trust_remote_code of the model; None: vLLM's defaults.
+        further: arguments of vLLM: `hub_options` of the model and, if `load_weights` takes an adapter, its
+            `lora_settings`; None: vLLM's defaults.
 
     Raises: ConfigError if vLLM is not installed, lacks a function or refuses the model, or if tensor_parallel does not
         divide num_ranks.
@@ -71,7 +82,7 @@ class VllmEngine:
         max_tokens: int,
         num_ranks: int = 1,
         is_exact: bool = False,
-        hub: Mapping[str, Any] | None = None,
+        further: Mapping[str, Any] | None = None,
     ) -> None:
         if section.sleep and device.type == "cpu":
             raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; turn it off")
@@ -92,7 +103,8 @@ class VllmEngine:
         settings = engine_settings(
             section, dtype=dtype, is_cpu=self._is_cpu, num_replies=num_replies, max_tokens=max_tokens
         )
-        settings |= dict(hub or {})
+        settings |= dict(further or {})
+        self._adapter = _adapter_request() if settings.get("enable_lora") else None
         if num_ranks > 1:
             settings["distributed_executor_backend"] = "external_launcher"
         set_num_threads = torch.set_num_threads
@@ -101,9 +113,9 @@ class VllmEngine:
                 self._llm = self._vllm.LLM(path, **settings)
         except ValueError as error:
             message = " ".join(str(error).split())[:500]
+            other = "rollout.engine = transformers" if self._adapter is None else "vllm.lora = merged"
             raise ConfigError(
-                f"vLLM {version()} refuses model.path = {path}: {message}; choose another model, or take "
-                f"rollout.engine = transformers"
+                f"vLLM {version()} refuses model.path = {path}: {message}; choose another model, or take {other}"
             ) from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM replaces it by a function that warns
@@ -113,6 +125,11 @@ class VllmEngine:
     def needs_weight_sync(self) -> bool:
         """True: the weights are a copy of the policy's."""
         return True
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether `load_weights` takes a LoRA adapter alone."""
+        return self._adapter is not None
 
     def generate(
         self,
@@ -124,8 +141,24 @@ class VllmEngine:
         done = iter(self._run(reply_jobs(requests, sampling, self._end_ids), on_progress))
         return [[self._reply(next(done)) for _ in request.seeds] for request in requests]
 
+    def load_base_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads the weights to which adapters are applied."""
+        self._reload(weights)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Loads the policy's weights and drops the prefix cache, which was computed with the old ones.
+        """Loads the policy's weights, or its adapter, and drops the prefix cache, which was computed with the old ones.
+
+        Raises: EngineError if vLLM cannot apply the adapter.
+        """
+        if self._adapter is None:
+            self._reload(weights)
+        else:
+            for unknown in self._llm.apply_model(functools.partial(load_adapter, matrices=dict(weights))):
+                refuse_unadaptable(unknown)
+        self._reset_cache()
+
+    def _reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads weights in the place of all that the engine has.
 
         A sleeping engine allocates and loads the weights, and only then the key-value cache, whose memory is free for
         the loading meanwhile.
@@ -138,7 +171,6 @@ class VllmEngine:
                 self._wake_up("kv_cache")
                 self._is_asleep = False
         self._llm.apply_model(pack_tied_head)
-        self._reset_cache()
 
     def sleep(self) -> None:
         """Frees weights and key-value cache, if `section.sleep` is set."""
@@ -178,7 +210,7 @@ class VllmEngine:
         engine, outputs = self._llm.llm_engine, []
         prompts = [{"prompt_token_ids": list(prompt)} for prompt, _ in jobs]
         params = [self._vllm.SamplingParams(**options) for _, options in jobs]
-        ids = self._llm.enqueue(prompts, params, use_tqdm=False)
+        ids = self._llm.enqueue(prompts, params, lora_request=self._adapter, use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
                 finished = [output for output in engine.step() if output.finished]
@@ -215,6 +247,14 @@ def _vllm() -> Any:
             f"{MADE_FOR_TEXT}, or take rollout.engine = transformers"
         )
     return vllm
+
+
+def _adapter_request() -> Any:
+    """What a request names to be computed with the adapter, whose matrices `load_adapter` gives to vLLM."""
+    from vllm.lora.request import LoRARequest
+
+    # without an adapter of that number vLLM looks for this folder, which does not exist, and raises
+    return LoRARequest(ADAPTER_NAME, ADAPTER_ID, "/nonexistent/loaded-by-a-weight-sync")
 
 
 def _has(vllm: Any, owner: str, name: str) -> bool:

@@ -20,8 +20,9 @@ from expo.config import EngineConfig, VllmSection
 from expo.errors import ConfigError, EngineError
 from expo.rollout.engine import GenerationRequest, Sampling
 from expo.rollout.exact import VARIABLE
+from expo.rollout.vllm._compat import ADAPTER_NAME
 from expo.rollout.vllm.client import RequestPool, Server, ServerUnavailable, retry
-from expo.rollout.vllm.common import engine_settings, make_reply, reply_jobs, score_jobs
+from expo.rollout.vllm.common import engine_settings, make_reply, max_lora_rank, reply_jobs, score_jobs
 from expo.rollout.vllm.key import new_key, read_key
 from expo.rollout.vllm.supervisor import ServerProcess, Supervisor
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
@@ -88,13 +89,21 @@ class ServerEngine:
             for supervisor in self._supervisors:
                 supervisor.start()
             for supervisor in self._supervisors:
-                supervisor.wait_until_ready()
+                self._wait_until_ready(supervisor)
                 _require_guard(supervisor.server, section.patience_s)
                 version = require_settings(self._config, supervisor.server, on_gpu=self._ranks.device.type == "cuda")
         except BaseException:
             self.close()
             raise
         return urls, key, version
+
+    def _wait_until_ready(self, supervisor: Supervisor) -> None:
+        try:
+            supervisor.wait_until_ready()
+        except ConfigError as error:
+            if not self.takes_adapters:
+                raise
+            raise ConfigError(f"{error}; if vLLM's LoRA does not support the model, take vllm.lora = merged") from error
 
     def _process(self, folder: Path, number: int, files: WeightFiles | None, key: str) -> ServerProcess:
         width = self._section.tensor_parallel
@@ -107,6 +116,11 @@ class ServerEngine:
     def needs_weight_sync(self) -> bool:
         """True: the weights are copies of the policy's."""
         return True
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether `load_weights` and `stage_weights` take LoRA adapters alone."""
+        return self._section.lora == "adapter"
 
     def generate(
         self,
@@ -131,6 +145,15 @@ class ServerEngine:
         """Log-probability in nats of every token of given replies. Raises: as `generate`."""
         found = iter(self._run(score_jobs(prompts, replies, temperature), _scored, None))
         return [[next(found)[token] for token in reply] for reply in replies]
+
+    def load_base_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Stores the weights to which adapters are applied; each server loads them before its first adapter. All ranks
+        iterate together.
+
+        Raises: EngineError, on every rank, if they cannot be stored.
+        """
+        weights = iter(weights)
+        self._on_rank0(lambda transfer: transfer.keep_base(weights), weights)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sends the policy's weights from rank 0 to every server; all ranks iterate over them together.
@@ -235,8 +258,9 @@ class ServerEngine:
     ) -> list[T]:
         """What `read` makes of the servers' choices, in order."""
         pool = RequestPool(self._servers, self._config.rollout.batch_size, self._section.patience_s, self._check)
+        model = {"model": ADAPTER_NAME} if self.takes_adapters else {}
         bodies = [
-            {"request_id": uuid.uuid4().hex, "token_ids": list(prompt), "sampling_params": options}
+            {"request_id": uuid.uuid4().hex, "token_ids": list(prompt), "sampling_params": options, **model}
             for prompt, options in jobs
         ]
         return pool.run(GENERATE, bodies, lambda body, answer: read(self._choice(body, answer)), on_progress or _ignore)
@@ -357,6 +381,18 @@ def _require_settings(config: EngineConfig, server: Server, settings: dict[str, 
         )
     if config.vllm.transfer == "broadcast":
         _require_broadcast(server, settings, on_gpu=on_gpu)
+    if config.vllm.lora == "adapter":
+        _require_lora(server, settings, max_lora_rank(config.policy.lora_rank))
+
+
+def _require_lora(server: Server, settings: dict[str, Any], rank: int) -> None:
+    """Raises: ConfigError if a server cannot apply an adapter."""
+    found = (settings.get("lora_config") or {}).get("max_lora_rank")
+    if str(found) != str(rank):
+        raise ConfigError(
+            f"the vLLM server {server.url} has max_lora_rank = {found}, but vllm.lora = adapter needs {rank}; start it "
+            f"with python -m expo.serve and the run's configuration"
+        )
 
 
 def _require_exact(config: EngineConfig, server: Server, variables: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ with `--weight-transfer-config={"backend": "expo"}`, the name of the receiver th
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-from expo.rollout.vllm._compat import layerwise_reload, pack_tied_head
+from expo.rollout.vllm._compat import layerwise_reload, load_adapter, pack_tied_head
 from expo.rollout.vllm.common import describe_model
 from expo.rollout.vllm.key import read_key
 from expo.rollout.vllm.transfer.buckets import empty_bucket
@@ -31,6 +32,16 @@ class WeightReader:
         """Loads the weights in a folder's safetensors files, one tensor at a time."""
         worker: Any = self
         worker.reload_weights(weights_iterator=_tensors(Path(folder)))
+
+    def read_adapter(self, folder: str) -> list[str]:
+        """Loads the LoRA adapter in a folder's safetensors files; returns the layers that vLLM cannot adapt."""
+        worker: Any = self
+        return load_adapter(worker.get_model(), dict(_tensors(Path(folder))))
+
+    def use_received_adapter(self) -> list[str]:
+        """Loads the LoRA adapter that rank 0 has sent last; returns the layers that vLLM cannot adapt."""
+        worker: Any = self
+        return load_adapter(worker.get_model(), worker.weight_transfer_engine.take_adapter())
 
     def pack_tied_head(self) -> None:
         """See `pack_tied_head` in `_compat.py`."""
@@ -63,9 +74,13 @@ class Rendezvous:
 
 @dataclass
 class Update:
-    """An update that rank 0 is about to send; its first message is the version."""
+    """An update that rank 0 is about to send; its first message is the version.
+
+    is_adapter: whether it is a LoRA adapter, which `WeightReader.use_received_adapter` loads when the update has ended.
+    """
 
     version: str
+    is_adapter: bool = False
 
 
 class WeightReceiver(WeightTransferEngine):  # type: ignore[misc,unused-ignore]  # vLLM is not seen by mypy
@@ -78,6 +93,7 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc,unused-ignore] 
     init_info_cls = Rendezvous
     update_info_cls = Update
     _group: Receiver | None = None
+    _adapter: dict[str, Tensor] | None = None
 
     def init_transfer_engine(self, init_info: Rendezvous) -> None:
         """Joins a new group in place of the old one."""
@@ -96,13 +112,24 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc,unused-ignore] 
             torch.accelerator.synchronize(self.device)
 
     def receive_weights(self, update_info: Update) -> None:
-        """Loads them. Raises: GroupError if they do not all come, having left the group."""
-        with layerwise_reload(self.model, self.model_config):
+        """Loads them, or keeps an adapter. Raises: GroupError if they do not all come, having left the group."""
+        received = self._received(update_info.version)
+        with nullcontext() if update_info.is_adapter else layerwise_reload(self.model, self.model_config):
             try:
-                self.model.load_weights(self._received(update_info.version))
+                if update_info.is_adapter:
+                    self._adapter = dict(received)
+                else:
+                    self.model.load_weights(received)
             except BaseException:
                 self.shutdown()  # so that rank 0 and the other workers do not wait for this one
                 raise
+
+    def take_adapter(self) -> dict[str, Tensor]:
+        """The adapter that was received last, once. Raises: GroupError if there is none."""
+        adapter, self._adapter = self._adapter, None
+        if adapter is None:
+            raise GroupError("rank 0 has sent no adapter")
+        return adapter
 
     def _received(self, version: str) -> Iterator[tuple[str, Tensor]]:
         if self._group is None:

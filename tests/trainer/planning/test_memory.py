@@ -51,6 +51,13 @@ def test_lora_trains_only_adapters_and_needs_no_reference():
     assert run.export_bytes() == 2 * PARAMETERS
 
 
+def test_vllm_holds_an_adapter_of_the_rank_that_it_allocates_beside_its_share_of_the_weights():
+    adapter = {"rollout__engine": "vllm", "policy__lora_rank": 12, "vllm__tensor_parallel": 2}
+    assert footprint(**adapter).engine_weight_bytes() == 2 * PARAMETERS / 2
+    allocated = 2 * 16 * (160 + 112 + 112 + 160 + 3 * 224)
+    assert footprint(**adapter, vllm__lora="adapter").engine_weight_bytes() == 2 * (PARAMETERS / 2 + allocated)
+
+
 def test_no_reference_without_kl():
     assert footprint(kl__beta=0).reference_bytes() == 0
 

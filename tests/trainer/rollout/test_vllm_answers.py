@@ -90,7 +90,7 @@ CHOICES = {
 def engine(server, ledger_model, monkeypatch):
     found = object.__new__(ServerEngine)
     found._config = SimpleNamespace(rollout=SimpleNamespace(batch_size=4))
-    found._section = SimpleNamespace(patience_s=20.0)
+    found._section = SimpleNamespace(patience_s=20.0, lora="merged")
     found._tokenizer, found._end_ids, found._version = ledger_model[1], frozenset({1}), "v"
     found._servers, found._supervisors = [server], []
     monkeypatch.setattr("expo.rollout.vllm.server.uuid.uuid4", lambda: REQUEST)

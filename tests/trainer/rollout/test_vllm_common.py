@@ -54,7 +54,7 @@ def test_memory_that_pytorch_keeps_is_freed_before_each_part_of_the_engine_wakes
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     engine = object.__new__(VllmEngine)
-    engine._llm, engine._sleeps, engine._is_asleep = Llm(), True, False
+    engine._llm, engine._adapter, engine._sleeps, engine._is_asleep = Llm(), None, True, False
     engine.sleep()
     engine.load_weights([])
     assert calls == ["sleep", "empty_cache", "wake weights", "reload_weights", "empty_cache", "wake kv_cache"]

@@ -2,7 +2,8 @@
 
 A weight sync streams every bucket to all servers as it is gathered, and keeps a copy in the host's memory. A server
 that restarts is sent that copy over TCP, by the thread of its supervisor, while the policy may already be training.
-Weights that are staged for later are only copied, and sent over TCP when they are used.
+Weights that are staged for later are only copied, and sent over TCP when they are used. So are LoRA adapters, which are
+small, and the base weights under them, which a server is sent once.
 """
 
 import sys
@@ -41,6 +42,7 @@ class WeightBroadcast:
         self._channels = {server.url: _Channel(server, 1 + workers, patience_s) for server in servers}
         self._copy: tuple[str, list[Bucket]] | None = None
         self._staged: dict[str, list[Bucket]] = {}
+        self._base: tuple[str, list[Bucket]] | None = None
 
     @property
     def version(self) -> str | None:
@@ -48,12 +50,19 @@ class WeightBroadcast:
         copy = self._copy
         return None if copy is None else copy[0]
 
+    def keep_base(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies the weights to which adapters are applied; all others are LoRA adapters then."""
+        self._base = uuid.uuid4().hex, self._copies(weights)
+
     def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Sends new weights to every server, and keeps them in place of the old copy.
+        """Sends new weights to every server, and keeps them in place of the old copy; adapters are left to `send`.
 
         A server that does not receive them is reported on stderr; its supervisor sends them again.
         """
         self._copy = None  # before the new copy is made, so that its memory is free
+        if self._base is not None:
+            self.use(self.stage(weights))
+            return
         version, buckets = uuid.uuid4().hex, list[Bucket]()
 
         def copied() -> Iterable[Bucket]:
@@ -76,10 +85,14 @@ class WeightBroadcast:
 
     def stage(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """Copies weights for a later `use`, and returns their name."""
-        version = uuid.uuid4().hex
-        buckets = fill_buckets(weights, self._device, interface.BUCKET_BYTES)
-        self._staged[version] = [bucket.copy_to_cpu() for bucket in buckets]
+        base = "" if self._base is None else self._base[0]
+        version = f"{base}{uuid.uuid4().hex}"
+        self._staged[version] = self._copies(weights)
         return version
+
+    def _copies(self, weights: Iterable[tuple[str, Tensor]]) -> list[Bucket]:
+        buckets = fill_buckets(weights, self._device, interface.BUCKET_BYTES)
+        return [bucket.copy_to_cpu() for bucket in buckets]
 
     def use(self, version: str) -> None:
         """Makes staged weights the current ones, which `send` sends, and drops those staged before them."""
@@ -96,11 +109,17 @@ class WeightBroadcast:
             copy = self._copy
             if copy is None or copy[0] != version:
                 raise ServerUnavailable("a newer weight sync has begun")
-            channel.close()  # the group of the server's previous process
-            _broadcast([channel], copy[1], "tcp", version)
-            channel.close()  # the next weight sync uses NCCL where there are GPUs
-            if channel.problem is not None:
-                raise channel.problem
+            base, buckets = self._base, copy[1]
+            if base is None:
+                _send(channel, version, buckets)
+                return
+            interface.send_adapter(
+                server,
+                base[0],
+                version,
+                send_base=lambda: _send(channel, *base),
+                send_matrices=lambda: _send_adapter(channel, version, buckets),
+            )
 
     def close(self) -> None:
         """Leaves the groups of all servers."""
@@ -138,7 +157,7 @@ class _Channel:
         if self.problem is not None:
             self.close()
 
-    def begin_update(self, backend: str, version: str) -> None:
+    def begin_update(self, backend: str, version: str, is_adapter: bool) -> None:
         """Has the server wait for weights."""
         if self._group is None:
             self._group = self._join(backend)
@@ -147,7 +166,8 @@ class _Channel:
         except ServerUnavailable:  # another run may have died in the middle of an update
             self.server.post("/finish_weight_update")
             self.server.post("/start_weight_update")
-        self._update = Call(self.server, "/update_weights", {"update_info": {"version": version}})
+        info = {"version": version, "is_adapter": is_adapter}
+        self._update = Call(self.server, "/update_weights", {"update_info": info})
         self._group.start(version)
         self._group.wait(self._update.check)
 
@@ -176,8 +196,8 @@ class _Channel:
         assert self._update is not None
         self._group.wait(self._update.check)
 
-    def finish_update(self, version: str) -> None:
-        """Waits until the server uses the weights."""
+    def finish_update(self, version: str, is_adapter: bool) -> None:
+        """Waits until the server uses the weights, or has the adapter."""
         assert self._group is not None
         assert self._update is not None
         self._group.start(END_OF_UPDATE)
@@ -185,7 +205,8 @@ class _Channel:
         self._update.result(self._patience_s)
         self._update = None
         self.server.post("/finish_weight_update")
-        activate(self.server, version)
+        if not is_adapter:
+            activate(self.server, version)
 
     @property
     def is_updating(self) -> bool:
@@ -201,11 +222,28 @@ class _Channel:
         self._update = self._group = None
 
 
-def _broadcast(channels: Sequence[_Channel], buckets: Iterable[Bucket], backend: str, version: str) -> None:
+def _send(channel: _Channel, version: str, buckets: Iterable[Bucket], *, is_adapter: bool = False) -> None:
+    """Sends to one server through a new group. Raises: ServerUnavailable, EngineError."""
+    channel.close()  # the group of the server's previous process
+    _broadcast([channel], buckets, "tcp", version, is_adapter)
+    channel.close()  # the next weight sync uses NCCL where there are GPUs
+    if channel.problem is not None:
+        raise channel.problem
+
+
+def _send_adapter(channel: _Channel, version: str, buckets: Iterable[Bucket]) -> Any:
+    """The same with an adapter, which the server then loads; returns its answer."""
+    _send(channel, version, buckets, is_adapter=True)
+    return channel.server.post("/collective_rpc", {"method": "use_received_adapter"})
+
+
+def _broadcast(
+    channels: Sequence[_Channel], buckets: Iterable[Bucket], backend: str, version: str, is_adapter: bool = False
+) -> None:
     """Sends each bucket through every channel; all buckets are consumed even if every channel fails."""
     for channel in channels:
         channel.problem = None
-        channel.attempt(channel.begin_update, backend, version)
+        channel.attempt(channel.begin_update, backend, version, is_adapter)
     try:
         for bucket in buckets:
             for channel in channels:
@@ -213,7 +251,7 @@ def _broadcast(channels: Sequence[_Channel], buckets: Iterable[Bucket], backend:
             for channel in channels:
                 channel.attempt(channel.wait_for_bucket)
         for channel in channels:
-            channel.attempt(channel.finish_update, version)
+            channel.attempt(channel.finish_update, version, is_adapter)
     finally:
         for channel in channels:
             if channel.is_updating:

@@ -5,6 +5,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from expo.errors import ConfigError, EngineError
 from expo.rollout.vllm.client import Server
-from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, activate
+from expo.rollout.vllm.transfer.interface import BUCKET_BYTES, activate, send_adapter
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -21,6 +22,7 @@ class WeightFiles:
     """The policy's weights as files, kept until the next weight sync so that a restarted server can load them again.
 
     Weights of several steps can be stored at once, each in a folder of its own; the servers use those of `version`.
+    After `keep_base`, all others are LoRA adapters.
 
     Args:
         parent: folder in which to create the folder; None: /dev/shm, or the system's temporary folder without one.
@@ -39,6 +41,13 @@ class WeightFiles:
             ) from error
         self.version: str | None = None
         self._staged: list[str] = []
+        self._base: str | None = None
+
+    def keep_base(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes the weights to which adapters are applied; they stay. Raises: EngineError if the disk is full."""
+        base = uuid.uuid4().hex
+        self._write(base, weights)
+        self._base = base
 
     def publish(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Writes new weights in place of the old. Raises: EngineError if the disk is full."""
@@ -47,8 +56,12 @@ class WeightFiles:
 
     def stage(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """Writes weights for a later `use`, and returns their name. Raises: EngineError if the disk is full."""
-        version = uuid.uuid4().hex
+        version = f"{self._base or ''}{uuid.uuid4().hex}"
         self._staged.append(version)
+        self._write(version, weights)
+        return version
+
+    def _write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         try:
             (self.folder / version).mkdir()
             for number, bucket in enumerate(_buckets(weights)):
@@ -58,7 +71,6 @@ class WeightFiles:
                 f"cannot write the weights to {self.folder}: {error}; free some space there, or set "
                 f"vllm.weights_folder to a folder with more, then go on with --resume"
             ) from error
-        return version
 
     def use(self, version: str) -> None:
         """Makes staged weights the current ones, and removes those staged before them."""
@@ -74,8 +86,24 @@ class WeightFiles:
 
     def send(self, server: Server, version: str) -> None:
         """Has the server read the files and use the weights. Raises: ServerUnavailable, EngineError."""
-        server.post("/collective_rpc", {"method": "read_weights", "args": [str(self.folder / version)]})
+        base = self._base
+        if base is None:
+            self._send_weights(server, version)
+            return
+        send_adapter(
+            server,
+            base,
+            version,
+            send_base=lambda: self._send_weights(server, base),
+            send_matrices=lambda: self._read(server, "read_adapter", version),
+        )
+
+    def _send_weights(self, server: Server, version: str) -> None:
+        self._read(server, "read_weights", version)
         activate(server, version)
+
+    def _read(self, server: Server, method: str, version: str) -> Any:
+        return server.post("/collective_rpc", {"method": method, "args": [str(self.folder / version)]})
 
     def close(self) -> None:
         """Removes the folder."""
