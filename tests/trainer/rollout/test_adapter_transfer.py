@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from expo import serve
-from expo.config import load_config
+from expo.config import VllmSection, load_config
 from expo.errors import ConfigError, EngineError
 from expo.learner.model import architecture
 from expo.rollout.vllm.client import ServerUnavailable
-from expo.rollout.vllm.server import _require_lora
+from expo.rollout.vllm.server import ServerEngine, _require_lora
 from expo.rollout.vllm.transfer import broadcast
 from expo.rollout.vllm.transfer.broadcast import WeightBroadcast
 from expo.rollout.vllm.transfer.files import WeightFiles
@@ -200,3 +200,15 @@ def test_a_server_without_the_adapters_rank_is_refused():
     for found, shown in (({"lora_config": None}, "None"), ({"lora_config": {"max_lora_rank": 8}}, "8")):
         with pytest.raises(ConfigError, match=f"has max_lora_rank = {shown}, but .* needs 16; start it with python -m"):
             _require_lora(FakeServer(), found, 16)
+
+
+@pytest.mark.parametrize(("lora", "end"), [("adapter", r"start; .* take vllm\.lora = merged"), ("merged", "start")])
+def test_a_server_that_does_not_start_may_need_merged_weights(lora, end):
+    class Failing:
+        def wait_until_ready(self):
+            raise ConfigError("it does not start")
+
+    engine = object.__new__(ServerEngine)
+    engine._section = VllmSection(lora=lora)
+    with pytest.raises(ConfigError, match=f"^it does not {end}$"):
+        engine._wait_until_ready(Failing())
