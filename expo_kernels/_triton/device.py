@@ -138,7 +138,8 @@ def _penalty(logp, ref_logp, hyper_ptr, KL: tl.constexpr):
         series = 1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880))
         series = 1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * series)))
         penalty = tl.where(tl.abs(x) < 0.5, x * x * (0.5 + x * series), tl.exp(x) - x - 1.0)
-        grad = tl.where(tl.abs(difference) <= bound, -(penalty + x), 0.0)
+        grad = -(penalty + x)
+        grad = tl.where(tl.abs(difference) <= bound, grad, 0.0)
     return penalty, grad
 
 

@@ -61,15 +61,15 @@ def assert_same_gradients(grads, true_grads, rows):
 def assert_same_logps(batch, rows, group):
     outcomes = []
     for states, vocab_group in ((leaves(batch), None), (leaves(batch, rows), group)):
-        logps, entropies = linear_token_logps(
+        outputs = linear_token_logps(
             *states[:2], batch.completion_ids, bias=states[2], mask=batch.completion_mask, return_entropy=True,
-            logits_budget_mb=7 * V * 4 / 2**20, vocab_group=vocab_group,
+            return_lse=True, logits_budget_mb=7 * V * 4 / 2**20, vocab_group=vocab_group,
         )  # fmt: skip
-        (logps.sin() + entropies.cos()).sum().backward()
-        outcomes.append((logps.detach(), entropies.detach(), [state.grad for state in states]))
-    (logps, entropies, grads), (shared_logps, shared_entropies, shared_grads) = outcomes
-    torch.testing.assert_close(shared_logps, logps, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(shared_entropies, entropies, rtol=1e-6, atol=1e-6)
+        logps, entropies, lse = outputs
+        (logps.sin() + entropies.cos() + 0.1 * lse.square()).sum().backward()
+        outcomes.append((torch.stack(outputs).detach(), [state.grad for state in states]))
+    (outputs, grads), (shared_outputs, shared_grads) = outcomes
+    torch.testing.assert_close(shared_outputs, outputs, rtol=1e-6, atol=1e-6)
     assert_same_gradients(shared_grads, grads, rows)
 
 
