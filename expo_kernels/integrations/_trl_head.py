@@ -49,7 +49,14 @@ def check_head(model: Any) -> None:
         raise NotImplementedError(f"lm_head is not supported: {error}") from error
 
 
-def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | None, *, in_float32: bool) -> None:
+def apply_head_in_forward(
+    model: Any,
+    objective: Objective,
+    budget_mb: float | None,
+    *,
+    in_float32: bool,
+    needs_entropies: Callable[[], bool],
+) -> None:
     """Patch forward: `model(..., expo_head=f)` returns f(hidden states, weight, bias); log-probs use our head.
 
     TRL calls the model with `fused_lm_head=True` for log-probs, also under the old and the reference policy. Computing
@@ -61,6 +68,7 @@ def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | N
         objective: its temperature and logit_softcap apply to the log-probs.
         budget_mb: MiB for the logits of one chunk; None: a default for the device.
         in_float32: exclude the head from autocast.
+        needs_entropies: whether log-probs are wanted with entropies, asked in every call.
     """
     trls = model.forward
 
@@ -75,7 +83,7 @@ def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | N
         **options: Any,
     ) -> Any:
         if fused_lm_head and labels is not None:
-            expo_head = _logps_head(labels, objective, budget_mb)
+            expo_head = _logps_head(labels, objective, budget_mb, needs_entropies())
         if expo_head is None:
             return trls(*args, labels=labels, **options)
         options["use_cache"] = False
@@ -96,12 +104,12 @@ def apply_head_in_forward(model: Any, objective: Objective, budget_mb: float | N
     model.forward = types.MethodType(forward, model)
 
 
-def _logps_head(labels: Tensor, objective: Objective, budget_mb: float | None) -> Head:
+def _logps_head(labels: Tensor, objective: Objective, budget_mb: float | None, needs_entropies: bool) -> Head:
     """A head for the log-probs of labels [B, L]; each position predicts the next label; 0 if a label is -100."""
     ids = labels[:, 1:]
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedCausalLMOutput:
-        logps = linear_token_logps(
+        made = linear_token_logps(
             hidden[:, :-1],
             weight,
             ids,
@@ -109,9 +117,11 @@ def _logps_head(labels: Tensor, objective: Objective, budget_mb: float | None) -
             mask=ids != -100,
             temperature=objective.temperature,
             logit_softcap=objective.logit_softcap,
+            return_entropy=needs_entropies,  # type: ignore[call-overload]
             logits_budget_mb=budget_mb,
         )
-        return FusedCausalLMOutput(log_probs=logps)
+        logps, entropies = made if needs_entropies else (made, None)
+        return FusedCausalLMOutput(log_probs=logps, entropy=entropies)
 
     return head
 

@@ -67,10 +67,16 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             raise NotImplementedError("FSDP is not supported yet: it shards lm_head; use DDP or DeepSpeed")
         check_head(self.model)
         self._objective = self._make_objective()
+        self._needs_entropies = False
         for scored in filter(None, (self.model, self.ref_model)):
             inner = base_model(self.accelerator.unwrap_model(scored))
-            in_float32 = self.args.cast_lm_head_to_fp32
-            apply_head_in_forward(inner, self._objective, logits_budget_mb, in_float32=in_float32)
+            apply_head_in_forward(
+                inner,
+                self._objective,
+                logits_budget_mb,
+                in_float32=self.args.cast_lm_head_to_fp32,
+                needs_entropies=lambda: self._needs_entropies,
+            )
 
     def _make_objective(self) -> Objective:
         args, text_config = self.args, self.model.config.get_text_config()
@@ -93,6 +99,13 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             logit_softcap=getattr(text_config, "final_logit_softcapping", None),
             logit_scale=logit_scale(text_config),
         ).objective()
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, compute_entropy: bool = False, **options: Any) -> Any:
+        self._needs_entropies = compute_entropy
+        try:
+            return super()._get_per_token_logps_and_entropies(*args, compute_entropy=compute_entropy, **options)
+        finally:
+            self._needs_entropies = False
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         ids, attended = inputs["completion_ids"], inputs["completion_mask"]

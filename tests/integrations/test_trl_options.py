@@ -73,6 +73,21 @@ def test_the_entropy_bonus_is_a_mean_over_tokens(tiny_model, loss_type):
     compare(tiny_model, loss_type=loss_type, entropy_coef=0.1, beta=0.02, gradient_accumulation_steps=2)
 
 
+def test_logps_and_entropies_for_other_code_are_trls(tiny_model):
+    ids = torch.arange(3, 19).view(2, 8)
+    found = []
+    for trainer_class, extra in ((GRPOTrainer, {}), (ExpoGRPOTrainer, PLAIN)):
+        trainer = make_trainer(trainer_class, tiny_model, extra=extra, temperature=0.7)
+        found.append(
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), 4, compute_entropy=True
+            )[:2]
+        )
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.requires_grad
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_the_entropy_bonus_covers_the_tokens_of_high_entropy(tiny_model, loss_type):
     compare(tiny_model, loss_type=loss_type, entropy_coef=0.1, top_entropy_quantile=0.4)
