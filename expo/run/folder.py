@@ -35,6 +35,8 @@ ADDED_LATER = (
     "rollout.stop_tokens",
     "policy.gradient_tolerance",
     "rollout.ahead",
+    "rollout.exact",
+    "vllm.lora",
 )
 """Settings that checkpoints of earlier versions do not know: the digest leaves them out if they have their default."""
 
