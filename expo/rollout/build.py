@@ -53,7 +53,7 @@ def _build_rank_engine(
             policy.tokenizer,
             stop_ids,
             config.vllm,
-            further=hub_options(config.model) | lora,
+            engine_args=hub_options(config.model) | lora,
             dtype=policy.dtype,
             device=ranks.device,
             num_replies=config.rollout.batch_size,

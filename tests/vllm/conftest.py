@@ -84,7 +84,7 @@ def new_engine(path, policy, num_replies=32, *, takes_adapters=False):
         device=torch.device("cpu"),
         num_replies=num_replies,
         max_tokens=MAX_TOKENS,
-        further=lora_settings(LORA_RANK, adapted_layers(policy.model)) if takes_adapters else None,
+        engine_args=lora_settings(LORA_RANK, adapted_layers(policy.model)) if takes_adapters else None,
     )
 
 

@@ -10,7 +10,7 @@ from expo.rollout.vllm.client import Server
 from expo.types import Sample
 from tests.vllm.conftest import BY_PROBE, PROMPTS
 from tests.vllm.test_vllm_replies import SAMPLING, largest_difference, requests, tokens
-from tests.vllm.test_vllm_server import kill, process_of
+from tests.vllm.test_vllm_server import require_equal_replies_after_a_kill
 
 TRANSFERS = [None, "files", "broadcast"]
 
@@ -144,20 +144,7 @@ def test_logps_of_replies_are_the_policys(adapted):
 
 
 def test_a_restarted_server_is_sent_base_weights_and_adapter(served):
-    served.move(13)
-    served.sync.run()
-    batch = requests(64)
-    expected = served.engine.generate(batch, SAMPLING)
-    killed = []
-
-    def kill_once(count):
-        if count and not killed:
-            killed.append(kill(served))
-
-    found = served.engine.generate(batch, SAMPLING, kill_once)
-    assert process_of(served).pid != killed[0]
-    assert tokens(found) == tokens(expected)
-    assert served.sync.difference() < 1e-5
+    require_equal_replies_after_a_kill(served)
 
 
 def test_adapters_are_staged_while_the_server_samples_with_earlier_ones(served):

@@ -62,7 +62,7 @@ class VllmEngine:
         num_ranks: processes of the run; every `section.tensor_parallel` consecutive ranks form one engine and must get
             the same requests.
         is_exact: whether it samples in vLLM's batch-invariant mode.
-        further: arguments of vLLM: `hub_options` of the model and, if `load_weights` takes an adapter, its
+        engine_args: of vLLM's `EngineArgs`: `hub_options` of the model and, if `load_weights` takes an adapter, its
             `lora_settings`; None: vLLM's defaults.
 
     Raises: ConfigError if vLLM is not installed, lacks a function or refuses the model, or if tensor_parallel does not
@@ -82,7 +82,7 @@ class VllmEngine:
         max_tokens: int,
         num_ranks: int = 1,
         is_exact: bool = False,
-        further: Mapping[str, Any] | None = None,
+        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         if section.sleep and device.type == "cpu":
             raise ConfigError("vllm.sleep = true needs a GPU: vLLM has no sleep mode on a CPU; turn it off")
@@ -103,7 +103,7 @@ class VllmEngine:
         settings = engine_settings(
             section, dtype=dtype, is_cpu=self._is_cpu, num_replies=num_replies, max_tokens=max_tokens
         )
-        settings |= dict(further or {})
+        settings |= dict(engine_args or {})
         self._adapter = _adapter_request() if settings.get("enable_lora") else None
         if num_ranks > 1:
             settings["distributed_executor_backend"] = "external_launcher"

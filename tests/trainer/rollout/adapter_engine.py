@@ -1,23 +1,21 @@
 """A rollout engine that takes LoRA adapters alone, as vLLM does with vllm.lora = adapter, and needs no vLLM."""
 
-import itertools
-
 import torch
 from transformers import AutoModelForCausalLM
 
-from expo.rollout.transformers import TransformersEngine
 from expo.rollout.weight_samples import describe
+from tests.trainer.rollout.staging_engine import StagingEngine
 
 
-class AdapterEngine(TransformersEngine):
-    """Adds the product of each adapter to base weights of its own; staged adapters are kept by name."""
+class AdapterEngine(StagingEngine):
+    """Adds the product of each adapter to base weights of its own."""
 
     takes_adapters = True
 
     def __init__(self, policy, batch_size=8):
         model = AutoModelForCausalLM.from_config(policy.model.config, dtype=policy.dtype).eval().requires_grad_(False)
-        super().__init__(model, policy.tokenizer, batch_size, policy.dtype, is_shared=False)
-        self.base, self.adapters, self.staged, self.numbers = [], {}, {}, itertools.count()
+        super().__init__(model, policy, batch_size)
+        self.base, self.adapters = [], {}
 
     def load_base_weights(self, weights):
         self.base.append({name: weight.clone() for name, weight in weights})
@@ -31,14 +29,6 @@ class AdapterEngine(TransformersEngine):
                 product = self.adapters[f"{layer}.lora_B.weight"].float() @ down.float()
                 merged[f"{layer}.weight"] = (merged[f"{layer}.weight"].float() + product).to(self._dtype)
         super().load_weights(merged.items())
-
-    def stage_weights(self, weights):
-        version = f"version {next(self.numbers)}"
-        self.staged[version] = {name: weight.clone() for name, weight in weights}
-        return version
-
-    def use_weights(self, version):
-        self.load_weights(self.staged.pop(version).items())
 
     def describe_weights(self):
         return [describe([*self.base[-1].items(), *self.adapters.items()])]

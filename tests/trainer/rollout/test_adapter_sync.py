@@ -19,6 +19,7 @@ from expo.run.ahead import RolloutQueue
 from expo.runtime.distributed import join_ranks
 from expo.train import train
 from tests.trainer.rollout.adapter_engine import AdapterEngine, move
+from tests.trainer.rollout.staging_engine import skip_second_use
 from tests.trainer.run.short_runs import quick, records_of, weights_of
 
 pytestmark = pytest.mark.medium
@@ -188,12 +189,6 @@ def test_a_resumed_run_that_samples_ahead_sends_base_weights_and_adapters_again(
 
 
 def test_a_stale_adapter_is_caught_before_its_replies_are_trained_on(engines, tmp_path, monkeypatch):
-    real, calls = AdapterEngine.use_weights, itertools.count(1)
-
-    def skip_second(engine, version):
-        if next(calls) != 2:
-            real(engine, version)
-
-    monkeypatch.setattr(AdapterEngine, "use_weights", skip_second)
+    skip_second_use(monkeypatch, AdapterEngine)
     with pytest.raises(SyncError, match=r"rollout engine (and the policy differ|does not hold)"):
         train(quick(tmp_path, **{**AHEAD, "evaluation__every": 0}))

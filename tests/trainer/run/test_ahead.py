@@ -16,10 +16,10 @@ from expo.config import load_config
 from expo.errors import CheckpointError, ConfigError, SyncError
 from expo.learner.model import empty_copy
 from expo.learner.policy import DeepSpeedPolicy
-from expo.rollout.transformers import TransformersEngine
 from expo.run.ahead import RolloutQueue
 from expo.runtime.signals import StopSwitch
 from expo.train import train
+from tests.trainer.rollout.staging_engine import StagingEngine, skip_second_use
 from tests.trainer.run.short_runs import quick, records_of, rewrite_manifest, weights_of
 
 pytestmark = pytest.mark.medium
@@ -27,21 +27,13 @@ pytestmark = pytest.mark.medium
 AHEAD = {"rollout__engine": "vllm-server", "objective__rollout_correction": "token", "run__steps": 6}
 
 
-class CopyingEngine(TransformersEngine):
-    """An engine with its own weights; staged ones are kept by name, as weight transfers do."""
+class CopyingEngine(StagingEngine):
+    """An engine with a copy of the policy's weights."""
 
     def __init__(self, policy, config):
         model = empty_copy(policy.model, policy.dtype, torch.device("cpu"))
-        super().__init__(model, policy.tokenizer, config.rollout.batch_size, policy.dtype, is_shared=False)
-        self.staged, self.numbers, self.sampled_in_main_thread = {}, itertools.count(), []
-
-    def stage_weights(self, weights):
-        version = f"version {next(self.numbers)}"
-        self.staged[version] = {name: weight.clone() for name, weight in weights}
-        return version
-
-    def use_weights(self, version):
-        self.load_weights(self.staged.pop(version).items())
+        super().__init__(model, policy, config.rollout.batch_size)
+        self.sampled_in_main_thread = []
 
     def generate(self, requests, sampling, on_progress=None):
         self.sampled_in_main_thread.append(threading.current_thread() is threading.main_thread())
@@ -150,13 +142,7 @@ def records_of_metrics(run):
 
 
 def test_a_sync_that_did_not_happen_is_caught_before_its_replies_are_trained_on(tmp_path, monkeypatch):
-    real, calls = CopyingEngine.use_weights, itertools.count(1)
-
-    def skip_second(engine, version):
-        if next(calls) != 2:
-            real(engine, version)
-
-    monkeypatch.setattr(CopyingEngine, "use_weights", skip_second)
+    skip_second_use(monkeypatch, CopyingEngine)
     with pytest.raises(SyncError, match=r"rollout engine (and the policy differ|does not hold)"):
         train(quick(tmp_path, rollout__ahead=1, **{**AHEAD, "evaluation__every": 0}))
     assert len(records_of_metrics(tmp_path / "run")) == 3
