@@ -27,12 +27,12 @@ def bonus_in_loss(
 ) -> Tensor | float | None:
     """The `entropy_bonus` with which the loss of the tokens in `mask` subtracts coefficient * mean entropy.
 
-    None: there is none, because the mean is over the `selected` tokens only, or because the aggregation weighs tokens
-    by the lengths of their sequences.
+    None: there is none, because the mean is over the `selected` tokens only, because the aggregation weighs tokens by
+    the lengths of their sequences, or because the coefficient is negative, which no `entropy_bonus` is.
     """
     if coefficient == 0.0:
         return 0.0
-    if selected is not mask or objective.aggregation == "sequence":
+    if selected is not mask or objective.aggregation == "sequence" or coefficient < 0.0:
         return None
     return coefficient * normalizer * (objective.max_completion_length or 1) / mask.sum().clamp(min=1)
 

@@ -1,6 +1,7 @@
 """Apply the output head inside the forward of a transformers model, for `trl.py`.
 
-Inside forward, ZeRO 3's hooks gather the head and reduce its gradient, and DDP sees which parameters are used.
+Inside forward, the hooks of ZeRO 3 and FSDP2 gather the head and reduce its gradient, and DDP sees which parameters are
+used. FSDP2 gathers it at the final norm; where accelerate finds none, as in PEFT models, it is gathered here.
 
 Letters: B sequences, L positions of prompt and completion, V vocabulary, H hidden.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from expo_kernels._head_module import head_tensors
@@ -55,6 +57,7 @@ def apply_head_in_forward(
     budget_mb: float | None,
     *,
     in_float32: bool,
+    is_fsdp: bool,
     needs_entropies: Callable[[], bool],
 ) -> None:
     """Patch forward: `model(..., expo_head=f)` returns f(hidden states, weight, bias); log-probs use our head.
@@ -68,6 +71,7 @@ def apply_head_in_forward(
         objective: its temperature and logit_softcap apply to the log-probs.
         budget_mb: MiB for the logits of one chunk; None: a default for the device.
         in_float32: exclude the head from autocast.
+        is_fsdp: gather a head that FSDP2 has sharded over ranks of different tokens.
         needs_entropies: whether log-probs are wanted with entropies, asked in every call.
     """
     trls = model.forward
@@ -91,6 +95,8 @@ def apply_head_in_forward(
         hidden = output.last_hidden_state
         # looked up in every call, because it may have been replaced; PEFT's `modules_to_save` has a copy to train
         weight, bias = head_tensors(self.get_output_embeddings(), None)
+        if is_fsdp:
+            weight, bias = _whole(weight), None if bias is None else _whole(bias)
         with maybe_gather_lm_head_ctx(weight, bias):
             if torch.is_autocast_enabled(hidden.device.type) and not in_float32:
                 # autocast casts the inputs of a linear layer, but not those of our ops
@@ -124,6 +130,14 @@ def _logps_head(labels: Tensor, objective: Objective, budget_mb: float | None, n
         return FusedCausalLMOutput(log_probs=logps, entropy=entropies)
 
     return head
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The parameter itself, or all of a sharded one; its gradient is then the mean over the ranks, as FSDP2's is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    whole: Tensor = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return whole
 
 
 def _aux_loss(model: Any, output: Any, options: dict[str, Any]) -> Any:

@@ -15,9 +15,11 @@ from trl import GRPOConfig, GRPOTrainer
 from expo_kernels.integrations._trl_entropy import bonus_in_loss, current_coefficient, entropy_loss, update_coefficient
 from expo_kernels.integrations._trl_head import apply_head_in_forward, base_model, check_head, logit_scale
 from expo_kernels.integrations._trl_loss import WINDOW_LOSS_TYPES, TrlLoss, check_loss_type, with_correction
+from expo_kernels.integrations._trl_sequence_kl import aggregated, sequence_weighted_kl
 from expo_kernels.linear_loss import linear_expo_loss
 from expo_kernels.logps import linear_token_logps
 from expo_kernels.objective import Objective
+from expo_kernels.policy_loss import expo_loss_from_logps
 
 # what TRL passes to a vision-language model besides ids and mask
 _IMAGE_INPUTS = (
@@ -63,9 +65,13 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             _check_config(args)
         super().__init__(model, reward_funcs, args, *positional, **options)
         self._budget_mb, self._gradient_tolerance = logits_budget_mb, gradient_tolerance
-        if self.is_fsdp_enabled:
-            raise NotImplementedError("FSDP is not supported yet: it shards lm_head; use DDP or DeepSpeed")
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise NotImplementedError(
+                'FSDP version 1 is not supported: set fsdp_config={"version": 2}, or use DeepSpeed'
+            )
         check_head(self.model)
+        is_per_sequence = self.args.importance_sampling_level == "sequence"
+        self._weighs_kl_by_sequence = is_per_sequence and self.args.use_bias_correction_kl and self.beta != 0.0
         self._objective = self._make_objective()
         self._needs_entropies = False
         for scored in filter(None, (self.model, self.ref_model)):
@@ -75,6 +81,7 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 self._objective,
                 logits_budget_mb,
                 in_float32=self.args.cast_lm_head_to_fp32,
+                is_fsdp=self.is_fsdp_enabled,
                 needs_entropies=lambda: self._needs_entropies,
             )
 
@@ -89,7 +96,7 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             importance_sampling_level=args.importance_sampling_level,
             max_completion_length=self.max_completion_length,
             delta=args.delta,
-            use_bias_correction_kl=args.use_bias_correction_kl,
+            use_bias_correction_kl=args.use_bias_correction_kl and not self._weighs_kl_by_sequence,
             sapo_temperature_pos=args.sapo_temperature_pos,
             sapo_temperature_neg=args.sapo_temperature_neg,
             vespo_k_pos=args.vespo_k_pos,
@@ -141,6 +148,8 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1.0:
             advantages, selected, entropy = self._select_tokens(hidden, weight, mask, inputs, **head)
         normalizer = self._normalizer(inputs, mask)
+        if self._weighs_kl_by_sequence:
+            return self._loss_from_logps(hidden, weight, mask, selected, advantages, normalizer, inputs, **head)
         coefficient = current_coefficient(self) / self._accumulation_steps
         bonus = bonus_in_loss(self._objective, coefficient, normalizer, mask, selected)
         made = linear_expo_loss(
@@ -171,6 +180,45 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             )
             output["loss"] = made.loss + coefficient * negative
         return {**output, "bonus_entropy": entropy, "bonus_tokens": selected.sum()}
+
+    def _loss_from_logps(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        selected: Tensor,
+        advantages: Tensor,
+        normalizer: Tensor | float,
+        inputs: dict[str, Any],
+        **head: Any,
+    ) -> dict[str, Tensor]:
+        """As `_loss_and_metrics`, with the KL times the sequence's ratio; computes the logits twice (8NHV)."""
+        logps, entropies = linear_token_logps(
+            hidden,
+            weight,
+            inputs["completion_ids"],
+            mask=mask,
+            temperature=self._objective.temperature,
+            logit_softcap=self._objective.logit_softcap,
+            return_entropy=True,
+            gradient_tolerance=self._gradient_tolerance,
+            **head,
+        )
+        old_logps = inputs.get("old_per_token_logps")
+        corrected = with_correction(
+            self._objective, advantages, inputs.get("importance_sampling_ratio"), old_logps, mask
+        )
+        made = expo_loss_from_logps(logps, mask, old_logps=old_logps, beta=0.0, normalizer=normalizer, **corrected)
+        kl = sequence_weighted_kl(logps, old_logps, inputs["ref_per_token_logps"], mask, self._objective)
+        loss = made.loss + self._penalty_weight() * aggregated(kl, mask, normalizer, self._objective)
+        tokens = mask.sum().clamp(min=1)
+        metrics = {"kl": kl.detach().sum() / tokens, "entropy": (entropies.detach() * mask).sum() / tokens}
+        output = {**made.metrics, **metrics, "loss": loss, "policy_loss": loss.detach()}
+        if not self._entropy_bonus_enabled:
+            return output
+        entropy = (entropies * selected).sum() / selected.sum().clamp(min=1)
+        output["loss"] = loss - current_coefficient(self) / self._accumulation_steps * entropy
+        return {**output, "bonus_entropy": entropy.detach(), "bonus_tokens": selected.sum()}
 
     def _select_tokens(
         self, hidden: Tensor, weight: Tensor, mask: Tensor, inputs: dict[str, Any], **head: Any
@@ -260,6 +308,5 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
 def _check_config(args: GRPOConfig) -> None:
     check_loss_type(args.loss_type)
-    for name in ("beta", "entropy_coef", "entropy_coef_min"):
-        if getattr(args, name) < 0.0:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected a weight >= 0")
+    if args.beta < 0.0:
+        raise ValueError(f"beta is {args.beta}; expected a weight >= 0")

@@ -218,11 +218,10 @@ def test_a_checkpoint_without_a_table_is_refused(tiny_model, tmp_path):
     ("settings", "message"),
     [
         ({"loss_type": "gpg"}, "supported here: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"),
-        ({"entropy_coef": -0.1}, "entropy_coef is -0.1; expected a weight >= 0"),
+        ({"beta": -0.1}, "beta is -0.1; expected a weight >= 0"),
         ({"loss_type": "cispo", "epsilon_high": 0.28}, "bounds the ratio itself"),
         ({"delta": 0.9}, "delta is 0.9, but ratios start at 1"),
         ({"loss_type": "sapo", "delta": 1.5}, "delta=1.5 has no effect"),
-        ({"beta": 0.02, "importance_sampling_level": "sequence"}, "use_bias_correction_kl"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -73,6 +73,32 @@ def test_the_entropy_bonus_is_a_mean_over_tokens(tiny_model, loss_type):
     compare(tiny_model, loss_type=loss_type, entropy_coef=0.1, beta=0.02, gradient_accumulation_steps=2)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "grpo"])
+def test_a_negative_entropy_bonus_lowers_the_entropy_as_trls_does(tiny_model, loss_type):
+    compare(tiny_model, loss_type=loss_type, entropy_coef=-0.1, gradient_accumulation_steps=2)
+
+
+SEQUENCE_KL = {"importance_sampling_level": "sequence", "use_bias_correction_kl": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "grpo", "num_iterations": 4, "entropy_coef": 0.1},
+        {"loss_type": "dapo", "gradient_accumulation_steps": 2, "top_entropy_quantile": 0.4, "entropy_coef": -0.1},
+        {"loss_type": "dr_grpo", "num_iterations": 4, "off_policy_mask_threshold": 1e-4},
+        {"loss_type": "luspo", "num_iterations": 4, "temperature": 0.7},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_the_kl_times_the_ratio_of_the_sequence_is_trls(tiny_model, settings):
+    # the penalty is large and the steps are long enough for ratios and their gradients to count
+    ours = compare(tiny_model, beta=0.5, learning_rate=1e-2, **SEQUENCE_KL, **settings)
+    assert max(entry["kl"] for entry in ours.history) > 0.05
+    if "num_iterations" in settings:
+        assert max(entry["ratio_max"] for entry in ours.history) > 1.05
+
+
 def test_logps_and_entropies_for_other_code_are_trls(tiny_model):
     ids = torch.arange(3, 19).view(2, 8)
     found = []
