@@ -1,8 +1,9 @@
 """Batched generation by transformers, in the trainer's own process and on its own weights.
 
-Each prompt is prefilled once and its key-value cache repeated for the samples of its group; finished rows leave the
-batch. Tokens are drawn by inverse transform sampling, with one uniform number per token from the reply's own seed, so a
-reply does not depend on the rest of the batch.
+A row of the batch is a distinct prefix: each prompt is prefilled once, and samples of a group share a row as long as
+their tokens are equal. Its key-value cache is copied where they part. Finished rows leave the batch. Tokens are drawn
+by inverse transform sampling, with one uniform number per token from the reply's own seed, so a reply does not depend
+on the rest of the batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from expo_kernels import token_logps
 
 CHECKED_TOKENS = 4
 LOGP_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3}  # nats, of logits whose rounding is a hundredth of it
-KEEP_ROWS_ABOVE = 0.75  # share of running rows; dropping the finished ones copies the cache, so it is done below
+KEEP_ROWS_ABOVE = 0.75  # share of rows in use; dropping the others copies the cache, so it is done below
 
 
 class TransformersEngine:
@@ -188,30 +189,27 @@ class TransformersEngine:
     ) -> list[Reply]:
         was_training = self._model.training
         self._model.eval()
-        state = self._prefill(prompts, repeats)
-        uniforms = _uniforms(seeds, sampling.max_new_tokens).to(state.logits.device)
+        state = self._prefill(prompts)
+        device = state.logits.device
+        uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
         tokens: list[list[int]] = [[] for _ in seeds]
         logps: list[list[float]] = [[] for _ in seeds]
-        rows = torch.arange(len(seeds), device=state.logits.device)
+        rows = torch.arange(len(seeds))  # replies that have not ended
+        prefixes = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(device)  # of these in `state`
         for position in range(sampling.max_new_tokens):
-            drawn, drawn_logps = _draw(state.logits, uniforms[rows, position], sampling)
+            drawn, drawn_logps = _draw(state.logits[prefixes], uniforms[rows.to(device), position], sampling)
             for row, token, logp in zip(rows.tolist(), drawn.tolist(), drawn_logps.tolist(), strict=True):
-                if not (tokens[row] and tokens[row][-1] in self._end_ids):
-                    tokens[row].append(token)
-                    logps[row].append(logp)
+                tokens[row].append(token)
+                logps[row].append(logp)
             running = torch.tensor([tokens[row][-1] not in self._end_ids for row in rows.tolist()])
-            num_running = int(running.sum())
-            if num_running == 0 or position + 1 == sampling.max_new_tokens:
+            if not running.any() or position + 1 == sampling.max_new_tokens:
                 break
-            if num_running <= KEEP_ROWS_ABOVE * len(rows):
-                remaining = running.nonzero()[:, 0].to(rows.device)
-                rows, drawn = rows[remaining], drawn[remaining]
-                state.select(remaining)
-            self._advance(state, drawn)
+            rows, on_device = rows[running], running.to(device)
+            prefixes = self._advance(state, prefixes[on_device], drawn[on_device])
         self._model.train(was_training)
         return [self._reply(ids, values) for ids, values in zip(tokens, logps, strict=True)]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> "_State":
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> "_State":
         device = self._model.device
         longest = max(len(prompt) for prompt in prompts)
         input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -229,24 +227,43 @@ class TransformersEngine:
             use_cache=True,
         )
         logits = head_logits(self._model, output.last_hidden_state[:, -1], self._dtype)
-        group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(repeats)).to(device)
         cache = getattr(output, self._cache_name)
-        cache.reorder_cache(group)
-        return _State(cache, mask.to(device)[group], positions.to(device)[group, -1:], logits[group])
+        return _State(cache, mask.to(device), positions.to(device)[:, -1:], logits)
 
-    def _advance(self, state: "_State", drawn: Tensor) -> None:
+    def _advance(self, state: "_State", prefixes: Tensor, drawn: Tensor) -> Tensor:
+        """Appends to the prefix of each running reply the token drawn for it; equal results are computed once.
+
+        Args:
+            state: of the prefixes.
+            prefixes: [R] int64, the row of `state` that each reply continues.
+            drawn: [R] int64, its next token.
+
+        Returns: [R] int64, the rows of the longer prefixes.
+        """
+        num_tokens = state.logits.shape[-1]
+        distinct: Tensor
+        replies: Tensor
+        distinct, replies = torch.unique(prefixes * num_tokens + drawn, return_inverse=True)  # sorted
+        parents, next_tokens = distinct // num_tokens, distinct % num_tokens
+        is_branching = bool((parents[1:] == parents[:-1]).any())
+        if is_branching or len(parents) <= KEEP_ROWS_ABOVE * len(state.mask):
+            state.select(parents)
+        else:  # rows without a reply are computed on: less work than copying the cache without them
+            kept = next_tokens.new_zeros(len(state.mask))
+            next_tokens, replies = kept.index_copy(0, parents, next_tokens), parents[replies]
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(state.mask), 1)], dim=1)
         state.position = state.position + 1
         output = run_transformer(
             self._model,
             self._dtype,
-            input_ids=drawn[:, None],
+            input_ids=next_tokens[:, None],
             attention_mask=state.mask,
             position_ids=state.position,
             use_cache=True,
             **{self._cache_name: state.cache},
         )
         state.logits = head_logits(self._model, output.last_hidden_state[:, -1], self._dtype)
+        return replies
 
     def _reply(self, token_ids: list[int], logps: list[float]) -> Reply:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -263,7 +280,9 @@ class _Job:
 
 @dataclass
 class _State:
-    """State of a batch of running replies: cache, attention mask, last position [B, 1], next logits [B, V]."""
+    """The distinct prefixes (prompt and tokens so far) of running replies: cache, attention mask [B, T], last position
+    [B, 1], next logits [B, V].
+    """
 
     cache: Any
     mask: Tensor
@@ -271,9 +290,9 @@ class _State:
     logits: Tensor
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only `rows`."""
+        """Replaces the rows by those at `rows`, which may repeat."""
         self.cache.reorder_cache(rows)
-        self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
+        self.mask, self.position = self.mask[rows], self.position[rows]  # the logits are replaced next
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:

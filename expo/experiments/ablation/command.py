@@ -8,6 +8,7 @@ the end DIR contains results.json, results.md and two figures; `python -m expo.a
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from expo.experiments.ablation.page import tables, write_record
 from expo.experiments.ablation.plan import ARMS, BASELINE, POOLS, PROGRAM, SHARED, PlannedRun, plan_runs, with_arms
 from expo.experiments.ablation.results import as_record, read_outcome
 from expo.experiments.ablation.runs import run_all
+from expo.experiments.frontier import command as frontier
 from expo.reporting.reader import starts_of
 from expo.run.environment import ENVIRONMENT
 from expo.runtime.atomic_io import write_bytes_whole
@@ -37,7 +39,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s --out DIR [options] [--section.field=value ...]",
         description="GRPO, each of EXPO's two parts alone, and both: paired runs on two pools of the embedded task.",
-        epilog="--section.field=value applies to every run; python -m expo.train --help-all lists the fields.",
+        epilog="--section.field=value applies to every run; python -m expo.train --help-all lists the fields. "
+        "--plan NAME runs a fixed plan instead; --plan NAME --help shows its options.",
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all runs and results")
@@ -61,7 +64,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """The command line of `prog`. Exit codes: 0 if all runs succeeded, 1 if one failed, 2 if the arguments are invalid,
     130 after Ctrl-C."""
-    options, flags = _parser(prog).parse_known_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if frontier.is_planned(arguments):
+        return frontier.main(arguments, prog)
+    options, flags = _parser(prog).parse_known_args(arguments)
     with errors_on_one_line(prog):
         settings, runs = _plan(options, flags, prog)
         display = Display()

@@ -112,7 +112,7 @@ def _scores_table(outcomes: Sequence[Outcome]) -> str:
             steps = [outcome.steps for outcome in of_arm(outcomes, pool, arm)]
             cells = (_cell(scores(outcomes, pool, arm, measure)) for measure in MEASURES)
             rows.append((pool, arm, f"{min(steps)} to {max(steps)}", *cells))
-    return "Mean over seeds ± standard error:\n\n" + _markdown(rows)
+    return "Mean over seeds ± standard error:\n\n" + markdown(rows)
 
 
 def _summary(family: Sequence[Contrast]) -> str:
@@ -156,14 +156,15 @@ def _contrasts_table(family: Sequence[Contrast]) -> str:
         interval = f"[{low:+.3f}, {high:+.3f}]"
         rows.append((contrast.pool, contrast.arm, contrast.measure, _cell(Mean(mean, error), "+"), interval,
                      f"{p:.3f}" if p >= 0.001 else "< 0.001", verdict))  # fmt: skip
-    return "Paired differences (by seed):\n\n" + _markdown(rows)
+    return "Paired differences (by seed):\n\n" + markdown(rows)
 
 
 def _cell(value: Mean, sign: str = "") -> str:
     return f"{value.mean:{sign}.3f} ± {value.error:.3f}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as a Markdown table; the first one is its header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
 

@@ -5,6 +5,7 @@ sampled tokens, and differ only in their arm.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,17 @@ class PlannedRun:
     def is_finished(self) -> bool:
         """Whether the run has finished; only the report is written after its summary."""
         return (self.folder / "summary.json").exists()
+
+    @property
+    def is_ready(self) -> bool:
+        """True: it depends on no other run."""
+        return True
+
+    def command(self) -> list[str]:
+        """The command that starts or resumes it; writes its configuration."""
+        path = self.folder / "config.yaml"
+        write_bytes_whole(path, self.config.to_yaml().encode())
+        return [sys.executable, "-m", "expo.train", str(path), "--resume"]
 
 
 def parse_arm(text: str) -> tuple[str, tuple[str, ...]]:

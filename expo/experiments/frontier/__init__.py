@@ -1,0 +1,1 @@
+"""The frontier plan: does EXPO raise pass@32 on questions that the initial model seldom solves?"""
