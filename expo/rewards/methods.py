@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from expo.rewards.answers import is_missing, normalise_gold, stated_gold
-from expo.rewards.extract import READS, THINK_TAGS, after_thinking, extract_answer, why_unparsed
+from expo.rewards.extract import MAX_ANSWER_CHARS, READS, THINK_TAGS, after_thinking, extract_answer, why_unparsed
 from expo.rewards.families import is_entry, own_answer
 from expo.rewards.maths.compare import Outcome, RationalAlgebra, is_opaque, judge
 from expo.rewards.maths.dressing import undress
@@ -89,8 +89,14 @@ class MathMethod:
             return Outcome.UNKNOWN
 
     def statement(self, gold: str) -> str | None:
-        """The gold answer in a box, as given: a normal form that lost information would equal itself."""
-        return None if is_missing(normalise_gold(gold)) else rf"\boxed{{{stated_gold(gold)}}}"
+        """The gold answer in a box, as given: a normal form that lost information would equal itself.
+
+        None also if it is longer than the answers that are read.
+        """
+        stated = stated_gold(gold)
+        if len(stated) > MAX_ANSWER_CHARS or is_missing(normalise_gold(gold)):
+            return None
+        return rf"\boxed{{{stated}}}"
 
     def needs_check(self, gold: str) -> bool:
         """Whether it is in no grammar but math-verify's."""

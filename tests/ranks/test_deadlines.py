@@ -54,7 +54,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(tmp_path, what):
     took, code, problems, left = ended(tmp_path, {"phase": phase, "do": do, "nth": nth, "on_ranks": [1]})
     assert took < DEADLINE_S + GRACE_S, problems
     assert code != 0
-    assert any(f"phase {name}" in problems for name in LEARNED_IN.get(phase, (phase,))), problems
+    named = any(f"phase {name}" in problems for name in LEARNED_IN.get(phase, (phase,)))
+    # torchrun names a rank that was killed, and may end the other one before it learns of it
+    assert named or (do == "kill" and "rank      : 1" in problems.partition("Root Cause")[2]), problems
     assert left == {}, "processes of the run are still there"
     hangs = do in ("sleep", "stop")
     stacks = {path.name for path in (tmp_path / "run").glob("stacks-*")}

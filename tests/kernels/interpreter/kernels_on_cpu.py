@@ -34,7 +34,7 @@ _patched: set[int] = set()  # the language modules that are patched while a kern
 
 
 def _patch_lang_once(fn):
-    """Patch the language once per kernel; the interpreter does so at every call of a device function, 2/5 of its time."""
+    """Patch the language once per kernel; the interpreter does so in every device function, for 2/5 of its time."""
     langs = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
     if langs and langs <= _patched:
         return interpreter._LangPatchScope()
