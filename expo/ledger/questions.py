@@ -11,6 +11,7 @@ Only `random.Random.random` is used: Python promises its sequence for a seed, an
 import hashlib
 import random
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 MAX_TOTAL = 29  # two digits at most, and few enough totals that a small model learns every step
@@ -56,12 +57,12 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def draw_question(rng: random.Random, num_steps: int) -> LedgerQuestion:
-    """One random question of `num_steps` operations, held out or not; advances `rng`."""
+def draw_question(rng: random.Random, num_steps: int, max_total: int = MAX_TOTAL) -> LedgerQuestion:
+    """One random question of `num_steps` operations and totals of 0 to `max_total`, held out or not; advances `rng`."""
     total = int(rng.random() * 10)
     text = str(total)
     for _ in range(num_steps):
-        moves = [move for move in range(-9, 10) if move != 0 and 0 <= total + move <= MAX_TOTAL]
+        moves = [move for move in range(-9, 10) if move != 0 and 0 <= total + move <= max_total]
         move = moves[int(rng.random() * len(moves))]
         total += move
         text += f"{move:+d}"
@@ -82,30 +83,49 @@ def train_questions(seed: int) -> list[LedgerQuestion]:
     Args:
         seed: any integer >= 0; each gives its own questions and its own order.
     """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected an integer >= 0")
-    rng = random.Random(_TRAIN_SEED + seed)
-    drawn = _distinct(rng, TRAIN_COUNTS, held_out=False)
-    return sorted(drawn, key=lambda _: rng.random())
+    rng = training_generator(_TRAIN_SEED, seed)
+    return shuffled(rng, distinct_questions(rng, TRAIN_COUNTS, is_training))
 
 
 def held_out_questions() -> list[LedgerQuestion]:
     """The 240 held-out questions of levels 1 to 6, always the same, easiest level first."""
-    return _distinct(random.Random(_HELD_OUT_SEED), HELD_OUT_COUNTS, held_out=True)
+    return distinct_questions(random.Random(_HELD_OUT_SEED), HELD_OUT_COUNTS, is_held_out)
 
 
 def beyond_questions() -> list[LedgerQuestion]:
     """The 60 questions of levels 7 and 8, longer than anything trained on, always the same."""
-    return _distinct(random.Random(_BEYOND_SEED), BEYOND_COUNTS, held_out=True)
+    return distinct_questions(random.Random(_BEYOND_SEED), BEYOND_COUNTS, is_held_out)
 
 
-def _distinct(rng: random.Random, counts: dict[int, int], *, held_out: bool) -> list[LedgerQuestion]:
-    """Distinct questions, `counts[k]` with k steps, all of them held out or none of them."""
+def training_generator(base: int, seed: int) -> random.Random:
+    """The generator of training set `seed` of the pool whose seeds start at `base`.
+
+    Raises: ValueError if `seed` is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected an integer >= 0")
+    return random.Random(base + seed)
+
+
+def is_training(question: str) -> bool:
+    """Whether a question text may be trained on: it is not held out."""
+    return not is_held_out(question)
+
+
+def distinct_questions(
+    rng: random.Random, counts: Mapping[int, int], is_wanted: Callable[[str], bool], max_total: int = MAX_TOTAL
+) -> list[LedgerQuestion]:
+    """Distinct random questions, `counts[k]` with k operations, whose texts are all wanted; advances `rng`."""
     chosen: dict[str, LedgerQuestion] = {}
     for num_steps, count in counts.items():
         wanted = len(chosen) + count
         while len(chosen) < wanted:
-            drawn = draw_question(rng, num_steps)
-            if is_held_out(drawn.question) == held_out:
+            drawn = draw_question(rng, num_steps, max_total)
+            if is_wanted(drawn.question):
                 chosen[drawn.question] = drawn
     return list(chosen.values())
+
+
+def shuffled(rng: random.Random, questions: Sequence[LedgerQuestion]) -> list[LedgerQuestion]:
+    """The questions in a random order; advances `rng`."""
+    return sorted(questions, key=lambda _: rng.random())

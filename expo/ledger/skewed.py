@@ -5,10 +5,16 @@ than in the model's training data; it solves 3 in 100. A curriculum helps most h
 half of its questions on groups without a gradient.
 """
 
-import random
 from itertools import pairwise
 
-from expo.ledger.questions import LedgerQuestion, draw_training_question, running_totals
+from expo.ledger.questions import (
+    LedgerQuestion,
+    distinct_questions,
+    is_training,
+    running_totals,
+    shuffled,
+    training_generator,
+)
 
 TRIVIAL_COUNT = 64  # of the 70 that there are
 USEFUL_COUNTS = {3: 43, 4: 43, 5: 42}
@@ -22,17 +28,9 @@ def skewed_questions(seed: int) -> list[LedgerQuestion]:
     Args:
         seed: any integer >= 0; each gives its own questions and its own order.
     """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected an integer >= 0")
-    rng = random.Random(_SEED + seed)
-    chosen: dict[str, LedgerQuestion] = {}
-    for num_steps, count in [(1, TRIVIAL_COUNT), *USEFUL_COUNTS.items(), *HOPELESS_COUNTS.items()]:
-        wanted = len(chosen) + count
-        while len(chosen) < wanted:
-            drawn = draw_training_question(rng, num_steps)
-            if num_steps > 1 or not crosses_a_ten(drawn.question):
-                chosen[drawn.question] = drawn
-    return sorted(chosen.values(), key=lambda _: rng.random())
+    rng = training_generator(_SEED, seed)
+    trivial = distinct_questions(rng, {1: TRIVIAL_COUNT}, lambda text: is_training(text) and not crosses_a_ten(text))
+    return shuffled(rng, trivial + distinct_questions(rng, USEFUL_COUNTS | HOPELESS_COUNTS, is_training))
 
 
 def crosses_a_ten(question: str) -> bool:

@@ -193,17 +193,7 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         **head: Any,
     ) -> dict[str, Tensor]:
         """As `_loss_and_metrics`, with the KL times the sequence's ratio; computes the logits twice (8NHV)."""
-        logps, entropies = linear_token_logps(
-            hidden,
-            weight,
-            inputs["completion_ids"],
-            mask=mask,
-            temperature=self._objective.temperature,
-            logit_softcap=self._objective.logit_softcap,
-            return_entropy=True,
-            gradient_tolerance=self._gradient_tolerance,
-            **head,
-        )
+        logps, entropies = self._logps_and_entropies(hidden, weight, mask, inputs, **head)
         old_logps = inputs.get("old_per_token_logps")
         corrected = with_correction(
             self._objective, advantages, inputs.get("importance_sampling_ratio"), old_logps, mask
@@ -220,6 +210,22 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         output["loss"] = loss - current_coefficient(self) / self._accumulation_steps * entropy
         return {**output, "bonus_entropy": entropy.detach(), "bonus_tokens": selected.sum()}
 
+    def _logps_and_entropies(
+        self, hidden: Tensor, weight: Tensor, mask: Tensor, inputs: dict[str, Any], **head: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [B, T] of the completion, by our head."""
+        return linear_token_logps(
+            hidden,
+            weight,
+            inputs["completion_ids"],
+            mask=mask,
+            temperature=self._objective.temperature,
+            logit_softcap=self._objective.logit_softcap,
+            return_entropy=True,
+            gradient_tolerance=self._gradient_tolerance,
+            **head,
+        )
+
     def _select_tokens(
         self, hidden: Tensor, weight: Tensor, mask: Tensor, inputs: dict[str, Any], **head: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -230,16 +236,7 @@ class LinearGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             `mask` itself if `top_entropy_quantile` is 1; the mean entropy of those tokens, or None.
         """
         with torch.no_grad():
-            logps, entropies = linear_token_logps(
-                hidden,
-                weight,
-                inputs["completion_ids"],
-                mask=mask,
-                temperature=self._objective.temperature,
-                logit_softcap=self._objective.logit_softcap,
-                return_entropy=True,
-                **head,
-            )
+            logps, entropies = self._logps_and_entropies(hidden, weight, mask, inputs, **head)
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         if self.off_policy_mask_threshold is not None:

@@ -10,11 +10,12 @@ import random
 from expo.ledger.questions import (
     MAX_TOTAL,
     LedgerQuestion,
-    draw_question,
-    draw_training_question,
+    distinct_questions,
     is_held_out,
-    level_name,
+    is_training,
     running_totals,
+    shuffled,
+    training_generator,
 )
 from expo.ledger.skewed import crosses_a_ten
 
@@ -36,27 +37,15 @@ def frontier_questions(seed: int) -> list[LedgerQuestion]:
     Args:
         seed: any integer >= 0; each gives its own questions and its own order.
     """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected an integer >= 0")
-    rng = random.Random(_TRAIN_SEED + seed)
-    chosen: dict[str, LedgerQuestion] = {}
-    for num_steps, count in FRONTIER_COUNTS.items():
-        wanted = len(chosen) + count
-        while len(chosen) < wanted:
-            drawn = draw_training_question(rng, num_steps)
-            chosen[drawn.question] = drawn
-    for num_steps, count in HOPELESS_COUNTS.items():
-        wanted = len(chosen) + count
-        while len(chosen) < wanted:
-            drawn = draw_hopeless_question(rng, num_steps)
-            if not is_held_out(drawn.question):
-                chosen[drawn.question] = drawn
-    wanted = len(chosen) + SOLVED_COUNT
-    while len(chosen) < wanted:
-        drawn = draw_training_question(rng, 1)
-        if not crosses_a_ten(drawn.question):
-            chosen[drawn.question] = drawn
-    return sorted(chosen.values(), key=lambda _: rng.random())
+    rng = training_generator(_TRAIN_SEED, seed)
+    frontier = distinct_questions(rng, FRONTIER_COUNTS, is_training)
+    hopeless = distinct_questions(rng, HOPELESS_COUNTS, _is_hopeless, HOPELESS_MAX_TOTAL)
+    solved = distinct_questions(rng, {1: SOLVED_COUNT}, lambda text: is_training(text) and not crosses_a_ten(text))
+    return shuffled(rng, frontier + hopeless + solved)
+
+
+def _is_hopeless(question: str) -> bool:
+    return running_totals(question)[-1] > MAX_TOTAL and is_training(question)
 
 
 def part_of(question: LedgerQuestion) -> str:
@@ -68,35 +57,9 @@ def part_of(question: LedgerQuestion) -> str:
 
 def frontier_held_out() -> list[LedgerQuestion]:
     """The 200 held-out questions of levels 7 and 8, always the same."""
-    return _held_out(_HELD_OUT_SEED, HELD_OUT_COUNTS)
+    return distinct_questions(random.Random(_HELD_OUT_SEED), HELD_OUT_COUNTS, is_held_out)
 
 
 def frontier_harder() -> list[LedgerQuestion]:
     """The 60 held-out questions of level 9, always the same."""
-    return _held_out(_HARDER_SEED, HARDER_COUNTS)
-
-
-def _held_out(seed: int, counts: dict[int, int]) -> list[LedgerQuestion]:
-    rng = random.Random(seed)
-    chosen: dict[str, LedgerQuestion] = {}
-    for num_steps, count in counts.items():
-        wanted = len(chosen) + count
-        while len(chosen) < wanted:
-            drawn = draw_question(rng, num_steps)
-            if is_held_out(drawn.question):
-                chosen[drawn.question] = drawn
-    return list(chosen.values())
-
-
-def draw_hopeless_question(rng: random.Random, num_steps: int) -> LedgerQuestion:
-    """One random question whose answer is above `MAX_TOTAL`; advances `rng`."""
-    while True:
-        total = int(rng.random() * 10)
-        text = str(total)
-        for _ in range(num_steps):
-            moves = [move for move in range(-9, 10) if move != 0 and 0 <= total + move <= HOPELESS_MAX_TOTAL]
-            move = moves[int(rng.random() * len(moves))]
-            total += move
-            text += f"{move:+d}"
-        if total > MAX_TOTAL:
-            return LedgerQuestion(text + "=", str(total), level_name(num_steps))
+    return distinct_questions(random.Random(_HARDER_SEED), HARDER_COUNTS, is_held_out)
