@@ -48,6 +48,8 @@ class TritonLogps:
         has_entropy_grad: bool,
         has_lse_grad: bool = False,
     ) -> None:
+        if call.temperatures is not None:
+            raise NotImplementedError("temperature is a tensor, which the kernels do not read yet; give a number")
         self.mask, self.shard, self.has_entropy_grad = tokens.mask, shard, has_entropy_grad
         self.has_lse_grad = has_lse_grad
         self.keeps_exponentials = not has_lse_grad and uses_exponentials(call, shard, has_entropy_grad=has_entropy_grad)
