@@ -262,7 +262,7 @@ def test_rows_without_a_gradient_join_no_product(monkeypatch):
     given = {"advantages": batch.advantages, "temperature": temperature, "beta": 0.0}
     out = linear_expo_loss(*leaves, batch.completion_ids, batch.completion_mask, **given)
     grads = torch.autograd.grad(out.loss, leaves)
-    if counts:  # the kernels' products are others
+    if not _launch._switch.kernels_on_cpu:  # the kernels do not read slopes on the host
         assert sum(counts) == int(batch.completion_mask[3].sum())
     monkeypatch.setattr(_products, "LEAST_MOVED", 2**60)
     out = linear_expo_loss(*leaves, batch.completion_ids, batch.completion_mask, **given)
