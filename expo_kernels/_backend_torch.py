@@ -43,7 +43,10 @@ class TorchLogps:
     def __init__(self, call: HeadCall, index: Tensor, shard: VocabShard | None, *, wants_entropy: bool) -> None:
         """`index` [N]: flat positions of the valid tokens."""
         self._chosen_ids = call.completion_ids.reshape(-1).index_select(0, index).long()
-        self._temperature, self._softcap = call.temperature, call.logit_softcap
+        self._temperature: float | Tensor = call.temperature  # [N] if it differs from token to token
+        if call.temperatures is not None:
+            self._temperature = call.temperatures.index_select(0, index)
+        self._softcap = call.logit_softcap
         self._wants_entropy, self._shard = wants_entropy, shard
         self.token_logps = torch.empty(index.numel(), dtype=call.tensors.arithmetic_dtype, device=index.device)
         self.token_entropies = torch.zeros_like(self.token_logps)
@@ -69,14 +72,15 @@ class TorchLogps:
         assert self.grad_logps is not None
         is_read = self._last is not None and self._last[0] is chunk
         read = self._last[1] if is_read and self._last is not None else self._read(chunk)
-        grad_logps = self.grad_logps[chunk.rows]
+        grad_logps, temperature = self.grad_logps[chunk.rows], self._temperature_of(chunk)
         if self.grad_entropies is None and self.grad_lse is None:
             read.probs.scatter_add_(1, read.columns, _where_here(read, -read.sum_exp))
-            chunk.row_scale, chunk.is_signed = -grad_logps / (read.sum_exp * self._temperature), False
+            chunk.row_scale, chunk.is_signed = -grad_logps / (read.sum_exp * temperature), False
         else:
             others = (None if grad is None else grad[chunk.rows] for grad in (self.grad_entropies, self.grad_lse))
             _grad_with_others(read, grad_logps, *others)
-            chunk.row_scale = torch.full_like(read.sum_exp, 1.0 / self._temperature)
+            inverse = 1.0 / temperature
+            chunk.row_scale = inverse if isinstance(inverse, Tensor) else torch.full_like(read.sum_exp, inverse)
         chunk.sums_to_zero = read.softcap_grads is None and self.grad_lse is None
         if read.softcap_grads is not None:
             read.probs.mul_(read.softcap_grads)
@@ -85,20 +89,27 @@ class TorchLogps:
     def _read(self, chunk: Chunk) -> _Read:
         """Log-probs of the chosen ids; the probabilities overwrite the logits.
 
-        The logits are divided by the softcap already, or by the temperature if there is no softcap.
+        The logits are divided by the softcap already, or by the temperature if there is no softcap. Temperatures that
+        differ divide the rows here.
         """
-        logits, softcap_grads, shard = chunk.logits, None, self._shard
+        logits, softcap_grads, shard, scales = chunk.logits, None, self._shard, None
+        temperature = self._temperature_of(chunk)
+        if isinstance(temperature, Tensor):
+            scales = ((1.0 if self._softcap is None else self._softcap) / temperature).unsqueeze(1)
         if self._softcap is not None:
             logits.tanh_()
             softcap_grads = torch.mul(logits, logits, out=self._softcap_rows(logits)).neg_().add_(1.0)
-            logits.mul_(self._softcap / self._temperature)
+            if scales is None:
+                logits.mul_(self._softcap / temperature)
         columns, is_here, row_max = self._chosen_ids[chunk.rows], None, None
         if shard is not None:
             row_max = logits.amax(dim=-1, keepdim=True)
+            if scales is not None:
+                row_max.mul_(scales)
             shard.all_reduce_max(row_max)
             columns, is_here = shard.columns(columns)
         columns = columns.unsqueeze(1)
-        chosen, sum_exp, row_max = _exponentials(logits, columns, row_max)
+        chosen, sum_exp, row_max = _exponentials(logits, columns, row_max, scales)
         entropy_sum = _entropy_sums(logits) if self._wants_entropy else None
         if shard is not None:
             assert is_here is not None
@@ -111,6 +122,9 @@ class TorchLogps:
         entropies = None if entropy_sum is None else entropy_sum / sum_exp + sum_exp.log()
         return _Read(chosen - sum_exp.log(), columns, is_here, logits, row_max, sum_exp, softcap_grads, entropies)
 
+    def _temperature_of(self, chunk: Chunk) -> float | Tensor:
+        return self._temperature[chunk.rows] if isinstance(self._temperature, Tensor) else self._temperature
+
     def _softcap_rows(self, logits: Tensor) -> Tensor:
         """A buffer for the softcap's derivatives, reused by every chunk."""
         buffer = self._softcap_buffer
@@ -119,9 +133,11 @@ class TorchLogps:
         return buffer[: logits.shape[0]]
 
 
-def _exponentials(logits: Tensor, columns: Tensor, row_max: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrite logits [n, V] by exp(logit - row maximum); return (chosen logit - row maximum), sum_exp and the row
-    maximum, [n] each.
+def _exponentials(
+    logits: Tensor, columns: Tensor, row_max: Tensor | None, scales: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite logits [n, V], times `scales` [n, 1], by exp(logit - row maximum); return (chosen logit - row maximum),
+    sum_exp and the row maximum, [n] each. A given `row_max` [n, 1] has the scale in it.
 
     Processes a few rows at a time, so that they stay in the CPU's cache from the first pass to the last.
     """
@@ -130,6 +146,8 @@ def _exponentials(logits: Tensor, columns: Tensor, row_max: Tensor | None) -> tu
     for rows in range(0, max(logits.shape[0], 1), num_rows):
         block = slice(rows, rows + num_rows)
         part = logits[block]
+        if scales is not None:
+            part.mul_(scales[block])
         maxima.append(part.amax(dim=-1, keepdim=True) if row_max is None else row_max[block])
         part.sub_(maxima[-1])
         chosen.append(part.gather(1, columns[block]).squeeze(1))

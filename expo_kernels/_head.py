@@ -59,6 +59,7 @@ class HeadCall:
     completion_lengths: Tensor | None = None  # on the CPU: the valid tokens of each sequence, if the caller knows them
     weight_dtype: torch.dtype | None = None  # to which the weight is rounded; its gradient has the weight's own dtype
     gradient_tolerance: float = 0.0  # largest relative error of the gradients of hidden states and weight
+    temperatures: Tensor | None = None  # [M]: of each position; `temperature` is then 1
 
     def product_tensors(self) -> HeadTensors:
         """The inputs of the products: the weight is rounded, if that is asked for."""

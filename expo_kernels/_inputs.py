@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from expo_kernels import _compat
+from expo_kernels import _compat, _temperatures
 from expo_kernels import _validate as validate
 from expo_kernels.advantages import check_rewards
 from expo_kernels.objective import Objective, RolloutCorrection
@@ -40,6 +40,7 @@ TENSOR_FIELDS = (
     "cu_seqlens",
     "entropy_bonus",
     "completion_lengths",
+    "temperature",
 )
 
 
@@ -60,6 +61,14 @@ class LossInputs(NamedTuple):
     cu_seqlens: Tensor | None
     entropy_bonus: float | Tensor | None  # None: 0, and no entropy is computed
     completion_lengths: Tensor | None = None  # [B] on the CPU
+    temperature: Tensor | None = None  # [B] or like the mask; None: that of the objective
+
+    def temperatures(self, dtype: torch.dtype) -> Tensor | None:
+        """The temperature of each position, [M]; None: that of the objective."""
+        mask = self.completion_mask
+        if self.temperature is None:
+            return None
+        return _temperatures.of_positions(self.temperature, mask, mask.shape, dtype, self.cu_seqlens)
 
     @property
     def advantages_are_per_sequence(self) -> bool:
@@ -138,6 +147,7 @@ class Tokens:
     beta: Tensor | None = None  # one number
     normalizer: Tensor | None = None  # one number
     entropy_bonus: Tensor | None = None  # one number
+    temperatures: Tensor | None = None  # [M] float32; None: the objective's
 
     @property
     def needs_whole_sequences(self) -> bool:
@@ -335,8 +345,12 @@ def _check_options(
         raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
 
 
-def check_fused(objective: Objective) -> None:
-    """Refuse what only the loss from log-probs has: its gradient is computed in backward, the others' in forward."""
+def check_fused(
+    inputs: LossInputs, temperature: float | Tensor | None, completion_lengths: Tensor | None = None
+) -> LossInputs:
+    """Add what only the losses of logits and hidden states take, and refuse what only the loss from log-probs has: its
+    gradient is computed in backward, the others' in forward."""
+    objective = inputs.objective
     if objective.aggregation == "none":
         raise ValueError(
             'aggregation="none" does not go with logits or hidden states: their loss computes its gradient in the '
@@ -349,6 +363,19 @@ def check_fused(objective: Objective) -> None:
             "log-probs of all tokens, and their loss computes its gradient a few rows at a time; use "
             "expo_loss_from_logps on log-probs of token_logps or linear_token_logps, or another surrogate"
         )
+    if completion_lengths is not None:
+        validate.lengths_on_host("completion_lengths", completion_lengths, inputs.num_sequences)
+        inputs = inputs._replace(completion_lengths=completion_lengths)
+    if temperature is None:
+        return inputs
+    if objective.temperature != _DEFAULT.temperature:
+        raise ValueError(
+            f"temperature is given together with objective.temperature={objective.temperature}; give one or the other"
+        )
+    if not isinstance(temperature, Tensor):
+        return inputs._replace(objective=dataclasses.replace(objective, temperature=temperature))
+    _temperatures.check(temperature, "completion_mask", inputs.completion_mask, inputs.num_sequences)
+    return inputs._replace(temperature=temperature.detach())
 
 
 def _check_no_penalty(beta: float | str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expo_kernels import _engine
+from expo_kernels import _engine, _temperatures
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadCall, HeadTensors
 from expo_kernels._ops import by_input
@@ -24,6 +24,7 @@ def token_logps(
     completion_ids: Tensor,
     mask: Tensor | None,
     completion_lengths: Tensor | None,
+    temperatures: Tensor | None,
     temperature: float,
     logit_softcap: float | None,
     logits_budget_mb: float | None,
@@ -37,6 +38,7 @@ def token_logps(
 
     Log-probs, entropies and log-sum-exps are shaped like the ids. Entropies are empty without `return_entropy`,
     log-sum-exps without `return_lse`, and the row values, which the kernels' backward reads, without `keeps_rows`.
+    With `temperatures`, [B] or like the ids, `temperature` is 1.
     """
     tensors = HeadTensors(hidden_or_logits, weight, bias)
     call = HeadCall(
@@ -48,8 +50,17 @@ def token_logps(
         logits_budget_mb,
         vocab_group=vocab_group,
         completion_lengths=_checked_lengths(completion_lengths, mask),
+        temperatures=_of_positions(temperatures, completion_ids, mask, tensors),
     )
     return _engine.token_logps(call, return_entropy=return_entropy, keeps_rows=keeps_rows, return_lse=return_lse)
+
+
+def _of_positions(
+    temperatures: Tensor | None, completion_ids: Tensor, mask: Tensor | None, tensors: HeadTensors
+) -> Tensor | None:
+    if temperatures is None:
+        return None
+    return _temperatures.of_positions(temperatures, mask, completion_ids.shape, tensors.arithmetic_dtype)
 
 
 def _checked_lengths(lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -86,6 +97,7 @@ def token_logps_backward(
     completion_ids: Tensor,
     mask: Tensor | None,
     completion_lengths: Tensor | None,
+    temperatures: Tensor | None,
     kept_rows: list[Tensor],
     temperature: float,
     logit_softcap: float | None,
@@ -101,8 +113,9 @@ def token_logps_backward(
     """
     grad_logps, *others = grads
     assert grad_logps is not None
+    tensors = HeadTensors(hidden_or_logits, weight, bias)
     call = HeadCall(
-        HeadTensors(hidden_or_logits, weight, bias),
+        tensors,
         completion_ids,
         mask,
         temperature,
@@ -112,6 +125,7 @@ def token_logps_backward(
         vocab_group,
         completion_lengths=completion_lengths,
         gradient_tolerance=gradient_tolerance,
+        temperatures=_of_positions(temperatures, completion_ids, mask, tensors),
     )
     return _engine.token_logps_backward(call, kept_rows, grad_logps, *others)
 
@@ -147,13 +161,13 @@ def _backward_token_logps(
     if grad_logps is None:
         other = grad_lse if grad_entropies is None else grad_entropies
         if other is None:
-            return (None,) * 14
+            return (None,) * 15
         grad_logps = torch.zeros_like(other)
     wants_grad, kept = list(ctx.needs_input_grad[:3]), [entropies, row_max, sum_exp]
     made = token_logps_backward(
         [grad_logps, grad_entropies, grad_lse], *given, kept, *ctx.settings, wants_grad, *ctx.last_settings
     )
-    return *by_input(made, wants_grad), *(None,) * 11
+    return *by_input(made, wants_grad), *(None,) * 12
 
 
 token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)

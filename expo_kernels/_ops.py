@@ -127,8 +127,9 @@ def policy_loss(
     Only autograd may use the gradients: it scales them in place.
     """
     inputs = LossInputs.from_tensors(completion_mask, tensors, objective, group_size)
+    head = HeadTensors(hidden_or_logits, weight, bias)
     call = HeadCall(
-        HeadTensors(hidden_or_logits, weight, bias),
+        head,
         completion_ids,
         completion_mask,
         inputs.objective.temperature,
@@ -139,6 +140,7 @@ def policy_loss(
         completion_lengths=inputs.completion_lengths,
         weight_dtype=weight_dtype,
         gradient_tolerance=gradient_tolerance,
+        temperatures=inputs.temperatures(head.arithmetic_dtype),
     )
     made, gradients = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
     return *made, gradients
@@ -192,6 +194,7 @@ def policy_loss_inplace(
         budget_mb=None,
         wants_grad=(True, False, False),
         inplace=True,
+        temperatures=inputs.temperatures(HeadTensors(logits).arithmetic_dtype),
     )
     made, (gradient,) = _engine.policy_loss(call, inputs, return_entropy=return_entropy)
     if gradient.data_ptr() != logits.data_ptr():

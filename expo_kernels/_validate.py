@@ -266,6 +266,15 @@ def within(name: str, tensor: Tensor, low: float, high: float) -> None:
         raise ValueError(f"{name} ranges over [{smallest:g}, {largest:g}]; expected values in [{low:g}, {high:g}]")
 
 
+def positive(name: str, tensor: Tensor) -> None:
+    """Every value is finite and > 0."""
+    if tensor.numel() == 0 or not may_read(tensor):
+        return
+    smallest, largest = (float(value) for value in tensor.aminmax())
+    if not (smallest > 0.0 and largest < math.inf):
+        raise ValueError(f"{name} ranges over [{smallest:g}, {largest:g}]; expected finite numbers > 0")
+
+
 def number(name: str, value: float, *, low: float, above: bool = False, high: float = math.inf) -> None:
     """`value` is a finite Python number in range."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -40,6 +40,7 @@ def linear_expo_loss(
     rollout_logps: Tensor | None = None,
     beta: float | Tensor = 0.02,
     objective: Objective | None = None,
+    temperature: float | Tensor | None = None,
     normalizer: float | Tensor | None = None,
     entropy_bonus: float | Tensor = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -83,6 +84,8 @@ def linear_expo_loss(
             `objective.rollout_correction`, else None.
         beta: >= 0, weight of the KL penalty; a 0-dim tensor is not copied to the host.
         objective: the static choices of the loss; None: `Objective()`.
+        temperature: > 0, in place of `objective.temperature`, for replies or tokens sampled at different ones: a tensor
+            of floats, [B] or shaped like the mask, without gradient; or a number. None: the objective's.
         normalizer: > 0, the denominator over all micro-batches and ranks: number of sequences (tokens for aggregation
             "token"); None: that of this call.
         entropy_bonus: >= 0, weight of the entropies of the tokens' distributions (nats), which are aggregated by
@@ -127,10 +130,7 @@ def linear_expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
-    check_fused(inputs.objective)
-    if completion_lengths is not None:
-        validate.lengths_on_host("completion_lengths", completion_lengths, inputs.num_sequences)
-        inputs = inputs._replace(completion_lengths=completion_lengths)
+    inputs = check_fused(inputs, temperature, completion_lengths)
     return call_policy_loss(
         HeadTensors(hidden, weight, bias),
         completion_ids,

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from expo_kernels import _logps_ops
+from expo_kernels import _logps_ops, _temperatures
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadTensors
 from expo_kernels._head_module import head_tensors
@@ -23,7 +23,7 @@ def _masked_token_logps(
     tensors: HeadTensors,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     logit_softcap: float | None,
     *,
     return_entropy: bool,
@@ -33,6 +33,10 @@ def _masked_token_logps(
     completion_lengths: Tensor | None = None,
     gradient_tolerance: float = 0.0,
 ) -> Tensor | tuple[Tensor, ...]:
+    temperatures: Tensor | None = None
+    if isinstance(temperature, Tensor):
+        _temperatures.check(temperature, "completion_ids", ids, ids.shape[0] if ids.dim() == 2 else None)
+        temperatures, temperature = temperature.detach(), 1.0
     validate.number("temperature", temperature, low=0.0, above=True)
     if logit_softcap is not None:
         validate.number("logit_softcap", logit_softcap, low=0.0, above=True)
@@ -42,6 +46,7 @@ def _masked_token_logps(
         ids,
         mask,
         completion_lengths,
+        temperatures,
         temperature,
         logit_softcap,
         budget_mb,
@@ -61,7 +66,7 @@ def token_logps(
     completion_ids: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[False] = False,
     return_lse: Literal[False] = False,
@@ -72,7 +77,7 @@ def token_logps(
     completion_ids: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[True],
     return_lse: Literal[False] = False,
@@ -83,7 +88,7 @@ def token_logps(
     completion_ids: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     return_lse: Literal[True],
@@ -93,7 +98,7 @@ def token_logps(
     completion_ids: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     return_lse: bool = False,
@@ -105,7 +110,7 @@ def token_logps(
             the temperature.
         completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1; other values are ignored.
         mask: shaped like `completion_ids`, bool or 0/1; 1 for valid tokens; None: all tokens are valid.
-        temperature: > 0, no unit.
+        temperature: > 0, no unit; or a tensor of such floats, [B] or shaped like `completion_ids`, without gradient.
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
         return_entropy: also return the entropies of the distributions, in nats, differentiable.
         return_lse: also return the log-sum-exp of each row of logits, after softcap and temperature, in nats,
@@ -116,7 +121,8 @@ def token_logps(
         log-sum-exps) or (log-probs, entropies, log-sum-exps), all shaped like them and 0 where masked.
 
     Raises:
-        ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
+        ValueError: shapes do not match, an id is out of range, or a temperature is not > 0 (ids and those of a tensor
+            are checked on CPU).
         TypeError: an argument has the wrong type or dtype.
     """
     validate.floating("logits", logits)
@@ -141,7 +147,7 @@ def linear_token_logps(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[False] = False,
     return_lse: Literal[False] = False,
@@ -158,7 +164,7 @@ def linear_token_logps(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: Literal[True],
     return_lse: Literal[False] = False,
@@ -175,7 +181,7 @@ def linear_token_logps(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     return_lse: Literal[True],
@@ -191,7 +197,7 @@ def linear_token_logps(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     return_lse: bool = False,
@@ -210,7 +216,7 @@ def linear_token_logps(
         completion_ids: [B, T] or [N] integers, in [0, V) where the mask is 1; other values are ignored.
         bias: [V], or None.
         mask: shaped like `completion_ids`, bool or 0/1; 1 for valid tokens; None: all tokens are valid.
-        temperature: > 0, no unit; logits are divided by it.
+        temperature: > 0, no unit; logits are divided by it. Or a tensor, as in `token_logps`.
         logit_softcap: logits become cap * tanh(logits / cap) before the temperature; None: no cap.
         return_entropy: also return the entropies of the distributions, in nats, differentiable.
         return_lse: also return the log-sum-exp of each row of logits, as in `token_logps`.
@@ -224,7 +230,8 @@ def linear_token_logps(
         Log-probs shaped like `completion_ids` (float64 for float64 inputs), or a tuple as in `token_logps`.
 
     Raises:
-        ValueError: shapes do not match, an id is out of range (checked on CPU), or the temperature is not > 0.
+        ValueError: shapes do not match, an id is out of range, or a temperature is not > 0 (ids and those of a tensor
+            are checked on CPU).
         TypeError: an argument has the wrong type or dtype.
     """
     weight, bias = head_tensors(weight, bias)

@@ -124,7 +124,8 @@ class Objective:
     """Number of tokens, > 0: the divisor of aggregation "constant". Only for that aggregation."""
 
     temperature: float = 1.0
-    """Logits are divided by it before the softmax. > 0. It must be the temperature of the sampling."""
+    """Logits are divided by it before the softmax. > 0. It must be the temperature of the sampling; where
+    replies or tokens had different ones, the `temperature` of the call."""
 
     logit_softcap: float | None = None
     """Logits become cap * tanh(logits / cap) before the temperature. > 0; None: no cap. Gemma 2 uses 30."""

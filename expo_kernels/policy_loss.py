@@ -32,6 +32,7 @@ def expo_loss(
     rollout_logps: Tensor | None = None,
     beta: float | Tensor = 0.02,
     objective: Objective | None = None,
+    temperature: float | Tensor | None = None,
     normalizer: float | Tensor | None = None,
     entropy_bonus: float | Tensor = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -58,6 +59,8 @@ def expo_loss(
             `objective.rollout_correction`, else None.
         beta: >= 0, weight of the KL penalty; a 0-dim tensor is not copied to the host.
         objective: the static choices of the loss; None: `Objective()`.
+        temperature: > 0, in place of `objective.temperature`, for replies or tokens sampled at different ones: a tensor
+            of floats, [B] or shaped like the mask, without gradient; or a number. None: the objective's.
         normalizer: > 0, the denominator over all micro-batches and ranks: number of sequences (tokens for aggregation
             "token"); None: that of this call.
         entropy_bonus: >= 0, weight of the entropies of the tokens' distributions (nats), which are aggregated by
@@ -91,7 +94,7 @@ def expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
-    check_fused(inputs.objective)
+    inputs = check_fused(inputs, temperature)
     return call_policy_loss(HeadTensors(logits), completion_ids, inputs, return_entropy=return_entropy, inplace=inplace)
 
 
@@ -113,7 +116,7 @@ def expo_loss_from_logps(
     """Policy loss of a batch from the caller's log-probs; differentiable in `logps`.
 
     Args:
-        logps: [B, T], or packed [N], nats, computed at `objective.temperature`.
+        logps: [B, T], or packed [N], nats, computed at the temperature of the sampling.
         completion_mask: shaped like `logps`, bool or 0/1; 1 for valid tokens.
         advantages: as `expo_loss`.
         rewards: as `expo_loss`.

@@ -27,29 +27,29 @@ class TokenTerms(NamedTuple):
     clipped_high: Tensor  # bool: its upper clipped term, or the dual clip's cap, was chosen
 
 
-def scaled_logits(logits: Tensor, temperature: float, logit_softcap: float | None = None) -> Tensor:
-    """The inputs of the softmax: logits, capped and then divided by the temperature. Same shape."""
+def scaled_logits(logits: Tensor, temperature: float | Tensor, logit_softcap: float | None = None) -> Tensor:
+    """The inputs of the softmax: logits [..., V], capped and then divided by the temperature, one or [...]."""
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    return logits / temperature
+    return logits / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
 
 
 def token_logps(
-    logits: Tensor, completion_ids: Tensor, temperature: float, logit_softcap: float | None = None
+    logits: Tensor, completion_ids: Tensor, temperature: float | Tensor, logit_softcap: float | None = None
 ) -> Tensor:
     """Log-probability in nats of each chosen token: logits [..., V], ids [...] -> [...]."""
     logps = torch.log_softmax(scaled_logits(logits, temperature, logit_softcap), dim=-1)
     return logps.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def token_entropies(logits: Tensor, temperature: float, logit_softcap: float | None = None) -> Tensor:
+def token_entropies(logits: Tensor, temperature: float | Tensor, logit_softcap: float | None = None) -> Tensor:
     """Entropy in nats of each next-token distribution: logits [..., V] -> [...]."""
     logps = torch.log_softmax(scaled_logits(logits, temperature, logit_softcap), dim=-1)
     entropies: Tensor = torch.special.entr(logps.exp()).sum(-1)
     return entropies
 
 
-def log_sum_exps(logits: Tensor, temperature: float, logit_softcap: float | None = None) -> Tensor:
+def log_sum_exps(logits: Tensor, temperature: float | Tensor, logit_softcap: float | None = None) -> Tensor:
     """Log-sum-exp in nats of each row, logits [..., V] -> [...]; PaLM's z-loss (arXiv 2204.02311) is its square."""
     return torch.logsumexp(scaled_logits(logits, temperature, logit_softcap), dim=-1)
 

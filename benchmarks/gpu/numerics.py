@@ -87,6 +87,7 @@ def check_numerics(place: Place) -> Measures:
         for dtype, gradient_bound in GRADIENT_BOUND.items():
             inputs = make_inputs(shape, dtype, place.device)
             wide = to_float64(inputs)
+            yield from _temperatures_of_tokens(shape, inputs, gradient_bound)
             for name, objective in objectives.items():
                 label = f"{name}, T {shape[1]}, V {shape[3]:,}, {_name(dtype)}"
                 output = linear_expo_loss(**inputs, objective=objective, logits_budget_mb=1.0)
@@ -101,6 +102,20 @@ def check_numerics(place: Place) -> Measures:
     logits = torch.randn(4, 5, 64, device=place.device)
     runs = [expo_loss(logits.clone().requires_grad_(), **inputs) for _ in range(2)]
     yield Measure("two runs differ by", float((runs[0].loss - runs[1].loss).detach().abs()), 0.0)
+
+
+def _temperatures_of_tokens(
+    shape: tuple[int, int, int, int], inputs: dict[str, Any], gradient_bound: float
+) -> Measures:
+    _, T, _, V = shape
+    mask = inputs["completion_mask"]
+    given = inputs | {"temperature": torch.linspace(0.6, 1.4, mask.numel(), device=mask.device).view(mask.shape)}
+    wide, label = to_float64(given), f"temperatures of tokens, T {T}, V {V:,}, {_name(inputs['hidden'].dtype)}"
+    output = linear_expo_loss(**given, logits_budget_mb=1.0)
+    truth = linear_expo_loss(**wide)
+    yield Measure(f"log-probs: {label}", float((output.logps - truth.logps).abs().max()), LOGP_BOUND, "nats")
+    pairs = zip(gradients(output.loss, given), gradients(truth.loss, wide), strict=True)
+    yield Measure(f"gradients: {label}", max(relative(*pair) for pair in pairs), gradient_bound)
 
 
 def _logps_and_entropies(device: torch.device) -> Measures:

@@ -57,7 +57,7 @@ class TritonLogps:
         elif self.keeps_exponentials:
             exists = (tokens.ids >= 0) & (tokens.ids < call.tensors.vocab_size)
             tokens = _in_separate_launches(tokens, tokens.ids, exists, are_local=False)
-        self.tokens = tokens
+        self.tokens = dataclasses.replace(tokens, temperatures=call.temperatures)
         self.token_logps = torch.zeros(tokens.ids.numel(), dtype=torch.float32, device=tokens.ids.device)
         self.entropies: Tensor | None = None
         self.row_max: Tensor | None = None
@@ -99,7 +99,9 @@ class TritonLogps:
         """Log-sum-exp of each row, [M]; 0 where masked."""
         assert self.row_max is not None
         assert self.sum_exp is not None
-        lse = self.row_max / self.tokens.objective.temperature + self.sum_exp.log()
+        temperatures = self.tokens.temperatures
+        temperature = self.tokens.objective.temperature if temperatures is None else temperatures
+        lse = self.row_max / temperature + self.sum_exp.log()
         is_skipped = self.sum_exp == 0
         if self.tokens.mask is not None:
             is_skipped |= ~self.tokens.mask

@@ -28,8 +28,8 @@ from expo_kernels._triton.exponentials import (
     OTHER_ID,
     TOP,
 )
-from expo_kernels._triton.row import LOG2_E, capped, locate
-from expo_kernels._triton.slots import LOGIT_SOFTCAP, TEMPERATURE
+from expo_kernels._triton.row import LOG2_E, capped, locate, temperature_of
+from expo_kernels._triton.slots import LOGIT_SOFTCAP
 
 
 @triton.jit
@@ -52,11 +52,11 @@ def _most_probable_other(tiles_ptr, row, num_rows, num_tiles, moves, BLOCK_TILES
 
 @triton.jit
 def _grad_of_column(
-    logit, onehot, grad_logp, grad_entropy, row_max, sum_exp, entropy, hyper_ptr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
+    logit, onehot, grad_logp, grad_entropy, row_max, sum_exp, entropy, temperature_ptr, hyper_ptr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogit of one column in float32, from its logit before the softcap."""
-    temperature = tl.load(hyper_ptr + TEMPERATURE)
+    temperature = tl.load(temperature_ptr)
     cap_grad = 1.0
     if HAS_SOFTCAP:
         logit, cap_grad = capped(logit, tl.load(hyper_ptr + LOGIT_SOFTCAP))
@@ -71,13 +71,13 @@ def _grad_of_column(
 @triton.jit
 def _row_grad(
     row, keep, position, tiles_ptr, chosen_ptr, residual_ptr, other_grad_ptr, other_id_ptr, row_max_ptr, sum_exp_ptr,
-    grad_logps_ptr, entropies_ptr, grad_entropies_ptr, hyper_ptr, num_rows, vocab_size, num_tiles,
+    grad_logps_ptr, entropies_ptr, grad_entropies_ptr, temperature_ptr, hyper_ptr, num_rows, vocab_size, num_tiles,
     HAS_SOFTCAP: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of the two columns that are left out of the operand. Return whether the row has a gradient,
     dL/dlogp and dL/dentropy over the temperature, row maximum, sum, entropy, and the column besides the chosen one."""
     HAS_ENTROPY: tl.constexpr = grad_entropies_ptr is not None
-    temperature = tl.load(hyper_ptr + TEMPERATURE)
+    temperature = tl.load(temperature_ptr)
     grad_logp = tl.load(grad_logps_ptr + position, mask=keep, other=0.0).to(tl.float32)
     entropy = tl.full([], 0.0, tl.float32)
     grad_entropy = entropy
@@ -94,11 +94,13 @@ def _row_grad(
     chosen = tl.load(chosen_ptr + row, mask=moves, other=0.0)
     other, other_id = _most_probable_other(tiles_ptr, row, num_rows, num_tiles, moves, BLOCK_TILES)
     chosen_grad = _grad_of_column(
-        chosen, 1.0, grad_logp, grad_entropy, row_max, sum_exp, entropy, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY
-    )
+        chosen, 1.0, grad_logp, grad_entropy, row_max, sum_exp, entropy, temperature_ptr, hyper_ptr, HAS_SOFTCAP,
+        HAS_ENTROPY,
+    )  # fmt: skip
     other_grad = _grad_of_column(
-        other, 0.0, grad_logp, grad_entropy, row_max, sum_exp, entropy, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY
-    )
+        other, 0.0, grad_logp, grad_entropy, row_max, sum_exp, entropy, temperature_ptr, hyper_ptr, HAS_SOFTCAP,
+        HAS_ENTROPY,
+    )  # fmt: skip
     tl.store(residual_ptr + row, tl.where(moves, chosen_grad, 0.0))
     tl.store(other_grad_ptr + row, tl.where(moves, other_grad, 0.0))
     # rows without a gradient name different columns, because equal ones are added one by one
@@ -121,6 +123,7 @@ def exponential_grads_kernel(
     order_ptr,
     mask_ptr,
     ids_ptr,
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -135,14 +138,16 @@ def exponential_grads_kernel(
     """The operand and the row scale that together are dL/dlogits, a row per program."""
     row = tl.program_id(0)
     position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+    temperature_ptr = temperature_of(position, temperatures_ptr, hyper_ptr)
     moves, grad_logp, _, row_max, sum_exp, _, other_id = _row_grad(
         row, keep, position, tiles_ptr, chosen_ptr, residual_ptr, other_grad_ptr, other_id_ptr, row_max_ptr,
-        sum_exp_ptr, grad_logps_ptr, None, None, hyper_ptr, num_rows, vocab_size, num_tiles, HAS_SOFTCAP, BLOCK_TILES,
+        sum_exp_ptr, grad_logps_ptr, None, None, temperature_ptr, hyper_ptr, num_rows, vocab_size, num_tiles,
+        HAS_SOFTCAP, BLOCK_TILES,
     )  # fmt: skip
     exponents_ptr = tiles_ptr + EXPONENT * num_rows + row
     tile_stride = tl.cast(NUM_PARTS, tl.int64) * num_rows
     exponent = tl.load(exponents_ptr + (num_tiles - 1) * tile_stride, mask=moves, other=0.0)
-    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
+    scale = LOG2_E / tl.load(temperature_ptr)
     row_scale = -grad_logp / sum_exp * tl.exp2(-tl.fma(row_max, scale, -exponent))
     tl.store(row_scale_ptr + row, tl.where(moves, row_scale, 0.0))
     if moves:
@@ -179,6 +184,7 @@ def log_grads_kernel(
     order_ptr,
     mask_ptr,
     ids_ptr,
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -193,13 +199,14 @@ def log_grads_kernel(
     """dL/dlogits from dL/dlogps and dL/dentropies, a row per program."""
     row = tl.program_id(0)
     position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+    temperature_ptr = temperature_of(position, temperatures_ptr, hyper_ptr)
     moves, grad_logp, grad_entropy, row_max, sum_exp, entropy, other_id = _row_grad(
         row, keep, position, tiles_ptr, chosen_ptr, residual_ptr, other_grad_ptr, other_id_ptr, row_max_ptr,
-        sum_exp_ptr, grad_logps_ptr, entropies_ptr, grad_entropies_ptr, hyper_ptr, num_rows, vocab_size, num_tiles,
-        False, BLOCK_TILES,
+        sum_exp_ptr, grad_logps_ptr, entropies_ptr, grad_entropies_ptr, temperature_ptr, hyper_ptr, num_rows,
+        vocab_size, num_tiles, False, BLOCK_TILES,
     )  # fmt: skip
     inverse_sum, log_sum_exp = tl.where(moves, 1.0 / sum_exp, 0.0), tl.log(sum_exp)
-    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
+    scale = LOG2_E / tl.load(temperature_ptr)
     row_ptr = exponentials_ptr + row.to(tl.int64) * exponentials_row_stride * ALIGNMENT
     columns = tl.arange(0, BLOCK_V)
     for tile in range(0, num_tiles):

@@ -20,9 +20,9 @@ columns.
 import triton.language as tl
 
 from expo_kernels._triton.device import kernel
-from expo_kernels._triton.row import LOG2_E, LOWEST, capped, locate
-from expo_kernels._triton.shards import locate_rows
-from expo_kernels._triton.slots import LOGIT_SOFTCAP, TEMPERATURE
+from expo_kernels._triton.row import LOG2_E, LOWEST, capped, locate, temperature_of
+from expo_kernels._triton.shards import locate_rows, temperatures_at
+from expo_kernels._triton.slots import LOGIT_SOFTCAP
 
 LN_2 = tl.constexpr(0.6931471805599453)
 # of z over k. 2^64 times V columns times their weights stays far below the largest float32 and bfloat16, 2^128; and the
@@ -55,6 +55,7 @@ def exponentials_kernel(
     order_ptr,  # [M] int64 or None
     mask_ptr,  # [M] bool
     ids_ptr,  # [M] integers
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -71,7 +72,7 @@ def exponentials_kernel(
 ):
     """Exponentials of one tile of the vocabulary, a row per program, and their sums in float32."""
     row = tl.program_id(0)
-    _, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
+    position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride * ALIGNMENT
     columns = tl.arange(0, BLOCK_V)
     start = tl.cast(tile, tl.int64) * BLOCK_V
@@ -96,7 +97,7 @@ def exponentials_kernel(
         logits, cap_grads = capped(logits, softcap)
         logits = tl.where(is_valid, logits, float("-inf"))
         largest, _ = capped(largest, softcap)
-    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
+    scale = LOG2_E / tl.load(temperature_of(position, temperatures_ptr, hyper_ptr))
     top = tl.maximum(tl.ceil(largest * scale), LOWEST)
     part_ptr = tiles_ptr + tl.cast(tile, tl.int64) * NUM_PARTS * num_rows + row
     before = tl.load(part_ptr - NUM_PARTS * num_rows + EXPONENT * num_rows, mask=tile > 0, other=LOWEST)
@@ -132,6 +133,7 @@ def combine_tiles_kernel(
     sum_exp_ptr,  # [M] float32, out: sum of exp((logit - that number) / temperature), or None
     order_ptr,  # [M] int64 or None
     mask_ptr,  # [M] bool
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -141,9 +143,9 @@ def combine_tiles_kernel(
 ):
     """Log-probs of the chosen tokens, and, if wanted, entropies and the row values that the gradient needs."""
     HAS_ENTROPY: tl.constexpr = entropies_ptr is not None
-    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
     start = tl.program_id(0) * BLOCK_N
     row, position, in_range, keep = locate_rows(start, first_row, num_rows, order_ptr, mask_ptr, BLOCK_N)
+    scale = LOG2_E / temperatures_at(position, in_range, temperatures_ptr, hyper_ptr)
     # k never decreases from one tile to the next
     last_ptr = tiles_ptr + tl.cast(num_tiles - 1, tl.int64) * NUM_PARTS * num_rows + row
     exponent = tl.load(last_ptr + EXPONENT * num_rows, mask=keep, other=0.0)

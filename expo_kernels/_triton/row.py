@@ -18,6 +18,13 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf
 
 
 @triton.jit
+def temperature_of(position, temperatures_ptr, hyper_ptr):
+    """Pointer to the temperature of a row: the number of its position, or the objective's."""
+    # a pointer, so that the number occupies no register where it is not used
+    return hyper_ptr + TEMPERATURE if temperatures_ptr is None else temperatures_ptr + position
+
+
+@triton.jit
 def capped(logits, softcap):
     """softcap * tanh(logits / softcap), and its derivative."""
     # tanh is -1 in float32 long before the bound, which keeps exp2 finite
@@ -64,6 +71,7 @@ def read_row(
     row_ptr,
     keep,  # scalar bool: if False, nothing is read
     vocab_size,
+    temperature_ptr,
     hyper_ptr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -76,7 +84,7 @@ def read_row(
     per tile. Two tiles take turns: while one is processed, the loads of the other are in flight.
     """
     WIDTH: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth  # columns of a 128-bit load
-    scale = LOG2_E / tl.load(hyper_ptr + TEMPERATURE)
+    scale = LOG2_E / tl.load(temperature_ptr)
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
     group_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
     exp_sums = tl.zeros([BLOCK_V // WIDTH], tl.float32)
@@ -161,6 +169,7 @@ def write_grad_logits(
     sum_exp,  # sum of exp((logit - row_max) / temperature)
     keep,
     vocab_size,
+    temperature_ptr,
     hyper_ptr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -177,7 +186,7 @@ def write_grad_logits(
     """
     grad_type: tl.constexpr = grad_row_ptr.dtype.element_ty
     IS_NARROWER: tl.constexpr = grad_type.primitive_bitwidth < row_ptr.dtype.element_ty.primitive_bitwidth
-    temperature = tl.load(hyper_ptr + TEMPERATURE)
+    temperature = tl.load(temperature_ptr)
     scale = LOG2_E / temperature
     softcap = tl.load(hyper_ptr + LOGIT_SOFTCAP)
     moves = grad_logp != 0

@@ -24,8 +24,16 @@ from expo_kernels._triton.device import (
     sequence_advantage,
     token_objective,
 )
-from expo_kernels._triton.row import LOG2_E, chosen_logit, locate, read_row, row_offset, write_grad_logits
-from expo_kernels._triton.slots import MAX_COMPLETION_LENGTH, TEMPERATURE
+from expo_kernels._triton.row import (
+    LOG2_E,
+    chosen_logit,
+    locate,
+    read_row,
+    row_offset,
+    temperature_of,
+    write_grad_logits,
+)
+from expo_kernels._triton.slots import MAX_COMPLETION_LENGTH
 
 
 @kernel
@@ -38,6 +46,7 @@ def row_logps_kernel(
     order_ptr,  # [M] int64 or None
     mask_ptr,  # [M] bool or None
     ids_ptr,  # [M] integers
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -56,12 +65,13 @@ def row_logps_kernel(
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
         row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        temperature_ptr = temperature_of(position, temperatures_ptr, hyper_ptr)
         row_max, sum_exp, entropy_sum = read_row(
-            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
+            row_ptr, keep, vocab_size, temperature_ptr, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
-        logp = (chosen - row_max) / tl.load(hyper_ptr + TEMPERATURE) - log_sum_exp
+        logp = (chosen - row_max) / tl.load(temperature_ptr) - log_sum_exp
         tl.store(logps_ptr + position, tl.where(keep, logp, 0.0))
         if HAS_ENTROPY:
             tl.store(entropies_ptr + position, tl.where(keep, log_sum_exp - entropy_sum / LOG2_E / sum_exp, 0.0))
@@ -84,6 +94,7 @@ def row_grad_logits_kernel(
     order_ptr,
     mask_ptr,
     ids_ptr,
+    temperatures_ptr,
     hyper_ptr,
     first_row,
     num_rows,
@@ -127,6 +138,7 @@ def row_grad_logits_kernel(
             sum_exp,
             keep,
             vocab_size,
+            temperature_of(position, temperatures_ptr, hyper_ptr),
             hyper_ptr,
             HAS_SOFTCAP,
             HAS_ENTROPY,
@@ -159,6 +171,7 @@ def row_loss_kernel(
     beta_ptr,
     normalizer_ptr,
     entropy_bonus_ptr,  # or None
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     partials_ptr,
     counter_ptr,
@@ -193,12 +206,13 @@ def row_loss_kernel(
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size)
         row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        temperature_ptr = temperature_of(position, temperatures_ptr, hyper_ptr)
         row_max, sum_exp, entropy_sum = read_row(
-            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
+            row_ptr, keep, vocab_size, temperature_ptr, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         log_sum_exp = tl.log(tl.where(keep, sum_exp, 1.0))
-        logp = tl.where(keep, (chosen - row_max) / tl.load(hyper_ptr + TEMPERATURE) - log_sum_exp, 0.0)
+        logp = tl.where(keep, (chosen - row_max) / tl.load(temperature_ptr) - log_sum_exp, 0.0)
         tl.store(logps_ptr + position, logp)
         grad_logp = tl.full([], 0.0, tl.float32)
         grad_entropy = grad_logp
@@ -239,8 +253,8 @@ def row_loss_kernel(
         if grad_ptr is not None:
             residual = write_grad_logits(
                 grad_ptr + row_offset(row, rows_per_batch, grad_batch_stride, grad_row_stride, ALIGNMENT),
-                row_ptr, chosen_id, grad_logp, grad_entropy, entropy, row_max, sum_exp, keep, vocab_size, hyper_ptr,
-                HAS_SOFTCAP, HAS_BONUS, GRAD_SHARES_MEMORY, BLOCK_V,
+                row_ptr, chosen_id, grad_logp, grad_entropy, entropy, row_max, sum_exp, keep, vocab_size,
+                temperature_ptr, hyper_ptr, HAS_SOFTCAP, HAS_BONUS, GRAD_SHARES_MEMORY, BLOCK_V,
             )  # fmt: skip
             if residual_ptr is not None:
                 tl.store(residual_ptr + row, residual)

@@ -21,7 +21,7 @@ from expo_kernels._triton.device import (
     token_objective,
     total,
 )
-from expo_kernels._triton.row import LOG2_E, LOWEST, chosen_logit, locate, read_row, row_offset
+from expo_kernels._triton.row import LOG2_E, LOWEST, chosen_logit, locate, read_row, row_offset, temperature_of
 from expo_kernels._triton.slots import MAX_COMPLETION_LENGTH, TEMPERATURE
 
 # the numbers of a row that the ranks exchange, in this order; the last one only if entropies are wanted
@@ -38,6 +38,7 @@ def read_shard_kernel(
     order_ptr,  # [M] int64 or None
     mask_ptr,  # [M] bool
     ids_ptr,  # [M] integers: columns of this rank; outside [0, V_r) if another rank holds them
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -54,10 +55,11 @@ def read_shard_kernel(
     """Maximum, sum of exponentials, chosen logit and entropy sum of each row, over the columns of this rank."""
     vocab_size = vocab_size * ALIGNMENT
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        _, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD=True)
+        position, chosen_id, keep = locate(row, first_row, order_ptr, mask_ptr, ids_ptr, vocab_size, IS_SHARD=True)
         row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        temperature_ptr = temperature_of(position, temperatures_ptr, hyper_ptr)
         row_max, sum_exp, entropy_sum = read_row(
-            row_ptr, keep, vocab_size, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
+            row_ptr, keep, vocab_size, temperature_ptr, hyper_ptr, HAS_SOFTCAP, HAS_ENTROPY, HAS_WIDE_ROWS, BLOCK_V
         )
         chosen, _ = chosen_logit(row_ptr, chosen_id, keep, hyper_ptr, HAS_SOFTCAP)
         tl.store(shard_ptr + ROW_MAX * num_rows + row, row_max)
@@ -79,6 +81,16 @@ def locate_rows(start, first_row, num_rows, order_ptr, mask_ptr, BLOCK_N: tl.con
     return row, position, in_range, keep
 
 
+@triton.jit
+def temperatures_at(position, in_range, temperatures_ptr, hyper_ptr):
+    """The temperature of each row of a block, or the objective's."""
+    if temperatures_ptr is None:
+        temperature = tl.load(hyper_ptr + TEMPERATURE)
+    else:
+        temperature = tl.load(temperatures_ptr + position, mask=in_range, other=1.0)
+    return temperature
+
+
 @kernel
 def combine_shards_kernel(
     shards_ptr,  # [R, 3 or 4, n] float32: what `read_shard_kernel` wrote on each rank
@@ -88,6 +100,7 @@ def combine_shards_kernel(
     sum_exp_ptr,  # [M] float32, out, or None
     order_ptr,  # [M] int64 or None
     mask_ptr,  # [M] bool
+    temperatures_ptr,  # [M] float32, or None: the objective's temperature
     hyper_ptr,
     first_row,
     num_rows,
@@ -97,10 +110,10 @@ def combine_shards_kernel(
     """Log-probs of the chosen tokens, and, if wanted, entropies and the row values that the gradient needs."""
     HAS_ENTROPY: tl.constexpr = entropies_ptr is not None
     NUM_PARTS: tl.constexpr = 4 if HAS_ENTROPY else 3
-    temperature = tl.load(hyper_ptr + TEMPERATURE)
-    scale = LOG2_E / temperature
     start = tl.program_id(0) * BLOCK_N
     row, position, in_range, keep = locate_rows(start, first_row, num_rows, order_ptr, mask_ptr, BLOCK_N)
+    temperature = temperatures_at(position, in_range, temperatures_ptr, hyper_ptr)
+    scale = LOG2_E / temperature
     row_max = tl.full([BLOCK_N], LOWEST, tl.float32)
     for shard in range(0, num_shards):
         part_ptr = shards_ptr + shard * NUM_PARTS * num_rows + row

@@ -201,7 +201,7 @@ class FusedLinearForPPO(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(
-        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies in nats, shaped like `input_ids`, float32; both are differentiable.
 
@@ -209,7 +209,8 @@ class FusedLinearForPPO(nn.Module):
             hidden_states: [B, T, H] or [N, H]; position t predicts `input_ids[:, t]`.
             vocab_weights: [V, H].
             input_ids: [B, T] or [N] integers in [0, V).
-            temperature: > 0; logits are divided by it.
+            temperature: > 0; logits are divided by it. Or a tensor of such floats, [B] or shaped like `input_ids`,
+                which verl's own head does not take.
         """
         validate.is_tensor("hidden_states", hidden_states)
         validate.predicts("hidden_states", hidden_states, "input_ids", input_ids)

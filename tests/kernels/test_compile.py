@@ -368,13 +368,14 @@ OPCHECKS = {
     ),
     "log-probs": lambda call: (
         OPS.token_logps,
-        (call["logits"], None, None, *positions(call), None, 0.7, None, None, False, True, None, 0.0, False),
+        (call["logits"], None, None, *positions(call), None, None, 0.7, None, None, False, True, None, 0.0, False),
     ),
     "log-probs, entropies and log-sum-exps": lambda call: (
         OPS.token_logps,
         (
             *(call["hidden"], call["weight"], call["bias"], call["completion_ids"]),
-            *(call["completion_mask"], call["completion_mask"].sum(1), 1.0, 3.0, None, True, True, None, 1e-2, True),
+            *(call["completion_mask"], call["completion_mask"].sum(1), None),
+            *(1.0, 3.0, None, True, True, None, 1e-2, True),
         ),
     ),
     "group advantages": lambda call: (OPS.group_advantages, (call["advantages"], 2, "group", 1e-6)),

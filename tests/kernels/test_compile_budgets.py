@@ -2,6 +2,7 @@
 every access to [n, V] data 128 bits wide. Run with -s to see the table.
 """
 
+import dataclasses
 import os
 from unittest import mock
 
@@ -222,6 +223,11 @@ CASES = {
     "sequences, gmpo, a bonus": (lambda _: run_sequences(Objective(surrogate="gmpo"), bonus=True), (), ()),
     "sequences, vespo": (lambda _: run_sequences(Objective(surrogate="vespo", rollout_correction="token")), (), ()),
 }
+# one spilled value of 8 bytes, which costs less than one program less on a multiprocessor
+SPILLS_WITH_TEMPERATURES = {
+    "sm_80": {name: ["8 bytes spilled"] for name in ("gradient, every option", "gradient of a shard, every option")}
+}
+READ_NO_TEMPERATURE = ("token loss", "scale", "curriculum", "sequences")
 OF_EXPONENTIALS = {name for name in CASES if "exponentials" in name or name == "gradient of logs"}
 
 
@@ -252,11 +258,11 @@ def problems(kernel, target, reads, writes, tile):
     return found
 
 
-@pytest.mark.parametrize("target", compiling.TARGETS)
-def test_kernels_stay_within_budget(target):
+def over_budget(cases, target):
+    """The budgets that the kernels of some cases exceed; prints a table of all."""
     print(f"\n{target:8} {'kernel':32} registers  spilled  shared  global accesses of 128 bits (narrower)")
     wrong = {}
-    for name, (launch, reads, writes) in CASES.items():
+    for name, (launch, reads, writes) in cases.items():
         kernel = compile_one(lambda launch=launch: launch(151_936), target)
         used = compiling.usage(kernel)
         wide = {kind: sum(bits >= 128 for bits in widths) for kind, widths in used.access_bits.items()}
@@ -274,7 +280,22 @@ def test_kernels_stay_within_budget(target):
         found = problems(kernel, target, reads, writes, tile)
         if found:
             wrong[name] = found
-    assert not wrong
+    return wrong
+
+
+@pytest.mark.parametrize("target", compiling.TARGETS)
+def test_kernels_stay_within_budget(target):
+    assert not over_budget(CASES, target)
+
+
+@pytest.mark.parametrize("target", compiling.TARGETS)
+def test_kernels_stay_within_budget_with_a_temperature_per_token(target, monkeypatch):
+    def with_temperatures(*args, original=make_tokens, **options):
+        return dataclasses.replace(original(*args, **options), temperatures=torch.ones(64))
+
+    monkeypatch.setitem(globals(), "make_tokens", with_temperatures)
+    cases = {name: case for name, case in CASES.items() if not name.startswith(READ_NO_TEMPERATURE)}
+    assert over_budget(cases, target) == SPILLS_WITH_TEMPERATURES.get(target, {})
 
 
 @pytest.mark.parametrize("target", compiling.TARGETS)

@@ -124,6 +124,8 @@ BUDGETS = {
     "hidden, bias, entropy bonus": (functools.partial(hidden_states, bias=True, entropy_bonus=0.01), 120, 1),
     "hidden, frozen head": (functools.partial(hidden_states, frozen=True), 64, 1),
     "hidden, packed": (functools.partial(hidden_states, is_packed=True), 117, 1),
+    "hidden, temperatures of replies": (lambda: hidden_states(temperature=on_device(B)), 116, 1),
+    "hidden, temperatures of tokens": (lambda: hidden_states(temperature=on_device(B, T)), 113, 1),
     "hidden, 4 chunks": (functools.partial(hidden_states, rows=16, **LENGTHS), 257, 4),
     "hidden, packed, 4 chunks": (
         functools.partial(hidden_states, rows=16, is_packed=True, **LENGTHS), 264, 4,
@@ -141,6 +143,9 @@ BUDGETS = {
     "logps, by sequence": (functools.partial(given_logps, objective=SEQUENCES), 32, 2),
     "token_logps": (logps_of_logits, 28, 2),
     "linear_token_logps": (logps_of_hidden, 120, 2),
+    "linear_token_logps, temperatures of tokens": (
+        lambda: logps_of_hidden(temperature=on_device(B, T)), 131, 2,
+    ),
     "linear_token_logps, 4 chunks": (functools.partial(logps_of_hidden, rows=16, **LENGTHS), 303, 8),
     "group_advantages": (functools.partial(advantages, "group"), 13, 0),
     "group_advantages, batch": (functools.partial(advantages, "batch"), 13, 0),

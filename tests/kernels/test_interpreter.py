@@ -39,6 +39,8 @@ FILES = (
     "test_every_objective.py",
     "test_token_losses.py",
     "test_logps.py",
+    "test_temperatures.py",
+    "test_temperatures_compiled.py",
     "test_compile.py",
 )
 

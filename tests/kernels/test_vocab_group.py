@@ -39,9 +39,10 @@ def run(batch, states, objective=None, *, num_rows=7, **options):
     )  # fmt: skip
 
 
-def assert_same_loss(batch, objective, rows, states, **options):
+def assert_same_loss(batch, objective, rows, states, *, temperature=None, **options):
     whole = leaves(batch)
-    truth, shared = run(batch, whole, objective), run(batch, states, objective, **options)
+    truth = run(batch, whole, objective, temperature=temperature)
+    shared = run(batch, states, objective, temperature=temperature, **options)
     (3.0 * truth.loss).backward()
     (3.0 * shared.loss).backward()
     torch.testing.assert_close(shared.loss, truth.loss, rtol=1e-6, atol=1e-6)
@@ -143,6 +144,8 @@ def on_one_rank(rank, folder, backend):
         # the interpreter is slow, and test_vocab_group_kernels.py has other objectives
         for objective in OBJECTIVES if backend == "torch" or world == 2 else OBJECTIVES[:1]:
             assert_same_loss(batch, objective, rows, leaves(batch, rows), vocab_group=group)
+        temperature = torch.linspace(0.5, 1.5, batch.completion_ids.numel()).view(batch.completion_ids.shape)
+        assert_same_loss(batch, None, rows, leaves(batch, rows), temperature=temperature, vocab_group=group)
         assert_same_logps(batch, rows, group)
         assert_few_collectives_a_chunk(batch, rows, group, backend, pytest.MonkeyPatch())
         assert_refusals(batch, rows, group, group.rank())

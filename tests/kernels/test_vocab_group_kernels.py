@@ -36,6 +36,11 @@ CASES = {
         "objective": Objective(rollout_correction="token", aggregation="constant", max_completion_length=T),
         "by_tokens": True,
     },
+    "temperatures of tokens, softcap, entropy bonus": {
+        "objective": Objective(surrogate="sapo", logit_softcap=5.0),
+        "temperature": torch.linspace(0.6, 1.4, B * T).view(B, T),
+        "entropy_bonus": 0.2,
+    },
     "packed": {"objective": Objective(clip_high=0.28), "is_packed": True},
     "sequence ratio, entropy bonus": {
         "objective": Objective(ratio="sequence", temperature=1.3, logit_softcap=4.0),

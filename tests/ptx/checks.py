@@ -53,6 +53,7 @@ def loss_arguments(batch: Batch, objective: Objective, advantages: str) -> dict[
     """The keyword arguments of a loss call."""
     given = {"old_logps": batch.old, "ref_logps": batch.ref, "rollout_logps": batch.rollout}
     given |= {"beta": batch.beta, "objective": objective, "entropy_bonus": batch.entropy_bonus, "return_entropy": True}
+    given["temperature"] = batch.temperatures
     if advantages == "rewards":
         return given | {"rewards": batch.rewards, "group_size": G}
     assert batch.advantages is not None
@@ -86,10 +87,12 @@ def check_loss(
     inplace: bool = False,
     aligned: bool = True,
     loss_scale: float = 1.0,
+    temperatures: Tensor | None = None,
 ) -> None:
     """`expo_loss` from logits; with `aligned=False` rows begin at addresses that are not multiples of 16."""
     objective = objective or Objective()
-    batch, spoilt = make_case(B, T, V, dtype, objective=objective, advantages=advantages, entropy_bonus=entropy_bonus)
+    options: dict[str, Any] = {"entropy_bonus": entropy_bonus, "temperatures": temperatures}
+    batch, spoilt = make_case(B, T, V, dtype, objective=objective, advantages=advantages, **options)
     truth, logits = expected(batch, objective), spoilt.logits
     if not aligned:
         memory = torch.empty(B * T * (V + 3) + 1, dtype=dtype)[1:].view(B, T, V + 3)
@@ -143,6 +146,7 @@ def check_linear_loss(
     rows_per_chunk: int = 5,
     has_bias: bool = False,
     vocab_group: Any = None,
+    temperatures: Tensor | None = None,
 ) -> None:
     """`linear_expo_loss` in several chunks: gradients of hidden states, weight and bias."""
     objective = objective or Objective()
@@ -152,9 +156,8 @@ def check_linear_loss(
         for scale, shape in ((1.0, (4, T, H)), (0.5, (V, H)), (1.0, (V,)))
     )
     logits = hidden.double() @ weight.double().T + (bias.double() if has_bias else 0.0)
-    batch, spoilt = make_case(
-        4, T, V, objective=objective, advantages=advantages, logits=logits, entropy_bonus=entropy_bonus
-    )
+    options: dict[str, Any] = {"entropy_bonus": entropy_bonus, "temperatures": temperatures}
+    batch, spoilt = make_case(4, T, V, objective=objective, advantages=advantages, logits=logits, **options)
     truth = expected(batch, objective)
     leaves = [hidden.masked_fill(~batch.mask[..., None], float("nan")), weight, *([bias] if has_bias else [])]
     for leaf in leaves:
@@ -178,21 +181,23 @@ def check_linear_loss(
         assert relative_error(grad.view(true_grad.shape), true_grad.detach()) <= LINEAR_GRAD_ERROR[dtype]
 
 
-def check_linear_logps(*, V: int, rows_per_chunk: int = 4, return_lse: bool = False) -> None:
+def check_linear_logps(
+    *, V: int, rows_per_chunk: int = 4, return_lse: bool = False, temperature: float | Tensor = 0.8
+) -> None:
     """`linear_token_logps` in several chunks, whose backward pass computes the logits again."""
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 3, 16), (V, 16)))
     ids = torch.randint(0, V, (3, 3), generator=generator)
     grad_logps = torch.randn(3, 3, generator=generator)
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    true_logps = reference.token_logps(exact[0] @ exact[1].T, ids, 0.8)
+    true_logps = reference.token_logps(exact[0] @ exact[1].T, ids, temperature)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight)]
     budget = rows_per_chunk * V * 4 / 2**20
-    options = {"temperature": 0.8, "logits_budget_mb": budget}
+    options: dict[str, Any] = {"temperature": temperature, "logits_budget_mb": budget}
     loss = true_loss = 0.0
     if return_lse:
         logps, lse = linear_token_logps(hidden, weight, ids, return_lse=True, **options)
-        true_lse = reference.log_sum_exps(exact[0] @ exact[1].T, 0.8)
+        true_lse = reference.log_sum_exps(exact[0] @ exact[1].T, temperature)
         assert float((lse - true_lse).detach().abs().max()) <= 1e-5
         loss, true_loss = 0.3 * lse.square().sum(), 0.3 * true_lse.square().sum()
     else:
@@ -203,7 +208,7 @@ def check_linear_logps(*, V: int, rows_per_chunk: int = 4, return_lse: bool = Fa
         assert relative_error(grad, truth) <= LINEAR_GRAD_ERROR[torch.bfloat16]
 
 
-def check_logps(*, V: int, dtype: torch.dtype, softcap: float | None = None) -> None:
+def check_logps(*, V: int, dtype: torch.dtype, softcap: float | None = None, temperature: float | Tensor = 0.8) -> None:
     """`token_logps` with entropies and log-sum-exps, and their gradients."""
     generator = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(3, 3, V, generator=generator)).to(dtype)
@@ -215,13 +220,13 @@ def check_logps(*, V: int, dtype: torch.dtype, softcap: float | None = None) -> 
         return [*(output.detach() for output in outputs), *torch.autograd.grad(total, logits)]
 
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    given = {"temperature": 0.8, "logit_softcap": softcap, "return_entropy": True, "return_lse": True}
+    given = {"temperature": temperature, "logit_softcap": softcap, "return_entropy": True, "return_lse": True}
     made = differentiated(leaf, *token_logps(leaf, ids, **given))
     truth = differentiated(
         exact,
-        reference.token_logps(exact, ids, 0.8, softcap),
-        reference.token_entropies(exact, 0.8, softcap),
-        reference.log_sum_exps(exact, 0.8, softcap),
+        reference.token_logps(exact, ids, temperature, softcap),
+        reference.token_entropies(exact, temperature, softcap),
+        reference.log_sum_exps(exact, temperature, softcap),
     )
     for one, other in zip(made[:3], truth[:3], strict=True):
         assert float((one - other).abs().max()) <= 1e-5

@@ -91,6 +91,24 @@ def test_the_fused_head_gives_verls_logps_entropies_and_gradients(shape, chunk_s
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("per", ["reply", "token"])
+def test_the_fused_head_takes_a_temperature_per_reply_or_per_token(per):
+    """verl's head has the same logits if the hidden states are divided, since it has no bias."""
+    hidden, weight, ids = torch.randn(B, T, H), torch.randn(V, H), torch.randint(V, (B, T))
+    slopes, temperature = torch.randn(2, B, T), 0.5 + torch.rand(B, T if per == "token" else 1)
+
+    def results(head, divisor, **options):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps, entropies = head(leaves[0] / divisor, leaves[1], ids, **options)
+        torch.autograd.backward((logps, entropies), tuple(slopes))
+        return logps.detach(), entropies.detach(), *(leaf.grad for leaf in leaves)
+
+    mine = results(verl.FusedLinearForPPO(chunk_size=3), 1.0, temperature=temperature.squeeze(1))
+    theirs = results(torch_functional.FusedLinearForPPO(), temperature.unsqueeze(2))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_verl_finds_what_was_registered(monkeypatch):
     theirs = torch_functional.FusedLinearForPPO
     monkeypatch.setattr(torch_functional, "FusedLinearForPPO", theirs)  # restored afterwards

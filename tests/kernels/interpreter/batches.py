@@ -30,10 +30,14 @@ class Batch:
     normalizer: float | None = None
     advantages: torch.Tensor | None = None  # [B, T]
     entropy_bonus: float = 0.0
+    temperatures: torch.Tensor | None = None  # [B, T]; None: the objective's
 
     @property
     def shape(self):
         return self.logits.shape
+
+    def temperature_of(self, objective):
+        return objective.temperature if self.temperatures is None else self.temperatures
 
     def normalizer_of(self, objective):
         if self.normalizer is not None:
@@ -52,7 +56,9 @@ def make_batch(B=4, T=3, V=17, dtype=torch.float32, *, seed=0, spread=2.0, objec
     ids = torch.randint(0, V, (B, T), generator=generator)
     mask = torch.rand(B, T, generator=generator) < 0.75
     mask.view(-1)[0] = True
-    current = reference.token_logps(logits.float(), ids, objective.temperature, objective.logit_softcap)
+    temperatures = changes.get("temperatures")
+    temperature = objective.temperature if temperatures is None else temperatures
+    current = reference.token_logps(logits.float(), ids, temperature, objective.logit_softcap)
     batch = Batch(
         logits,
         ids,
@@ -82,7 +88,13 @@ def spoil(batch, garbage=float("nan")):
         ref=spoilt(batch.ref, garbage),
         rollout=spoilt(batch.rollout, garbage),
         advantages=spoilt(batch.advantages, garbage),
+        temperatures=spoilt(batch.temperatures, garbage),
     )
+
+
+def some_temperatures(*shape):
+    """Between 0.6 and 1.4, all different."""
+    return 0.6 + 0.8 * torch.rand(*shape, generator=torch.Generator().manual_seed(9))
 
 
 def tokens_of(batch, objective):
@@ -108,6 +120,8 @@ def tokens_of(batch, objective):
         beta=torch.tensor(batch.beta),
         normalizer=torch.tensor(float(batch.normalizer_of(objective))),
         entropy_bonus=torch.tensor(batch.entropy_bonus) if batch.entropy_bonus else None,
+        # masked ones are 1, as those of a call
+        temperatures=None if batch.temperatures is None else flat(batch.temperatures.masked_fill(~batch.mask, 1.0)),
     )
 
 
@@ -125,7 +139,8 @@ def expected(batch, objective):
     B, T, _ = batch.shape
     logits = torch.where(batch.mask.unsqueeze(-1), batch.logits, 0).double().requires_grad_()
     ids = torch.where(batch.mask, batch.ids, 0)
-    logps = reference.token_logps(logits, ids, objective.temperature, objective.logit_softcap)
+    temperature = batch.temperature_of(objective)
+    logps = reference.token_logps(logits, ids, temperature, objective.logit_softcap)
     advantages = batch.advantages
     if advantages is None:
         advantages = reference.group_advantages(batch.rewards.double(), G, "group", 1e-6)[:, None].expand(B, T)
@@ -147,7 +162,7 @@ def expected(batch, objective):
     )
     normalizer = torch.tensor(float(batch.normalizer_of(objective))).double()
     weights = reference.token_weights(sequence_index, B, normalizer, logps[batch.mask], objective)
-    entropies = reference.token_entropies(logits, objective.temperature, objective.logit_softcap)
+    entropies = reference.token_entropies(logits, temperature, objective.logit_softcap)
     losses = terms.losses
     if batch.entropy_bonus:  # else autograd would multiply gradients of entropies, which may be NaN, by 0
         losses = losses - batch.entropy_bonus * entropies[batch.mask]

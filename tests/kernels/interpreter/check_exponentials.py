@@ -45,7 +45,7 @@ def normal(*shape, seed=0):
 # --- the kernels on given float32 logits
 
 
-def read(logits, ids, *, objective=None, bias=None, stores_logs=False):
+def read(logits, ids, *, objective=None, bias=None, temperatures=None, stores_logs=False):
     """A chunk that has the exponentials of given logits, or their logs."""
     num_rows, vocab_size = logits.shape
     block, padded = _launch.exponential_tile(vocab_size).block, -(-vocab_size // 16) * 16
@@ -59,7 +59,8 @@ def read(logits, ids, *, objective=None, bias=None, stores_logs=False):
 
     kept = Exponentials(memory, by_tile(), vocab_size, bias)
     chunk = Chunk(Span(slice(0, num_rows), None), buffer, memory[:, :vocab_size], exponentials=kept)
-    tokens = Tokens(ids=ids, mask=torch.ones(num_rows, dtype=torch.bool), objective=objective or Objective())
+    mask, objective = torch.ones(num_rows, dtype=torch.bool), objective or Objective()
+    tokens = Tokens(ids=ids, mask=mask, objective=objective, temperatures=temperatures)
     kernels.launch_exponentials(chunk, tokens, has_entropy=True, stores_logs=stores_logs)
     return chunk, tokens
 
@@ -94,7 +95,8 @@ def assert_rows_match(
     if ids is None:  # as a policy samples them
         ids = torch.multinomial(torch.softmax(scaled, -1), 1, generator=torch.Generator().manual_seed(1))[:, 0]
     grad_logps, grad_entropies = normal(num_rows, seed=2), 0.3 * normal(num_rows, seed=3)
-    objective = Objective(temperature=temperature, logit_softcap=softcap)
+    by_row = isinstance(temperature, torch.Tensor)
+    objective = Objective(temperature=1.0 if by_row else temperature, logit_softcap=softcap)
     given = rows_of(
         logits,
         ids,
@@ -102,6 +104,7 @@ def assert_rows_match(
         grad_entropies=grad_entropies if with_entropies else None,
         objective=objective,
         bias=bias,
+        temperatures=temperature if by_row else None,
     )
     logps, probs = torch.log_softmax(scaled, -1), torch.softmax(scaled, -1)
     entropies = torch.special.entr(probs).sum(-1)
@@ -109,7 +112,7 @@ def assert_rows_match(
     if with_entropies:
         grads += grad_entropies[:, None] * (torch.special.entr(probs) - probs * entropies[:, None])
     cap_grads = 1.0 if softcap is None else 1 - torch.tanh(exact / softcap) ** 2
-    grads *= cap_grads / temperature
+    grads *= cap_grads / (temperature[:, None] if by_row else temperature)
     rows = torch.arange(num_rows)
     assert float((given[0] - logps[rows, ids]).abs().max()) <= 2e-5
     assert float((given[1] - entropies).abs().max()) <= 2e-5
@@ -131,6 +134,17 @@ def test_rows_of_any_spread_and_offset(spread, offset, with_entropies):
     # where many columns count, the error is that of rounding them to bfloat16: 1.65e-3
     options = {"grad_error": 1.8e-3} if spread == 1.0 else {}
     assert_rows_match(logits, with_entropies=with_entropies, temperature=0.8, **options)
+
+
+@pytest.mark.parametrize("with_entropies", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_rows_of_different_temperatures(offset, with_entropies):
+    logits, temperature = 4 * normal(6, 9000) + offset, 0.5 + torch.arange(6) / 5
+    assert_rows_match(logits, with_entropies=with_entropies, temperature=temperature)
+
+
+def test_rows_of_different_temperatures_with_a_softcap():
+    assert_rows_match(12 * normal(4, 9000), softcap=5.0, temperature=0.6 + torch.arange(4) / 4)
 
 
 @pytest.mark.parametrize("with_entropies", [False, True])

@@ -22,6 +22,7 @@ from tests.kernels.interpreter.batches import (
     relative_error,
     run_sequence_level,
     run_token_level,
+    some_temperatures,
     spoil,
     tokens_of,
 )
@@ -31,12 +32,15 @@ pytestmark = pytest.mark.filterwarnings(
 )  # skipped rows hold numbers that are never used
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("has_lse", [False, True])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logps_entropies_and_log_sum_exps_have_their_gradients(dtype, softcap, has_lse):
+def test_logps_entropies_and_log_sum_exps_have_their_gradients(dtype, softcap, has_lse, by_token):
     objective = Objective(temperature=0.7, logit_softcap=softcap)
-    batch = make_batch(V=1003, dtype=dtype, objective=objective)
+    changes = {"temperatures": some_temperatures(4, 3).flip(0)} if by_token else {}
+    batch = make_batch(V=1003, dtype=dtype, objective=objective, **changes)
+    temperature = batch.temperature_of(objective)
     batch.logits[0, 0, 5:9] = float("-inf")
     spoilt = spoil(batch)
     B, T, V = batch.shape
@@ -58,7 +62,7 @@ def test_logps_entropies_and_log_sum_exps_have_their_gradients(dtype, softcap, h
         grad_lse=grad_lse.view(-1) if has_lse else None,
     )
     logits = torch.where(batch.mask.unsqueeze(-1), batch.logits, 0).double()
-    scaled = reference.scaled_logits(logits, 0.7, softcap)
+    scaled = reference.scaled_logits(logits, temperature, softcap)
     probs = torch.softmax(scaled, -1)
     entropy = torch.special.entr(probs).sum(-1)
     onehot = torch.nn.functional.one_hot(torch.where(batch.mask, batch.ids, 0), V)
@@ -68,8 +72,9 @@ def test_logps_entropies_and_log_sum_exps_have_their_gradients(dtype, softcap, h
     )
     grads += grad_lse[..., None] * probs
     cap_grad = 1.0 if softcap is None else 1 - torch.tanh(logits / softcap) ** 2
-    truth = torch.where(batch.mask[..., None], grads * cap_grad / 0.7, 0)
-    truth_logps = reference.token_logps(logits, torch.where(batch.mask, batch.ids, 0), 0.7, softcap)
+    divisor = temperature[..., None] if by_token else temperature
+    truth = torch.where(batch.mask[..., None], grads * cap_grad / divisor, 0)
+    truth_logps = reference.token_logps(logits, torch.where(batch.mask, batch.ids, 0), temperature, softcap)
     assert float((logps.view(B, T) - truth_logps)[batch.mask].abs().max()) < 5e-6
     assert float((entropies.view(B, T) - entropy)[batch.mask].abs().max()) < 5e-6
     assert not logps.view(B, T)[~batch.mask].any()

@@ -27,6 +27,7 @@ from tests.kernels.interpreter.batches import (
     relative_error,
     run_sequence_level,
     run_token_level,
+    some_temperatures,
     spoil,
     tokens_of,
 )
@@ -117,6 +118,23 @@ def test_ids_out_of_range_are_skipped():
     assert bool(torch.isfinite(given.grad).all())
     assert not given.grad[0, 0].any()
     assert float(given.logps[0, 0]) == 0.0
+
+
+@pytest.mark.parametrize("name", ["default", "softcap", "sapo", "dppo", "gspo weighted", "gmpo", "vespo rollout"])
+def test_temperatures_by_token(name):
+    objective = (TOKEN_LEVEL | SEQUENCE_LEVEL)[name]
+    bonus = 0.2 if name in TOKEN_LEVEL else 0.0
+    batch = make_batch(objective=objective, temperatures=some_temperatures(4, 3), entropy_bonus=bonus)
+    runs = run_token_level if name in TOKEN_LEVEL else run_sequence_level
+    assert_matches(runs(spoil(batch), objective), expected(batch, objective))
+
+
+@pytest.mark.parametrize("runs", [run_token_level, run_sequence_level])
+def test_equal_temperatures_give_the_bits_of_one_number(runs):
+    objective = Objective(temperature=0.7, logit_softcap=3.0)
+    batch = make_batch(V=1003, objective=objective)
+    many = dataclasses.replace(batch, temperatures=torch.full((4, 3), 0.7))
+    assert_same_bits(runs(many, dataclasses.replace(objective, temperature=1.0)), runs(batch, objective))
 
 
 def test_without_old_logps_the_gradient_is_that_of_ratio_one():
