@@ -21,6 +21,7 @@ from expo.rollout.vllm._compat import (
     ADAPTER_ID,
     ADAPTER_NAME,
     abort_requests,
+    forget_layers,
     keep_process_group,
     load_adapter,
     pack_tied_head,
@@ -203,6 +204,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """Frees the weights and the key-value cache; the engine cannot be used any more."""
+        if self._llm is not None:
+            self._llm.apply_model(forget_layers)
         self._llm = None
         gc.unfreeze()  # vLLM has frozen what it made, which the garbage collector would never free
         gc.collect()
