@@ -28,6 +28,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 # left out of `make check`: several processes, vLLM, other trainers; and the tests marked slow or medium
 NOT_FAST := tests/ranks tests/vllm tests/integrations
+VLLM_RUNS := tests/vllm/test_vllm_train.py
 
 BIN := $(VENV)/bin
 PIP_INSTALL := python -m pip --disable-pip-version-check install --quiet --progress-bar off
@@ -36,7 +37,7 @@ READY := $(VENV)/.ready
 VERL_READY := $(VERL_VENV)/.ready
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: train check test lint docs verl vllm vllm-tests vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
+.PHONY: train check test lint docs verl vllm vllm-runs vllm-engines vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -51,17 +52,21 @@ test: $(READY) lint verl vllm
 verl: $(VERL_READY)
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/verl
 
-# vLLM for CPUs is built for that PyTorch alone
+# in two processes at once: one for the whole runs, one for the rest, which shares its engines. vLLM for CPUs is built for
+# PyTorch for CPUs alone
 vllm: $(READY)
 	@if [ "$$(uname -sm)" = "Linux x86_64" ] && $(BIN)/python -c "$$HAS_PYTORCH_FOR_CPU"; then \
-		$(MAKE) --no-print-directory vllm-tests; \
+		$(MAKE) --no-print-directory $(VLLM_READY) \
+			&& $(MAKE) --no-print-directory --jobs=2 --output-sync vllm-runs vllm-engines; \
 	else \
 		echo "tests/vllm is left out: vLLM for CPUs needs Linux on x86-64, and PyTorch for CPUs in $(VENV)"; \
 	fi
 
-# two processes, one for the whole runs and one for the rest
-vllm-tests: $(VLLM_READY)
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadgroup tests/vllm
+vllm-runs:
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(VLLM_RUNS)
+
+vllm-engines:
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm --ignore=$(VLLM_RUNS)
 
 define HAS_PYTORCH_FOR_CPU
 import importlib.metadata, sys

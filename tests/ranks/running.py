@@ -99,10 +99,10 @@ def start_process(folder, command, **place):
     )
 
 
-def run_launches(folder, plan, ranks=2, program=LAUNCHER):
+def run_launches(folder, plan, ranks=2, program=LAUNCHER, timeout=600):
     """Runs all launches of the plan; the exit codes of each by its name, one for each rank."""
     process = start(folder, plan, ranks, program)
-    _, problems = process.communicate(timeout=600)
+    _, problems = process.communicate(timeout=timeout)
     assert process.returncode == 0, problems
     return {
         entry["name"]: [int((folder / f"{entry['name']}-{rank}.code").read_text()) for rank in range(entry["ranks"])]

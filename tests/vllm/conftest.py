@@ -5,7 +5,6 @@ These tests run in the environment that `make vllm` sets up; elsewhere, without 
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,15 +30,7 @@ BY_PROBE = "nats on the probe"
 LORA_RANK, LORA_ALPHA = 6, 12  # vLLM allocates rank 8
 PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]]
 
-
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
-
-
-def pytest_collection_modifyitems(items):
-    """With pytest-xdist the whole runs are one group and the rest another, so that the rest shares its engines."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xdist_group("runs" if item.path.stem == "test_vllm_train" else "engines"))
 
 
 @dataclass

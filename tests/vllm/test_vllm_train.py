@@ -117,7 +117,7 @@ def runs(folder, servers):
         for name, (settings, is_shared) in table.items():
             shared = servers[settings.get("vllm.lora", "merged")] if is_shared else {}
             plan.append(launch(name, arguments(folder, name, {**settings, **shared}), ranks=num_ranks))
-        codes |= run_launches(folder, plan, num_ranks, LAUNCHER)
+        codes |= run_launches(folder, plan, num_ranks, LAUNCHER, timeout=1800)
 
     def rows(name):
         assert set(codes[name]) == {0}, log_of(folder, name)
