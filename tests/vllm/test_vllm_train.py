@@ -1,6 +1,8 @@
-"""The whole algorithm with vLLM, on one rank and on two that split every parameter."""
+"""Whole runs with vLLM, in process and with servers, on one rank and on two: all take the same steps.
 
-import json
+Most are forked from processes that have imported everything, and most of those with a server share one of two.
+"""
+
 import re
 import subprocess
 import sys
@@ -8,44 +10,124 @@ from pathlib import Path
 
 import pytest
 
-ALONE = [sys.executable, "-m"]
-TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
+from expo.config import load_config
+from expo.rollout.vllm.key import new_key
+from expo.rollout.vllm.supervisor import ServerProcess
+from tests.ranks.running import launch, log_of, rows_of, run_launches
+from tests.vllm.conftest import CACHE_GIB
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+NUM_STEPS = 3
+ZERO_3 = {"policy.zero_stage": 3}
+TENSOR_PARALLEL = {"vllm.tensor_parallel": 2}
+SERVER = {"rollout.engine": "vllm-server"}
+BROADCAST = {"vllm.transfer": "broadcast"}
+AHEAD = {"rollout.ahead": 1, "objective.rollout_correction": "token"}
+LORA = {"policy.lora_rank": 4, "policy.lora_alpha": 8, "optimizer.lr": 3e-3}
+ADAPTER = {**LORA, "vllm.lora": "adapter"}
+UNDISTURBED = {**SERVER, "rollout.batch_size": 4}  # several batches of replies in a step
+
+# the settings of each run, and whether it uses a server that the tests have started
+ON_ONE_RANK = {
+    "merging": (LORA, False),
+    "adapter": (ADAPTER, False),
+    "undisturbed": (UNDISTURBED, False),
+    "ahead-files": ({**SERVER, **AHEAD}, True),
+    "ahead-broadcast": ({**SERVER, **AHEAD, **BROADCAST}, True),
+    "ahead-adapter": ({**SERVER, **AHEAD, **ADAPTER}, True),
+}
+ON_TWO_RANKS = {
+    "engine-each": (ZERO_3, False),
+    "tensor-parallel": ({**ZERO_3, **TENSOR_PARALLEL}, False),
+    "server-files": ({**ZERO_3, **SERVER}, True),
+    "server-broadcast": ({**ZERO_3, **SERVER, **BROADCAST}, True),
+    "tensor-parallel-server": ({**ZERO_3, **SERVER, **BROADCAST, **TENSOR_PARALLEL}, False),
+    "two-ahead-files": ({**SERVER, **AHEAD}, True),
+    "two-ahead-broadcast": ({**SERVER, **AHEAD, **BROADCAST}, True),
+    "adapter-engine-each": ({**ZERO_3, **ADAPTER}, False),
+    "adapter-tensor-parallel": ({**ZERO_3, **TENSOR_PARALLEL, **ADAPTER}, False),
+    "adapter-server": ({**ZERO_3, **SERVER, **ADAPTER}, True),
+}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Three steps; what the process printed and the lines of metrics.jsonl."""
-
-    def start(launch, *, program="expo.train", **more):
-        folder = tmp_path_factory.mktemp("run")
-        questions = folder / "few.jsonl"
-        questions.write_text(  # longer than the training questions: an overlap would print a line
-            '{"question": "9+9+1-8+3-7+2=", "answer": 9}\n{"question": "8+8+2-9+5-6+1=", "answer": 9}\n'
-        )
-        settings = {
-            "rollout.engine": "vllm", "run.dir": folder / "run", "run.steps": 3, "optimizer.warmup_steps": 1,
-            "rollout.questions_per_step": 4, "rollout.group_size": 4, "evaluation.sets": f"{{few: {questions}}}",
-            "evaluation.num_samples": 2, **more,
-        }  # fmt: skip
-        command = [*launch, program, *(f"--{name}={value}" for name, value in settings.items())]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done, rows_of(folder / "run", "metrics")
-
-    return start
+def folder(tmp_path_factory):
+    """Of all runs; the weights that they send through files are gone in the end."""
+    found = tmp_path_factory.mktemp("runs")
+    (found / "weights").mkdir()
+    yield found
+    assert list((found / "weights").iterdir()) == []
 
 
-def rows_of(folder, name):
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+def arguments(folder, name, settings):
+    """The command line of a run of three steps."""
+    questions = folder / "few.jsonl"
+    questions.write_text(  # longer than the training questions: an overlap would print a line
+        '{"question": "9+9+1-8+3-7+2=", "answer": 9}\n{"question": "8+8+2-9+5-6+1=", "answer": 9}\n'
+    )
+    values = {
+        "rollout.engine": "vllm", "run.dir": folder / name, "run.steps": NUM_STEPS, "optimizer.warmup_steps": 1,
+        "rollout.questions_per_step": 4, "rollout.group_size": 4, "evaluation.sets": f"{{few: {questions}}}",
+        "evaluation.num_samples": 2, "vllm.cache_gib": CACHE_GIB, **settings,
+    }  # fmt: skip
+    if values["rollout.engine"] == "vllm-server" and "vllm.transfer" not in values:
+        values["vllm.weights_folder"] = folder / "weights"
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def run_alone(folder, name, program="expo.train", settings=()):
+    """A run in a process of its own: what it printed."""
+    command = [sys.executable, "-m", program, *arguments(folder, name, dict(settings))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope="module")
-def alone(run):
-    return run(ALONE)
+def alone(folder):
+    """One rank, with an engine in process: what it printed, and its metrics."""
+    done = run_alone(folder, "alone")
+    return done, rows_of(folder / "alone", "metrics")
+
+
+@pytest.fixture(scope="module")
+def servers(folder):
+    """Two servers, for merged weights and for adapters; those for broadcasts also take files."""
+    key, started = folder / "key", {}
+    key.touch(0o600)
+    key.write_text(new_key())
+    for lora, settings in (("merged", {}), ("adapter", ADAPTER)):
+        config = folder / f"{lora}.yaml"
+        values = {**SERVER, **BROADCAST, "vllm.cache_gib": CACHE_GIB, **settings}
+        config.write_text(load_config(None, list(values.items())).to_yaml())
+        started[lora] = ServerProcess(config, folder / f"{lora}.log", None, (), None, key.read_text())
+        started[lora].start()
+    yield {lora: {"vllm.servers": f"[{process.url}]", "vllm.key_file": key} for lora, process in started.items()}
+    for process in started.values():
+        process.stop()
+        process.release()
+
+
+@pytest.fixture(scope="module")
+def runs(folder, servers):
+    """All runs of the two tables; the metrics of one by its name."""
+    codes = {}
+    for num_ranks, table in ((1, ON_ONE_RANK), (2, ON_TWO_RANKS)):
+        plan = []
+        for name, (settings, is_shared) in table.items():
+            shared = servers[settings.get("vllm.lora", "merged")] if is_shared else {}
+            plan.append(launch(name, arguments(folder, name, {**settings, **shared}), ranks=num_ranks))
+        codes |= run_launches(folder, plan, num_ranks, LAUNCHER, timeout=1800)
+
+    def rows(name):
+        assert set(codes[name]) == {0}, log_of(folder, name)
+        return rows_of(folder / name, "metrics")
+
+    return rows
 
 
 def assert_synced(rows):
-    assert len(rows) == 3
+    assert len(rows) == NUM_STEPS
     for row in rows:
         # the trained model's logits reach 30 nats, where float32 has steps of 2e-6, and its rounding alone moves the
         # probe's log-probs by up to 9e-6 from float64: policy and engine differed by up to 2e-5, on replies by 3.5e-5,
@@ -65,107 +147,67 @@ def test_a_run_with_vllm_prints_nothing_unexpected_and_stays_synced(alone):
     assert_synced(rows)
 
 
+def assert_same_steps(rows, expected):
+    for row, other in zip(rows, expected, strict=True):
+        assert row["accuracy"] == other["accuracy"]
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def assert_same_synced_steps(rows, expected):
+    assert_synced(rows)
+    assert_same_steps(rows, expected)
+    assert [row["completion_length"] for row in rows] == [row["completion_length"] for row in expected]
+
+
+def assert_sampled_ahead(rows):
+    assert [row["rollout_weights_age"] for row in rows] == [0, 1, 1]
+    assert all(0 < row["sync_max_abs_dlogp"] < 5e-5 for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"policy.zero_stage": 3},
-        {"policy.zero_stage": 3, "vllm.tensor_parallel": 2},
-        {"policy.zero_stage": 3, "rollout.engine": "vllm-server"},
-        {"policy.zero_stage": 3, "rollout.engine": "vllm-server", "vllm.transfer": "broadcast"},
-        {
-            "policy.zero_stage": 3,
-            "rollout.engine": "vllm-server",
-            "vllm.transfer": "broadcast",
-            "vllm.tensor_parallel": 2,
-        },
-    ],
-    ids=["engine each", "tensor parallel", "server, files", "server, broadcast", "tensor-parallel server, broadcast"],
+    "name", ["engine-each", "tensor-parallel", "server-files", "server-broadcast", "tensor-parallel-server"]
 )
-def test_two_ranks_with_zero_3_take_the_same_steps(run, alone, settings):
-    _, rows = run(TWO_RANKS, **settings)
-    assert_synced(rows)
-    for row, expected in zip(rows, alone[1], strict=True):
-        assert row["accuracy"] == expected["accuracy"]
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
-        assert row["completion_length"] == expected["completion_length"]
+def test_two_ranks_with_zero_3_take_the_same_steps(runs, alone, name):
+    assert_same_synced_steps(runs(name), alone[1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["files", "broadcast"])
-def test_two_ranks_take_the_steps_of_one_while_servers_sample_ahead(run, transfer):
-    settings = {
-        "rollout.engine": "vllm-server", "vllm.transfer": transfer, "rollout.ahead": 1,
-        "objective.rollout_correction": "token",
-    }  # fmt: skip
-    one, two = run(ALONE, **settings)[1], run(TWO_RANKS, **settings)[1]
-    for rows in (one, two):
-        assert [row["rollout_weights_age"] for row in rows] == [0, 1, 1]
-        assert all(0 < row["sync_max_abs_dlogp"] < 5e-5 for row in rows)
-    for row, expected in zip(two, one, strict=True):
-        assert row["accuracy"] == expected["accuracy"]
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+def test_two_ranks_take_the_steps_of_one_while_servers_sample_ahead(runs, transfer):
+    one, two = runs(f"ahead-{transfer}"), runs(f"two-ahead-{transfer}")
+    assert_sampled_ahead(one)
+    assert_sampled_ahead(two)
+    assert_same_steps(two, one)
 
 
 @pytest.mark.slow
-def test_killing_a_runs_server_while_it_generates_changes_no_result(run):
-    settings = {"rollout.engine": "vllm-server", "rollout.batch_size": 4}
-    undisturbed, expected = run(ALONE, **settings)
-    killed, rows = run(ALONE, program="tests.vllm.killed_server", **settings)
+@pytest.mark.parametrize("name", ["adapter", "adapter-engine-each", "adapter-tensor-parallel", "adapter-server"])
+def test_a_run_that_sends_adapters_takes_the_steps_of_one_that_merges_them(runs, name):
+    assert_same_synced_steps(runs(name), runs("merging"))
+
+
+@pytest.mark.slow
+def test_a_run_that_samples_ahead_sends_adapters(runs):
+    assert_sampled_ahead(runs("ahead-adapter"))
+
+
+@pytest.mark.slow
+def test_killing_a_runs_server_while_it_generates_changes_no_result(runs, folder):
+    killed = run_alone(folder, "killed", "tests.vllm.killed_server", UNDISTURBED)
     num_done = int(re.fullmatch(r"killed after (\d+)\n", killed.stderr)[1])
     assert 0 < num_done < 16
-    assert unmeasured(rows) == unmeasured(expected)
-    replies, others = (rows_of(folder_of(done), "completions") for done in (killed, undisturbed))
-    assert len(replies) == 3 * 16
+    assert unmeasured(rows_of(folder / "killed", "metrics")) == unmeasured(runs("undisturbed"))
+    replies, others = (rows_of(folder / name, "completions") for name in ("killed", "undisturbed"))
+    assert len(replies) == NUM_STEPS * 16
     assert replies == others
-    assert evaluations_of(killed) == evaluations_of(undisturbed)
-
-
-def folder_of(done):
-    return Path(re.search("^run: +(.*)$", done.stdout, re.MULTILINE)[1])
-
-
-def evaluations_of(done):
-    return [row["sets"] for row in rows_of(folder_of(done), "evaluations")]
+    killed_sets, other_sets = (
+        [row["sets"] for row in rows_of(folder / name, "evaluations")] for name in ("killed", "undisturbed")
+    )
+    assert killed_sets == other_sets
 
 
 def unmeasured(rows):
     """The rows without times and memory."""
     measured = ("seconds", "memory_", "tokens_per_second", "rollout_tokens_", "training_tokens_")
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
-
-
-LORA = {"policy.lora_rank": 4, "policy.lora_alpha": 8, "optimizer.lr": 3e-3}
-
-
-@pytest.fixture(scope="module")
-def merging(run):
-    return run(ALONE, **LORA)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launch", "settings"),
-    [
-        (ALONE, {}),
-        (TWO_RANKS, {"policy.zero_stage": 3}),
-        (TWO_RANKS, {"policy.zero_stage": 3, "vllm.tensor_parallel": 2}),
-        (TWO_RANKS, {"policy.zero_stage": 3, "rollout.engine": "vllm-server"}),
-    ],
-    ids=["one rank", "two ranks", "tensor parallel", "two ranks, server"],
-)
-def test_a_run_that_sends_adapters_takes_the_steps_of_one_that_merges_them(run, merging, launch, settings):
-    _, rows = run(launch, **LORA, **{"vllm.lora": "adapter", **settings})
-    assert_synced(rows)
-    for row, expected in zip(rows, merging[1], strict=True):
-        assert row["accuracy"] == expected["accuracy"]
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
-        assert row["completion_length"] == expected["completion_length"]
-
-
-@pytest.mark.slow
-def test_a_run_that_samples_ahead_sends_adapters(run):
-    settings = {"rollout.engine": "vllm-server", "rollout.ahead": 1, "objective.rollout_correction": "token"}
-    _, rows = run(ALONE, **LORA, **settings, **{"vllm.lora": "adapter"})
-    assert [row["rollout_weights_age"] for row in rows] == [0, 1, 1]
-    assert all(0 < row["sync_max_abs_dlogp"] < 5e-5 for row in rows)

@@ -61,6 +61,14 @@ def layerwise_reload(model: Any, model_config: Any) -> Iterator[None]:
         finalize_layerwise_reload(model, model_config)
 
 
+def forget_layers(model: Any) -> None:
+    """Removes what reloads have noted of a model's layers, which refers to the layers and would keep them for ever."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    for layer in model.modules():
+        LAYERWISE_INFO.pop(layer, None)
+
+
 def load_adapter(model: Any, matrices: Mapping[str, Tensor]) -> list[str]:
     """Loads a LoRA adapter in place of the one that a vLLM model has, on every worker.
 

@@ -1,6 +1,7 @@
 """Generation by vLLM in the trainer's own process, on a copy of the policy's weights."""
 
 import functools
+import gc
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from expo.rollout.vllm._compat import (
     ADAPTER_ID,
     ADAPTER_NAME,
     abort_requests,
+    forget_layers,
     keep_process_group,
     load_adapter,
     pack_tied_head,
@@ -201,7 +203,12 @@ class VllmEngine:
         return found
 
     def close(self) -> None:
-        """Does nothing: the engine ends with the process."""
+        """Frees the weights and the key-value cache; the engine cannot be used any more."""
+        if self._llm is not None:
+            self._llm.apply_model(forget_layers)
+        self._llm = None
+        gc.unfreeze()  # vLLM has frozen what it made, which the garbage collector would never free
+        gc.collect()
 
     def _run(
         self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], on_progress: Callable[[int], None] | None
