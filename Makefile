@@ -46,8 +46,9 @@ check: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not medium" $(NOT_FAST:%=--ignore=%) $(ARGS)
 
 # tests/vllm is left to `make vllm`, also where vLLM has been added to the environment
-test: $(READY) lint verl vllm
+test: $(READY) lint verl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/vllm $(ARGS)
+	$(MAKE) --no-print-directory vllm
 
 verl: $(VERL_READY)
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/verl
