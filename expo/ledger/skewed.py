@@ -29,11 +29,11 @@ def skewed_questions(seed: int) -> list[LedgerQuestion]:
         seed: any integer >= 0; each gives its own questions and its own order.
     """
     rng = training_generator(_SEED, seed)
-    trivial = distinct_questions(rng, {1: TRIVIAL_COUNT}, lambda text: is_training(text) and not crosses_a_ten(text))
+    trivial = distinct_questions(rng, {1: TRIVIAL_COUNT}, lambda text: is_training(text) and not num_crossings(text))
     return shuffled(rng, trivial + distinct_questions(rng, USEFUL_COUNTS | HOPELESS_COUNTS, is_training))
 
 
-def crosses_a_ten(question: str) -> bool:
-    """Whether an operation of a question text changes the tens digit of the total."""
+def num_crossings(question: str) -> int:
+    """How many operations of a question text change the tens digit of the total."""
     totals = [int(question[0]), *running_totals(question)]
-    return any(before // 10 != after // 10 for before, after in pairwise(totals))
+    return sum(before // 10 != after // 10 for before, after in pairwise(totals))

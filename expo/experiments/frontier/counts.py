@@ -18,15 +18,15 @@ from expo.rollout.transformers import TransformersEngine
 
 @dataclass(frozen=True)
 class Counts:
-    """For each question, how many of its replies are correct, and how many have every running total right as well: a
-    guessed answer is correct too, once in 30 times."""
+    """For each question, how many of its replies are correct, with every running total right, and how many have the
+    right last total, which may be a guess."""
 
     correct: list[int]
-    exact: list[int]
+    last_total: list[int]
 
 
 def count_correct(folder: Path, config: RunConfig, questions: Sequence[LedgerQuestion], num_replies: int) -> Counts:
-    """Correct and exact replies among `num_replies` to each question; correct ones are graded as in training.
+    """Correct replies among `num_replies` to each question, graded as in training, and those whose last total is right.
 
     Args:
         folder: a model and its tokenizer.
@@ -54,11 +54,6 @@ def count_correct(folder: Path, config: RunConfig, questions: Sequence[LedgerQue
             verdicts = verifier.grade(distinct, [question.answer] * len(distinct))
             is_correct = {text: verdict.kind == "correct" for text, verdict in zip(distinct, verdicts, strict=True)}
             counts.correct.append(sum(is_correct[text] for text in texts))
-            counts.exact.append(texts.count(exact_reply(question.question)))
+            boxed = f"{BOXED}{running_totals(question.question)[-1]}}}"
+            counts.last_total.append(sum(text.strip().endswith(boxed) for text in texts))
     return counts
-
-
-def exact_reply(question: str) -> str:
-    """The reply with every running total right."""
-    *totals, answer = running_totals(question)
-    return "".join(f"{total}," for total in totals) + f"{BOXED}{answer}}}"

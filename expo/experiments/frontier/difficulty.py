@@ -1,7 +1,7 @@
 """How hard the questions of a plan are for its initial models: `python -m expo.experiments.frontier.difficulty`.
 
-It writes difficulty.json beside the results: pass@k before training, for every part of a training pool and every level
-of the held-out sets, n replies to each question. It is no result of the plan, but what the plan was made from.
+It writes difficulty.json beside the results: pass@k before training, for every kind of question in a training pool and
+in the held-out sets, n replies to each question. It is no result of the plan, but what the plan was made from.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from expo.config import parse_command_line
 from expo.experiments.frontier.analysis import pass_at_k
 from expo.experiments.frontier.counts import count_correct
 from expo.experiments.frontier.plan import BASELINE, FRONTIER, RunKey
-from expo.experiments.frontier.pool import part_of
 from expo.experiments.frontier.warm_starts import warm_start_folder, weights_sha256
 from expo.ledger import LedgerQuestion
 from expo.runtime.atomic_io import write_bytes_whole
@@ -27,12 +26,12 @@ KS = (1, 8, 32, 128)
 
 
 def difficulty(folder: Path, seed: int, num_replies: int) -> dict[str, dict[str, float]]:
-    """pass@k of one initial model by part of the pool of `seed` and by level of the held-out sets."""
+    """pass@k of one initial model by kind of question, of the pool of `seed` and of the held-out sets."""
     flags = FRONTIER.run_flags(RunKey(BASELINE, FRONTIER.betas[0], seed), FRONTIER.betas[0])
     config = parse_command_line([*flags, "--data.train=ledger:train"], PROGRAM).config
     groups: dict[str, list[LedgerQuestion]] = {}
     for question in FRONTIER.train(seed):
-        groups.setdefault(f"train, {part_of(question)}", []).append(question)
+        groups.setdefault(f"train, {question.level}", []).append(question)
     for name, draw in FRONTIER.sets.items():
         for question in draw():
             groups.setdefault(f"{name}, {question.level}", []).append(question)
@@ -41,7 +40,7 @@ def difficulty(folder: Path, seed: int, num_replies: int) -> dict[str, dict[str,
         name: {
             "questions": len(counts.correct),
             **_pass_at("pass", counts.correct, num_replies),
-            **_pass_at("exact", counts.exact, num_replies),
+            **_pass_at("last_total", counts.last_total, num_replies),
         }
         for name, counts in found.items()
     }

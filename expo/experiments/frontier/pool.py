@@ -1,11 +1,15 @@
 """Ledger questions at the frontier of the warm-started model, which solves them seldom but not never.
 
-A training pool has three parts: frontier questions of levels 7 and 8, which no warm start was taught; hopeless ones of
-the same levels, whose answers are above the largest total that the model has ever written; and solved ones of one
-operation that does not cross a ten. Held-out questions are of the frontier's levels, and of one level harder.
+The warm start slips where an operation crosses a ten, so a kind of question is a number of operations and of crossings.
+The answer of a question is its whole chain of running totals, which `chain.has_right_chain` compares.
+
+A training pool has three parts: frontier questions; hopeless ones, whose last totals are above the largest that the
+model has ever written; and solved ones of one operation that does not cross a ten. Held-out questions are of the
+frontier's kinds, and of one operation more.
 """
 
 import random
+from collections.abc import Callable, Mapping, Sequence
 
 from expo.ledger.questions import (
     MAX_TOTAL,
@@ -17,13 +21,16 @@ from expo.ledger.questions import (
     shuffled,
     training_generator,
 )
-from expo.ledger.skewed import crosses_a_ten
+from expo.ledger.skewed import num_crossings
+from expo.ledger.tokenizer import BOXED
 
+Kind = tuple[int, int]
+"""The number of operations, and how many of them cross a ten."""
+FRONTIER_COUNTS: Mapping[Kind, int] = {(4, 3): 36, (5, 3): 27, (5, 4): 27, (6, 4): 27, (6, 6): 27}
+HELD_OUT_COUNTS: Mapping[Kind, int] = dict.fromkeys(FRONTIER_COUNTS, 40)
 # questions by the number of operations
-FRONTIER_COUNTS = {7: 72, 8: 72}
-HOPELESS_COUNTS = {7: 32, 8: 32}
-HELD_OUT_COUNTS = {7: 100, 8: 100}
-HARDER_COUNTS = {9: 60}
+HOPELESS_COUNTS = {5: 32, 6: 32}
+HARDER_COUNTS = {7: 60}
 HOPELESS_MAX_TOTAL = 59
 SOLVED_COUNT = 48  # of the 70 that there are
 _TRAIN_SEED = 5_000_003
@@ -38,28 +45,46 @@ def frontier_questions(seed: int) -> list[LedgerQuestion]:
         seed: any integer >= 0; each gives its own questions and its own order.
     """
     rng = training_generator(_TRAIN_SEED, seed)
-    frontier = distinct_questions(rng, FRONTIER_COUNTS, is_training)
+    frontier = _of_kinds(rng, FRONTIER_COUNTS, is_wanted=is_training)
     hopeless = distinct_questions(rng, HOPELESS_COUNTS, _is_hopeless, HOPELESS_MAX_TOTAL)
-    solved = distinct_questions(rng, {1: SOLVED_COUNT}, lambda text: is_training(text) and not crosses_a_ten(text))
-    return shuffled(rng, frontier + hopeless + solved)
+    solved = distinct_questions(rng, {1: SOLVED_COUNT}, lambda text: is_training(text) and not num_crossings(text))
+    return shuffled(rng, frontier + _with_chains(hopeless, "hopeless") + _with_chains(solved, "solved"))
+
+
+def frontier_held_out() -> list[LedgerQuestion]:
+    """The 200 held-out questions of the frontier's kinds, always the same."""
+    return _of_kinds(random.Random(_HELD_OUT_SEED), HELD_OUT_COUNTS, is_wanted=is_held_out)
+
+
+def frontier_harder() -> list[LedgerQuestion]:
+    """The 60 held-out questions of 7 operations, always the same."""
+    drawn = distinct_questions(random.Random(_HARDER_SEED), HARDER_COUNTS, is_held_out)
+    return _with_chains(drawn, "7 operations")
+
+
+def right_chain(question: str) -> str:
+    """The reply with every running total right, such as "11,9,\\boxed{16}"."""
+    *totals, last = running_totals(question)
+    return "".join(f"{total}," for total in totals) + f"{BOXED}{last}}}"
+
+
+def _of_kinds(
+    rng: random.Random, counts: Mapping[Kind, int], *, is_wanted: Callable[[str], bool]
+) -> list[LedgerQuestion]:
+    chosen = []
+    for (operations, crossings), count in counts.items():
+
+        def is_of_kind(text: str, crossings: int = crossings) -> bool:
+            return is_wanted(text) and num_crossings(text) == crossings
+
+        drawn = distinct_questions(rng, {operations: count}, is_of_kind)
+        chosen += _with_chains(drawn, f"{operations} operations, {crossings} crossings")
+    return chosen
+
+
+def _with_chains(questions: Sequence[LedgerQuestion], level: str) -> list[LedgerQuestion]:
+    return [LedgerQuestion(text, right_chain(text), level) for text, _, _ in questions]
 
 
 def _is_hopeless(question: str) -> bool:
     return running_totals(question)[-1] > MAX_TOTAL and is_training(question)
-
-
-def part_of(question: LedgerQuestion) -> str:
-    """The part of a training pool that a question belongs to: frontier, hopeless or solved."""
-    if len(running_totals(question.question)) == 1:
-        return "solved"
-    return "hopeless" if int(question.answer) > MAX_TOTAL else "frontier"
-
-
-def frontier_held_out() -> list[LedgerQuestion]:
-    """The 200 held-out questions of levels 7 and 8, always the same."""
-    return distinct_questions(random.Random(_HELD_OUT_SEED), HELD_OUT_COUNTS, is_held_out)
-
-
-def frontier_harder() -> list[LedgerQuestion]:
-    """The 60 held-out questions of level 9, always the same."""
-    return distinct_questions(random.Random(_HARDER_SEED), HARDER_COUNTS, is_held_out)

@@ -184,7 +184,7 @@ def _result(run: FrontierRun, training: Path, counts: dict[str, Counts], seconds
         "no_signal": _mean(rows, "zero_variance_fraction"),
         "num_replies": run.plan.num_replies,
         "correct": {name: found.correct for name, found in counts.items()},
-        "exact": {name: found.exact for name, found in counts.items()},
+        "last_total": {name: found.last_total for name, found in counts.items()},
         "curve": [[row["step"], row["reply_tokens"], _pass_at_1(row)] for row in _rows(training / "evaluations.jsonl")],
         "trajectory": {
             name: [

@@ -33,7 +33,7 @@ from expo.experiments.ablation.results import (
     secondary_contrasts,
 )
 from expo.ledger.questions import is_held_out, running_totals
-from expo.ledger.skewed import crosses_a_ten, skewed_questions
+from expo.ledger.skewed import num_crossings, skewed_questions
 from tests import ROOT
 from tests.ranks.running import RANK
 
@@ -58,8 +58,8 @@ def test_pools_are_distinct_questions_by_seed_and_none_is_held_out(pool):
 def test_half_of_the_skewed_pool_is_trivial_or_hopeless():
     levels = [question.level for question in skewed_questions(3)]
     assert levels.count("steps-1") == levels.count("steps-9") + levels.count("steps-10") == len(levels) / 4
-    assert not any(crosses_a_ten(q.question) for q in skewed_questions(3) if q.level == "steps-1")
-    assert [crosses_a_ten(text) for text in ("8+1=", "8+2=", "9+1-1=", "0+9-9+9=")] == [False, True, True, False]
+    assert not any(num_crossings(q.question) for q in skewed_questions(3) if q.level == "steps-1")
+    assert [num_crossings(text) for text in ("8+1=", "8+2=", "9+1-1=", "0+9-9+9=")] == [0, 1, 2, 0]
 
 
 # --- pairs

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -18,12 +19,19 @@ from expo.experiments.frontier.analysis import (
     standard_error,
     tokens_to_reach,
 )
-from expo.experiments.frontier.counts import exact_reply
+from expo.experiments.frontier.chain import has_right_chain
 from expo.experiments.frontier.plan import ARMS, FRONTIER, HELD_OUT, SMOKE, RunKey
-from expo.experiments.frontier.pool import frontier_harder, frontier_held_out, frontier_questions, part_of
+from expo.experiments.frontier.pool import (
+    FRONTIER_COUNTS,
+    frontier_harder,
+    frontier_held_out,
+    frontier_questions,
+    right_chain,
+)
 from expo.experiments.frontier.run import FrontierRun
 from expo.experiments.frontier.tables import primary, sentences
-from expo.ledger.questions import is_held_out
+from expo.ledger.questions import MAX_TOTAL, is_held_out, running_totals
+from expo.ledger.skewed import num_crossings
 from tests.ranks.running import RANK
 
 pytestmark = pytest.mark.medium
@@ -32,12 +40,30 @@ pytestmark = pytest.mark.medium
 def test_a_pool_has_its_three_parts_and_no_held_out_question():
     pool = frontier_questions(0)
     assert pool == frontier_questions(0) != frontier_questions(1)
-    parts = [part_of(question) for question in pool]
-    assert {part: parts.count(part) for part in set(parts)} == {"frontier": 144, "hopeless": 64, "solved": 48}
-    assert len({question.question for question in pool}) == len(pool)
+    levels = [question.level for question in pool]
+    kinds = {f"{steps} operations, {crossings} crossings": n for (steps, crossings), n in FRONTIER_COUNTS.items()}
+    assert Counter(levels) == {**kinds, "hopeless": 64, "solved": 48}
+    assert len({question.question for question in pool}) == len(pool) == 256
     assert not any(is_held_out(question.question) for question in pool)
     assert all(is_held_out(question.question) for question in [*frontier_held_out(), *frontier_harder()])
-    assert (len(frontier_held_out()), len(frontier_harder())) == (200, 60)
+    assert Counter(question.level for question in frontier_held_out()) == dict.fromkeys(kinds, 40)
+    assert len(frontier_harder()) == 60
+    for text, _, level in [*pool, *frontier_held_out()]:
+        totals = running_totals(text)
+        assert (totals[-1] > MAX_TOTAL) == (level == "hopeless")
+        if level in kinds:
+            assert level == f"{len(totals)} operations, {num_crossings(text)} crossings"
+        elif level == "solved":
+            assert (len(totals), num_crossings(text)) == (1, 0)
+
+
+def test_a_reply_with_a_wrong_running_total_and_the_right_last_one_is_wrong():
+    assert num_crossings("3+8-2+7=") == 3
+    right = right_chain("3+8-2+7=")
+    assert right == "11,9,\\boxed{16}"
+    assert has_right_chain(right + "\n", right)
+    for wrong in ("\\boxed{16}", "12,9,\\boxed{16}", "11,9,\\boxed{15}", f"{right} {right}", "", "11,9,16"):
+        assert not has_right_chain(wrong, right)
 
 
 def test_the_primary_comparison_runs_first_in_pairs_over_three_warm_starts():
@@ -98,7 +124,6 @@ def test_tokens_to_reach_equal_numbers_worked_by_hand():
     assert [tokens_to_reach(curve, threshold) for threshold in (0.1, 0.15, 0.3, 0.5)] == pytest.approx(
         [0, 50, 360, None]
     )
-    assert exact_reply("3+8-2+7=") == "11,9,\\boxed{16}"
 
 
 def results_of(gain, seeds=12):
@@ -150,7 +175,7 @@ def test_a_tiny_plan_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     akl, matched = (json.loads((runs / name).read_text()) for name in sorted(names))
     assert matched["kl_beta"] == akl["mean_beta"] != akl["kl_beta"]
     assert all(0 <= count <= 40 for count in akl["correct"]["held_out"])
-    assert all(exact <= c for exact, c in zip(akl["exact"]["harder"], akl["correct"]["harder"], strict=True))
+    assert all(c <= last for c, last in zip(akl["correct"]["held_out"], akl["last_total"]["held_out"], strict=True))
     times = [path.stat().st_mtime_ns for path in sorted(runs.iterdir())]
     assert main([*argv, "--arms", "grpo-matched"]) == 0  # nothing runs again
     assert [path.stat().st_mtime_ns for path in sorted(runs.iterdir())] == times
