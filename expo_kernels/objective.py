@@ -48,8 +48,8 @@ class Objective:
     1707.06347)."""
 
     clip_high: float = 0.2
-    """The ratio is clipped at 1 + clip_high. No unit, >= 0. DAPO (arXiv 2503.14476) uses 0.28. With "dppo_tv" the bound
-    of the probability's increase."""
+    """The ratio is clipped at 1 + clip_high. No unit, >= 0; with surrogate "cispo" > -1, where TRL's default is -0.8.
+    DAPO (arXiv 2503.14476) uses 0.28. With "dppo_tv" the bound of the probability's increase."""
 
     dual_clip: float | None = None
     """For A < 0 the loss is capped at -dual_clip * A. No unit, > 1; None: no cap. Dual-clip PPO (arXiv 1912.09729) uses
@@ -151,8 +151,14 @@ class Objective:
         if self.rollout_correction is not None:
             _one_of("rollout_correction", self.rollout_correction, get_args(RolloutCorrection))
         # a ratio is > 0, so any bound <= 0 is none; with other surrogates a large value is more likely a mistake
-        _in_range("clip_low", self.clip_low, 0.0, math.inf if self.surrogate == "cispo" else 1.0)
-        _in_range("clip_high", self.clip_high, 0.0, math.inf)
+        is_cispo = self.surrogate == "cispo"
+        _in_range("clip_low", self.clip_low, 0.0, math.inf if is_cispo else 1.0)
+        _in_range("clip_high", self.clip_high, -1.0 if is_cispo else 0.0, math.inf, above=is_cispo)
+        if self.clip_high < -self.clip_low:
+            raise ValueError(
+                f"clip_high is {self.clip_high} and clip_low is {self.clip_low}; expected 1 + clip_high, the ratio's "
+                "upper bound, to be no lower than 1 - clip_low"
+            )
         _in_range("log_ratio_clamp", self.log_ratio_clamp, 0.0, 80.0, above=True)
         for name in ("temperature", "rollout_cap", *(name for name in READ_BY if name.startswith(("sapo", "vespo")))):
             _in_range(name, getattr(self, name), 0.0, math.inf, above=True)

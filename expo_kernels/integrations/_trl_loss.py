@@ -5,6 +5,7 @@ Source: TRL 1.16, `GRPOTrainer._compute_loss`; `tests/integrations` tests that b
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -129,9 +130,12 @@ class TrlLoss:
         if self.logit_scale <= 0.0:
             raise ValueError(f"the model multiplies its logits by {self.logit_scale}; expected a factor > 0")
         if surrogate == "cispo" and self.epsilon_high < 1.0:
-            raise ValueError(
-                f'epsilon_high is {self.epsilon_high}, but for loss_type "cispo" it bounds the ratio itself, '
-                "which starts at 1; give one >= 1 (5.0 in the ScaleRL recipe)"
+            if self.epsilon_high <= 0.0:
+                raise ValueError(f'epsilon_high is {self.epsilon_high}; expected a bound > 0 for loss_type "cispo"')
+            warnings.warn(
+                f'epsilon_high is {self.epsilon_high}, but for loss_type "cispo" it bounds the ratio itself, which '
+                "starts at 1: nearly every token's weight becomes this number; the ScaleRL recipe has 5.0",
+                stacklevel=2,
             )
         if self.delta is None:
             return

@@ -162,7 +162,7 @@ def test_masked_garbage_changes_nothing():
         ({"use_ref_model": False}, "beta=0.04 has no effect"),
         ({"vespo_k_pos": 1.0}, "vespo_k_pos would be ignored"),
         ({"loss_type": "dr_grpo"}, "max_completion_length"),
-        ({"loss_type": "cispo"}, "bounds the ratio itself"),
+        ({"loss_type": "cispo", "epsilon_high": -0.2}, "epsilon_high is -0.2; expected a bound > 0"),
     ],
 )
 def test_what_would_be_ignored_is_refused(settings, message):

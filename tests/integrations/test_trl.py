@@ -47,6 +47,7 @@ def test_plain_settings_give_trls_numbers(tiny_model, loss_type, accumulation, b
         {"importance_sampling_level": "sequence", "loss_type": "grpo", "beta": 0.02, "use_bias_correction_kl": False},
         {"importance_sampling_level": "sequence", "loss_type": "luspo", "beta": 0.0},
         {"loss_type": "dapo", "delta": 1.4, "epsilon_high": 0.2, "learning_rate": 1e-2},
+        {"loss_type": "cispo", "epsilon_high": 0.2, "beta": 0.02},  # TRL's default bound
         {"loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 4, "beta": 0.02},
         {"loss_type": "dapo", "mask_truncated_completions": True},
         {"loss_type": "grpo", "mask_truncated_completions": True, "beta": 0.02},
@@ -219,7 +220,7 @@ def test_a_checkpoint_without_a_table_is_refused(tiny_model, tmp_path):
     [
         ({"loss_type": "gpg"}, "supported here: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo"),
         ({"beta": -0.1}, "beta is -0.1; expected a weight >= 0"),
-        ({"loss_type": "cispo", "epsilon_high": 0.28}, "bounds the ratio itself"),
+        ({"loss_type": "cispo", "epsilon_high": 0.0}, "epsilon_high is 0.0; expected a bound > 0"),
         ({"delta": 0.9}, "delta is 0.9, but ratios start at 1"),
         ({"loss_type": "sapo", "delta": 1.5}, "delta=1.5 has no effect"),
     ],
@@ -228,6 +229,11 @@ def test_a_checkpoint_without_a_table_is_refused(tiny_model, tmp_path):
 def test_what_an_objective_cannot_express_is_refused(tiny_model, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(ExpoGRPOTrainer, tiny_model, **settings)
+
+
+def test_a_bound_of_cispo_below_the_first_ratio_is_warned_of(tiny_model):
+    with pytest.warns(UserWarning, match=r"epsilon_high is 0.2, .* bounds the ratio itself"):
+        make_trainer(ExpoGRPOTrainer, tiny_model, loss_type="cispo")
 
 
 def test_every_option_that_trls_loss_reads_is_mapped():

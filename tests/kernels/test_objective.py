@@ -19,6 +19,12 @@ from expo_kernels import Objective
         ({"clip_low": float("inf"), "surrogate": "cispo"}, "clip_low is inf"),
         ({"clip_low": 10.0, "surrogate": "gmpo"}, "clip_low is 10.0; expected a finite number >= 0 and <= 1"),
         ({"clip_high": float("nan")}, "clip_high"),
+        ({"clip_high": -0.1}, "clip_high is -0.1; expected a finite number >= 0"),
+        (
+            {"clip_high": -1.0, "clip_low": 1.0, "surrogate": "cispo"},
+            "clip_high is -1.0; expected a finite",
+        ),
+        ({"clip_high": -0.5, "surrogate": "cispo"}, "clip_high is -0.5 and clip_low is 0.2"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"logit_softcap": 0.0}, "logit_softcap"),
         ({"log_ratio_clamp": 100.0}, "log_ratio_clamp"),

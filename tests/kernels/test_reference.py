@@ -82,6 +82,12 @@ def test_cispo_has_no_lower_bound_from_a_clip_low_of_one_on():
         assert not made.clipped_low.any()
 
 
+def test_cispo_with_a_bound_below_one():
+    made = terms([0.0, math.log(0.1)], [0.0, 0.0], advantages=[2.0], surrogate="cispo", clip_low=1.0, clip_high=-0.8)
+    assert made.losses.tolist() == pytest.approx([0.0, -0.1 * 2 * math.log(0.1)])
+    assert made.clipped_high.tolist() == [True, False]
+
+
 def test_sapo_gate():
     made = terms([0.0, math.log(2.0), math.log(2.0)], [0.0] * 3, advantages=[1.0, 1.0, -1.0], surrogate="sapo")
     positive = 4 / (1 + math.exp(-1.0))
