@@ -93,7 +93,7 @@ KILL = {"do": "kill", "on_ranks": [0]}
 DEATHS = {
     "before the ranks connect": (
         [{"phase": "connect", **KILL}],
-        "rank 1, phase start: it waits for its connections to the other ranks: ended by SIGTERM",
+        r"rank 1, phase start: it waits for (its connections to the other ranks|rank 0): ended by SIGTERM",
     ),
     "while the other ranks do not react": (
         [{"phase": "start", **KILL}, {"phase": "start", "do": "sleep", "on_ranks": [1]}],
