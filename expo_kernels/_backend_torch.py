@@ -17,6 +17,7 @@ from torch import Tensor
 from expo_kernels import _compat, _launch, reference
 from expo_kernels._head import Chunk, HeadCall
 from expo_kernels._inputs import METRIC_NAMES, LossInputs
+from expo_kernels._packing import sequence_of
 from expo_kernels._vocab_group import VocabShard
 from expo_kernels.advantages import advantages_of_rewards
 from expo_kernels.objective import Objective
@@ -353,7 +354,7 @@ def _sequences(index: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> T
     """The sequence of each valid token."""
     if cu_seqlens is None:
         return index // max(shape[1], 1)
-    return torch.searchsorted(cu_seqlens[1:].long().contiguous(), index, right=True)
+    return sequence_of(index, cu_seqlens)
 
 
 def valid_index(mask: Tensor | None, ids: Tensor) -> Tensor:

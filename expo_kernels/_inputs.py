@@ -17,6 +17,7 @@ from torch import Tensor
 
 from expo_kernels import _compat, _temperatures
 from expo_kernels import _validate as validate
+from expo_kernels._packing import sequence_of
 from expo_kernels.advantages import check_rewards
 from expo_kernels.objective import Objective, RolloutCorrection
 
@@ -174,7 +175,7 @@ def make_tokens(inputs: LossInputs, completion_ids: Tensor | None) -> Tokens:
     if inputs.cu_seqlens is not None:
         starts = inputs.cu_seqlens.contiguous()
         positions = torch.arange(mask.numel(), device=device)
-        sequence_index = torch.searchsorted(starts[1:].long(), positions, right=True)
+        sequence_index = sequence_of(positions, starts)
 
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().reshape(-1).contiguous()
@@ -345,11 +346,13 @@ def _check_options(
         raise ValueError(f'rollout_correction="{objective.rollout_correction}" needs rollout_logps; give them')
 
 
-def check_fused(
+def fused_inputs(
     inputs: LossInputs, temperature: float | Tensor | None, completion_lengths: Tensor | None = None
 ) -> LossInputs:
-    """Add what only the losses of logits and hidden states take, and refuse what only the loss from log-probs has: its
-    gradient is computed in backward, the others' in forward."""
+    """The inputs of the losses from logits and hidden states, with the arguments that only these have.
+
+    Refuses what only the loss from log-probs has: its gradient is computed in backward, the others' in forward.
+    """
     objective = inputs.objective
     if objective.aggregation == "none":
         raise ValueError(

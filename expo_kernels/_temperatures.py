@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expo_kernels import _validate as validate
+from expo_kernels._packing import sequence_of
 
 
 def check(temperature: Tensor, like_name: str, like: Tensor, num_sequences: int | None) -> None:
@@ -42,7 +43,7 @@ def of_positions(
     """
     if cu_seqlens is not None and len(temperature) == len(cu_seqlens) - 1:
         positions = torch.arange(shape.numel(), device=temperature.device)
-        temperature = temperature[torch.searchsorted(cu_seqlens[1:].long(), positions, right=True)]
+        temperature = temperature[sequence_of(positions, cu_seqlens)]
     elif temperature.dim() < len(shape):
         temperature = temperature.unsqueeze(1).expand(shape)
     made = temperature.detach().to(dtype).reshape(-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadTensors
 from expo_kernels._head_module import head_tensors
-from expo_kernels._inputs import check_fused, check_inputs
+from expo_kernels._inputs import check_inputs, fused_inputs
 from expo_kernels._ops import LossOutput, call_policy_loss
 from expo_kernels._vocab_group import local_head
 from expo_kernels.objective import Objective
@@ -130,7 +130,7 @@ def linear_expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
-    inputs = check_fused(inputs, temperature, completion_lengths)
+    inputs = fused_inputs(inputs, temperature, completion_lengths)
     return call_policy_loss(
         HeadTensors(hidden, weight, bias),
         completion_ids,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from expo_kernels import _validate as validate
 from expo_kernels._head import HeadTensors
-from expo_kernels._inputs import check_fused, check_inputs
+from expo_kernels._inputs import check_inputs, fused_inputs
 from expo_kernels._ops import LossOutput, call_policy_loss, call_policy_loss_from_logps
 from expo_kernels.objective import Objective
 
@@ -94,7 +94,7 @@ def expo_loss(
         cu_seqlens=cu_seqlens,
         entropy_bonus=entropy_bonus,
     )
-    inputs = check_fused(inputs, temperature)
+    inputs = fused_inputs(inputs, temperature)
     return call_policy_loss(HeadTensors(logits), completion_ids, inputs, return_entropy=return_entropy, inplace=inplace)
 
 
