@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="folder for the JSON files, one per table")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.addoption("--threads", type=int, help="threads of PyTorch (default: PyTorch's)")
+    parser.addoption("--rounds", type=int, default=0, help="fewest rounds of a case (default: 3 on a CPU, 5 on a GPU)")
     parser.addoption("--tiny", action="store_true", help="tiny sizes, to test that everything runs")
     parser.addoption("--skip", action="append", default=[], help="skip contenders with this text in their names")
 
@@ -124,7 +125,9 @@ def obstacle_of(machine: Machine, pytestconfig: pytest.Config) -> Callable[[str]
 
 
 @pytest.fixture
-def rounds(benchmark: Any, machine: Machine) -> Callable[[RoundRobin], dict[Any, dict[str, Any]]]:
+def rounds(
+    benchmark: Any, machine: Machine, pytestconfig: pytest.Config
+) -> Callable[[RoundRobin], dict[Any, dict[str, Any]]]:
     """Runs the rounds of a case, after a warm-up of every contender; returns times by contender.
 
     The duration of the first round, which counts too, determines the number of rounds.
@@ -138,6 +141,7 @@ def rounds(benchmark: Any, machine: Machine) -> Callable[[RoundRobin], dict[Any,
         robin()
         machine.wait()
         num_rounds = machine.num_rounds(time.perf_counter() - started, robin.num_contenders)
+        num_rounds = max(num_rounds, pytestconfig.getoption("--rounds"))
         benchmark.pedantic(robin, rounds=num_rounds - 1)
         return robin.times()
 

@@ -8,15 +8,15 @@ columns that are kept, D the others, and w the mean row of the head,
 
 by the triangle inequality; the Frobenius norm of dHidden's error is at most that of b. Columns are dropped by their
 norm |G_j|, the least first: one pass over G computes these norms, which sort the columns into levels, and another sums
-b_i for the level that dWeight's bound allows, or for all of them. The lowest level is dropped whose bounds stay below
-the tolerance times the norms of the gradients. These norms are estimated before the products and known after them: then
+b_i for one level, which a few rows or the chunk before suggest. The lowest level tried is dropped whose bounds stay
+below the tolerance times the norms of the gradients. These norms are estimated before the products and known after them: then
 columns are added if the estimate was too large.
 
 Letters: n rows of a chunk, V vocabulary, H hidden, K kept columns, L levels.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ MOST_KEPT = 0.5  # share of the columns; with more, the dense products are faste
 COLUMNS_AT_ONCE = 4096  # of the kept ones in one product, which bounds its memory
 WEIGHT_SHARE, FIRST_HIDDEN_SHARE = 0.6, 0.5  # of the estimated norms of dWeight, and of dHidden in the first chunk
 ROWS_IN_MEAN = 4096  # at least, and less than twice as many
+ROWS_IN_ESTIMATE = 32  # likewise, of the bounds that suggest a level
+# with at least this share of the columns kept, those of one level cost as much time as trying to drop it
+TRIED_FROM_SHARE = 1 / 16
 UNIT = 2.0**90  # of the squares, which are at most V^2
 SAFETY = 0.95  # of the share that the chunk before has shown
 
@@ -57,18 +60,17 @@ class Levels:
         self.weight_norm = math.sqrt(float(squares.sum()) * mean_square)
 
     def lowest(self, most_hidden: float, most_weight: float, guess: int | None = None) -> int | None:
-        """The lowest level that can be dropped, given the largest bounds; None if too few columns would be dropped.
+        """The lowest level tried that can be dropped, given the largest bounds; None if too few columns would be.
 
-        With a guess, levels below it are not tried for dHidden: each of its bounds is a pass over G.
+        dHidden's bound is tried from the guess on, or from the level that a few rows suggest: each is a pass over G.
         """
         level = 1
         while level < NUM_LEVELS and not self._weight_bounds[level] <= most_weight:
             level += 1
-        if most_hidden < math.inf and guess is not None:
-            level = max(level, guess)
-        if most_hidden < math.inf and self._is_worth(level) and not self.hidden_bound(level) <= most_hidden:
-            if guess is None:
-                self._bound_all_from(level)
+        if most_hidden < math.inf:
+            level = self._suggested(level, most_hidden) if guess is None else max(level, guess)
+            if self._is_worth(level) and not self.hidden_bound(level) <= most_hidden:
+                level = self._suggested(level + 1, most_hidden)
             while self._is_worth(level) and not self.hidden_bound(level) <= most_hidden:
                 level += 1
         return level if self._is_worth(level) else None
@@ -96,15 +98,19 @@ class Levels:
     def _is_worth(self, level: int) -> bool:
         return level < NUM_LEVELS and self._num_kept[level] <= MOST_KEPT * len(self.level_of)
 
-    def _bound_all_from(self, first: int) -> None:
-        """Compute dHidden's bounds from level `first` on in one pass."""
-        levels = range(first, NUM_LEVELS)
-        weights = self._distances.new_zeros(len(self.level_of), len(levels))
+    def _suggested(self, first: int, most_hidden: float) -> int:
+        """The lowest level from `first` on whose bound on dHidden's error, estimated from a few rows, is low enough."""
+        if not self._is_worth(first):
+            return first
+        grads, step = self._grads, max(1, len(self._grads.scale) // ROWS_IN_ESTIMATE)
+        some = replace(grads, grad_logits=grads.grad_logits[::step], scale=grads.scale[::step])
+        weights = self._distances.new_zeros(len(self.level_of), NUM_LEVELS - first)
         place = (self.level_of - first).clamp_(min=0).unsqueeze(1)
         weights.scatter_(1, place, self._distances.masked_fill(self.level_of < first, 0.0).unsqueeze(1))
-        tails = _sums_from(self._grads.magnitudes_times(weights).double())
-        bounds = torch.linalg.vector_norm(tails, dim=0).tolist()
-        self._hidden_bounds |= dict(zip(levels, bounds, strict=False))
+        tails = _sums_from(some.magnitudes_times(weights).double())[:, :-1]
+        estimates = torch.linalg.vector_norm(tails, dim=0) * math.sqrt(len(grads.scale) / max(len(some.scale), 1))
+        is_low = estimates <= most_hidden
+        return first + (int(is_low.int().argmax()) if bool(is_low.any()) else len(is_low))
 
 
 @dataclass(frozen=True)
@@ -209,9 +215,14 @@ class KeptColumns:
         share = WEIGHT_SHARE / math.sqrt(self._num_chunks)
         most_weight = self.tolerance * share * levels.weight_norm if self._wants_grad[1] else math.inf
         level = levels.lowest(most_hidden, most_weight, self._guess)
-        # one lower, because the next chunk may need fewer columns
-        self._guess = None if level is None else max(level - 1, 1)
+        self._guess = None if level is None else self._next_guess(levels, level, most_hidden)
         return levels, level
+
+    def _next_guess(self, levels: Levels, level: int, most_hidden: float) -> int:
+        """The level to try first in the next chunk: one lower if it may be dropped, or if that would gain much."""
+        has_slack = most_hidden < math.inf and levels.hidden_bound(level) <= 0.5 * most_hidden
+        gains_much = levels.num_kept(level) >= TRIED_FROM_SHARE * len(levels.level_of)
+        return max(level - 1, 1) if has_slack or gains_much else level
 
     def level_for(self, levels: Levels, level: int, grad_hidden: Tensor) -> int:
         """The lowest level that can be dropped now that the products have shown dHidden of the chunk [n, H] with
