@@ -9,8 +9,8 @@ columns that are kept, D the others, and w the mean row of the head,
 by the triangle inequality; the Frobenius norm of dHidden's error is at most that of b. Columns are dropped by their
 norm |G_j|, the least first: one pass over G computes these norms, which sort the columns into levels, and another sums
 b_i for one level, which a few rows or the chunk before suggest. The lowest level tried is dropped whose bounds stay
-below the tolerance times the norms of the gradients. These norms are estimated before the products and known after them: then
-columns are added if the estimate was too large.
+below the tolerance times the norms of the gradients. These norms are estimated before the products and known after
+them: then columns are added if the estimate was too large.
 
 Letters: n rows of a chunk, V vocabulary, H hidden, K kept columns, L levels.
 """
