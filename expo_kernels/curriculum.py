@@ -1,6 +1,7 @@
 """`CurriculumTable`: smoothed pass rates of all questions, and sampling by Gaussian weight (GCS).
 
-Source: FG-ExPO (arXiv 2605.11403), eq. 6 (smoothing) and eq. 7 (weights, Pr proportional to w).
+Source: FG-ExPO (arXiv 2605.11403), eq. 6 (smoothing) and eq. 7 (weights, Pr proportional to w); MoPPS (arXiv
+2507.04632) for the draws from a posterior.
 Letters: Q questions, K of them in a call. The state is float32; sampling uses float64.
 """
 
@@ -13,7 +14,7 @@ from expo_kernels import _launch, reference
 from expo_kernels import _validate as validate
 
 MIN_STD = 1e-6  # pass rates are float32: a narrower window is below their resolution
-ESTIMATES = ("ema", "counted")
+ESTIMATES = ("ema", "counted", "posterior")
 _SETTINGS = ("num_questions", "mean", "std", "momentum", "initial_pass_rate", "estimate")
 
 
@@ -30,7 +31,9 @@ class CurriculumTable:
             one visit changes little: after ten visits at 0.9, `initial_pass_rate` still has a weight of a third.
             "counted" (ours): the mean of all visits until there are 1 / (1 - momentum) of them, then the moving
             average; an update keeps min(momentum, visits / (visits + 1)) of the old rate, so that `initial_pass_rate`
-            matters only before the first visit.
+            matters only before the first visit. "posterior" (MoPPS): pass rates as with "counted", but each draw weighs
+            a question by a pass rate drawn from its Beta posterior, so that seldom visited questions are tried.
+        group_size: > 0, replies that a pass rate is the mean of; "posterior" needs it, the others ignore it.
         device: the device of the table.
 
     Raises:
@@ -47,6 +50,7 @@ class CurriculumTable:
         momentum: float = 0.9,
         initial_pass_rate: float = 0.5,
         estimate: str = "ema",
+        group_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
         validate.whole_number("num_questions", num_questions, low=1)
@@ -57,13 +61,14 @@ class CurriculumTable:
             raise ValueError("momentum is 1, so that no pass rate would ever move; expected a number < 1")
         validate.number("initial_pass_rate", initial_pass_rate, low=0.0, high=1.0)
         validate.choice("estimate", estimate, ESTIMATES)
-        self.num_questions, self.estimate = num_questions, estimate
+        validate.whole_number("group_size", group_size, low=1)
+        self.num_questions, self.estimate, self.group_size = num_questions, estimate, group_size
         self.mean, self.std, self.momentum = float(mean), float(std), float(momentum)
         self.initial_pass_rate = float(initial_pass_rate)
         self._pass_rates = torch.full((num_questions,), self.initial_pass_rate, dtype=torch.float32, device=device)
         self._visits = torch.zeros(num_questions, dtype=torch.int64, device=device)
         self._log_weights = self._log_weights_of(self._pass_rates)
-        settings = (self.momentum, self.mean, self.std, float(estimate == "counted"))
+        settings = (self.momentum, self.mean, self.std, float(estimate != "ema"))
         self._settings = torch.tensor(settings, dtype=torch.float64, device=device)  # as the op takes them
 
     @property
@@ -78,7 +83,7 @@ class CurriculumTable:
 
     @property
     def weights(self) -> Tensor:
-        """Sampling weights by eq. 7, not normalised, [Q] float32 in [0, 1]."""
+        """Sampling weights by eq. 7 of the smoothed pass rates, not normalised, [Q] float32 in [0, 1]."""
         return self._log_weights.exp()
 
     @property
@@ -129,14 +134,15 @@ class CurriculumTable:
                 f"k is {k}, but there are {self.num_questions} questions; "
                 "draw at most that many, or with replacement=True"
             )
-        if _launch.use_kernels(self._log_weights):
+        log_weights = self._drawn_log_weights(generator)
+        if _launch.use_kernels(log_weights):
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=self._pass_rates.device, generator=generator)
-            keys: Tensor = _race(self._log_weights, seed)
+            keys: Tensor = _race(log_weights, seed)
             return keys.topk(k).indices
         # exponential race: the k first arrivals at rates w are a sample without replacement. In logs, so that tiny
         # weights do not underflow, and in float64: float32 has too few distinct uniforms for a million questions
         race = self._uniforms(self.num_questions, generator).neg_().log1p_().neg_().log_().neg_()
-        return race.add_(self._log_weights).topk(k).indices
+        return race.add_(log_weights).topk(k).indices
 
     def state_dict(self) -> dict[str, Any]:
         """The state that `load_state_dict` takes: copies of the tensors, and the settings."""
@@ -172,12 +178,21 @@ class CurriculumTable:
     def _log_weights_of(self, pass_rates: Tensor) -> Tensor:
         return reference.log_curriculum_weights(pass_rates, self.mean, self.std)
 
+    def _drawn_log_weights(self, generator: torch.Generator | None) -> Tensor:
+        """The log-weights of one call of `sample`, [Q] float32: those of the smoothed pass rates, or of drawn ones."""
+        if self.estimate != "posterior":
+            return self._log_weights
+        parameters = reference.beta_posterior(self._pass_rates, self._visits, self.momentum, self.group_size)
+        right, wrong = (torch._standard_gamma(each, generator=generator) for each in parameters)
+        return self._log_weights_of((right / (right + wrong)).float())
+
     def _uniforms(self, count: int, generator: torch.Generator | None) -> Tensor:
         return torch.rand(count, dtype=torch.float64, device=self._pass_rates.device, generator=generator)
 
     def _sample_with_replacement(self, k: int, generator: torch.Generator | None) -> Tensor:
         # torch.multinomial takes at most 2^24 categories and sums in float32
-        weights = (self._log_weights - self._log_weights.max()).double().exp()
+        log_weights = self._drawn_log_weights(generator)
+        weights = (log_weights - log_weights.max()).double().exp()
         cumulative = weights.cumsum(0)
         below_total = torch.nextafter(cumulative[-1], torch.zeros_like(cumulative[-1]))
         points = torch.minimum(self._uniforms(k, generator) * cumulative[-1], below_total)
@@ -189,7 +204,7 @@ class CurriculumTable:
 def _update(
     question_ids: Tensor, new_rates: Tensor, pass_rates: Tensor, visits: Tensor, log_weights: Tensor, settings: Tensor
 ) -> None:
-    """`CurriculumTable.update`; `settings` are momentum, mean, std and whether the estimate is counted, [4] float64."""
+    """`CurriculumTable.update`; `settings` are momentum, mean, std and whether visits are counted, [4] float64."""
     validate.ids_in_range("question_ids", question_ids, pass_rates.numel(), "num_questions")
     validate.finite("pass_rates", new_rates)
     validate.within("pass_rates", new_rates, 0.0, 1.0)

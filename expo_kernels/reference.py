@@ -392,6 +392,16 @@ def counted_momentum(visits: Tensor, momentum: float | Tensor) -> Tensor:
     return (visits / (visits + 1)).clamp(max=momentum)
 
 
+def beta_posterior(pass_rates: Tensor, visits: Tensor, momentum: float, group_size: int) -> tuple[Tensor, Tensor]:
+    """The parameters of MoPPS' Beta posterior of each pass rate, [Q] float64 each, with a uniform prior: p~ counts as
+    the share of right replies in the last 1 / (1 - momentum) visits, or in all of them if there were fewer.
+
+    Source: MoPPS (arXiv 2507.04632), whose counts decay in place of p~'s moving average.
+    """
+    replies = group_size * visits.double().clamp(max=1 / (1 - momentum))
+    return 1 + replies * pass_rates, 1 + replies * (1 - pass_rates)
+
+
 def log_curriculum_weights(pass_rates: Tensor, mean: float, std: float) -> Tensor:
     """Eq. 7: log w = -(p~ - mean)^2 / (2 std^2), [Q]; in logs because w underflows for a small std."""
     return -((pass_rates - mean) ** 2) / (2 * std**2)

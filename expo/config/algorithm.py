@@ -48,9 +48,10 @@ class CurriculumSection(Section):
     """alpha, weight of the old pass rate in the moving average (paper: 0.9)."""
     initial_pass_rate: Fraction = 0.5
     """Pass rate of a question before its first visit (paper: 0.5)."""
-    estimate: Literal["ema", "counted"] = "ema"
+    estimate: Literal["ema", "counted", "posterior"] = "ema"
     """Estimate of a pass rate; ema: the paper's moving average, counted: a running mean until 1/(1 - momentum) visits,
-    then the moving average."""
+    then the moving average, posterior: as counted, and questions are drawn by pass rates from their Beta posterior
+    (MoPPS, arXiv 2507.04632)."""
 
 
 class KLSection(Section):

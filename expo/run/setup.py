@@ -247,5 +247,6 @@ def _build_curriculum(config: RunConfig, num_questions: int) -> CurriculumTable:
         momentum=section.momentum,
         initial_pass_rate=section.initial_pass_rate,
         estimate=section.estimate,
+        group_size=config.rollout.group_size,
         device="cpu",
     )

@@ -200,6 +200,32 @@ def test_a_counted_state_is_loaded_and_a_state_without_estimate_is_ema():
         table.load_state_dict(older)
 
 
+def test_a_posterior_draw_follows_the_beta_distribution_of_the_counted_replies():
+    table = CurriculumTable(3, std=0.2, estimate="posterior", group_size=4)
+    for _ in range(2):
+        table.update(torch.tensor([0, 1]), torch.tensor([0.25, 1.0]))
+    assert table.pass_rates.tolist() == [0.25, 1.0, 0.5]  # as with "counted"
+    beta = [torch.distributions.Beta(*map(torch.tensor, counts)) for counts in ((3.0, 7.0), (9.0, 1.0), (1.0, 1.0))]
+    weights = [torch.exp(-((each.sample((200_000,)) - 0.5) ** 2) / (2 * 0.2**2)) for each in beta]
+    shares = torch.stack([each / sum(weights) for each in weights]).mean(1)
+    generator = torch.Generator().manual_seed(0)
+    for replacement in (False, True):
+        drawn = [table.sample(1, generator=generator, replacement=replacement).item() for _ in range(4000)]
+        counts = torch.bincount(torch.tensor(drawn), minlength=3)
+        assert (counts / 4000 - shares).abs().max() < 0.03
+
+
+def test_a_posterior_table_is_saved_loaded_and_drawn_again():
+    table, other = (CurriculumTable(50, estimate="posterior", group_size=8) for _ in range(2))
+    table.update(torch.arange(20), torch.linspace(0, 1, 20))
+    other.load_state_dict(table.state_dict())
+    first, second = (each.sample(50, generator=torch.Generator().manual_seed(3)) for each in (table, other))
+    assert torch.equal(first, second)
+    assert sorted(first.tolist()) == list(range(50))
+    with pytest.raises(ValueError, match="group_size is 0"):
+        CurriculumTable(5, estimate="posterior", group_size=0)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -224,7 +250,7 @@ def test_a_foreign_state_is_refused(change, named):
         ({"std": 0.0}, "std is 0.0"),
         ({"momentum": 1.0}, "momentum is 1"),
         ({"initial_pass_rate": -0.1}, "initial_pass_rate is -0.1"),
-        ({"estimate": "mean"}, "estimate is 'mean'; expected one of 'ema', 'counted'"),
+        ({"estimate": "mean"}, "estimate is 'mean'; expected one of 'ema', 'counted', 'posterior'"),
     ],
 )
 def test_bad_settings_are_refused(settings, named):
