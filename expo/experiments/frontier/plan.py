@@ -23,6 +23,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "gcs": ("--curriculum.kind=gcs", "--kl.rho=constant"),
     MATCHED: ("--curriculum.kind=uniform", "--kl.rho=constant"),  # its beta is the mean of its pair's
     "expo-counted": ("--curriculum.kind=gcs", "--kl.rho=tanh", "--curriculum.estimate=counted"),
+    "expo-posterior": ("--curriculum.kind=gcs", "--kl.rho=tanh", "--curriculum.estimate=posterior"),
     "grpo-dynamic": ("--curriculum.kind=uniform", "--kl.rho=constant", "--rollout.max_resamples=3"),
     "expo-dynamic": ("--curriculum.kind=gcs", "--kl.rho=tanh", "--rollout.max_resamples=3"),
 }
@@ -74,7 +75,7 @@ class Plan:
     seeds: int = 12
     extension: int = 12
     secondary_seeds: int = 6
-    warm_starts: tuple[int, ...] = (0, 1, 2)
+    warm_starts: tuple[int, ...] = (0, 2, 3)
     arms: Mapping[str, Sequence[str]] = field(default_factory=lambda: ARMS)
     flags: tuple[str, ...] = _SHARED
     train: Callable[[int], list[LedgerQuestion]] = frontier_questions

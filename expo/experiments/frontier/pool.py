@@ -26,7 +26,7 @@ from expo.ledger.tokenizer import BOXED
 
 Kind = tuple[int, int]
 """The number of operations, and how many of them cross a ten."""
-FRONTIER_COUNTS: Mapping[Kind, int] = {(4, 3): 36, (5, 3): 27, (5, 4): 27, (6, 4): 27, (6, 6): 27}
+FRONTIER_COUNTS: Mapping[Kind, int] = {(5, 3): 27, (5, 4): 27, (6, 4): 30, (6, 5): 30, (6, 6): 30}
 HELD_OUT_COUNTS: Mapping[Kind, int] = dict.fromkeys(FRONTIER_COUNTS, 40)
 # questions by the number of operations
 HOPELESS_COUNTS = {5: 32, 6: 32}
