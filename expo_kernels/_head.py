@@ -13,12 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from expo_kernels._kept_columns import COLUMNS_AT_ONCE, ChunkGrads, KeptColumns, ProductMemory
+from expo_kernels._kept_columns import COLUMNS_AT_ONCE, ChunkGrads, KeptColumns
 from expo_kernels._narrowing import part_shapes
 from expo_kernels._products import add_to_hidden, compact_rows, lazy_zeros, rows_with_gradient
 from expo_kernels._vocab_group import VocabShard
-
-HUGE_PAGES_FROM_SHARE = 1 / 8  # of the columns kept in the first chunk; later chunks write other rows of dWeight too
 
 # the gradients of hidden states or logits, weight and bias; each is one tensor, or its rows in several
 Gradients = tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]
@@ -278,8 +276,7 @@ class LinearHead:
         scaled_hidden, products, part = grads.hidden * scale.unsqueeze(1), torch.zeros_like(grads.hidden), None
         dropped_sums = torch.zeros_like(scale) if sums_to_zero else grads.grad_logits.sum(dim=1).mul_(scale)
         if wants_weight and self._grad_weight is None:
-            kept_share = levels.num_kept(level) / len(self._weight)
-            self._grad_weight = self._zero_grad_weight(has_huge_pages=kept_share >= HUGE_PAGES_FROM_SHARE)
+            self._grad_weight = self._zero_grad_weight()
         done = 0
         while level > done:
             for columns in torch.split(levels.columns(done, level), COLUMNS_AT_ONCE):
@@ -288,7 +285,7 @@ class LinearHead:
                     add_to_hidden(products, slopes, kept.memory.rows(self._weight, columns))
                     dropped_sums.sub_(slopes.sum(dim=1).mul_(scale))
                 if wants_weight:
-                    self._add_to_weight_rows(columns, slopes, scaled_hidden, kept.memory)
+                    self._add_to_weight_rows(columns, slopes, scaled_hidden, kept)
             done = level
             if wants_hidden:
                 part = (products * scale.unsqueeze(1)).addr_(dropped_sums, kept.mean_row)
@@ -309,16 +306,17 @@ class LinearHead:
             self._grad_hidden = zeros_like(self._hidden, part.dtype)
         self._grad_hidden.view(-1, part.shape[1]).index_copy_(0, positions, part)
 
-    def _add_to_weight_rows(self, columns: Tensor, slopes: Tensor, hidden: Tensor, memory: ProductMemory) -> None:
+    def _add_to_weight_rows(self, columns: Tensor, slopes: Tensor, hidden: Tensor, kept: KeptColumns) -> None:
         """Add slopes [n, k].T @ hidden [n, H] to the rows `columns` [k] of dWeight, each of which is there once."""
         assert self._grad_weight is not None
         (total,) = self._grad_weight
         # twice as fast as scatter_add_ of the product
-        total.index_copy_(0, columns, memory.rows(total, columns).addmm_(slopes.T, hidden))
+        sums = kept.memory.sums(total, columns, kept.were_kept(columns))
+        total.index_copy_(0, columns, sums.addmm_(slopes.T, hidden))
 
-    def _zero_grad_weight(self, *, has_huge_pages: bool = False) -> tuple[Tensor, ...]:
+    def _zero_grad_weight(self) -> tuple[Tensor, ...]:
         shapes, dtype, device = self._grad_weight_shapes, self._products.dtype, self._weight.device
-        return tuple(lazy_zeros(shape, dtype, device, has_huge_pages=has_huge_pages) for shape in shapes)
+        return tuple(lazy_zeros(shape, dtype, device) for shape in shapes)
 
     def _add_grad_weight(self, operand: Tensor, hidden: Tensor) -> None:
         """Add a chunk's products to dWeight; the first chunk's overwrite memory that holds nothing yet."""

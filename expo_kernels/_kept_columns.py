@@ -186,6 +186,18 @@ class ProductMemory:
             return torch.index_select(weight, 0, columns, out=out)
         return out.copy_(weight.index_select(0, columns))
 
+    def sums(self, total: Tensor, columns: Tensor, is_written: Tensor) -> Tensor:
+        """total [V, H][columns], [k, H], with zeros where `is_written` [k] is False.
+
+        Memory that nobody has written yet is not read: the operating system would provide each page twice, first for
+        the read and then for the write.
+        """
+        if not bool(is_written.any()):
+            return self._rows[: len(columns)].zero_()
+        written = columns[is_written.int().argmax()]
+        rows = self.rows(total, torch.where(is_written, columns, written))
+        return rows.index_fill_(0, (~is_written).nonzero().squeeze(1), 0.0)
+
 
 class KeptColumns:
     """Chooses the columns of each chunk, and adds up the bounds of a call."""
@@ -235,6 +247,10 @@ class KeptColumns:
         most = self.tolerance * max(norm - bound, 0.0) / (1.0 + self.tolerance)
         lowest = levels.lowest(most, math.inf)
         return NUM_LEVELS if lowest is None else max(lowest, level + 1)
+
+    def were_kept(self, columns: Tensor) -> Tensor:
+        """Whether an earlier chunk has kept each column, [k] bool."""
+        return self._is_kept[columns]
 
     def record(
         self, grad_hidden: Tensor | None, num_rows: int, levels: Levels | None = None, level: int = NUM_LEVELS

@@ -13,7 +13,6 @@ Letters: n rows of a chunk, V vocabulary, H hidden.
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -124,20 +123,12 @@ def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torc
     return torch.empty(num_rows, stride, dtype=dtype, device=device)[:, :num_columns]
 
 
-def lazy_zeros(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, has_huge_pages: bool = False
-) -> Tensor:
-    """Zeros; on a CPU the operating system provides a page of memory only when it is written.
-
-    Huge pages, where Linux has them, cost less per byte: they pay if a seventh of the memory is written.
-    """
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU the operating system provides a page of memory only when it is used."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes < LEAST_LAZY_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # freed with the tensor
-    if has_huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
