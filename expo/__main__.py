@@ -7,6 +7,7 @@ are missing.
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from expo.errors import ConfigError
 from expo.runtime.endings import errors_on_one_line
@@ -28,6 +29,13 @@ COMMANDS = {
 }
 """The module of each command, and what it does."""
 HINT = "; --help lists the commands"
+
+
+def console() -> int:
+    """The console script: `main`, with modules of the working directory importable as under `python -m`."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, str(Path.cwd()))
+    return main()
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:

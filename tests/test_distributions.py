@@ -90,7 +90,7 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(built):
     assert {name for name in names if ".dist-info/" not in name} == {
         name for name in tracked() if name.startswith(PACKAGES)
     }
-    assert entry_points.split() == ["[console_scripts]", "expo-rl", "=", "expo.__main__:main"]
+    assert entry_points.split() == ["[console_scripts]", "expo-rl", "=", "expo.__main__:console"]
 
 
 def test_the_source_distribution_holds_the_packages_and_no_tests(built):

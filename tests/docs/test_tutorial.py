@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -66,9 +67,8 @@ def run(folder, command, *more):
     arguments = [*shlex.split(command), *more]
     if arguments[0] == "data" or "--dry-run" in arguments:
         return main(arguments)
-    command = [sys.executable, "-m", "expo", *arguments]
-    environment = environment_of_no_rank() | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    script = Path(sys.executable).with_name("expo-rl")
+    return subprocess.run([script, *arguments], cwd=folder, env=environment_of_no_rank(), check=False).returncode
 
 
 @pytest.mark.slow
