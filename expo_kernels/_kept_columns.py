@@ -16,7 +16,7 @@ Letters: n rows of a chunk, V vocabulary, H hidden, K kept columns, L levels.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,13 +102,13 @@ class Levels:
         """The lowest level from `first` on whose bound on dHidden's error, estimated from a few rows, is low enough."""
         if not self._is_worth(first):
             return first
-        grads, step = self._grads, max(1, len(self._grads.scale) // ROWS_IN_ESTIMATE)
-        some = replace(grads, grad_logits=grads.grad_logits[::step], scale=grads.scale[::step])
+        num_rows = len(self._grads.scale)
+        some = self._grads.every_nth_row(max(1, num_rows // ROWS_IN_ESTIMATE))
         weights = self._distances.new_zeros(len(self.level_of), NUM_LEVELS - first)
         place = (self.level_of - first).clamp_(min=0).unsqueeze(1)
         weights.scatter_(1, place, self._distances.masked_fill(self.level_of < first, 0.0).unsqueeze(1))
         tails = _sums_from(some.magnitudes_times(weights).double())[:, :-1]
-        estimates = torch.linalg.vector_norm(tails, dim=0) * math.sqrt(len(grads.scale) / max(len(some.scale), 1))
+        estimates = torch.linalg.vector_norm(tails, dim=0) * math.sqrt(num_rows / max(len(some.scale), 1))
         is_low = estimates <= most_hidden
         return first + (int(is_low.int().argmax()) if bool(is_low.any()) else len(is_low))
 
@@ -122,6 +122,12 @@ class ChunkGrads:
     hidden: Tensor  # [n, H]
     chosen_ids: Tensor  # [n] int64
     is_signed: bool  # whether numbers below 0 may stand in other columns than the chosen ones
+
+    def every_nth_row(self, n: int) -> "ChunkGrads":
+        """Rows 0, n, 2n and so on, as views."""
+        return ChunkGrads(
+            self.grad_logits[::n], self.scale[::n], self.hidden[::n], self.chosen_ids[::n], self.is_signed
+        )
 
     def column_squares(self) -> Tensor:
         """The squared norm of each column of G, [V] float64."""

@@ -33,7 +33,7 @@ class CurriculumTable:
             average; an update keeps min(momentum, visits / (visits + 1)) of the old rate, so that `initial_pass_rate`
             matters only before the first visit. "posterior" (MoPPS): pass rates as with "counted", but each draw weighs
             a question by a pass rate drawn from its Beta posterior, so that seldom visited questions are tried.
-        group_size: > 0, replies that a pass rate is the mean of; "posterior" needs it, the others ignore it.
+        group_size: > 0, replies that each pass rate given to `update` is the mean of; only "posterior" uses it.
         device: the device of the table.
 
     Raises:
