@@ -8,9 +8,10 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from expo.errors import ConfigError
-from expo.runtime.endings import errors_on_one_line
+from expo.runtime.endings import errors_on_one_line, run_and_exit
 from expo.runtime.nearest import nearest
 from expo.runtime.parser import CONFIG_SUFFIXES
 from expo.runtime.requirements import installed_version
@@ -31,11 +32,11 @@ COMMANDS = {
 HINT = "; --help lists the commands"
 
 
-def console() -> int:
+def console() -> NoReturn:
     """The console script: `main`, with modules of the working directory importable as under `python -m`."""
     if not sys.flags.safe_path:
         sys.path.insert(0, str(Path.cwd()))
-    return main()
+    run_and_exit(main)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -90,4 +91,4 @@ def _imported(command: str) -> Callable[[Sequence[str], str], int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m expo"))
+    run_and_exit(lambda: main(prog="python -m expo"))

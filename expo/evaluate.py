@@ -30,7 +30,7 @@ from expo.rollout import GenerationRequest, RolloutEngine, Sampling, request_see
 from expo.run.advice import first_unparsed, set_advice
 from expo.run.environment import describe_environment
 from expo.runtime.distributed import leave_ranks
-from expo.runtime.endings import errors_on_one_line
+from expo.runtime.endings import errors_on_one_line, run_and_exit
 from expo.runtime.signals import raise_reason
 from expo.types import Prompt
 
@@ -193,4 +193,4 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

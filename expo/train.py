@@ -31,7 +31,7 @@ from expo.run.metrics import curriculum_row, progress_note, step_row
 from expo.run.schedule import is_due, is_over
 from expo.run.setup import RunRollout, open_run
 from expo.runtime.distributed import leave_ranks
-from expo.runtime.endings import errors_on_one_line
+from expo.runtime.endings import errors_on_one_line, run_and_exit
 from expo.runtime.signals import raise_reason
 from expo.runtime.timer import PhaseTimer
 from expo.types import Prompt, Reply, Sample
@@ -249,4 +249,4 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

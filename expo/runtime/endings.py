@@ -1,12 +1,15 @@
 """How a command ends: every error that is not a fault of this code is one line on stderr, with its own exit code."""
 
+import atexit
 import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from expo.errors import ConfigError, ExpoError, FolderError, Interrupted, OutputError
 from expo.runtime.parser import fail
@@ -41,6 +44,27 @@ def errors_on_one_line(prog: str) -> Iterator[None]:
         if error.errno not in STORAGE:
             raise
         fail(prog, FolderError(f"{reason_of(error)}; check the path, its permissions and the free space"))
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Runs the main function of a command on a rank, and ends the process with its exit code.
+
+    The interpreter is not finalized: while it is, a Gloo thread that still releases a tensor aborts the process
+    (SIGABRT, https://github.com/pytorch/pytorch/issues/190489), and torchrun calls the finished run failed. Threads are
+    joined and exit handlers run as always; an unexpected exception ends the process as always, with its traceback.
+    """
+    try:
+        code = main()
+    except SystemExit as ending:
+        if not isinstance(ending.code, int):
+            raise
+        code = ending.code
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or its disk full: main has reported it
+            stream.flush()
+    os._exit(code)
 
 
 def require_stdout() -> None:

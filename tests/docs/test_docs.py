@@ -13,6 +13,7 @@ from docs.escape_bounds import escaped
 from expo.config import RunConfig
 from expo.run.metrics import STEP_METRICS
 from tests import ROOT
+from tests.ranks.running import END_OF_RANK
 
 PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
@@ -55,7 +56,7 @@ def test_the_loop_of_forty_lines_has_forty():
 @pytest.mark.slow
 def test_the_script_for_several_ranks_gives_the_gradients_of_one_process(tmp_path):
     (script,) = filter(ON_RANKS.match, PYTHON.findall((ROOT / "docs" / "loop.md").read_text(encoding="utf-8")))
-    (tmp_path / "ranks.py").write_text(script, encoding="utf-8")
+    (tmp_path / "ranks.py").write_text(script + END_OF_RANK, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ranks.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

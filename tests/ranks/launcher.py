@@ -35,6 +35,7 @@ from expo.learner.policy import DeepSpeedPolicy
 from expo.rewards.pool import WorkerPool
 from expo.rollout.data_parallel import DataParallelEngine
 from expo.rollout.transformers import TransformersEngine
+from expo.runtime.endings import run_and_exit
 
 TIMEOUT_S = 300
 
@@ -214,7 +215,7 @@ def fork_launch(folder, launch, rank):
         log = os.open(folder / f"{launch['name']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.exit(run_launch(launch, rank))
+        run_and_exit(lambda: run_launch(launch, rank))
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -222,7 +223,7 @@ def main(folder):
     plan = json.loads((folder / "plan.json").read_text())
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if plan[0].get("in_process"):
-        sys.exit(run_launch(plan[0], rank))
+        run_and_exit(lambda: run_launch(plan[0], rank))
     warm_up()
     for launch in plan:
         if rank == 0:

@@ -111,7 +111,7 @@ def fork_ranks(size: int, function, *arguments) -> None:
             os.environ.update({name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()})
             function(*arguments)
             leave_ranks()
-            sys.exit(0)
+            os._exit(0)
         processes.append(process)
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     assert codes == [0] * size, (arguments, codes)

@@ -11,6 +11,7 @@ import torch
 from expo.config import load_config
 from expo.learner.policy import DeepSpeedPolicy
 from expo.runtime.distributed import Ranks, join_ranks, leave_ranks
+from expo.runtime.endings import run_and_exit
 from expo.types import Sample
 
 STAGES, PACKING, AGGREGATIONS = (0, 1, 2, 3), (False, True), ("token", "sequence", "constant")
@@ -56,7 +57,7 @@ def parameters_after_three_steps(
     return row, torch.tensor(figures), len(mini_batch.micro_batches)
 
 
-def main() -> None:
+def main() -> int:
     *paths, out = sys.argv[1:]
     ranks, found = join_ranks("cpu", 120), {}
     for path, stage, packing, aggregation in itertools.product(paths, STAGES, PACKING, AGGREGATIONS):
@@ -66,7 +67,8 @@ def main() -> None:
     if ranks.is_rank0:
         torch.save(found, out)
     leave_ranks()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -24,7 +24,7 @@ from expo.run.environment import describe_environment
 from expo.run.lifecycle import SUMMARY
 from expo.runtime.atomic_io import write_bytes_whole
 from expo.runtime.distributed import leave_ranks
-from expo.runtime.endings import errors_on_one_line
+from expo.runtime.endings import errors_on_one_line, run_and_exit
 from expo.train import train
 
 PROGRAM = "python -m expo.experiments.frontier.run"
@@ -223,4 +223,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

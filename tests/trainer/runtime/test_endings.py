@@ -123,6 +123,43 @@ def test_before_the_ranks_join_the_first_of_each_node_prints_its_error(capsys, m
         assert ending(capsys, ConfigError("wrong")) == (2, printed)
 
 
+PROGRAM = """
+import atexit, sys, threading, time
+from expo.runtime.endings import run_and_exit
+
+class Global:
+    def __del__(self):
+        sys.stderr.write("the interpreter was finalized")
+
+def work():
+    time.sleep(0.2)
+    print("thread")
+
+def main():
+    atexit.register(print, "exit handler", end="")
+    threading.Thread(target=work).start()
+    {end}
+
+kept = Global()
+run_and_exit(main)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return 0", 0), ("return 3", 3), ("sys.exit(75)", 75)])
+def test_a_program_ends_without_finalizing_the_interpreter(tmp_path, end, code):
+    # there, a thread of Gloo that releases a tensor would abort the process
+    command = [sys.executable, "-c", PROGRAM.format(end=end)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "thread\nexit handler", "")
+
+
+def test_an_unexpected_error_of_a_program_keeps_its_traceback(tmp_path):
+    command = [sys.executable, "-c", PROGRAM.format(end="raise KeyError('x')")]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "KeyError: 'x'" in done.stderr
+
+
 BODIES = ["write_stdout('x' * 9)", "print('x' * 9)", "Display().line('x' * 9)"]
 
 
