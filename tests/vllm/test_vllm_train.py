@@ -25,6 +25,8 @@ BROADCAST = {"vllm.transfer": "broadcast"}
 AHEAD = {"rollout.ahead": 1, "objective.rollout_correction": "token"}
 LORA = {"policy.lora_rank": 4, "policy.lora_alpha": 8, "optimizer.lr": 3e-3}
 ADAPTER = {**LORA, "vllm.lora": "adapter"}
+SHARED_MEMORY = Path("/dev/shm")
+LEFT = SHARED_MEMORY / "-tp:0-[0-1]-cpushm_0"  # what vLLM itself names memory that a killed run leaves
 UNDISTURBED = {**SERVER, "rollout.batch_size": 4}  # several batches of replies in a step
 
 # the settings of each run, and whether it uses a server that the tests have started
@@ -110,14 +112,16 @@ def servers(folder):
 
 @pytest.fixture(scope="module")
 def runs(folder, servers):
-    """All runs of the two tables; the metrics of one by its name."""
+    """All runs of the two tables, where a killed one has left shared memory; the metrics of one by its name."""
     codes = {}
+    LEFT.touch()
     for num_ranks, table in ((1, ON_ONE_RANK), (2, ON_TWO_RANKS)):
         plan = []
         for name, (settings, is_shared) in table.items():
             shared = servers[settings.get("vllm.lora", "merged")] if is_shared else {}
             plan.append(launch(name, arguments(folder, name, {**settings, **shared}), ranks=num_ranks))
         codes |= run_launches(folder, plan, num_ranks, LAUNCHER, timeout=1800)
+    LEFT.unlink()
 
     def rows(name):
         assert set(codes[name]) == {0}, log_of(folder, name)
@@ -170,6 +174,12 @@ def assert_sampled_ahead(rows):
 )
 def test_two_ranks_with_zero_3_take_the_same_steps(runs, alone, name):
     assert_same_synced_steps(runs(name), alone[1])
+
+
+@pytest.mark.slow
+def test_runs_leave_no_shared_memory(runs):
+    assert len(runs("tensor-parallel")) == NUM_STEPS
+    assert list(SHARED_MEMORY.glob("vllm-*")) == []
 
 
 @pytest.mark.slow

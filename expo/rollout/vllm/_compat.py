@@ -2,10 +2,13 @@
 
 import atexit
 import gc
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from expo.errors import ConfigError
@@ -23,6 +26,31 @@ def keep_process_group(llm: Any) -> None:
     if finalizer is not None:
         finalizer.detach()
         atexit.register(gc.unfreeze)
+
+
+@contextmanager
+def unshared_memory_names() -> Iterator[None]:
+    """Inside, the ranks of this run build an engine on a CPU whose shared memory no other run can meet or inherit.
+
+    vLLM names the memory of its collectives after the ranks alone (seen in 0.32), and a destructor removes the names: a
+    second run on the machine, or the next one after a killed one, could not start. Here a run has names of its own, and
+    they are removed on leaving, when all ranks have mapped the memory.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    shared, make_name = [uuid.uuid4().hex], _CPUSHMDistributed.make_group_name
+    dist.broadcast_object_list(shared, src=0)
+
+    def make_own_name(communicator: Any) -> str:
+        return f"vllm-{shared[0]}-{make_name(communicator).strip('/')}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_own_name)
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(make_name)
+        for path in Path("/dev/shm").glob(f"vllm-{shared[0]}-*"):
+            path.unlink(missing_ok=True)
 
 
 def pack_tied_head(model: Any) -> None:

@@ -26,6 +26,7 @@ from expo.rollout.vllm._compat import (
     load_adapter,
     pack_tied_head,
     require_batch_invariance,
+    unshared_memory_names,
 )
 from expo.rollout.vllm.common import (
     MADE_FOR_TEXT,
@@ -109,9 +110,10 @@ class VllmEngine:
         self._adapter = _adapter_request() if settings.get("enable_lora") else None
         if num_ranks > 1:
             settings["distributed_executor_backend"] = "external_launcher"
+        has_memory = self._is_cpu and section.tensor_parallel > 1
         set_num_threads = torch.set_num_threads
         try:
-            with _silent(is_deep=self._is_cpu):
+            with unshared_memory_names() if has_memory else nullcontext(), _silent(is_deep=self._is_cpu):
                 self._llm = self._vllm.LLM(path, **settings)
         except ValueError as error:
             message = " ".join(str(error).split())[:500]
