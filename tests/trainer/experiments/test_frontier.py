@@ -8,8 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
+from expo.config import load_config
 from expo.errors import ConfigError
 from expo.experiments.ablation.command import main
+from expo.experiments.frontier import mechanism
 from expo.experiments.frontier.analysis import (
     Spread,
     bootstrap,
@@ -163,6 +165,19 @@ def test_results_of_other_settings_are_refused(tmp_path):
         _ = other.is_finished
 
 
+def test_exact_pass_rates_give_the_weights_of_the_formula():
+    config = load_config(None, [("curriculum.std", 0.15), ("rollout.group_size", 8)])
+    rates = [0.0, 0.5, 0.25]
+    found = mechanism.with_exact_rates(torch.tensor(rates), config)
+    weights = [math.exp(-((rate - 0.5) ** 2) / (2 * 0.15**2)) for rate in rates]
+    alike = [rate**8 + (1 - rate) ** 8 for rate in rates]
+    effective = sum(weights) ** 2 / sum(weight**2 for weight in weights)
+    assert found["exact_effective_share"] == pytest.approx(effective / 3)
+    no_signal = sum(weight * a for weight, a in zip(weights, alike, strict=True)) / sum(weights)
+    assert found["exact_no_signal"] == pytest.approx(no_signal)
+    assert found["uniform_no_signal"] == pytest.approx(sum(alike) / 3)
+
+
 @pytest.mark.slow
 def test_a_tiny_plan_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     for name in RANK:
@@ -179,7 +194,12 @@ def test_a_tiny_plan_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     times = [path.stat().st_mtime_ns for path in sorted(runs.iterdir())]
     assert main([*argv, "--arms", "grpo-matched"]) == 0  # nothing runs again
     assert [path.stat().st_mtime_ns for path in sorted(runs.iterdir())] == times
-    capsys.readouterr()
+    assert mechanism.main([*argv, "--arms", "akl", "--num-replies", "8"]) == 0
+    (measured,) = json.loads((tmp_path / "results" / "mechanism.json").read_text()).values()
+    assert measured["settings_sha256"] == akl["settings_sha256"]
+    assert 0 <= measured["exact_no_signal"] <= measured["uniform_no_signal"] <= 1
+    assert 0 < measured["exact_effective_share"] <= 1
+    assert "| akl | 1 |" in capsys.readouterr().out
     assert main([*argv, "--report"]) == 0
     assert "2 of 6 runs of the plan frontier-smoke are finished" in (tmp_path / "results" / "results.md").read_text()
     with pytest.raises(SystemExit) as stop:
