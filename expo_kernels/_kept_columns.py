@@ -44,20 +44,22 @@ class Levels:
         """`highest`: the squared norm of a column from which on it is kept in any case; `distances` [V]: |W_j - w|."""
         self._grads, self._distances = grads, distances
         # only dWeight's bound needs Euclidean norms; a pass for the sums takes a third of the time
-        squares = grads.column_squares() if wants_weight else grads.column_sums().double().square_()
-        level = (highest / squares).log_().div_(math.log(LEVEL_RATIO)).ceil_().nan_to_num_(nan=NUM_LEVELS)
+        norms = grads.column_squares().sqrt_() if wants_weight else grads.column_sums()
+        halvings = norms.log2().mul_(-2.0).add_(math.log2(highest) if highest > 0.0 else -math.inf)
+        level = halvings.div_(math.log2(LEVEL_RATIO)).ceil_().nan_to_num_(nan=NUM_LEVELS)
         self.level_of = level.clamp_(0, NUM_LEVELS - 1).long()  # [V]
         self.level_of[grads.chosen_ids[grads.scale != 0]] = 0
-        per_level = squares.new_zeros(NUM_LEVELS).index_add_(0, self.level_of, squares)
-        self._weight_bounds = [0.0] * (NUM_LEVELS + 1)
-        if wants_weight:
-            self._weight_bounds = (_sums_from(per_level).sqrt() * _spectral_norm_bound(grads.hidden)).tolist()
         self._num_kept = [0, *torch.bincount(self.level_of, minlength=NUM_LEVELS).cumsum(0).tolist()]
         self._hidden_bounds: dict[int, float] = {NUM_LEVELS: 0.0}
+        self._weight_bounds = [0.0] * (NUM_LEVELS + 1)
         # for orthogonal rows of the head and of hidden
-        self.hidden_norm = math.sqrt(float((squares * distances.double().square()).sum()))
-        mean_square = float(grads.hidden.double().square().sum()) / max(len(grads.hidden), 1)
-        self.weight_norm = math.sqrt(float(squares.sum()) * mean_square)
+        self.hidden_norm = float(torch.linalg.vector_norm(norms * distances, dtype=torch.float64))
+        self.weight_norm = 0.0
+        if wants_weight:
+            per_level = norms.new_zeros(NUM_LEVELS).index_add_(0, self.level_of, norms.square())
+            self._weight_bounds = (_sums_from(per_level).sqrt() * _spectral_norm_bound(grads.hidden)).tolist()
+            mean_square = float(grads.hidden.double().square().sum()) / max(len(grads.hidden), 1)
+            self.weight_norm = float(torch.linalg.vector_norm(norms)) * math.sqrt(mean_square)
 
     def lowest(self, most_hidden: float, most_weight: float, guess: int | None = None) -> int | None:
         """The lowest level tried that can be dropped, given the largest bounds; None if too few columns would be.
