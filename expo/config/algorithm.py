@@ -43,7 +43,8 @@ class CurriculumSection(Section):
     mean: Fraction = 0.5
     """mu, the pass rate with the largest weight (paper: 0.5)."""
     std: Annotated[float, Field(ge=0.001, le=1000)] = 0.35
-    """sigma, standard deviation of the Gaussian in pass rate (paper: 0.35)."""
+    """sigma, standard deviation of the Gaussian in pass rate (paper: 0.35); 0.15 for many unsolvable questions, then
+    with estimate posterior (docs/curriculum.md)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """alpha, weight of the old pass rate in the moving average (paper: 0.9)."""
     initial_pass_rate: Fraction = 0.5
@@ -51,14 +52,16 @@ class CurriculumSection(Section):
     estimate: Literal["ema", "counted", "posterior"] = "ema"
     """Estimate of a pass rate; ema: the paper's moving average, counted: a running mean until 1/(1 - momentum) visits,
     then the moving average, posterior: as counted, and questions are drawn by pass rates from their Beta posterior
-    (MoPPS, arXiv 2507.04632)."""
+    (MoPPS, arXiv 2507.04632). Below ten visits of a question ema is close to uniform: prefer one of the others
+    (docs/curriculum.md)."""
 
 
 class KLSection(Section):
     """The KL penalty between the policy and the reference policy (paper eq. 3, 4, 8)."""
 
     beta: NonNegative = 0.02
-    """KL coefficient before scaling (paper: 0.02); 0: no KL penalty, and no reference model is loaded."""
+    """KL coefficient before scaling (paper: 0.02); 0: no KL penalty, and no reference model is loaded. Tune it before
+    rho: a coefficient that was too large cost more pass@32 than rho = tanh gave back (docs/experiment.md)."""
     rho: Literal["tanh", "constant"] = "tanh"
     """Scaling of beta; tanh: beta * (tanh(accuracy) + 1) / 2, EXPO's accuracy-conditioned KL; constant: none (GRPO)."""
     estimator: Literal["k1", "k2", "k3"] = "k3"

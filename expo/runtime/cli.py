@@ -21,6 +21,7 @@ from expo.runtime.parser import OneLineParser, fail
 from expo.runtime.stdout import write_stdout
 
 Config = TypeVar("Config", bound=BaseModel)
+ADVICE = "Advice on kl.beta and the curriculum, and its evidence: docs/curriculum.md."
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML
 
 
@@ -146,13 +147,12 @@ OPTIONS = {
 
 
 def _parser(kind: type[BaseModel], prog: str, common: Mapping[str, str]) -> argparse.ArgumentParser:
+    options = "\n".join(f"  {flag:16}{text}" for flag, text in OPTIONS.items())
     parser = flag_parser(
         prog,
         usage="%(prog)s [CONFIG.yaml] [--section.field=value ...]\n       [--resume] [--print-config | --dry-run]",
         description="Train a policy with EXPO; without CONFIG.yaml, the embedded demonstration.",
-        short="\n\n".join(
-            ("\n".join(f"  {flag:16}{text}" for flag, text in OPTIONS.items()), most_used(sections_of(kind), common))
-        ),
+        short="\n\n".join((options, most_used(sections_of(kind), common), ADVICE)),
         num_settings=len(field_names(kind)),
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe; see expo/recipes/")

@@ -81,13 +81,13 @@ Paired differences to {BASELINE}:
 """
 
 
-def with_section(page: Path, text: str) -> str:
+def with_section(page: Path, text: str, marks: tuple[str, str] = MARKS) -> str:
     """The page's text with the part between its two marks replaced.
 
     Raises: ConfigError if the marks are missing.
     """
     before = page.read_text(encoding="utf-8")
-    begin, end = MARKS
+    begin, end = marks
     if before.count(begin) != 1 or before.count(end) != 1:
         raise ConfigError(f"{page} needs exactly one line {begin} and one line {end}; add them where the tables belong")
     return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n\n{text}\n{end}", before, flags=re.DOTALL)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from expo.errors import ConfigError, Interrupted
 from expo.experiments.ablation.runs import Job, run_all
+from expo.experiments.frontier.page import MARKS, write_section
 from expo.experiments.frontier.plan import PLANS, Plan
 from expo.experiments.frontier.run import FrontierRun
 from expo.experiments.frontier.tables import report
@@ -45,6 +46,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     found.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms, and those that they depend on")
     found.add_argument("--extended", action="store_true", help="the further seeds of the primary comparison too")
     found.add_argument("--report", action="store_true", help="run nothing: write the tables of the finished runs")
+    marks = " and ".join(MARKS)
+    found.add_argument(
+        "--page", type=Path, metavar="PAGE.md", help=f"a page with the lines {marks}, for the tables too"
+    )
     return found
 
 
@@ -67,7 +72,7 @@ def main(argv: Sequence[str], prog: str) -> int:
                 run_all([*missing, *selected], options.jobs, display)
             except KeyboardInterrupt:
                 raise Interrupted("stopped; run the same command again to continue") from None
-        display.line(write_report(plan, runs, results))
+        display.line(write_report(plan, runs, results, options.page))
     return 0
 
 
@@ -81,11 +86,13 @@ def _selected(runs: Sequence[FrontierRun], plan: Plan, arms: Sequence[str] | Non
     return [run for run in runs if run.key.arm in arms or run.key in needed]
 
 
-def write_report(plan: Plan, runs: Sequence[FrontierRun], results: Path) -> str:
-    """Writes results.md of the finished runs, and returns it."""
+def write_report(plan: Plan, runs: Sequence[FrontierRun], results: Path, page: Path | None = None) -> str:
+    """Writes results.md of the finished runs, and into the page if one is given; returns it."""
     found = {run.key: run.result() for run in runs if run.is_finished}
     if not found:
         return f"no run of {plan.name} is finished"
     text = report(plan, found)
     write_bytes_whole(results / "results.md", text.encode())
+    if page is not None:
+        write_section(page, plan, found, text)
     return text

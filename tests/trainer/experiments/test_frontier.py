@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from expo.experiments.frontier.analysis import (
     tokens_to_reach,
 )
 from expo.experiments.frontier.chain import has_right_chain
+from expo.experiments.frontier.page import MARKS, section
 from expo.experiments.frontier.plan import ARMS, FRONTIER, HELD_OUT, SMOKE, RunKey
 from expo.experiments.frontier.pool import (
     FRONTIER_COUNTS,
@@ -31,12 +33,13 @@ from expo.experiments.frontier.pool import (
     right_chain,
 )
 from expo.experiments.frontier.run import FrontierRun
-from expo.experiments.frontier.tables import primary, sentences
+from expo.experiments.frontier.tables import paired_seeds, primary, report, sentences, without_a_part_of_the_extension
 from expo.ledger.questions import MAX_TOTAL, is_held_out, running_totals
 from expo.ledger.skewed import num_crossings
 from tests.ranks.running import RANK
 
 pytestmark = pytest.mark.medium
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_pool_has_its_three_parts_and_no_held_out_question():
@@ -147,6 +150,31 @@ def test_a_planted_gain_is_significant_at_its_beta_alone_and_a_part_of_the_pairs
     assert primary(FRONTIER, results_of(2, seeds=11)) == []
 
 
+def test_a_part_of_the_extension_changes_nothing():
+    twelve, part, all_24 = (without_a_part_of_the_extension(FRONTIER, results_of(2, n)) for n in (12, 23, 24))
+    assert part == twelve
+    assert [len(paired_seeds(found, "expo", 0.2)) for found in (part, all_24)] == [12, 24]
+    wide = dict(all_24)  # one seed gains all, another nothing
+    for key in wide:
+        if (key.arm, key.beta) == ("expo", 0.2):
+            wide[key] = {"num_replies": 256, "correct": {HELD_OUT: [256 * (key.seed % 2)] * 200}}
+    (_, some) = sentences(FRONTIER, {key: wide[key] for key in twelve})
+    assert "so the further seeds are due (--extended)" in some
+    assert "also with the further seeds" in sentences(FRONTIER, wide)[1]
+
+
+@pytest.mark.slow
+def test_the_docs_show_the_committed_results():
+    folder = ROOT / "benchmarks/results/frontier"
+    runs = [FrontierRun(FRONTIER, key, ROOT / "runs", folder) for key in FRONTIER.keys(extended=True)]
+    tables = report(FRONTIER, {run.key: run.result() for run in runs if run.is_finished})
+    assert (folder / "results.md").read_text(encoding="utf-8") == tables
+    assert section(tables) in (ROOT / "docs/experiment.md").read_text(encoding="utf-8")
+    assert (ROOT / "docs/frontier/curves.png").stat().st_size > 0
+    measured = json.loads((folder / "mechanism.json").read_text(encoding="utf-8"))
+    assert mechanism.table(measured) in (ROOT / "docs/curriculum.md").read_text(encoding="utf-8")
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     run = FrontierRun(SMOKE, RunKey("grpo", 0.02, 0), tmp_path / "out", tmp_path / "results")
     assert (run.is_finished, run.is_ready) == (False, True)
@@ -200,8 +228,14 @@ def test_a_tiny_plan_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     assert 0 <= measured["exact_no_signal"] <= measured["uniform_no_signal"] <= 1
     assert 0 < measured["exact_effective_share"] <= 1
     assert "| akl | 1 |" in capsys.readouterr().out
-    assert main([*argv, "--report"]) == 0
-    assert "2 of 6 runs of the plan frontier-smoke are finished" in (tmp_path / "results" / "results.md").read_text()
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("\n".join(["before", *MARKS, "after"]))
+    assert main([*argv, "--report", "--page", str(page)]) == 0
+    text = (tmp_path / "results" / "results.md").read_text()
+    assert "2 of 6 runs of the plan frontier-smoke are finished" in text
+    assert page.read_text() == f"before\n{MARKS[0]}\n\n{section(text)}\n{MARKS[1]}\nafter"
+    assert (page.parent / "frontier" / "curves.png").exists()
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--arms", "grop"])
     assert stop.value.code == 2
